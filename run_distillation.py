@@ -1,0 +1,143 @@
+"""Train the student on the teacher's pseudo-labels and on its token distribution.
+
+Writes `final/` and `best/` (complete Hugging Face model folders), `checkpoints/` from which a stopped
+run continues, `metrics.jsonl`, `logs/` for TensorBoard, and `rejected.jsonl`: every training row that
+is not used, with the reason.
+"""
+
+import math
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.manifest import Manifest, read_manifest, rejection_line
+from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.run import (
+    DataError,
+    Run,
+    is_main_process,
+    log,
+    process_count,
+    run_script,
+    write_atomically,
+)
+from simpler_distil_whisper.training_options import DistillationConfig, RunLength
+
+if TYPE_CHECKING:
+    from simpler_distil_whisper.training_data import Selection
+
+
+class Prepared(NamedTuple):
+    """What `prepare` has found and checked."""
+
+    teacher: ModelFolder
+    student: ModelFolder
+    selection: "Selection"
+    dev: Manifest | None
+    length: RunLength
+
+
+def prepare(config: DistillationConfig) -> Prepared:
+    """Return both models' folders, the training examples that pass all filters, and the dev rows."""
+    data = config.data
+    teacher = read_model_folder(config.teacher.path, config.teacher.processor, "teacher")
+    student = read_model_folder(config.student.path, config.student.processor, "student")
+    check_same_family(teacher, student)
+    teacher.check_language(data.language, "data.language")
+    manifests = [
+        read_manifest(
+            path, data.columns, max_utterances=data.max_utterances, languages=teacher.row_languages
+        ).check(data.max_bad_fraction)
+        for path in data.train_manifests
+    ]
+    dev = None
+    if data.dev_manifest:
+        limit, languages = config.validation.max_utterances, teacher.row_languages
+        dev = read_manifest(
+            data.dev_manifest, data.columns, max_utterances=limit, languages=languages
+        ).check(data.max_bad_fraction)
+    selection = select_examples(config, student, manifests)
+    length = run_length(config, len(selection.examples))
+    return Prepared(teacher, student, selection, dev, length)
+
+
+def check_same_family(teacher: ModelFolder, student: ModelFolder) -> None:
+    """Raise ConfigError unless both models hear the same features and speak the same tokens."""
+    for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
+        if teacher.config[key] != student.config[key]:
+            raise ConfigError(
+                f"student.path: {student.path} has {key} {student.config[key]}, the teacher "
+                f"{teacher.path} has {teacher.config[key]}: the student must be a copy of its kind"
+            )
+
+
+def select_examples(
+    config: DistillationConfig, student: ModelFolder, manifests: list[Manifest]
+) -> "Selection":
+    """Return the training examples, having said how many rows and hours each filter dropped."""
+    from simpler_distil_whisper.training_data import ExampleFilter
+    from simpler_distil_whisper.whisper import load_tokenizer, special_tokens
+
+    tokenizer = load_tokenizer(student)
+    tokens = special_tokens(tokenizer, student)
+    positions = student.config["max_target_positions"]
+    examples = ExampleFilter(config.data, tokens, tokenizer, student.window_seconds, positions)
+    selection = examples.select(manifests)
+    for kind, count in selection.report.items():
+        log.info("training rows, %s: %d (%.2f h)", kind, count["rows"], count["hours"])
+    if not selection.examples:
+        reasons = "".join(f"\n  {r.place}: {r.reason}" for r in selection.rejections[:5])
+        raise DataError(f"no training row passes the filters. The first reasons:{reasons}")
+    return selection
+
+
+def run_length(config: DistillationConfig, examples: int) -> RunLength:
+    """Return the optimizer steps that the config comes to, and say them."""
+    batch, schedule = config.batch, config.schedule
+    step_size = batch.micro_batch_size * batch.gradient_accumulation_steps * process_count()
+    max_steps = schedule.max_steps or math.ceil((schedule.epochs or 0) * examples / step_size)
+    if schedule.warmup_steps >= max_steps:
+        raise ConfigError(
+            f"schedule.warmup_steps: {schedule.warmup_steps}, but the run has {max_steps} steps of "
+            f"{step_size} utterances: the learning rate would never be reached"
+        )
+    log.info(
+        "%d steps of %d utterances, %.1f epochs",
+        max_steps,
+        step_size,
+        max_steps * step_size / examples,
+    )
+    every = config.validation.every_steps or max(1, round(examples / step_size))
+    return RunLength(step_size, max_steps, every)
+
+
+def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
+    """Load both models, train the student, write `final/`."""
+    from simpler_distil_whisper.trainer import Trainer, make_accelerator
+    from simpler_distil_whisper.whisper import load_whisper, quieten_transformers, save_whisper
+
+    quieten_transformers()
+    accelerator = make_accelerator(config.precision, config.seed)
+    # Both in float32 at first: rounded to another dtype, equal encoders would seem to differ.
+    attention = config.teacher.attention
+    teacher = load_whisper(prepared.teacher, "float32", attention)
+    student = load_whisper(prepared.student, "float32", attention)
+    if is_main_process():
+        lines = map(rejection_line, prepared.selection.rejections)
+        write_atomically(run.folder / "rejected.jsonl", "".join(lines).encode())
+        run.note(filters=prepared.selection.report)
+    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student)
+    if prepared.dev:
+        trainer.validate_on(prepared.dev)
+    trainer.train(prepared.selection.examples)
+    final = run.folder / "final"
+    if is_main_process():
+        save_whisper(student.model, student.processor_folder, final)
+    accelerator.end_training()
+    return (
+        f"{final}: the distilled model.\nNext: python offline_inference.py offline_inference.json"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script("run_distillation", __doc__, DistillationConfig, prepare, work))

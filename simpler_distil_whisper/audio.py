@@ -1,0 +1,111 @@
+"""Files and parts of files -> mono 16 kHz waveforms, or the reason why not.
+
+Owns decoding and resampling. It knows nothing of manifests or models. Called by `manifest.py` for
+durations and by `batches.py` for waveforms, there in worker processes: hence no import of torch.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000  # of every Whisper
+# Times in manifests are rounded, and the header of an MP3 counts the encoder's delay or not (20 ms).
+TOLERANCE_SECONDS = 0.05
+
+
+class AudioError(Exception):
+    """This audio cannot be used; the message says why, without the path."""
+
+
+def load_audio(
+    path: Path,
+    start_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+    *,
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+) -> np.ndarray:
+    """Return a file, or the part of it that the two times name, as one channel at 16 kHz.
+
+    Args:
+        path: any format that libsndfile reads, at any rate, with any number of channels.
+        start_seconds: where the part begins.
+        duration_seconds: length of the part; None reads to the end.
+        min_seconds: shorter audio is an error.
+        max_seconds: longer audio is an error, found from the header before anything is decoded.
+
+    Returns:
+        float32 [S]: the mean of the channels, resampled by soxr "HQ" (what `librosa.load` does),
+        about -1 to 1.
+
+    Raises:
+        AudioError: missing, undecodable, empty, damaged, not finite, too short or too long.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            whole_seconds = file.frames / file.samplerate
+            seconds = _part_seconds(whole_seconds, start_seconds, duration_seconds)
+            _check_length(seconds, 0.0, max_seconds + TOLERANCE_SECONDS)
+            file.seek(round(start_seconds * file.samplerate))
+            frames = -1 if duration_seconds is None else round(duration_seconds * file.samplerate)
+            channels = file.read(frames, dtype="float32", always_2d=True)
+            rate = file.samplerate
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(_why_unreadable(path, error)) from None
+    if len(channels) == 0:
+        raise AudioError("empty: it decodes to no samples")
+    # The header only spares us decoding hours of audio; what was decoded decides.
+    _check_length(len(channels) / rate, min_seconds, max_seconds)
+    if not np.isfinite(channels).all():
+        raise AudioError("not finite: some samples are NaN or infinite")
+    mono: np.ndarray = channels.mean(axis=1)
+    if rate == SAMPLE_RATE:
+        return mono
+    resampled: np.ndarray = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    return resampled
+
+
+def audio_seconds(
+    path: Path, start_seconds: float = 0.0, duration_seconds: float | None = None
+) -> float:
+    """Return how long a file or a part of it is, from the header alone.
+
+    Raises:
+        AudioError: the file cannot be opened or the part lies outside it.
+    """
+    try:
+        info = soundfile.info(str(path))
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(_why_unreadable(path, error)) from None
+    return _part_seconds(info.frames / info.samplerate, start_seconds, duration_seconds)
+
+
+def _part_seconds(whole: float, start: float, duration: float | None) -> float:
+    if whole == 0:
+        raise AudioError("empty: its header says that it has no samples")
+    if start >= whole:
+        raise AudioError(f"the part starts at {start:g} s, the file ends at {whole:.3f} s")
+    if duration is None:
+        return whole - start
+    if start + duration > whole + TOLERANCE_SECONDS:
+        raise AudioError(f"the part ends at {start + duration:g} s, the file at {whole:.3f} s")
+    return min(duration, whole - start)
+
+
+def _check_length(seconds: float, min_seconds: float, max_seconds: float) -> None:
+    if seconds < min_seconds:
+        raise AudioError(f"too short: {seconds:.3f} s, the minimum is {min_seconds:g} s")
+    if seconds > max_seconds:
+        raise AudioError(f"too long: {seconds:.3f} s, the maximum is {max_seconds:g} s")
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if not path.exists():
+        return "no such file"
+    if path.is_file() and path.stat().st_size == 0:
+        return "empty: the file has no bytes"
+    reason = getattr(error, "error_string", None) or str(error)
+    return f"cannot be decoded ({reason.strip().rstrip('.')}); convert it to WAV, FLAC, Ogg or MP3"

@@ -1,0 +1,245 @@
+"""Reading a script's JSON file strictly: every problem at once, each with its key and a way out.
+
+Owns the base class of every config section, the loader and the `--help` table. It knows nothing of
+what the keys mean; the sections live beside the parts that they configure. Called by `run.py`.
+"""
+
+import difflib
+import json
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> what they are called here.
+RENAMED_KEYS = {
+    "asr_results_path": 'hypotheses": [{"name": ..., "path": ...}]',
+    "audio_duration_col": "columns.duration_seconds",
+    "audio_path_col": "columns.audio",
+    "common": "data.language",
+    "data_path": "data.manifest",
+    "decoder_layers_numbers": "student.decoder_layer_indices",
+    "dev_jsonl_path": "data.dev_manifest",
+    "distil_model_path": "output_dir",
+    "freeze_decoder": "freeze.decoder",
+    "freeze_embed_positions": "freeze.embed_positions",
+    "freeze_encoder": "freeze.encoder",
+    "groundtruth_col": "columns.text",
+    "lang": "decoding.language",
+    "lr_decay_gamma": "schedule.kind",
+    "max_audio_duration": "data.max_duration_seconds",
+    "max_duration_in_seconds": "data.max_duration_seconds",
+    "max_label_length": "data.max_label_tokens",
+    "max_sample_size": "data.max_utterances",
+    "max_token_num": "data.max_label_tokens",
+    "metric_col": "columns.error_rate",
+    "metric_to_use": "metric.unit",
+    "min_audio_duration": "data.min_duration_seconds",
+    "min_duration_in_seconds": "data.min_duration_seconds",
+    "min_pseudo_label_metric": "data.max_error_rate (it always was a maximum)",
+    "model_name_or_path": "model.path",
+    "model_path_or_name": "model.path",
+    "num_train_epochs": "schedule.epochs",
+    "output_col": "columns.hypothesis",
+    "output_path": "output_dir",
+    "output_text_col": "output_columns.hypothesis",
+    "overwrite_output_dir": "resume",
+    "per_device_train_batch_size": "batch.micro_batch_size",
+    "processor_name_or_path": "teacher.processor",
+    "processor_path_or_name": "teacher.processor",
+    "resume_from_checkpoint": "resume",
+    "save_dir": "output_dir",
+    "student_model_decoder_layers": "student.decoder_layers",
+    "student_model_dir": "output_dir",
+    "student_model_encoder_layers": "student.encoder_layers",
+    "student_model_path": "student.path",
+    "target_col": "columns.reference",
+    "target_text_col": "columns.text",
+    "teacher_checkpoint": "teacher.path",
+    "teacher_model_name_or_path": "teacher.path",
+    "teacher_model_path_or_name": "teacher.path",
+    "text_col": "columns.text",
+    "text_norm": "metric.normalization",
+    "train": "optimizer, schedule and batch",
+    "train_jsonl_path": "data.train_manifests (a list)",
+    "wer_threshold": "data.max_error_rate (a ratio: 10 % is 0.1)",
+}
+
+
+class ConfigError(Exception):
+    """The config, or something that it names, cannot be used; the script ends with exit code 2."""
+
+
+class StrictModel(BaseModel):
+    """A config section: immutable, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+Config = TypeVar("Config", bound=StrictModel)
+
+
+def load_config(path: Path, model: type[Config]) -> Config:
+    """Return the validated config in the JSON file `path`.
+
+    Raises:
+        ConfigError: the file is unreadable or not JSON, or a key is unknown, duplicate, missing,
+            ill-typed or out of range; the message lists every problem, one per line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the config: {error}") from None
+    duplicates: list[str] = []
+
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        duplicates.extend(sorted({key for key in keys if keys.count(key) > 1}))
+        return dict(pairs)
+
+    try:
+        json.loads(text, object_pairs_hook=reject_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    problems = [f'"{key}": this key stands twice in one object' for key in duplicates]
+    try:
+        config = model.model_validate_json(text)
+    except ValidationError as error:
+        problems += [_explain(details, model) for details in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def defaults_used(config: StrictModel, prefix: str = "") -> list[str]:
+    """Return "key = default" for every key that the file left out, so that the log can say so."""
+    lines: list[str] = []
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if name not in config.model_fields_set:
+            shown = value.model_dump_json() if isinstance(value, StrictModel) else json.dumps(value)
+            lines.append(f"{prefix}{name} = {shown}")
+        elif isinstance(value, StrictModel):
+            lines += defaults_used(value, f"{prefix}{name}.")
+    return lines
+
+
+def key_paths(model: type[StrictModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted path and the field of every key that a config file can hold."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        if section := _section_of(field.annotation):
+            yield from key_paths(section, f"{prefix}{name}.")
+
+
+def describe(model: type[StrictModel]) -> str:
+    """Return the `--help` table: every key with its type, default and meaning."""
+    rows = []
+    for path, field in key_paths(model):
+        if _section_of(field.annotation) and not _is_list(field.annotation):
+            continue
+        default = "required" if field.is_required() else f"default {_default_of(field)}"
+        rows.append(
+            f"  {path}\n      {_type_name(field)}, {default}. {field.description or ''}".rstrip()
+        )
+    return "\n".join(rows)
+
+
+def _explain(details: ErrorDetails, model: type[StrictModel]) -> str:
+    """Return one pydantic error as a sentence for the person who wrote the file."""
+    # Members of a union put their own name into the location: keep what stands in the file.
+    known = {part for path, _ in key_paths(model) for part in path.split(".")}
+    parts = [
+        part
+        for part in details["loc"]
+        if isinstance(part, int) or part in known or details["type"] == "extra_forbidden"
+    ]
+    path = ".".join(str(part) for part in parts) or "the file"
+    kind, message = details["type"], details["msg"]
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{_suggest(path, model)}"
+    if kind == "missing":
+        return f"{path}: missing; this key is required"
+    if kind in ("value_error", "assertion_error"):
+        return f"{path}: {message.removeprefix('Value error, ')}"
+    return (
+        f"{path}: {message}, found {json.dumps(details['input'], ensure_ascii=False, default=str)}"
+    )
+
+
+def _suggest(path: str, model: type[StrictModel]) -> str:
+    """Return the new name of a retired key or the nearest valid one, as the end of a sentence."""
+    section, _, name = path.rpartition(".")
+    if name in RENAMED_KEYS:
+        return f': it is now "{RENAMED_KEYS[name]}"'
+    valid = [key for key, _ in key_paths(model)]
+    siblings = {key.rpartition(".")[2]: key for key in valid if key.rpartition(".")[0] == section}
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return f'. Did you mean "{near[0]}"?'
+    elsewhere = {key.rpartition(".")[2]: key for key in valid}
+    if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
+        return f'. Did you mean "{elsewhere[near[0]]}"?'
+    return f". Valid here: {', '.join(siblings)}" if siblings else ""
+
+
+def _section_of(annotation: object) -> type[StrictModel] | None:
+    """Return the config section inside an annotation such as `Section`, `Section | None`, `list[Section]`."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation if issubclass(annotation, StrictModel) else None
+    sections = [_section_of(argument) for argument in get_args(annotation)]
+    return next((section for section in sections if section), None)
+
+
+def _is_list(annotation: object) -> bool:
+    return get_origin(annotation) is list
+
+
+def _default_of(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    assert default is not PydanticUndefined
+    return json.dumps(default, default=str)
+
+
+def _type_name(field: FieldInfo) -> str:
+    """Return a field's type in JSON's words, with its bounds: "number > 0", "string or null"."""
+    bounds = []
+    for rule in field.metadata:
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if isinstance(rule, Gt | Ge | Lt | Le | Interval) and (
+                (bound := getattr(rule, name, None)) is not None
+            ):
+                bounds.append(f"{sign} {bound}")
+        if isinstance(rule, MinLen | Len) and rule.min_length:
+            bounds.append(f"at least {rule.min_length}")
+    return " ".join([_json_type(field.annotation), *bounds])
+
+
+def _json_type(annotation: object) -> str:
+    if get_origin(annotation) is Annotated:
+        inner, *rules = get_args(annotation)
+        return (
+            _type_name(FieldInfo(annotation=inner, metadata=list(rules)))
+            if rules
+            else _json_type(inner)
+        )
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_json_type(argument) for argument in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return " | ".join(json.dumps(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {_json_type(get_args(annotation)[0])}"
+    names = {str: "string", Path: "path", int: "integer", float: "number", bool: "true | false"}
+    if annotation is type(None):
+        return "null"
+    return names.get(annotation, "object")  # type: ignore[call-overload, no-any-return]

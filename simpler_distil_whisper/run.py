@@ -1,0 +1,338 @@
+"""One run of one script: its command line, its output folder, its log, its signals, its exit code.
+
+Owns everything that the five scripts share around their work, so that each script is only its work.
+It knows nothing of audio or models. Called by the `__main__` block of each script.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from simpler_distil_whisper.config import Config, ConfigError, defaults_used, describe, load_config
+
+log = logging.getLogger("simpler_distil_whisper")
+
+USAGE = """\
+Usage: python {name}.py CONFIG.json            do the work
+       python {name}.py CONFIG.json --check    check config, files, rows and model; do no work
+       python {name}.py --help                 this text
+
+Keys of the config (a path is relative to the working directory):
+{keys}
+
+Exit codes: 0 done, 1 bug, 2 config, 3 data, 130/143 interrupted with the work saved."""
+
+# Keys that change how a run goes but not what it computes: a resumed run may change them.
+HARMLESS_KEYS = {"resume", "output_dir", "data.num_workers", "data.max_bad_fraction"}
+PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
+
+Prepared = TypeVar("Prepared")
+
+
+class DataError(Exception):
+    """The data cannot be used; the script ends with exit code 3."""
+
+
+class Interrupted(Exception):
+    """A stop signal came and the work so far is saved; the script ends with 128 + signal number."""
+
+
+class Run:
+    """The output folder of one run: config copy, `run_info.json`, `log.txt`, stop signal.
+
+    Attributes:
+        folder: where this run writes; it exists.
+        resumed: an earlier run of the same config has left work in the folder.
+    """
+
+    def __init__(
+        self, name: str, config_path: Path, config: Any, *, overwrite: bool = False
+    ) -> None:
+        """Open the folder `config.output_dir` for a run of the script `name`.
+
+        Raises:
+            ConfigError: the folder holds something that this run must not touch.
+        """
+        self.name = name
+        self.folder: Path = config.output_dir
+        self.stop_signal: int | None = None
+        self._copy = self.folder / f"{name}.json"
+        self._info_path = self.folder / "run_info.json"
+        self.finished = not overwrite and _outcome_in(self._info_path) == "done"
+        self.resumed = self._copy.exists()
+        if not is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return
+        self._refuse_foreign_folder(config_path, config, overwrite)
+        if self.finished:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite or not self.resumed:
+            write_atomically(self._copy, config_path.read_bytes())
+        self.info: dict[str, Any] = {
+            "script": name,
+            "outcome": "running",
+            "resumed": self.resumed and not overwrite,
+            "command": [Path(sys.executable).name, *sys.argv],
+            "started": _now(),
+            "ended": None,
+            "processes": process_count(),
+            "git_commit": _git_commit(),
+            "versions": _versions(),
+            "config": config.model_dump(mode="json"),
+        }
+        self._save_info()
+
+    def _refuse_foreign_folder(self, config_path: Path, config: Any, overwrite: bool) -> None:
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        way_out = 'choose another "output_dir"'
+        if not self._copy.exists():
+            raise ConfigError(
+                f"{config_path}: output_dir: {self.folder} is not empty and holds no {self._copy.name}, "
+                f"so another program made it; {way_out}"
+            )
+        if overwrite:
+            return
+        if getattr(config, "resume", "auto") == "never":
+            raise ConfigError(
+                f'{config_path}: output_dir: {self.folder} holds an earlier run; set "resume" to '
+                f'"auto" to continue it, or {way_out}'
+            )
+        earlier = load_config(self._copy, type(config))
+        before, after = (
+            _flat(earlier.model_dump(mode="json")),
+            _flat(config.model_dump(mode="json")),
+        )
+        keys = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+        if changed := [key for key in keys if key not in HARMLESS_KEYS]:
+            lines = [f"  {key}: was {before.get(key)}, is {after.get(key)}" for key in changed]
+            raise ConfigError(
+                f"{config_path}: output_dir: {self.folder} holds a run of another config; {way_out}, "
+                "or restore these keys:\n" + "\n".join(lines)
+            )
+
+    def note(self, **facts: object) -> None:
+        """Add facts such as the device to `run_info.json`."""
+        if is_main_process():
+            self.info.update(facts)
+            self._save_info()
+
+    def close(self, outcome: str) -> None:
+        """Write down how the run ended: "done", "interrupted", "failed"."""
+        self.note(outcome=outcome, ended=_now())
+
+    def stop_if_asked(self) -> None:
+        """Raise `Interrupted` if a stop signal has come; call it where all work so far is saved."""
+        if self.stop_signal:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def stop_signals(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM only set `stop_signal`, the second one stop at once."""
+
+        def on_signal(number: int, frame: object) -> None:
+            if self.stop_signal:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            log.warning("Stopping after this step, with the work saved (again: stop at once) ...")
+
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, on_signal) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _save_info(self) -> None:
+        text = json.dumps(self.info, ensure_ascii=False, indent=2)
+        write_atomically(self._info_path, text.encode())
+
+
+def run_script(
+    name: str,
+    purpose: str | None,
+    model: type[Config],
+    prepare: Callable[[Config], Prepared],
+    work: Callable[[Config, Prepared, Run], str],
+    *,
+    overwrite: bool = False,
+) -> int:
+    """Run one script from its command line and return its exit code.
+
+    Args:
+        name: the script's name without ".py".
+        purpose: the script's docstring, shown by `--help`.
+        model: the class of its config.
+        prepare: checks everything that the config names and returns what `work` needs. It writes
+            nothing and imports neither torch nor transformers, so that `--check` is quick.
+        work: does the work and returns the closing words: what was written, what to run next.
+        overwrite: a new run in the same folder replaces its own results (for work of seconds).
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
+    _log_to_stderr()
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{(purpose or '').strip()}\n\n{USAGE.format(name=name, keys=describe(model))}")
+        return 0
+    if len(arguments) != 1:
+        print(f"Usage: python {name}.py CONFIG.json [--check], or --help", file=sys.stderr)
+        return 2
+    path = Path(arguments[0])
+    run: Run | None = None
+    try:
+        config = load_config(path, model)
+        if left_out := defaults_used(config):
+            log.info(
+                "%d keys not in the file took defaults: %s", len(left_out), "; ".join(left_out)
+            )
+        prepared = prepare(config)
+        if "--check" in sys.argv[1:]:
+            log.info("%s: all checked, nothing done.", path)
+            return 0
+        run = Run(name, path, config, overwrite=overwrite)
+        if run.finished:
+            log.info("%s holds the finished run of this config; nothing to do.", run.folder)
+            return 0
+        with run.stop_signals(), _log_to_file(run.folder):
+            closing_words = work(config, prepared, run)
+            run.close("done")
+            if is_main_process():
+                log.info("%s", closing_words)
+        return 0
+    except ConfigError as error:
+        return _fail(run, 2, str(error))
+    except DataError as error:
+        return _fail(run, 3, str(error))
+    except (Interrupted, KeyboardInterrupt):
+        number = (run.stop_signal if run else None) or signal.SIGINT
+        if run:
+            run.close("interrupted")
+        log.warning("Interrupted; run the same command again to continue.")
+        return 128 + number
+    except Exception:
+        where = f" The log is {run.folder / 'log.txt'}." if run else ""
+        return _fail(run, 1, f"{traceback.format_exc()}This is a bug, please report it.{where}")
+
+
+def process_rank() -> int:
+    """Return this process's number among those that torchrun or accelerate launched, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Return how many processes torchrun or accelerate launched."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes the files that exist once per run."""
+    return process_rank() == 0
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a kill leaves either the old one or the whole new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def progress_options(description: str, unit: str) -> dict[str, Any]:
+    """Return tqdm's options: live on a terminal, a line now and then in a file, one bar per run."""
+    seconds = 0.5 if sys.stderr.isatty() else 30.0
+    return {
+        "desc": description,
+        "unit": unit,
+        "mininterval": seconds,
+        "disable": not is_main_process(),
+        "dynamic_ncols": True,
+    }
+
+
+def _fail(run: Run | None, code: int, message: str) -> int:
+    log.error("%s", message)
+    if run:
+        run.close("failed")
+    return code
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+@contextlib.contextmanager
+def _log_to_file(folder: Path) -> Iterator[None]:
+    if not is_main_process():
+        yield
+        return
+    with (folder / "log.txt").open("a", encoding="utf-8") as file:
+        handler: logging.StreamHandler[TextIO] = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        try:
+            yield
+        except Exception:
+            log.handlers[-1].handle(
+                log.makeRecord(log.name, logging.ERROR, "", 0, traceback.format_exc(), (), None)
+            )
+            raise
+        finally:
+            log.removeHandler(handler)
+
+
+def _outcome_in(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["outcome"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    """Return {"a.b": value} for {"a": {"b": value}}."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the code that runs, with "-dirty" if it was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        here = Path(__file__).parent
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,264 @@
+"""Text as it is compared: language names, normalisation of copies, characters and words.
+
+Owns everything that decides what counts as "the same text"; it never changes a text that is kept.
+Called by the scripts that prompt Whisper for a language and by `metrics.py`.
+"""
+
+import difflib
+import functools
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import Field
+
+from simpler_distil_whisper.config import StrictModel
+
+Unit = Literal["auto", "character", "word", "mixed"]
+"""What an error rate counts; "auto" becomes "character" or "word" for each utterance."""
+
+# The language tokens of large-v3; models before it have all of these but `yue`.
+WHISPER_LANGUAGES: dict[str, str] = {
+    **{"en": "english", "zh": "chinese", "de": "german", "es": "spanish", "ru": "russian"},
+    **{"ko": "korean", "fr": "french", "ja": "japanese", "pt": "portuguese", "tr": "turkish"},
+    **{"pl": "polish", "ca": "catalan", "nl": "dutch", "ar": "arabic", "sv": "swedish"},
+    **{"it": "italian", "id": "indonesian", "hi": "hindi", "fi": "finnish", "vi": "vietnamese"},
+    **{"he": "hebrew", "uk": "ukrainian", "el": "greek", "ms": "malay", "cs": "czech"},
+    **{"ro": "romanian", "da": "danish", "hu": "hungarian", "ta": "tamil", "no": "norwegian"},
+    **{"th": "thai", "ur": "urdu", "hr": "croatian", "bg": "bulgarian", "lt": "lithuanian"},
+    **{"la": "latin", "mi": "maori", "ml": "malayalam", "cy": "welsh", "sk": "slovak"},
+    **{"te": "telugu", "fa": "persian", "lv": "latvian", "bn": "bengali", "sr": "serbian"},
+    **{"az": "azerbaijani", "sl": "slovenian", "kn": "kannada", "et": "estonian"},
+    **{"mk": "macedonian", "br": "breton", "eu": "basque", "is": "icelandic", "hy": "armenian"},
+    **{"ne": "nepali", "mn": "mongolian", "bs": "bosnian", "kk": "kazakh", "sq": "albanian"},
+    **{"sw": "swahili", "gl": "galician", "mr": "marathi", "pa": "punjabi", "si": "sinhala"},
+    **{"km": "khmer", "sn": "shona", "yo": "yoruba", "so": "somali", "af": "afrikaans"},
+    **{"oc": "occitan", "ka": "georgian", "be": "belarusian", "tg": "tajik", "sd": "sindhi"},
+    **{"gu": "gujarati", "am": "amharic", "yi": "yiddish", "lo": "lao", "uz": "uzbek"},
+    **{"fo": "faroese", "ht": "haitian creole", "ps": "pashto", "tk": "turkmen"},
+    **{"nn": "nynorsk", "mt": "maltese", "sa": "sanskrit", "lb": "luxembourgish"},
+    **{"my": "myanmar", "bo": "tibetan", "tl": "tagalog", "mg": "malagasy", "as": "assamese"},
+    **{"tt": "tatar", "haw": "hawaiian", "ln": "lingala", "ha": "hausa", "ba": "bashkir"},
+    **{"jw": "javanese", "su": "sundanese", "yue": "cantonese"},
+}
+
+# Other names -> Whisper's code: the first twelve are Whisper's own, the others are what data sets
+# and the ISO 639 standards call the same languages.
+LANGUAGE_ALIASES: dict[str, str] = {
+    **{"burmese": "my", "valencian": "ca", "flemish": "nl", "haitian": "ht", "castilian": "es"},
+    **{"letzeburgesch": "lb", "pushto": "ps", "panjabi": "pa", "moldavian": "ro"},
+    **{"moldovan": "ro", "sinhalese": "si", "mandarin": "zh"},
+    **{"cmn": "zh", "zho": "zh", "zh-yue": "yue", "simplified chinese": "zh"},
+    **{"traditional chinese": "zh", "mandarin chinese": "zh", "putonghua": "zh", "farsi": "fa"},
+    **{"jv": "jw", "iw": "he", "in": "id", "ji": "yi", "nb": "no", "fil": "tl", "filipino": "tl"},
+}
+
+HOKKIEN_NAMES = {
+    *("hokkien", "nan", "taiwanese", "minnan", "min nan", "min-nan", "southern min", "taigi"),
+    *("tai-gi", "hoklo", "zh-min-nan", "taiwanese hokkien"),
+}
+
+# Written without spaces between words, or (Korean) with spaces that even careful writers set
+# differently: such languages are scored by character.
+CHARACTER_LANGUAGES = {"zh", "yue", "ja", "ko", "th", "lo", "my", "km", "bo"}
+
+# Inside a regular expression's brackets. Planes 2 and 3 hold nothing but Han characters.
+HAN_AND_KANA = (
+    r"\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3041-\u3096\u309d-\u309f"
+    r"\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    r"\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f\U00020000-\U0003ffff"
+)
+OTHER_UNSPACED = (
+    r"\u0e01-\u0e4e\u0e80-\u0ece\u0edc-\u0edf\u0f40-\u0fbc\u1000-\u103f\u1050-\u109d\u1780-\u17d3"
+    r"\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa7f\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
+)
+UNSPACED = HAN_AND_KANA + OTHER_UNSPACED
+
+MIXED_TOKEN = re.compile(rf"[{HAN_AND_KANA}]|[^\s{HAN_AND_KANA}]+")
+UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}]")
+SPACED_WORD = re.compile(rf"[^\W_{UNSPACED}]+")
+
+# Joiners, direction marks, soft hyphens and variation selectors: two texts that differ only in
+# these look the same. Not the zero-width space, which separates words.
+INVISIBLE = re.compile(
+    r"[\u00ad\u034f\u061c\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+    r"\U000e0000-\U000e0fff]"
+)
+DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+APOSTROPHES = "'\u2018\u2019\u02bc"
+DECIMAL_SIGNS = ".,\u066b"
+
+
+class TextNormalization(StrictModel):
+    """What is made equal before texts are compared; the texts that are kept stay as they are."""
+
+    unicode: Literal["NFC", "NFKC"] | None = Field(
+        default="NFKC",
+        description="Unicode form; NFKC also unifies full-width and half-width, null leaves all.",
+    )
+    lowercase: bool = Field(default=True, description="Compare without regard to case.")
+    remove_punctuation: bool = Field(
+        default=True,
+        description="Turn punctuation and symbols (also % and currency signs) of every script into "
+        "spaces, except apostrophes inside words and decimal signs between digits; 1,000 becomes "
+        "1000; invisible characters go.",
+    )
+    chinese_script: Literal["simplified", "traditional"] | None = Field(
+        default=None,
+        description="Compare Chinese in one script, converted by OpenCC; null converts nothing "
+        "(right for Hokkien and Cantonese written in Han characters).",
+    )
+
+
+def whisper_language(name: str) -> str:
+    """Return Whisper's code of a language given as a code, a locale or an English name.
+
+    Raises:
+        ValueError: Whisper has no such language; the message says what to write instead.
+    """
+    wanted = " ".join(name.lower().replace("_", "-").split())
+    base = wanted.split("-")[0]
+    if wanted in HOKKIEN_NAMES or base in HOKKIEN_NAMES:
+        raise ValueError(
+            f'"{name}": Whisper has no token for Hokkien (Taiwanese, Min Nan); use "zh", under '
+            "which it learns and writes Hokkien in Han characters"
+        )
+    names = {
+        **{english: code for code, english in WHISPER_LANGUAGES.items()},
+        **{code: code for code in WHISPER_LANGUAGES},
+        **LANGUAGE_ALIASES,
+    }
+    # "zh-TW", "pt_BR" and "zh-Hant-TW" name a language and a place or a script.
+    for key in (wanted, "-".join(wanted.split("-")[:2]), base):
+        if key in names:
+            return names[key]
+    near = difflib.get_close_matches(wanted, names, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else '; write a code such as "en" or "zh"'
+    raise ValueError(f'"{name}" is no language that Whisper knows{hint}')
+
+
+def make_normalizer(options: TextNormalization) -> Callable[[str], str]:
+    """Return the function that normalises one text; using it twice changes nothing more."""
+    steps: list[Callable[[str], str]] = []
+    if options.remove_punctuation:
+        # Before all else, because what an invisible character keeps apart can compose.
+        steps.append(functools.partial(INVISIBLE.sub, ""))
+    if options.unicode:
+        steps.append(functools.partial(unicodedata.normalize, options.unicode))
+    if options.lowercase:
+        steps.append(str.lower)
+        if options.unicode:
+            steps.append(functools.partial(unicodedata.normalize, options.unicode))
+    if options.chinese_script:
+        steps.append(_chinese_converter(options.chinese_script))
+    if options.remove_punctuation:
+        steps.append(_without_punctuation)
+
+    def normalize(text: str) -> str:
+        for step in steps:
+            text = step(text)
+        return " ".join(text.split())
+
+    return normalize
+
+
+def tokens(text: str, unit: Unit) -> list[str]:
+    """Return the pieces of a text that an error rate in this unit counts.
+
+    Args:
+        text: the text, normalised or not.
+        unit: "character": Unicode code points without whitespace; "word": what whitespace
+            separates; "mixed": Han characters and kana one by one, all else by words.
+
+    Raises:
+        ValueError: the unit is "auto", which `unit_for` turns into one of the others.
+    """
+    if unit == "character":
+        return list("".join(text.split()))
+    if unit == "word":
+        return text.split()
+    if unit == "mixed":
+        return MIXED_TOKEN.findall(text)
+    raise ValueError(f'no text can be split by the unit "{unit}"')
+
+
+def unit_for(language: str | None, text: str) -> Unit:
+    """Return "character" or "word", whichever tells more in this language.
+
+    A word error rate of a language without spaces is all or nothing: one wrong character makes the
+    whole sentence one wrong word.
+
+    Args:
+        language: a name or code; where it is None or not one of Whisper's, the script decides.
+        text: the reference, looked at only where the language does not decide.
+    """
+    code = _code_or_none(language) if language else None
+    if code:
+        return "character" if code in CHARACTER_LANGUAGES else "word"
+    # A word against a character, not letters against letters: one English brand name must not
+    # outweigh the Chinese sentence around it.
+    unspaced = len(UNSPACED_CHARACTER.findall(text))
+    return "character" if unspaced and unspaced >= len(SPACED_WORD.findall(text)) else "word"
+
+
+@functools.lru_cache(maxsize=1024)
+def _code_or_none(language: str) -> str | None:
+    try:
+        return whisper_language(language)
+    except ValueError:
+        return None
+
+
+def _chinese_converter(script: Literal["simplified", "traditional"]) -> Callable[[str], str]:
+    import opencc  # here, because few runs need it
+
+    converter = opencc.OpenCC("t2s" if script == "simplified" else "s2t")
+
+    def convert(text: str) -> str:
+        # Twice, because OpenCC goes from 薴 by way of 苧 to 苎.
+        return str(converter.convert(converter.convert(text)))
+
+    return convert
+
+
+class _PunctuationTable(dict[int, str]):
+    """A table for `str.translate` that looks up each character's Unicode category once."""
+
+    def __missing__(self, code_point: int) -> str:
+        character = chr(code_point)
+        if character in APOSTROPHES:
+            replacement = "'"
+        elif character in DECIMAL_SIGNS:
+            replacement = character
+        else:
+            category = unicodedata.category(character)
+            # Me: circles and boxes around other characters. Cc, Cf: control characters.
+            blank = category[0] in "PS" or category in ("Me", "Cc", "Cf")
+            replacement = " " if blank else character
+        self[code_point] = replacement
+        return replacement
+
+
+PUNCTUATION_TO_SPACE = _PunctuationTable()
+
+
+def _without_punctuation(text: str) -> str:
+    text = DIGIT_GROUP_COMMA.sub("", text.translate(PUNCTUATION_TO_SPACE))
+    stray = _stray_signs()
+    found = 1
+    while found:  # one sign that goes can leave the next one without its word
+        text, found = stray.subn(" ", text)
+    return text
+
+
+@functools.cache
+def _stray_signs() -> re.Pattern[str]:
+    """Return what finds apostrophes, decimal signs and combining marks that belong to no word."""
+    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
+    letter = rf"[^\s'{DECIMAL_SIGNS}{UNSPACED}]"
+    return re.compile(
+        rf"(?<!{letter})'|'(?!{letter})"
+        rf"|(?<!\d)[{DECIMAL_SIGNS}]|[{DECIMAL_SIGNS}](?!\d)"
+        rf"|(?<!\S)[{marks}]+"
+    )

@@ -1,0 +1,303 @@
+"""The training loop: one optimizer step after the other, and what comes due between them.
+
+JSONL line to gradient: `TrainingDataset` -> `Trainer.train_step` -> `TeacherAndStudent.forward` ->
+`distillation_loss` -> backward. Called by `run_distillation.py`.
+"""
+
+import contextlib
+import datetime
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from tqdm import tqdm
+
+from simpler_distil_whisper.batches import load_ahead
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.losses import LossTerms
+from simpler_distil_whisper.manifest import Manifest, rejection_line
+from simpler_distil_whisper.run import DataError, Interrupted, Run, log, progress_options
+from simpler_distil_whisper.training import (
+    Checkpoints,
+    MetricsLog,
+    TeacherAndStudent,
+    TrainerState,
+    encoders_are_equal,
+    freeze,
+    learning_rate_factor,
+    parameter_groups,
+)
+from simpler_distil_whisper.training_data import (
+    Example,
+    TrainingBatch,
+    TrainingDataset,
+    TrainingPlan,
+    micro_batches,
+)
+from simpler_distil_whisper.training_options import DistillationConfig, Objective, RunLength
+from simpler_distil_whisper.validation import Score, Validation
+from simpler_distil_whisper.whisper import Whisper, save_whisper, torch_dtype
+
+
+def make_accelerator(
+    precision: Literal["auto", "float32", "bf16", "fp16"], seed: int
+) -> Accelerator:
+    """Return the connection to devices and other processes, with all random states seeded.
+
+    Raises:
+        ConfigError: the device cannot compute in this precision.
+    """
+    if precision == "auto":
+        precision = (
+            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        )
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError('precision: "fp16" needs a GPU; "float32" and "bf16" run everywhere')
+    set_seed(seed)
+    # One process may validate or save for longer than the usual 10 minutes.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
+    mixed = "no" if precision == "float32" else precision
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=[patience])
+
+
+class Trainer:
+    """A student on its way from the pruned to the distilled model.
+
+    Attributes:
+        state: the optimizer steps done, and the best score so far.
+    """
+
+    def __init__(
+        self,
+        config: DistillationConfig,
+        length: RunLength,
+        run: Run,
+        accelerator: Accelerator,
+        teacher: Whisper,
+        student: Whisper,
+    ) -> None:
+        """Assemble models and optimizer and continue from the last checkpoint, if there is one.
+
+        Args:
+            config: of the run.
+            length: of the run, in optimizer steps.
+            run: whose folder is written and whose stop signal is obeyed.
+            accelerator: device and other processes.
+            teacher: in float32, on the CPU; cast and placed here.
+            student: in float32, on the CPU; trained in place.
+        """
+        self.config, self.length, self.run = config, length, run
+        self.accelerator, self.teacher, self.student = accelerator, teacher, student
+        freeze(student.model, **config.freeze.model_dump())
+        shared = config.freeze.encoder and encoders_are_equal(student.model, teacher.model)
+        log.info("one encoder for both models: %s", "yes" if shared else "no")
+        dtype = torch_dtype(config.teacher.dtype, accelerator.device)
+        teacher.model.to(accelerator.device, dtype)
+        models = TeacherAndStudent(
+            student.model, teacher.model, config.objective.temperature, shared
+        )
+        options = config.optimizer
+        optimizer = torch.optim.AdamW(
+            parameter_groups(models, options.weight_decay),
+            lr=options.learning_rate,
+            betas=(options.betas[0], options.betas[1]),
+            eps=options.epsilon,
+        )
+        self.models, self.optimizer = accelerator.prepare(models, optimizer)
+        keep = config.checkpoints.keep_last
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", keep, accelerator)
+        self.state = self.checkpoints.restore_last() or TrainerState()
+        if self.state.step:
+            log.info("continuing after step %d", self.state.step)
+        self.metrics = MetricsLog(
+            run.folder, self.state.step, config.logging.tensorboard, accelerator.is_main_process
+        )
+        self.interval = Interval(accelerator, config.objective)
+        self.validation: Validation | None = None
+        run.note(
+            device=str(accelerator.device),
+            precision=accelerator.mixed_precision,
+            teacher_dtype=str(dtype).removeprefix("torch."),
+            shared_encoder=shared,
+        )
+
+    def validate_on(self, dev: Manifest) -> None:
+        """Score the student on these rows when validation is due, and the teacher once, now."""
+        options = self.config.validation
+        self.validation = Validation(
+            dev, self.config.data, options.decoding, options.metric, self.accelerator
+        )
+        if options.score_teacher and self.state.teacher_error_rate is None:
+            score = self.validation.score(self.teacher)
+            self.state.teacher_error_rate = score.error_rate
+            self._log_score("teacher", score)
+
+    def train(self, examples: Sequence[Example]) -> None:
+        """Run the steps that are left.
+
+        Raises:
+            Interrupted: a stop signal came; the last step is in a checkpoint.
+            DataError: the loss is no longer finite.
+        """
+        every = self.config.checkpoints.every_steps
+        steps = self._micro_batches_of_each_step(examples)
+        progress = progress_options("training", " steps")
+        for group in tqdm(steps, initial=self.state.step, total=self.length.max_steps, **progress):
+            stop = self.train_step(group)
+            self.state.step += 1
+            step, last = self.state.step, self.state.step == self.length.max_steps
+            if last or step % self.config.logging.every_steps == 0:
+                self._log_interval()
+            if self.validation and (last or step % self.length.validate_every == 0):
+                self._validate(self.validation)
+            if stop or step % every == 0:
+                self.checkpoints.save(self.state)
+            if stop and not last:
+                raise Interrupted
+
+    def train_step(self, group: Sequence[TrainingBatch]) -> bool:
+        """Learn from one optimizer step's micro-batches; return whether to stop after it."""
+        accelerator, weights = self.accelerator, self.config.objective
+        rate = self._set_learning_rate()
+        tokens, stop = self._tokens_and_stop(group)
+        self.models.train()
+        for number, batch in enumerate(group, 1):
+            last = number == len(group)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.models):
+                terms: LossTerms = self.models(batch.to(accelerator.device))
+                loss = weights.cross_entropy_weight * terms.cross_entropy
+                loss = loss + weights.kl_weight * terms.kl
+                # The processes' gradients are averaged, but every token of the step is to count
+                # alike: multiply the average back to a sum and divide once by all tokens.
+                accelerator.backward(loss * accelerator.num_processes / tokens)
+            self.interval.add(terms, batch)
+            self._keep_rejections(batch)
+        limit = self.config.optimizer.max_grad_norm or math.inf
+        norm = accelerator.clip_grad_norm_(self.models.parameters(), limit)
+        self.interval.end_step(norm, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return stop
+
+    def _micro_batches_of_each_step(
+        self, examples: Sequence[Example]
+    ) -> Iterator[tuple[TrainingBatch, ...]]:
+        batch, accelerator = self.config.batch, self.accelerator
+        plan = TrainingPlan(
+            [len(example.tokens) for example in examples],
+            self.length.step_size,
+            batch.length_bucketing,
+            self.config.seed,
+        )
+        steps = range(self.state.step, self.length.max_steps)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        own = list(micro_batches(plan, steps, batch.micro_batch_size, rank, processes))
+        dataset = TrainingDataset(
+            examples, own, self.student.feature_extractor, self.student.tokens.end
+        )
+        loader = iter(load_ahead(dataset, self.config.data.num_workers))
+        for _ in steps:
+            yield tuple(itertools.islice(loader, batch.gradient_accumulation_steps))
+
+    def _set_learning_rate(self) -> float:
+        """Set the learning rate of the coming step and return it."""
+        schedule = self.config.schedule
+        factor = learning_rate_factor(
+            schedule.kind, self.state.step, schedule.warmup_steps, self.length.max_steps
+        )
+        rate = factor * self.config.optimizer.learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _tokens_and_stop(self, group: Iterable[TrainingBatch]) -> tuple[int, bool]:
+        """Return the label tokens of this step in all processes, and whether one is to stop."""
+        own = sum(batch.label_tokens for batch in group)
+        counts = torch.tensor([own, int(self.run.stop_signal is not None)])
+        tokens, stop = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
+        return max(tokens, 1), stop > 0
+
+    def _keep_rejections(self, batch: TrainingBatch) -> None:
+        for rejection in batch.rejections:
+            log.warning("not learnt from: %s: %s", rejection.place, rejection.reason)
+            with (self.run.folder / "rejected.jsonl").open("a", encoding="utf-8") as file:
+                file.write(rejection_line(rejection))
+
+    def _log_interval(self) -> None:
+        values = self.interval.end()
+        if not math.isfinite(values["train/loss"]):
+            raise DataError(
+                f"the loss at step {self.state.step} is {values['train/loss']}: lower "
+                'optimizer.learning_rate, raise schedule.warmup_steps or use precision "float32"'
+            )
+        self.metrics.log(self.state.step, dict(values))
+
+    def _validate(self, validation: Validation) -> None:
+        """Score the student; keep it as `best/` if it is the best so far."""
+        self.models.eval()
+        score = validation.score(self.student)
+        self._log_score("student", score)
+        best, rate = self.state.best_error_rate, score.error_rate
+        if rate is not None and (best is None or rate < best):
+            self.state.best_error_rate = rate
+            if self.config.checkpoints.keep_best and self.accelerator.is_main_process:
+                best_folder = self.run.folder / "best"
+                save_whisper(self.student.model, self.student.processor_folder, best_folder)
+
+    def _log_score(self, who: str, score: Score) -> None:
+        self.metrics.log(self.state.step, score.values(f"validation/{who}/"))
+        rates = ", ".join(
+            f"{name} {rate:.4f}" for name, rate in score.values("").items() if rate is not None
+        )
+        log.info("step %d: %s on dev: %s", self.state.step, who, rates)
+        for reference, hypothesis in score.examples:
+            log.info("    said %s | %s heard %s", reference, who, hypothesis)
+
+
+class Interval:
+    """What was learnt since the last line of the log, in all processes together."""
+
+    def __init__(self, accelerator: Accelerator, objective: Objective) -> None:
+        """Start the first interval."""
+        self.accelerator = accelerator
+        self.objective = objective
+        self._restart()
+
+    def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
+        """Count one micro-batch; nothing waits for the device here."""
+        self._terms.append(torch.stack([term.detach().float() for term in terms]))
+        self._seconds += batch.seconds
+
+    def end_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Keep what belongs to a step as a whole; the log shows the last one's."""
+        self._grad_norm, self._learning_rate = grad_norm, learning_rate
+
+    def end(self) -> dict[str, float]:
+        """Return the means per token, and the speed; start the next interval."""
+        terms = torch.stack(self._terms).double().sum(0).cpu()
+        own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
+        everyone = self.accelerator.reduce(own.float().to(self.accelerator.device)).tolist()
+        cross_entropy, kl, tokens, audio_seconds = everyone
+        cross_entropy, kl = cross_entropy / max(tokens, 1), kl / max(tokens, 1)
+        weights = self.objective
+        elapsed = time.perf_counter() - self._started
+        values = {
+            "train/loss": weights.cross_entropy_weight * cross_entropy + weights.kl_weight * kl,
+            "train/cross_entropy": cross_entropy,
+            "train/kl": kl,
+            "train/grad_norm": float(self._grad_norm),
+            "train/learning_rate": self._learning_rate,
+            "train/audio_seconds_per_second": audio_seconds / elapsed,
+        }
+        self._restart()
+        return values
+
+    def _restart(self) -> None:
+        self._terms: list[torch.Tensor] = []
+        self._seconds = 0.0
+        self._started = time.perf_counter()

@@ -1,0 +1,163 @@
+"""Small real Whispers and small real audio for the tests: nothing here is mocked."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from simpler_distil_whisper.text import WHISPER_LANGUAGES
+
+SIXTEEN_KHZ = 16_000
+
+
+def make_tokenizer(languages: list[str], window_seconds: int = 30) -> WhisperTokenizer:
+    """A byte-level tokenizer without merges, and Whisper's special tokens in Whisper's order."""
+    vocab = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    end = AddedToken("<|endoftext|>", special=True, normalized=False)
+    tokenizer = WhisperTokenizer(vocab=vocab, merges=[], pad_token=end)
+    names = [
+        "<|startoftranscript|>",
+        *(f"<|{code}|>" for code in languages),
+        "<|translate|>",
+        "<|transcribe|>",
+        "<|startoflm|>",
+        "<|startofprev|>",
+        "<|nospeech|>",
+        "<|notimestamps|>",
+    ]
+    specials = [AddedToken(name, special=True, normalized=False) for name in names]
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    times = [f"<|{step * 0.02:.2f}|>" for step in range(window_seconds * 50 + 1)]
+    tokenizer.add_tokens([AddedToken(time, special=False, normalized=False) for time in times])
+    return tokenizer
+
+
+def make_model_folder(
+    folder: Path,
+    *,
+    languages: list[str] | None = None,
+    english_only: bool = False,
+    mels: int = 80,
+    encoder_layers: int = 2,
+    decoder_layers: int = 2,
+    width: int = 16,
+    window_seconds: int = 2,
+    vocab_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    generation_config: bool = True,
+    processor: bool = True,
+    sharp: float = 4.0,
+    **config: object,
+) -> Path:
+    """Write a random Whisper of the given layout; `sharp` scales its weights, so that it says much.
+
+    A freshly initialised Whisper says the same token whatever it hears.
+    """
+    codes = list(WHISPER_LANGUAGES)[:99] if languages is None else languages
+    tokenizer = make_tokenizer(codes, window_seconds)
+    ids = tokenizer.get_vocab()
+    end = ids["<|endoftext|>"]
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=vocab_size or len(tokenizer),
+            num_mel_bins=mels,
+            d_model=width,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=2 * width,
+            decoder_ffn_dim=2 * width,
+            max_source_positions=window_seconds * 50,
+            max_target_positions=448,
+            pad_token_id=end,
+            bos_token_id=end,
+            eos_token_id=end,
+            decoder_start_token_id=ids["<|startoftranscript|>"],
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+            **config,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "conv" not in name and "encoder.embed_positions" not in name:
+                parameter.mul_(sharp)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=ids["<|startoftranscript|>"],
+        is_multilingual=not english_only,
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        suppress_tokens=[ids["#"], ids["$"]],
+        begin_suppress_tokens=[ids["Ġ"], end],
+        alignment_heads=[[decoder_layers - 1, 0], [decoder_layers - 1, 1]],
+        max_length=448,
+    )
+    if not english_only:
+        model.generation_config.lang_to_id = {f"<|{code}|>": ids[f"<|{code}|>"] for code in codes}
+        tasks = ("transcribe", "translate")
+        model.generation_config.task_to_id = {task: ids[f"<|{task}|>"] for task in tasks}
+    model.to(dtype).save_pretrained(folder)
+    if not generation_config:
+        (folder / "generation_config.json").unlink()
+    if processor:
+        save_processor(folder, tokenizer, mels, window_seconds)
+    return folder
+
+
+def save_processor(
+    folder: Path, tokenizer: WhisperTokenizer, mels: int, window_seconds: int
+) -> None:
+    tokenizer.save_pretrained(folder)
+    extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=window_seconds)
+    extractor.save_pretrained(folder)
+
+
+def write_tone(path: Path, seconds: float = 1.0, rate: int = SIXTEEN_KHZ, seed: int = 0) -> Path:
+    """Write a noisy tone; different seeds sound different to a random Whisper."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    time = np.arange(round(seconds * rate)) / rate
+    sound = np.sin(2 * np.pi * random.uniform(100, 2000) * time) * random.uniform(0.1, 0.5)
+    soundfile.write(path, sound + random.normal(0, 0.05, len(time)), rate)
+    return path
+
+
+def write_rows(path: Path, rows: list[object]) -> Path:
+    """Write JSON lines; a string is written as it is, so that a line can be broken."""
+    lines = [
+        row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, allow_nan=False)
+        for row in rows
+    ]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_corpus(folder: Path, count: int, *, language: str = "zh", start: int = 0) -> Path:
+    """Write `count` clips of 0.4 to 1.6 s with texts, and their manifest."""
+    rows = []
+    for number in range(start, start + count):
+        name = f"audio/{number:04d}.wav"
+        write_tone(folder / name, 0.4 + 1.2 * (number % 7) / 6, seed=number)
+        text = f"第{number}句" if language == "zh" else f"Sentence {number}."
+        rows.append({"id": f"u{number}", "audio": name, "text": text, "language": language})
+    return write_rows(folder / f"{language}-{start}.jsonl", rows)
