@@ -1,7 +1,7 @@
 """Make a student: a copy of the teacher that keeps some of its layers.
 
-Writes a complete Hugging Face model folder, with `layer_map.json` beside the weights that says which
-teacher layer each student layer was.
+Writes a complete Hugging Face model folder, with `layer_map.json` beside the weights that says
+which teacher layer each student layer was.
 """
 
 import json

@@ -8,23 +8,29 @@ utterance), `rejected.jsonl` (every row that was not scored, and why) and `repor
 import contextlib
 import functools
 import json
-import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from simpler_distil_whisper.config import (
-    ConfigError,
-    NonNegativeInt,
-    PositiveInt,
-    StrictModel,
+from simpler_distil_whisper.config import NonNegativeInt, PositiveInt, StrictModel
+from simpler_distil_whisper.hypotheses import (
+    Columns,
+    Examined,
+    Hypotheses,
+    Name,
+    examine,
+    keep_common_utterances,
+    reasons,
+    refuse_missing_columns,
+    usable_rows,
+    why_empty,
 )
+from simpler_distil_whisper.jsonl import to_line
 from simpler_distil_whisper.metrics import (
     Edit,
     ErrorCounts,
@@ -39,43 +45,16 @@ from simpler_distil_whisper.report import Scores, SystemScores, summarize, text_
 from simpler_distil_whisper.run import (
     DataError,
     Run,
+    log,
     progress_options,
     run_script,
     write_atomically,
 )
 from simpler_distil_whisper.text import Unit
 
-log = logging.getLogger("simpler_distil_whisper")
-
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Hypotheses(StrictModel):
-    """One system's answers."""
-
-    name: Name = Field(description="What the system is called in the results.")
-    path: Path = Field(description="JSON Lines file, one utterance per line.")
-
-
-class Columns(StrictModel):
-    """Where a row holds what."""
-
-    id: Name | None = Field(
-        default="id",
-        description="Column of the utterance's id, by which the systems' rows are matched; null "
-        "matches them by line number.",
-    )
-    reference: Name = Field(default="text", description="Column of the human transcript.")
-    hypothesis: Name = Field(default="hypothesis", description="Column of the system's text.")
-    language: Name | None = Field(
-        default="language",
-        description='Column that decides the unit where metric.unit is "auto"; with null, and in '
-        "rows whose language Whisper does not know, the reference's script decides.",
-    )
-
 
 class Config(StrictModel):
-    """Every key of eval.json."""
+    """eval.json."""
 
     output_dir: Path = Field(description="Folder of the results; a new run replaces them.")
     hypotheses: list[Hypotheses] = Field(min_length=1, description="The systems to compare.")
@@ -101,39 +80,6 @@ class Config(StrictModel):
         return systems
 
 
-class RowError(Exception):
-    """A row that cannot be scored; the message is the reason, the same for all rows like it."""
-
-
-class Rejected(NamedTuple):
-    """A row that is not scored, as `rejected.jsonl` lists it."""
-
-    system: str
-    where: str
-    id: str | None
-    reason: str
-
-
-@dataclass
-class Examined:
-    """What the first reading of one system's file found.
-
-    Attributes:
-        lines: id -> line number of each row that can be scored.
-        columns: every column that some row has.
-    """
-
-    system: Hypotheses
-    lines: dict[str, int] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
-    columns: set[str] = field(default_factory=set)
-
-    def reject(self, line: int, utterance_id: str | None, reason: str) -> None:
-        """Note down why the row at `line` is not scored."""
-        where = f"{self.system.path}:{line}"
-        self.rejected.append(Rejected(self.system.name, where, utterance_id, reason))
-
-
 def prepare(config: Config) -> list[Examined]:
     """Return, for each system, the lines of the utterances that all systems can be compared on.
 
@@ -144,7 +90,9 @@ def prepare(config: Config) -> list[Examined]:
     """
     references: dict[str, int] = {}
     examined = [examine(system, config.columns, references) for system in config.hypotheses]
-    refuse_missing_columns(examined, config)
+    language = config.columns.language
+    wanted = {"group_by": config.group_by, "columns.language": [language] if language else []}
+    refuse_missing_columns(examined, wanted)
     keep_common_utterances(examined)
     for one in examined:
         if one.rejected:
@@ -166,7 +114,8 @@ def work(config: Config, examined: list[Examined], run: Run) -> str:
     """Score every system, write the results and return where they are."""
     rejected = [line for one in examined for line in one.rejected]
     write_atomically(
-        run.folder / "rejected.jsonl", b"".join(json_line(row._asdict()) for row in rejected)
+        run.folder / "rejected.jsonl",
+        "".join(to_line(row._asdict()) for row in rejected).encode(),
     )
     interval = functools.partial(
         bootstrap_interval,
@@ -195,68 +144,6 @@ def work(config: Config, examined: list[Examined], run: Run) -> str:
         f"{run.folder} holds report.txt (this table), summary.json, utterances.jsonl and "
         f"rejected.jsonl ({len(rejected)} rows)."
     )
-
-
-def examine(system: Hypotheses, columns: Columns, references: dict[str, int]) -> Examined:
-    """Return which rows of a system's file can be scored.
-
-    Args:
-        system: whose file is read.
-        columns: where a row holds what.
-        references: id -> hash of its reference in the systems before; this system's are added.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    found = Examined(system)
-    try:
-        for line, content in numbered_lines(system.path):
-            utterance_id = None
-            try:
-                row = parse_row(content)
-                found.columns.update(row)
-                utterance_id = id_of(row, line, columns)
-                reference = text_in(row, columns.reference)
-                text_in(row, columns.hypothesis)
-                if utterance_id in found.lines:
-                    raise RowError("its id stands in an earlier row, which is taken")
-                if references.setdefault(utterance_id, hash(reference)) != hash(reference):
-                    raise RowError("an earlier system has another reference for this id")
-                found.lines[utterance_id] = line
-            except RowError as problem:
-                found.reject(line, utterance_id, str(problem))
-    except OSError as error:
-        raise ConfigError(f"hypotheses: cannot read {system.path}: {error.strerror}") from None
-    return found
-
-
-def refuse_missing_columns(examined: list[Examined], config: Config) -> None:
-    """Raise ConfigError if a file with rows has nowhere a column that the config asks for."""
-    wanted = {"group_by": config.group_by}
-    if config.columns.language:
-        wanted["columns.language"] = [config.columns.language]
-    problems = [
-        f'{key}: no row of {one.system.path} has a column "{column}"; '
-        f"columns found: {', '.join(sorted(one.columns))}"
-        for one in examined
-        for key, columns in wanted.items()
-        for column in columns
-        if one.columns and column not in one.columns
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def keep_common_utterances(examined: list[Examined]) -> None:
-    """Reject the rows whose utterance another system lacks, so that all are scored on the same."""
-    common = set.intersection(*(set(one.lines) for one in examined))
-    for one in examined:
-        others = [other for other in examined if other is not one]
-        for utterance_id in [key for key in one.lines if key not in common]:
-            lacking = [f'"{o.system.name}"' for o in others if utterance_id not in o.lines]
-            line = one.lines[utterance_id]
-            one.reject(line, utterance_id, f"no usable row with this id in {', '.join(lacking)}")
-        one.lines = {key: line for key, line in one.lines.items() if key in common}
 
 
 def score_system(one: Examined, config: Config, file: BinaryIO, run: Run) -> SystemScores:
@@ -291,7 +178,7 @@ def score_system(one: Examined, config: Config, file: BinaryIO, run: Run) -> Sys
             "hypothesis": hypothesis,
             "alignment": compact(edits, unit),
         }
-        file.write(json_line(details))
+        file.write(to_line(details).encode())
     return scores
 
 
@@ -311,97 +198,9 @@ def compact(edits: Sequence[Edit], unit: Unit) -> list[list[str]]:
     return [[e.kind, between.join(e.reference), between.join(e.hypothesis)] for e in edits]
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number, from 1, and the bytes of each line that is not blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                yield number, line
-
-
-def usable_rows(one: Examined) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield id and row of each utterance to score, in the order of the file."""
-    ids = {line: utterance_id for utterance_id, line in one.lines.items()}
-    for line, content in numbered_lines(one.system.path):
-        if line in ids:
-            yield ids[line], parse_row(content)
-
-
-def parse_row(content: bytes) -> dict[str, Any]:
-    """Return the JSON object in one line.
-
-    Raises:
-        RowError: the line holds no JSON object.
-    """
-    try:
-        row = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise RowError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise RowError("not JSON") from None
-    if not isinstance(row, dict):
-        raise RowError("not a JSON object")
-    return row
-
-
-def id_of(row: dict[str, Any], line: int, columns: Columns) -> str:
-    """Return the row's id as a string: its line number where there is no id column.
-
-    Raises:
-        RowError: the row's id is neither a string nor an integer.
-    """
-    if columns.id is None:
-        return str(line)
-    if type(row.get(columns.id)) is int:
-        return str(row[columns.id])
-    return text_in(row, columns.id)
-
-
-def text_in(row: dict[str, Any], column: str) -> str:
-    """Return the text in a column.
-
-    Raises:
-        RowError: there is none.
-    """
-    if column not in row:
-        raise RowError(f'no column "{column}"')
-    value = row[column]
-    if value is None:
-        raise RowError(f'column "{column}" is null')
-    if not isinstance(value, str):
-        raise RowError(f'column "{column}" is not a string')
-    if not is_unicode(value):
-        raise RowError(f'column "{column}" holds half a character (a lone surrogate)')
-    return value
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether the text can be written as UTF-8; half a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def label(value: object) -> str:
     """Return the name of the group of rows with this value; a row without the column is "null"."""
-    return value if isinstance(value, str) and is_unicode(value) else json.dumps(value)
-
-
-def reasons(rejected: list[Rejected]) -> str:
-    """Return how many rows were rejected for each reason, and where the first of them stands."""
-    first = {row.reason: row.where for row in reversed(rejected)}
-    counts = Counter(row.reason for row in rejected).most_common()
-    return "\n".join(f"  {count} x {why}, first at {first[why]}" for why, count in counts)
-
-
-def why_empty(one: Examined) -> str:
-    """Return what is wrong with a file none of whose rows is left."""
-    if not one.rejected:
-        return "the file has no rows"
-    found = f"; columns found: {', '.join(sorted(one.columns))}" if one.columns else ""
-    return f"all {len(one.rejected)} rows rejected{found}\n{reasons(one.rejected)}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @contextlib.contextmanager
@@ -411,11 +210,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     with beside.open("wb") as file:
         yield file
     beside.replace(path)
-
-
-def json_line(row: dict[str, Any]) -> bytes:
-    """Return a row of a JSON Lines file."""
-    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.jsonl import Row
 from simpler_distil_whisper.manifest import (
     Manifest,
     ManifestData,
-    Row,
     RowResults,
     Utterance,
     read_manifest,
@@ -99,7 +99,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
 
 
 def answered_row(utterance: Utterance, hypothesis: "Hypothesis", config: Config) -> Row:
-    """Return the row with the hypothesis and a path of its audio that holds from this folder too."""
+    """Return the row with the hypothesis, and its audio's path as it holds from this folder."""
     row = utterance.row
     row[config.data.columns.audio] = str(utterance.audio)
     row[config.output_columns.hypothesis] = hypothesis.text.strip()

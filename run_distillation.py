@@ -1,8 +1,8 @@
 """Train the student on the teacher's pseudo-labels and on its token distribution.
 
-Writes `final/` and `best/` (complete Hugging Face model folders), `checkpoints/` from which a stopped
-run continues, `metrics.jsonl`, `logs/` for TensorBoard, and `rejected.jsonl`: every training row that
-is not used, with the reason.
+Writes `final/` and `best/` (complete Hugging Face model folders), `checkpoints/` from which a
+stopped run continues, `metrics.jsonl`, `logs/` for TensorBoard, and `rejected.jsonl`: every
+training row that is not used, with the reason.
 """
 
 import math
@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: DistillationConfig) -> Prepared:
-    """Return both models' folders, the training examples that pass all filters, and the dev rows."""
+    """Return both models' folders, the examples that pass all filters, and the dev rows."""
     data = config.data
     teacher = read_model_folder(config.teacher.path, config.teacher.processor, "teacher")
     student = read_model_folder(config.student.path, config.student.processor, "student")

@@ -1,9 +1,9 @@
 """Let the teacher transcribe the training audio: manifest -> pseudo-labelled manifest.
 
-Writes `pseudo_labels.jsonl`: the rows of the manifest, in order and with all their fields, in which
-the teacher's hypothesis has taken the place of the text, the text is kept beside it, and their error
-rate stands in a column by which run_distillation.py can filter; and `rejected.jsonl`: every other
-row, with the reason.
+Writes `pseudo_labels.jsonl`: the rows of the manifest, in order and with all their fields, in
+which the teacher's hypothesis has taken the place of the text, the text is kept beside it, and
+their error rate stands in a column by which run_distillation.py can filter; and `rejected.jsonl`:
+every other row, with the reason.
 """
 
 import json
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.jsonl import Row
 from simpler_distil_whisper.manifest import (
     Manifest,
     ManifestData,
-    Row,
     RowResults,
     Utterance,
-    read_lines,
     read_manifest,
 )
 from simpler_distil_whisper.metrics import Metric, Scorer
@@ -126,7 +125,8 @@ def labelled_row(
 
 def log_error_rates(labels: Path, column: str) -> None:
     """Say how many rows each threshold of run_distillation.json would keep."""
-    rates = [json.loads(line)[column] for _, line in read_lines(labels)]
+    with labels.open(encoding="utf-8") as file:
+        rates = [json.loads(line)[column] for line in file]
     known = [rate for rate in rates if rate is not None]
     for threshold in (0.0, 0.05, 0.1, 0.2, 0.5):
         kept = sum(rate <= threshold for rate in known)

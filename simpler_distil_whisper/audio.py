@@ -12,7 +12,7 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # of every Whisper
-# Times in manifests are rounded, and the header of an MP3 counts the encoder's delay or not (20 ms).
+# Times in manifests are rounded, and an MP3's header may count the encoder's delay (20 ms).
 TOLERANCE_SECONDS = 0.05
 
 

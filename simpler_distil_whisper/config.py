@@ -22,7 +22,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
-# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> what they are called here.
+# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> their names here.
 RENAMED_KEYS = {
     "asr_results_path": 'hypotheses": [{"name": ..., "path": ...}]',
     "audio_duration_col": "columns.duration_seconds",
@@ -194,7 +194,7 @@ def _suggest(path: str, model: type[StrictModel]) -> str:
 
 
 def _section_of(annotation: object) -> type[StrictModel] | None:
-    """Return the config section inside an annotation such as `Section`, `Section | None`, `list[Section]`."""
+    """Return the section inside an annotation: of `Section`, `Section | None`, `list[Section]`."""
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation if issubclass(annotation, StrictModel) else None
     sections = [_section_of(argument) for argument in get_args(annotation)]

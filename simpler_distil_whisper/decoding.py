@@ -21,8 +21,8 @@ class Hypothesis:
     """What the model heard in one utterance, and how sure it was.
 
     Attributes:
-        text: without special tokens; with the space before the first word that real Whispers say, so
-            that tokenising it gives the model's own tokens back.
+        text: without special tokens; with the space before the first word that real Whispers say,
+            so that tokenising it gives the model's own tokens back.
         language: the code that was given or detected.
         tokens: how many tokens the text has.
         average_log_probability: of the tokens and the end token, natural logarithm.
@@ -161,13 +161,13 @@ class Transcriber:
     ) -> Tensor:
         """Return float [B, L, D]: decoder states of the ids that follow those in the cache."""
         decoder = self.whisper.model.model.decoder
-        states = decoder(
+        decoded: Tensor = decoder(
             input_ids=ids,
             encoder_hidden_states=states,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        return states
+        return decoded
 
     def _logits(self, states: Tensor) -> Tensor:
         """Return float32 [B, V] of decoder states [B, D]: a tail in bfloat16 would be lost."""
@@ -197,6 +197,6 @@ class Transcriber:
 
 
 def compression_ratio(text: str) -> float:
-    """Return the bytes of a text over its zlib-compressed bytes, as openai/whisper measures loops."""
+    """Return the bytes of a text over its compressed bytes, openai/whisper's measure of loops."""
     data = text.encode()
     return len(data) / len(zlib.compress(data))

@@ -35,8 +35,8 @@ def distillation_loss(
     """Return the two terms of Gandhi et al. 2023, section 4.1, over the tokens that have a label.
 
     cross_entropy = sum -log p_S(label)
-    kl = T² sum_v p_T(v) (log p_T(v) - log p_S(v)), both distributions at temperature T; T² keeps the
-    gradient's size independent of T (Hinton et al. 2015, section 2).
+    kl = T² sum_v p_T(v) (log p_T(v) - log p_S(v)), both distributions at temperature T; T² keeps
+    the gradient's size independent of T (Hinton et al. 2015, section 2).
 
     Real tokens are selected before the vocabulary product, so padding costs nothing there, and the
     softmaxes are in float32, since the tail of 51,866 probabilities is lost in bfloat16.

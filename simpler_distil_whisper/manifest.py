@@ -1,7 +1,8 @@
 """Manifests: audio lists as JSON lines, read with a reason for every row that is not usable.
 
-Owns the type `Utterance`, the columns of a manifest, and `RowResults`, the files in which a run that
-answers row by row keeps its answers so that a kill loses none. Called by all scripts but eval.py.
+Owns the type `Utterance`, the columns of a manifest, and `RowResults`, the files in which a run
+that answers row by row keeps its answers so that a kill loses none. Called by all scripts but
+eval.py.
 """
 
 import json
@@ -9,7 +10,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,7 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
 )
+from simpler_distil_whisper.jsonl import Row, RowError, numbered_lines, parse_row, to_line
 from simpler_distil_whisper.run import (
     DataError,
     is_main_process,
@@ -29,8 +30,6 @@ from simpler_distil_whisper.run import (
     write_atomically,
 )
 from simpler_distil_whisper.text import whisper_language
-
-Row = dict[str, Any]
 
 
 class Columns(StrictModel):
@@ -85,7 +84,7 @@ class Utterance:
     Attributes:
         number: position among the rows, from 0.
         place: "train.jsonl:17", for messages.
-        json: the row as it stands in the file, so that a million rows stay small in memory.
+        json: the row, as text so that a million rows stay small in memory.
         audio: path of the file, found.
         start_seconds: where the part begins.
         duration_seconds: length of the part; None: to the end of the file.
@@ -169,81 +168,52 @@ def read_manifest(
             be lost.
 
     Raises:
-        DataError: the manifest cannot be read or has no rows.
+        ConfigError: the manifest cannot be read.
+        DataError: it has no rows.
     """
     utterances: list[Utterance] = []
     rejections: list[Rejection] = []
-    numbered = enumerate(read_lines(path))
-    for number, (line_number, line) in numbered:
+    for number, (line_number, line) in enumerate(numbered_lines(path, "manifest")):
         if max_utterances is not None and number >= max_utterances:
             log.info("%s: only the first %d rows are used (max_utterances)", path, max_utterances)
             break
         place = f"{path}:{line_number}"
-        row: object = line
+        row: Row | None = None
         try:
-            row = _parse(line)
-            utterance = _utterance(row, line, number, place, path.parent, columns)
+            row = parse_row(line)
+            utterance = _utterance(row, number, place, path.parent, columns)
             _check_language(utterance.language, languages)
-            if taken := sorted(set(new_fields) & utterance.row.keys()):
-                raise ValueError(f"has {taken} already: choose other output_columns")
+            if taken := sorted(set(new_fields) & row.keys()):
+                raise RowError(f"has {taken} already: choose other output_columns")
             utterances.append(utterance)
         except ValueError as error:
-            reason = f"not JSON: {error}" if row is line else str(error)
-            rejections.append(Rejection(number, place, reason, row))
+            unreadable = line.decode(errors="replace")
+            rejections.append(
+                Rejection(number, place, str(error), unreadable if row is None else row)
+            )
     if not utterances and not rejections:
         raise DataError(f"{path}: the manifest has no rows")
     return Manifest(path, utterances, rejections)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line number, from 1, and text of every line that is not blank.
-
-    Raises:
-        DataError: the file cannot be read or is not UTF-8.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line_number, line in enumerate(file, 1):
-                if line.strip():
-                    yield line_number, line.strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _parse(line: str) -> object:
-    """Return the JSON value; ValueError for what standard JSON and UTF-8 cannot write again."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
-    value: object = json.loads(line, parse_constant=refuse)
-    if "\\u" in line:  # only an escape can hold half of a surrogate pair
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _utterance(
-    row: object, line: str, number: int, place: str, folder: Path, columns: Columns
-) -> Utterance:
+def _utterance(row: Row, number: int, place: str, folder: Path, columns: Columns) -> Utterance:
     """Return the row as an utterance; ValueError says why it is unusable."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a row is a JSON object, this is {type(row).__name__}")
     audio = row.get(columns.audio)
     if not isinstance(audio, str) or not audio:
-        raise ValueError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
+        raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
     text = row.get(columns.text)
     if text is not None and not isinstance(text, str):
-        raise ValueError(f'"{columns.text}" is not a string: {text!r}')
+        raise RowError(f'"{columns.text}" is not a string: {text!r}')
     language = row.get(columns.language) if columns.language else None
     identity = row.get(columns.id) if columns.id else None
     start = _seconds(row, columns.start_seconds)
     duration = _seconds(row, columns.duration_seconds)
     if duration == 0:
-        raise ValueError(f'"{columns.duration_seconds}" is 0')
+        raise RowError(f'"{columns.duration_seconds}" is 0')
     return Utterance(
         number=number,
         place=place,
-        json=line,
+        json=to_line(row),
         id=place if identity is None else str(identity),
         audio=_find_audio(audio, folder),
         start_seconds=start or 0.0,
@@ -255,7 +225,7 @@ def _utterance(
 
 def _check_language(language: str | None, known: Collection[str] | None) -> None:
     if language is not None and known is not None and language not in known:
-        raise ValueError(f'the model has no token for the language "{language}"')
+        raise RowError(f'the model has no token for the language "{language}"')
 
 
 def _seconds(row: Row, column: str | None) -> float | None:
@@ -264,7 +234,7 @@ def _seconds(row: Row, column: str | None) -> float | None:
         return None
     # JSON as Python reads it knows NaN and Infinity; bool is an int.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise ValueError(f'"{column}" is not a time in seconds: {value!r}')
+        raise RowError(f'"{column}" is not a time in seconds: {value!r}')
     return float(value)
 
 
@@ -273,7 +243,7 @@ def _find_audio(name: str, folder: Path) -> Path:
     for path in (folder / name, Path(name)):
         if path.exists():
             return path
-    raise ValueError(f'no such file: "{name}", neither in {folder} nor in the working directory')
+    raise RowError(f'no such file: "{name}", neither in {folder} nor in the working directory')
 
 
 class RowResults:
@@ -303,7 +273,7 @@ class RowResults:
         """Keep the answers of one batch; once this returns, a kill does not lose them."""
         entries: list[Row] = [{"number": u.number, "answer": row} for u, row in answers]
         entries += [asdict(rejection) for rejection in rejected]
-        self._own.write("".join(_to_line(entry) for entry in entries))
+        self._own.write("".join(to_line(entry) for entry in entries))
         self._own.flush()
         os.fsync(self._own.fileno())
 
@@ -345,7 +315,7 @@ class RowResults:
                 files[part].seek(offset)
                 entry = json.loads(files[part].readline())
             if "answer" in entry:
-                answered.append(_to_line(entry["answer"]))
+                answered.append(to_line(entry["answer"]))
             else:
                 rejected.append(rejection_line(Rejection(**entry)))
         for file in files.values():
@@ -357,11 +327,7 @@ class RowResults:
 
 def rejection_line(rejection: Rejection) -> str:
     """Return the line of `rejected.jsonl` that accounts for one row."""
-    return _to_line({"place": rejection.place, "reason": rejection.reason, "row": rejection.row})
-
-
-def _to_line(row: object) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return to_line({"place": rejection.place, "reason": rejection.reason, "row": rejection.row})
 
 
 def _entries(part: Path) -> Iterator[tuple[Row, int]]:

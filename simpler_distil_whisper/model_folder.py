@@ -89,8 +89,8 @@ def read_model_folder(path: Path, processor: Path | None, key: str) -> ModelFold
     for files, what in ((FEATURE_FILES, "feature extractor"), (TOKENIZER_FILES, "tokenizer")):
         if not any((source / name).is_file() for name in files):
             raise ConfigError(
-                f"{key}.processor: {source} holds no {what} ({' or '.join(files)}); name the folder "
-                "that does, usually that of the model from which this one was fine-tuned"
+                f"{key}.processor: {source} holds no {what} ({' or '.join(files)}); name the "
+                "folder that does, usually that of the model from which this one was fine-tuned"
             )
     return ModelFolder(path, source, config, _languages(path, source, config, key))
 

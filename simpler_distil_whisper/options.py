@@ -18,7 +18,7 @@ Task = Literal["transcribe", "translate"]
 
 
 def whisper_code(language: str | None) -> str | None:
-    """Return the code that Whisper has for a language, however a config names it; None stays None."""
+    """Return Whisper's code for a language, however a config names it; None stays None."""
     return None if language is None else whisper_language(language)
 
 

@@ -1,7 +1,7 @@
 """Making a student: a copy of the teacher that keeps some of its layers.
 
-Owns which layers are kept and how everything that refers to them follows. It knows nothing of files.
-Called by `create_student_model.py`.
+Owns which layers are kept and how everything that refers to them follows. It knows nothing of
+files. Called by `create_student_model.py`.
 """
 
 import copy

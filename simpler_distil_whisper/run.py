@@ -100,8 +100,8 @@ class Run:
         way_out = 'choose another "output_dir"'
         if not self._copy.exists():
             raise ConfigError(
-                f"{config_path}: output_dir: {self.folder} is not empty and holds no {self._copy.name}, "
-                f"so another program made it; {way_out}"
+                f"{config_path}: output_dir: {self.folder} is not empty and holds no "
+                f"{self._copy.name}, so another program made it; {way_out}"
             )
         if overwrite:
             return
@@ -119,8 +119,8 @@ class Run:
         if changed := [key for key in keys if key not in HARMLESS_KEYS]:
             lines = [f"  {key}: was {before.get(key)}, is {after.get(key)}" for key in changed]
             raise ConfigError(
-                f"{config_path}: output_dir: {self.folder} holds a run of another config; {way_out}, "
-                "or restore these keys:\n" + "\n".join(lines)
+                f"{config_path}: output_dir: {self.folder} holds a run of another config; "
+                f"{way_out}, or restore these keys:\n" + "\n".join(lines)
             )
 
     def note(self, **facts: object) -> None:

@@ -184,8 +184,8 @@ def mended_generation_config(
     """Return the model's generation config, complete and without forced ids, as a copy.
 
     A folder without `generation_config.json`, or one saved by an early version, lacks the ids by
-    which `generate(language=...)` works; and forced ids, which old checkpoints carry, would silently
-    win over the language asked for.
+    which `generate(language=...)` works; and forced ids, which old checkpoints carry, would
+    silently win over the language asked for.
     """
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     config._from_model_config = False  # else transformers drops what is added here when it reloads

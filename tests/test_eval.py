@@ -129,7 +129,8 @@ def test_a_second_run_replaces_the_results_with_identical_ones(tmp_path: Path) -
 BAD_ROWS: list[tuple[Row | str, str]] = [
     ("{", "not JSON"),
     ("[" * 100_000, "not JSON"),
-    ("[]", "not a JSON object"),
+    ("[]", "not a JSON object but list"),
+    ("[1]", "not a JSON object but list"),
     ({"text": "x", "hypothesis": "x"}, 'no column "id"'),
     ({"id": 1.5, "text": "x", "hypothesis": "x"}, 'column "id" is not a string'),
     ({"id": "n", "text": None, "hypothesis": "x"}, 'column "text" is null'),
@@ -148,7 +149,7 @@ def test_no_bad_row_is_lost(tmp_path: Path) -> None:
     done = evaluate(tmp_path, config_for(tmp_path, path))
     assert done.returncode == 0, done.stderr
     rejected = lines_of(tmp_path / "out" / "rejected.jsonl")
-    assert [row["where"] for row in rejected] == [
+    assert [row["place"] for row in rejected] == [
         *(f"{path}:{len(ROWS) + number}" for number in range(1, len(BAD_ROWS) + 1)),
         f"{path}:{len(ROWS) + len(BAD_ROWS) + 2}",
     ]
@@ -157,9 +158,9 @@ def test_no_bad_row_is_lost(tmp_path: Path) -> None:
     one = summary_in(tmp_path)["systems"]["one"]
     assert one["corpus"]["utterances"] == len(ROWS)
     assert sum(one["rejected"].values()) == len(rejected)
-    assert one["rejected"]["not JSON"] == 2
-    assert "2 x not JSON, first at" in done.stderr
-    assert "one: 2 rows rejected: not JSON." in done.stdout
+    assert one["rejected"]["not a JSON object but list"] == 2
+    assert "2 x not a JSON object but list, first at" in done.stderr
+    assert "one: 2 rows rejected: not a JSON object but list." in done.stdout
 
 
 def test_systems_are_compared_over_the_utterances_that_all_have(tmp_path: Path) -> None:
@@ -240,8 +241,8 @@ def test_a_wrong_reference_column_is_answered_with_the_columns_found(tmp_path: P
         ({"confidense": 0.9}, 'Did you mean "confidence"'),
         ({"confidence": 95}, "confidence"),
         ({"hypotheses": []}, "hypotheses"),
-        ({"hypotheses": [{"name": "x", "path": "nowhere.jsonl"}]}, "cannot read nowhere.jsonl"),
-        ({"hypotheses": [{"name": "x", "path": "."}]}, "cannot read ."),
+        ({"hypotheses": [{"name": "x", "path": "nowhere.jsonl"}]}, "nowhere.jsonl cannot be read"),
+        ({"hypotheses": [{"name": "x", "path": "."}]}, ". cannot be read"),
         ({"hypotheses": [{"name": "x", "path": "p"}] * 2}, "stand twice: ['x']"),
         ({"metric": {"unit": "wer", "normalization": {}}}, "metric.unit"),
         ({"group_by": ["speaker"]}, 'has a column "speaker"; columns found: hypothesis, id'),
