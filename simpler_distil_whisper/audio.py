@@ -12,6 +12,8 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # of every Whisper
+# What soundfile raises; TypeError for the name of a headerless file, such as "speech.raw".
+UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 # Times in manifests are rounded, and an MP3's header may count the encoder's delay (20 ms).
 TOLERANCE_SECONDS = 0.05
 
@@ -53,7 +55,7 @@ def load_audio(
             frames = -1 if duration_seconds is None else round(duration_seconds * file.samplerate)
             channels = file.read(frames, dtype="float32", always_2d=True)
             rate = file.samplerate
-    except (soundfile.LibsndfileError, OSError) as error:
+    except UNREADABLE as error:
         raise AudioError(_why_unreadable(path, error)) from None
     if len(channels) == 0:
         raise AudioError("empty: it decodes to no samples")
@@ -78,7 +80,7 @@ def audio_seconds(
     """
     try:
         info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, OSError) as error:
+    except UNREADABLE as error:
         raise AudioError(_why_unreadable(path, error)) from None
     return _part_seconds(info.frames / info.samplerate, start_seconds, duration_seconds)
 

@@ -112,6 +112,8 @@ def load_config(path: Path, model: type[Config]) -> Config:
         json.loads(text, object_pairs_hook=reject_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
+        raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
     problems = [f'"{key}": this key stands twice in one object' for key in duplicates]
     try:
         config = model.model_validate_json(text)
@@ -181,9 +183,10 @@ def _explain(details: ErrorDetails, model: type[StrictModel]) -> str:
 def _suggest(path: str, model: type[StrictModel]) -> str:
     """Return the new name of a retired key or the nearest valid one, as the end of a sentence."""
     section, _, name = path.rpartition(".")
-    if name in RENAMED_KEYS:
-        return f': it is now "{RENAMED_KEYS[name]}"'
     valid = [key for key, _ in key_paths(model)]
+    if new := RENAMED_KEYS.get(name):
+        whole = (key for key in valid if f".{key}".endswith(f".{new}"))
+        return f': it is now "{next(whole, new)}"'
     siblings = {key.rpartition(".")[2]: key for key in valid if key.rpartition(".")[0] == section}
     if near := difflib.get_close_matches(name, siblings, n=1):
         return f'. Did you mean "{near[0]}"?'
@@ -213,8 +216,12 @@ def _default_of(field: FieldInfo) -> str:
 
 def _type_name(field: FieldInfo) -> str:
     """Return a field's type in JSON's words, with its bounds: "number > 0", "string or null"."""
+    return " ".join([_json_type(field.annotation), *_bounds(field.metadata)])
+
+
+def _bounds(rules: list[Any]) -> list[str]:
     bounds = []
-    for rule in field.metadata:
+    for rule in rules:
         for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
             if isinstance(rule, Gt | Ge | Lt | Le | Interval) and (
                 (bound := getattr(rule, name, None)) is not None
@@ -222,17 +229,14 @@ def _type_name(field: FieldInfo) -> str:
                 bounds.append(f"{sign} {bound}")
         if isinstance(rule, MinLen | Len) and rule.min_length:
             bounds.append(f"at least {rule.min_length}")
-    return " ".join([_json_type(field.annotation), *bounds])
+    return bounds
 
 
 def _json_type(annotation: object) -> str:
     if get_origin(annotation) is Annotated:
-        inner, *rules = get_args(annotation)
-        return (
-            _type_name(FieldInfo(annotation=inner, metadata=list(rules)))
-            if rules
-            else _json_type(inner)
-        )
+        inner, *fields = get_args(annotation)
+        rules = [rule for field in fields for rule in getattr(field, "metadata", [field])]
+        return " ".join([_json_type(inner), *_bounds(rules)])
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_json_type(argument) for argument in get_args(annotation))
     if get_origin(annotation) is Literal:

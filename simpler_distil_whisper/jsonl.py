@@ -4,6 +4,7 @@ Called by `manifest.py` and `hypotheses.py`, whose files are JSON lines.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def parse_row(line: bytes) -> Row:
         RowError: the line holds no object, or one that standard JSON in UTF-8 cannot hold.
     """
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        text = line.decode("utf-8-sig")
+        row = json.loads(text, parse_float=_finite, parse_constant=_refuse_constant)
         if b"\\u" in line:  # only an escape can name half of a surrogate pair
             to_line(row).encode()
     except UnicodeDecodeError:
@@ -54,6 +56,10 @@ def parse_row(line: bytes) -> Row:
         raise RowError(f"not JSON: {error.msg}") from None
     except RecursionError:
         raise RowError("not JSON: nested too deeply") from None
+    except RowError:
+        raise
+    except ValueError:  # Python's limit is 4300
+        raise RowError("not JSON: a number has too many digits") from None
     if not isinstance(row, dict):
         raise RowError(f"not a JSON object but {type(row).__name__}")
     return row
@@ -62,6 +68,13 @@ def parse_row(line: bytes) -> Row:
 def to_line(row: object) -> str:
     """Return the line that holds a row, with its end."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(number: str) -> float:
+    """Return the number, unless it is one such as 1e999 that would come back as Infinity."""
+    if math.isinf(value := float(number)):
+        raise RowError(f"not JSON: {number} is too large a number")
+    return value
 
 
 def _refuse_constant(constant: str) -> None:

@@ -241,8 +241,11 @@ def _seconds(row: Row, column: str | None) -> float | None:
 def _find_audio(name: str, folder: Path) -> Path:
     """Return the path as it is, if absolute; else relative to the manifest or working directory."""
     for path in (folder / name, Path(name)):
-        if path.exists():
-            return path
+        try:
+            if path.exists():
+                return path
+        except OSError as error:  # longer than a file name can be: a text in the wrong column
+            raise RowError(f'no such file: "{name}": {error.strerror}') from None
     raise RowError(f'no such file: "{name}", neither in {folder} nor in the working directory')
 
 

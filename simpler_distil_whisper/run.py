@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from tqdm import tqdm
+
 from simpler_distil_whisper.config import Config, ConfigError, defaults_used, describe, load_config
 
 log = logging.getLogger("simpler_distil_whisper")
@@ -67,17 +69,21 @@ class Run:
         self.name = name
         self.folder: Path = config.output_dir
         self.stop_signal: int | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{config_path}: output_dir: {self.folder} cannot be made: {error.strerror}"
+            ) from None
         self._copy = self.folder / f"{name}.json"
         self._info_path = self.folder / "run_info.json"
         self.finished = not overwrite and _outcome_in(self._info_path) == "done"
         self.resumed = self._copy.exists()
         if not is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
             return
         self._refuse_foreign_folder(config_path, config, overwrite)
         if self.finished:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite or not self.resumed:
             write_atomically(self._copy, config_path.read_bytes())
         self.info: dict[str, Any] = {
@@ -95,7 +101,9 @@ class Run:
         self._save_info()
 
     def _refuse_foreign_folder(self, config_path: Path, config: Any, overwrite: bool) -> None:
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        # A run killed at its very start leaves no more than half of its copy of the config.
+        unfinished = partial_path(self._copy)
+        if all(path == unfinished for path in self.folder.iterdir()):
             return
         way_out = 'choose another "output_dir"'
         if not self._copy.exists():
@@ -243,12 +251,17 @@ def is_main_process() -> bool:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves either the old one or the whole new one."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = partial_path(path)
     with beside.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def partial_path(path: Path) -> Path:
+    """Return where the content of a file stands until all of it is written."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def progress_options(description: str, unit: str) -> dict[str, Any]:
@@ -270,8 +283,15 @@ def _fail(run: Run | None, code: int, message: str) -> int:
     return code
 
 
+class _AboveTheProgressBar(logging.Handler):
+    """Writes to stderr without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AboveTheProgressBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
     log.propagate = False

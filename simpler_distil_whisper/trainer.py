@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm import tqdm
 
-from simpler_distil_whisper.batches import load_ahead
+from simpler_distil_whisper.batches import leave_cores_to_workers, load_ahead
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.losses import LossTerms
 from simpler_distil_whisper.manifest import Manifest, rejection_line
@@ -93,6 +93,7 @@ class Trainer:
         """
         self.config, self.length, self.run = config, length, run
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
+        leave_cores_to_workers(config.data.num_workers)
         freeze(student.model, **config.freeze.model_dump())
         shared = config.freeze.encoder and encoders_are_equal(student.model, teacher.model)
         log.info("one encoder for both models: %s", "yes" if shared else "no")

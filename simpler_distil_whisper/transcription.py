@@ -16,13 +16,19 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from simpler_distil_whisper.batches import SpeechBatch, SpeechDataset, in_batches, load_ahead
+from simpler_distil_whisper.batches import (
+    SpeechBatch,
+    SpeechDataset,
+    in_batches,
+    leave_cores_to_workers,
+    load_ahead,
+)
 from simpler_distil_whisper.decoding import Hypothesis, Transcriber
 from simpler_distil_whisper.manifest import DataLimits, Manifest, RowResults
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import ModelOptions
 from simpler_distil_whisper.run import DataError, Run, process_count, process_rank, progress_options
-from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_transformers
+from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_libraries
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,11 @@ def join_processes() -> PartialState:
 
 
 def load_for_decoding(
-    folder: ModelFolder, options: ModelOptions, state: PartialState, run: Run
+    folder: ModelFolder, options: ModelOptions, workers: int, state: PartialState, run: Run
 ) -> Whisper:
     """Return the model of a folder on this process's device, and note what "auto" has chosen."""
-    quieten_transformers()
+    quieten_libraries()
+    leave_cores_to_workers(workers)
     whisper = load_whisper(folder, options.dtype, options.attention, state.device)
     run.note(
         device=str(state.device),

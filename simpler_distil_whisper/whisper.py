@@ -238,11 +238,12 @@ def copy_processor(source: Path, folder: Path) -> None:
         )
 
 
-def quieten_transformers() -> None:
-    """Keep transformers' progress bars and advice to its own users out of our log."""
+def quieten_libraries() -> None:
+    """Keep the libraries' progress bars and advice to their own users out of our log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning per worker process
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _check_processor(

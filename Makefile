@@ -1,0 +1,38 @@
+# `make demo` distils a small Whisper with the five shipped configs; `make check` is what CI runs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STEPS := run_pseudo_labelling create_student_model run_distillation offline_inference eval
+
+.PHONY: demo compare test check slow clean
+
+demo: .venv/installed
+	@set -e; for step in $(STEPS); do \
+		echo "== python $$step.py $$step.json"; $(BIN)/python $$step.py $$step.json; \
+	done
+
+# Teacher, pruned student and distilled student on the same test set, after `make demo`.
+compare: .venv/installed
+	$(BIN)/python offline_inference.py demo/inference_teacher.json
+	$(BIN)/python offline_inference.py demo/inference_pruned.json
+	$(BIN)/python eval.py demo/compare.json
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs
