@@ -67,9 +67,9 @@ def work(config: Config, prepared: tuple[ModelFolder, dict[str, list[int]]], run
     """Write the student's folder and prove that it loads and runs."""
     import torch
 
-    from simpler_distil_whisper.whisper import load_whisper, quieten_transformers, save_whisper
+    from simpler_distil_whisper.whisper import load_whisper, quieten_libraries, save_whisper
 
-    quieten_transformers()
+    quieten_libraries()
     folder, layer_map = prepared
     # On disk the student keeps the teacher's dtype; training loads it in float32 all the same.
     teacher = load_whisper(folder, dtype=folder.stored_dtype)

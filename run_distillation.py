@@ -114,9 +114,9 @@ def run_length(config: DistillationConfig, examples: int) -> RunLength:
 def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     """Load both models, train the student, write `final/`."""
     from simpler_distil_whisper.trainer import Trainer, make_accelerator
-    from simpler_distil_whisper.whisper import load_whisper, quieten_transformers, save_whisper
+    from simpler_distil_whisper.whisper import load_whisper, quieten_libraries, save_whisper
 
-    quieten_transformers()
+    quieten_libraries()
     accelerator = make_accelerator(config.precision, config.seed)
     # Both in float32 at first: rounded to another dtype, equal encoders would seem to differ.
     attention = config.teacher.attention
