@@ -94,7 +94,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
         write_atomically(run.folder / "speed.json", text.encode())
     return (
         f"{hypotheses}: {written} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
-        f"{report['rtfx']} times faster than real time. Next: python eval.py eval.json"
+        f"{report['rtfx'] or '?'} times faster than real time. Next: python eval.py eval.json"
     )
 
 

@@ -115,6 +115,9 @@ def load_ahead(dataset: Dataset[Item], workers: int) -> DataLoader[Item]:
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_main_process,
+        # Else it would draw a number from the random state on which the student's dropout depends,
+        # and a resumed run, which makes its loader anew, would go another way.
+        generator=torch.Generator(),
     )
 
 

@@ -18,6 +18,11 @@ FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the log-mel f
 SECONDS_PER_FRAME = 0.01
 ENGLISH_ONLY_VOCABULARY = 51_864  # openai/whisper: every multilingual vocabulary is larger
 
+# What the scripts read of config.json before they load the model; every Whisper states them all.
+SIZES = (
+    *("vocab_size", "num_mel_bins", "max_source_positions", "max_target_positions"),
+    *("encoder_layers", "decoder_layers"),
+)
 FEATURE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
@@ -81,6 +86,8 @@ def read_model_folder(path: Path, processor: Path | None, key: str) -> ModelFold
     config = _read_json(path / "config.json", key)
     if config.get("model_type") != "whisper":
         raise ConfigError(f"{key}.path: {path} is a {config.get('model_type')} model, not Whisper")
+    if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
+        raise ConfigError(f"{key}.path: {path / 'config.json'} states no {', '.join(missing)}")
     if not any(path.glob("*.safetensors")):
         pickled = ' (pickled weights are not read: "pytorch_model.bin" can run code)'
         found = pickled if any(path.glob("*.bin")) else ""
@@ -113,7 +120,9 @@ def _languages(path: Path, processor: Path, config: dict[str, Any], key: str) ->
 
 def _read_json(path: Path, key: str) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}.path: {path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{key}.path: {path} holds no JSON object")
     return content

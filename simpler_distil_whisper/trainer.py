@@ -20,7 +20,7 @@ from tqdm import tqdm
 from simpler_distil_whisper.batches import leave_cores_to_workers, load_ahead
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.losses import LossTerms
-from simpler_distil_whisper.manifest import Manifest, rejection_line
+from simpler_distil_whisper.manifest import Manifest, Rejection, rejection_line
 from simpler_distil_whisper.run import DataError, Interrupted, Run, log, progress_options
 from simpler_distil_whisper.training import (
     Checkpoints,
@@ -118,6 +118,7 @@ class Trainer:
         self.metrics = MetricsLog(
             run.folder, self.state.step, config.logging.tensorboard, accelerator.is_main_process
         )
+        self.unreadable: set[str] = set()
         self.interval = Interval(accelerator, config.objective)
         self.validation: Validation | None = None
         run.note(
@@ -143,7 +144,7 @@ class Trainer:
 
         Raises:
             Interrupted: a stop signal came; the last step is in a checkpoint.
-            DataError: the loss is no longer finite.
+            DataError: the loss or a weight is no longer finite.
         """
         every = self.config.checkpoints.every_steps
         steps = self._micro_batches_of_each_step(examples)
@@ -154,9 +155,13 @@ class Trainer:
             step, last = self.state.step, self.state.step == self.length.max_steps
             if last or step % self.config.logging.every_steps == 0:
                 self._log_interval()
-            if self.validation and (last or step % self.length.validate_every == 0):
+            validate = last or step % self.length.validate_every == 0
+            save = stop or step % every == 0
+            if validate or save:
+                self._check_weights()
+            if self.validation and validate:
                 self._validate(self.validation)
-            if stop or step % every == 0:
+            if save:
                 self.checkpoints.save(self.state)
             if stop and not last:
                 raise Interrupted
@@ -177,7 +182,7 @@ class Trainer:
                 # alike: multiply the average back to a sum and divide once by all tokens.
                 accelerator.backward(loss * accelerator.num_processes / tokens)
             self.interval.add(terms, batch)
-            self._keep_rejections(batch)
+            self._keep_rejections(batch.rejections)
         limit = self.config.optimizer.max_grad_norm or math.inf
         norm = accelerator.clip_grad_norm_(self.models.parameters(), limit)
         self.interval.end_step(norm, rate)
@@ -223,8 +228,12 @@ class Trainer:
         tokens, stop = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
         return max(tokens, 1), stop > 0
 
-    def _keep_rejections(self, batch: TrainingBatch) -> None:
-        for rejection in batch.rejections:
+    def _keep_rejections(self, rejections: Iterable[Rejection]) -> None:
+        """Say once of each example that its audio, whose header was good, cannot be decoded."""
+        for rejection in rejections:
+            if rejection.place in self.unreadable:
+                continue
+            self.unreadable.add(rejection.place)
             log.warning("not learnt from: %s: %s", rejection.place, rejection.reason)
             with (self.run.folder / "rejected.jsonl").open("a", encoding="utf-8") as file:
                 file.write(rejection_line(rejection))
@@ -232,11 +241,19 @@ class Trainer:
     def _log_interval(self) -> None:
         values = self.interval.end()
         if not math.isfinite(values["train/loss"]):
-            raise DataError(
-                f"the loss at step {self.state.step} is {values['train/loss']}: lower "
-                'optimizer.learning_rate, raise schedule.warmup_steps or use precision "float32"'
-            )
+            raise self._diverged(f"the loss is {values['train/loss']}")
         self.metrics.log(self.state.step, dict(values))
+
+    def _check_weights(self) -> None:
+        """Raise DataError rather than save what no run could continue from."""
+        if not all(torch.isfinite(weight).all() for weight in self.student.model.parameters()):
+            raise self._diverged("a weight is not finite")
+
+    def _diverged(self, sign: str) -> DataError:
+        return DataError(
+            f"step {self.state.step}: {sign}: lower optimizer.learning_rate, raise "
+            'schedule.warmup_steps or use precision "float32"'
+        )
 
     def _validate(self, validation: Validation) -> None:
         """Score the student; keep it as `best/` if it is the best so far."""

@@ -139,7 +139,7 @@ def learning_rate_factor(
 ) -> float:
     """Return the learning rate of step `step`, counted from 0, as a share of the highest one.
 
-    It rises linearly over the warm-up, reaches 1 with its last step, then stays or falls so that it
+    It rises linearly over the warm-up, is 1 in the step after it, then stays or falls so that it
     would be 0 at `max_steps`.
     """
     if step < warmup_steps:
@@ -221,7 +221,8 @@ class MetricsLog:
             return
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= first_step]
+            # From step 0 a run begins anew, and scores the teacher anew.
+            kept = [line for line in lines if first_step and _step_of(line) <= first_step]
             write_atomically(self._path, "".join(kept).encode())
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -125,8 +125,8 @@ def load_whisper(
     tokenizer = load_tokenizer(folder)
     extractor = WhisperFeatureExtractor.from_pretrained(folder.processor, local_files_only=True)
     tokens = special_tokens(tokenizer, folder)
+    _check_processor(folder, model, tokenizer, extractor, tokens)
     model.generation_config = mended_generation_config(model, tokens)
-    _check_processor(folder, model, tokenizer, extractor)
     return Whisper(model.to(device).eval(), tokenizer, extractor, tokens, folder.processor)
 
 
@@ -251,6 +251,7 @@ def _check_processor(
     model: WhisperForConditionalGeneration,
     tokenizer: WhisperTokenizer,
     extractor: WhisperFeatureExtractor,
+    tokens: SpecialTokens,
 ) -> None:
     """Raise ConfigError if tokenizer or feature extractor belong to another Whisper."""
     config = model.config
@@ -269,3 +270,14 @@ def _check_processor(
             f"{folder.processor}: has {len(tokenizer)} tokens, {folder.path} knows "
             f"{config.vocab_size}; set the processor of the right model"
         )
+    # The same size is not the same vocabulary: large-v3 has one language and so one token more.
+    stated = model.generation_config
+    for name, ours, theirs in (
+        ("<|startoftranscript|>", tokens.start, stated.decoder_start_token_id),
+        ("<|notimestamps|>", tokens.no_timestamps, getattr(stated, "no_timestamps_token_id", None)),
+    ):
+        if (folder.path / "generation_config.json").is_file() and theirs not in (None, ours):
+            raise ConfigError(
+                f"{folder.processor}: its {name} is token {ours}, that of {folder.path} is "
+                f"{theirs}; set the processor of the right model"
+            )
