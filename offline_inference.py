@@ -65,9 +65,9 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
 def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
     """Write `hypotheses.jsonl`, `rejected.jsonl` and `speed.json`."""
     from simpler_distil_whisper.decoding import Transcriber
+    from simpler_distil_whisper.devices import join_processes
     from simpler_distil_whisper.transcription import (
         Speed,
-        join_processes,
         load_for_decoding,
         transcribe_manifest,
     )

@@ -113,7 +113,8 @@ def run_length(config: DistillationConfig, examples: int) -> RunLength:
 
 def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     """Load both models, train the student, write `final/`."""
-    from simpler_distil_whisper.trainer import Trainer, make_accelerator
+    from simpler_distil_whisper.devices import make_accelerator
+    from simpler_distil_whisper.trainer import Trainer
     from simpler_distil_whisper.whisper import load_whisper, quieten_libraries, save_whisper
 
     quieten_libraries()

@@ -77,8 +77,8 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
 def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
     """Write `pseudo_labels.jsonl` and `rejected.jsonl`."""
     from simpler_distil_whisper.decoding import Transcriber
+    from simpler_distil_whisper.devices import join_processes
     from simpler_distil_whisper.transcription import (
-        join_processes,
         load_for_decoding,
         transcribe_manifest,
     )

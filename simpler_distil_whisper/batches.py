@@ -7,7 +7,6 @@ Legend of all tensor shapes in this project: B batch, S samples, M mel bins (80 
 frames (3000), E encoder positions (1500), D model width, L label tokens, V vocabulary.
 """
 
-import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,19 +118,6 @@ def load_ahead(dataset: Dataset[Item], workers: int) -> DataLoader[Item]:
         # and a resumed run, which makes its loader anew, would go another way.
         generator=torch.Generator(),
     )
-
-
-def leave_cores_to_workers(workers: int) -> None:
-    """Let torch compute on the cores that the workers and the other processes do not need.
-
-    Threads that wait for each other at every operation, on cores that are busy with decoding audio,
-    were measured to make a small model 20 times slower. OMP_NUM_THREADS, if set, is obeyed instead.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, (cores or 1) // local_processes - workers))
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -5,20 +5,17 @@ JSONL line to gradient: `TrainingDataset` -> `Trainer.train_step` -> `TeacherAnd
 """
 
 import contextlib
-import datetime
 import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm import tqdm
 
-from simpler_distil_whisper.batches import leave_cores_to_workers, load_ahead
-from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.batches import load_ahead
+from simpler_distil_whisper.devices import leave_cores_to_workers, torch_dtype
 from simpler_distil_whisper.losses import LossTerms
 from simpler_distil_whisper.manifest import Manifest, Rejection, rejection_line
 from simpler_distil_whisper.run import DataError, Interrupted, Run, log, progress_options
@@ -41,28 +38,7 @@ from simpler_distil_whisper.training_data import (
 )
 from simpler_distil_whisper.training_options import DistillationConfig, Objective, RunLength
 from simpler_distil_whisper.validation import Score, Validation
-from simpler_distil_whisper.whisper import Whisper, save_whisper, torch_dtype
-
-
-def make_accelerator(
-    precision: Literal["auto", "float32", "bf16", "fp16"], seed: int
-) -> Accelerator:
-    """Return the connection to devices and other processes, with all random states seeded.
-
-    Raises:
-        ConfigError: the device cannot compute in this precision.
-    """
-    if precision == "auto":
-        precision = (
-            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-        )
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError('precision: "fp16" needs a GPU; "float32" and "bf16" run everywhere')
-    set_seed(seed)
-    # One process may validate or save for longer than the usual 10 minutes.
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
-    mixed = "no" if precision == "float32" else precision
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=[patience])
+from simpler_distil_whisper.whisper import Whisper, save_whisper
 
 
 class Trainer:

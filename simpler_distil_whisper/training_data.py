@@ -84,6 +84,7 @@ class ExampleFilter:
         # Inputs are the prompt and the label; the end token is only ever predicted.
         longest = max_positions - (4 if tokens.languages else 2)
         self.max_label_tokens = min(data.max_label_tokens or longest, longest)
+        self.special = frozenset({tokens.end, *tokens.control})
 
     def select(self, manifests: Sequence[Manifest]) -> Selection:
         """Return the examples of all manifests; rows and hours are counted for every reason."""
@@ -124,6 +125,9 @@ class ExampleFilter:
         if len(text) > self.max_label_tokens:
             limit = self.max_label_tokens
             raise Dropped("label too long", f"label of {len(text)} tokens, the maximum is {limit}")
+        if special := self.special.intersection(text):
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
+            raise Dropped("special token in label", f"the label holds {names}, which is no speech")
         language = utterance.language or self.data.language
         if language is None and self.tokens.languages:
             raise Dropped("no language", "neither the row nor data.language names the language")

@@ -47,7 +47,7 @@ class TrainingData(DataLimits):
         None, description="Rows with a longer label are not used; null: what the decoder can hold."
     )
     language: str | None = Field(None, description="Language of the rows that name none.")
-    task: Task = "transcribe"
+    task: Task = Field("transcribe", description="What the labels are.")
 
     _code = field_validator("language")(whisper_code)
 

@@ -4,9 +4,6 @@ Owns the road from manifest to hypotheses that labelling and inference have in c
 of a hypothesis is theirs. Called by these two scripts.
 """
 
-import datetime
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +17,10 @@ from simpler_distil_whisper.batches import (
     SpeechBatch,
     SpeechDataset,
     in_batches,
-    leave_cores_to_workers,
     load_ahead,
 )
 from simpler_distil_whisper.decoding import Hypothesis, Transcriber
+from simpler_distil_whisper.devices import leave_cores_to_workers, peak_memory_megabytes
 from simpler_distil_whisper.manifest import DataLimits, Manifest, RowResults
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import ModelOptions
@@ -84,22 +81,8 @@ class Speed:
             "batch_size": transcriber.options.batch_size,
             "processes": len(everyone),
             "parameters": model.num_parameters(),
-            "peak_memory_megabytes": _peak_memory_megabytes(model.device),
+            "peak_memory_megabytes": peak_memory_megabytes(model.device),
         }
-
-
-def _peak_memory_megabytes(device: torch.device) -> int:
-    """Return the most memory that this process has held: the GPU's if it has one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes // (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def join_processes() -> PartialState:
-    """Return this process's device and its connection to the others, if several were launched."""
-    # One process may wait for another that has an hour more to do: no default is long enough.
-    return PartialState(timeout=datetime.timedelta(days=7))
 
 
 def load_for_decoding(

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.devices import torch_dtype
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import Attention, Dtype, Task
 from simpler_distil_whisper.text import WHISPER_LANGUAGES
@@ -133,16 +134,6 @@ def load_whisper(
 def load_tokenizer(folder: ModelFolder) -> WhisperTokenizer:
     """Return the tokenizer of a model folder."""
     return WhisperTokenizer.from_pretrained(folder.processor, local_files_only=True)
-
-
-def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that a config names; "auto" is the fastest right one on the device."""
-    if dtype != "auto":
-        found: torch.dtype = getattr(torch, dtype)
-        return found
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialTokens:

@@ -1,0 +1,94 @@
+"""What this machine computes with: devices, processes, dtypes, cores; what "auto" means on it.
+
+Called by whatever loads or runs a model.
+"""
+
+import datetime
+import os
+import resource
+import sys
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.options import Dtype
+from simpler_distil_whisper.run import process_count
+
+# One process may have hours more to label, validate or save than the one that waits for it; the
+# libraries' ten minutes would end both.
+PATIENCE = datetime.timedelta(days=7)
+
+
+def join_processes() -> PartialState:
+    """Return this process's device and its connection to the others, if several were launched."""
+    state = PartialState(cpu=_several_on_cpu(), timeout=PATIENCE)
+    return _all_of_them(state)
+
+
+def make_accelerator(
+    precision: Literal["auto", "float32", "bf16", "fp16"], seed: int
+) -> Accelerator:
+    """Return what trains on this device, together with other processes, all random states seeded.
+
+    Raises:
+        ConfigError: the device cannot compute in this precision.
+    """
+    gpu = torch.cuda.is_available()
+    if precision == "fp16" and not gpu:
+        raise ConfigError('precision: "fp16" needs a GPU; "float32" and "bf16" run everywhere')
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+    set_seed(seed)
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "float32" else precision,
+        cpu=_several_on_cpu(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    return _all_of_them(accelerator)
+
+
+def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that a config names; "auto" is the fastest right one on the device."""
+    if dtype != "auto":
+        found: torch.dtype = getattr(torch, dtype)
+        return found
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def leave_cores_to_workers(workers: int) -> None:
+    """Let torch compute on the cores that the workers and the other processes do not need.
+
+    Threads that wait for each other at every operation, on cores that are busy with decoding audio,
+    were measured to make a small model 20 times slower. OMP_NUM_THREADS, if set, is obeyed instead.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, (cores or 1) // local_processes - workers))
+
+
+def peak_memory_megabytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: the GPU's if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _several_on_cpu() -> bool:
+    """Return whether accelerate has to be told that the launched processes share the CPU.
+
+    It would otherwise take each of them for the only one, and each would do all of the work.
+    """
+    return process_count() > 1 and not torch.cuda.is_available()
+
+
+def _all_of_them(connection: Any) -> Any:
+    assert connection.num_processes == process_count(), "accelerate has not joined all processes"
+    return connection
