@@ -36,7 +36,7 @@ RENAMED_KEYS = {
     "freeze_embed_positions": "freeze.embed_positions",
     "freeze_encoder": "freeze.encoder",
     "groundtruth_col": "columns.text",
-    "lang": "decoding.language",
+    "lang": "decoding.language, or data.language in training",
     "lr_decay_gamma": "schedule.kind",
     "max_audio_duration": "data.max_duration_seconds",
     "max_duration_in_seconds": "data.max_duration_seconds",

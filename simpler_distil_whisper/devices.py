@@ -19,7 +19,7 @@ from simpler_distil_whisper.run import process_count
 
 # One process may have hours more to label, validate or save than the one that waits for it; the
 # libraries' ten minutes would end both.
-PATIENCE = datetime.timedelta(days=7)
+PATIENCE = datetime.timedelta(days=1)
 
 
 def join_processes() -> PartialState:

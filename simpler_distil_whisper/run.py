@@ -185,7 +185,8 @@ def run_script(
         purpose: the script's docstring, shown by `--help`.
         model: the class of its config.
         prepare: checks everything that the config names and returns what `work` needs. It writes
-            nothing and imports neither torch nor transformers, so that `--check` is quick.
+            nothing, so that it is also what `--check` does, and it checks what needs no import of
+            torch first, so that a mistake is answered at once.
         work: does the work and returns the closing words: what was written, what to run next.
         overwrite: a new run in the same folder replaces its own results (for work of seconds).
     """

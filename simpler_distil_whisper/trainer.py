@@ -31,10 +31,10 @@ from simpler_distil_whisper.training import (
 )
 from simpler_distil_whisper.training_data import (
     Example,
+    MicroBatches,
     TrainingBatch,
     TrainingDataset,
     TrainingPlan,
-    micro_batches,
 )
 from simpler_distil_whisper.training_options import DistillationConfig, Objective, RunLength
 from simpler_distil_whisper.validation import Score, Validation
@@ -178,7 +178,7 @@ class Trainer:
         )
         steps = range(self.state.step, self.length.max_steps)
         rank, processes = accelerator.process_index, accelerator.num_processes
-        own = list(micro_batches(plan, steps, batch.micro_batch_size, rank, processes))
+        own = MicroBatches(plan, steps, batch.micro_batch_size, rank, processes)
         dataset = TrainingDataset(
             examples, own, self.student.feature_extractor, self.student.tokens.end
         )

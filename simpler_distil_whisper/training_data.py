@@ -4,7 +4,7 @@ Owns the filters, each of which says what it dropped, the two token sequences of
 plan that makes the order reproducible. Called by `run_distillation.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -206,14 +206,26 @@ class TrainingPlan:
         return int(self._epoch[epoch][place])
 
 
-def micro_batches(
-    plan: TrainingPlan, steps: range, size: int, rank: int, processes: int
-) -> Iterator[list[int]]:
-    """Yield one process's micro-batches of `size` examples, in the order in which it uses them."""
-    for number in steps:
-        examples = plan.step(number)
-        cut = [examples[start : start + size] for start in range(0, len(examples), size)]
-        yield from cut[rank::processes]
+class MicroBatches:
+    """One process's micro-batches, in the order of their use; each is computed when asked for."""
+
+    def __init__(
+        self, plan: TrainingPlan, steps: range, size: int, rank: int, processes: int
+    ) -> None:
+        """Remember which share this is: `size` examples at a time, those of process `rank`."""
+        self.plan, self.steps, self.size = plan, steps, size
+        self.rank, self.processes = rank, processes
+        self.per_step = plan.step_size // (size * processes)
+
+    def __len__(self) -> int:
+        """Return how many there are over all steps."""
+        return len(self.steps) * self.per_step
+
+    def __getitem__(self, index: int) -> list[int]:
+        """Return the examples of one micro-batch; those of the processes alternate in length."""
+        step, place = divmod(index, self.per_step)
+        start = (place * self.processes + self.rank) * self.size
+        return self.plan.step(self.steps[step])[start : start + self.size]
 
 
 @dataclass(frozen=True)
@@ -256,7 +268,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
     def __init__(
         self,
         examples: Sequence[Example],
-        batches: Sequence[Sequence[int]],
+        batches: MicroBatches | Sequence[Sequence[int]],
         extractor: WhisperFeatureExtractor,
         padding: int,
     ) -> None:

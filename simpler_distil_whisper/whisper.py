@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
     WhisperFeatureExtractor,
@@ -118,7 +119,7 @@ def load_whisper(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder.path}: cannot be loaded: {error}") from error
     # What is missing would be left at random values with no more than a warning.
     if missing := sorted(set(report["missing_keys"]) - {"proj_out.weight"}):

@@ -53,17 +53,22 @@ def make_model_folder(
     decoder_layers: int = 2,
     width: int = 16,
     window_seconds: int = 2,
+    max_target_positions: int = 448,
     vocab_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     generation_config: bool = True,
     processor: bool = True,
     sharp: float = 4.0,
+    talkative: bool = False,
     **config: object,
 ) -> Path:
-    """Write a random Whisper of the given layout; `sharp` scales its weights, so that it says much.
+    """Write a random Whisper of the given layout.
 
-    A freshly initialised Whisper says the same token whatever it hears.
+    Args:
+        sharp: factor of the weights: a freshly initialised Whisper knows next to nothing for sure.
+        talkative: say different things of different length to different audio, as `sharp` alone
+            does not; seed 53 with languages en, zh, ja is a good one.
     """
     codes = list(WHISPER_LANGUAGES)[:99] if languages is None else languages
     tokenizer = make_tokenizer(codes, window_seconds)
@@ -82,7 +87,7 @@ def make_model_folder(
             encoder_ffn_dim=2 * width,
             decoder_ffn_dim=2 * width,
             max_source_positions=window_seconds * 50,
-            max_target_positions=448,
+            max_target_positions=max_target_positions,
             pad_token_id=end,
             bos_token_id=end,
             eos_token_id=end,
@@ -96,6 +101,8 @@ def make_model_folder(
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "conv" not in name and "encoder.embed_positions" not in name:
                 parameter.mul_(sharp)
+        if talkative:
+            _loosen_tongue(model, end, ids["<|notimestamps|>"])
     model.generation_config = GenerationConfig(
         bos_token_id=end,
         eos_token_id=end,
@@ -106,18 +113,38 @@ def make_model_folder(
         suppress_tokens=[ids["#"], ids["$"]],
         begin_suppress_tokens=[ids["Ġ"], end],
         alignment_heads=[[decoder_layers - 1, 0], [decoder_layers - 1, 1]],
-        max_length=448,
+        max_length=max_target_positions,
     )
     if not english_only:
         model.generation_config.lang_to_id = {f"<|{code}|>": ids[f"<|{code}|>"] for code in codes}
         tasks = ("transcribe", "translate")
         model.generation_config.task_to_id = {task: ids[f"<|{task}|>"] for task in tasks}
+    if talkative:  # in ASCII, so that its text gives back its tokens
+        text = {character: id for character, id in ids.items() if id < end}
+        model.generation_config.suppress_tokens = sorted(
+            id for character, id in text.items() if not character.isascii() and character != "Ġ"
+        )
     model.to(dtype).save_pretrained(folder)
     if not generation_config:
         (folder / "generation_config.json").unlink()
     if processor:
         save_processor(folder, tokenizer, mels, window_seconds)
     return folder
+
+
+def _loosen_tongue(model: WhisperForConditionalGeneration, end: int, last_special: int) -> None:
+    """Make place, audio and prompt matter more than the last token; make the end token possible."""
+    encoder, decoder = model.model.encoder, model.model.decoder
+    for convolution in (encoder.conv1, encoder.conv2):
+        convolution.weight.mul_(4)
+    decoder.embed_positions.weight.mul_(10)
+    decoder.embed_tokens.weight[end].normal_(0, 0.1)
+    decoder.embed_tokens.weight[end + 1 : last_special].mul_(5)
+    for layer in decoder.layers:
+        layer.encoder_attn.q_proj.weight.mul_(3)
+        layer.encoder_attn.out_proj.weight.mul_(10)
+        layer.self_attn.q_proj.weight.mul_(3)
+        layer.self_attn.out_proj.weight.mul_(10)
 
 
 def save_processor(
