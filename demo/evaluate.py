@@ -1,0 +1,116 @@
+"""Error rates of a Whisper folder on a demo manifest, decoded with stock transformers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import soundfile
+import soxr
+import torch
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+from demo.grammar import LANGUAGES, normalize
+
+_BATCH = 40
+_RESAMPLES = 1000
+
+
+def read_audio(row: dict[str, Any], folder: Path, rate: int = 16000) -> np.ndarray:
+    """Reads a manifest row's audio, or its part of a longer file, as mono at a sample rate."""
+    with soundfile.SoundFile(folder / row["audio"]) as file:
+        start = round(row.get("start_seconds", 0.0) * file.samplerate)
+        file.seek(start)
+        seconds = row.get("duration_seconds")
+        count = -1 if seconds is None else round(seconds * file.samplerate)
+        samples = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
+        return soxr.resample(samples, file.samplerate, rate)
+
+
+def transcribe(
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    features: torch.Tensor,
+    languages: Sequence[str],
+) -> list[str]:
+    """Transcribes a batch of features greedily, with the languages given."""
+    tokens = model.generate(
+        features, language=list(languages), task="transcribe", max_new_tokens=60
+    )
+    return processor.batch_decode(tokens, skip_special_tokens=True)
+
+
+def errors_per_clip(
+    language: str, references: Sequence[str], hypotheses: Sequence[str]
+) -> np.ndarray:
+    """Returns the errors and the reference length of every clip: characters in zh, words in en."""
+    measure = jiwer.process_characters if language == "zh" else jiwer.process_words
+    counts = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        result = measure(normalize(reference), normalize(hypothesis))
+        errors = result.substitutions + result.deletions + result.insertions
+        counts.append((errors, result.hits + result.substitutions + result.deletions))
+    return np.array(counts)
+
+
+def error_rate(counts: np.ndarray) -> tuple[float, float, float]:
+    """Returns the corpus error rate and its 95 % bootstrap interval over clips."""
+    rng = np.random.default_rng(0)
+    draws = counts[rng.integers(len(counts), size=(_RESAMPLES, len(counts)))].sum(axis=1)
+    low, high = np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5])
+    errors, length = counts.sum(axis=0)
+    return float(errors / length), float(low), float(high)
+
+
+def evaluate(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, manifest: Path
+) -> dict[str, tuple[float, float, float]]:
+    """Returns zh CER and en WER of a model on a manifest, each with its interval."""
+    lines = manifest.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    rates = {}
+    for language in LANGUAGES:
+        chosen = [row for row in rows if row["language"] == language]
+        hypotheses: list[str] = []
+        for begin in range(0, len(chosen), _BATCH):
+            waveforms = [read_audio(r, manifest.parent) for r in chosen[begin : begin + _BATCH]]
+            features = processor.feature_extractor(
+                waveforms, sampling_rate=16000, return_tensors="pt"
+            ).input_features
+            hypotheses += transcribe(model, processor, features, [language] * len(waveforms))
+        references = [row["text"] for row in chosen]
+        rates[language] = error_rate(errors_per_clip(language, references, hypotheses))
+    return rates
+
+
+def main() -> None:
+    """Prints zh CER and en WER of a model folder on a manifest."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--keep-layers", help="decoder layers to keep, such as 0,3")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    model = WhisperForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    if args.keep_layers:
+        layers = [model.model.decoder.layers[int(k)] for k in args.keep_layers.split(",")]
+        for index, layer in enumerate(layers):
+            layer.self_attn.layer_idx = layer.encoder_attn.layer_idx = index
+        model.model.decoder.layers = torch.nn.ModuleList(layers)
+        model.config.decoder_layers = len(layers)
+    processor = WhisperProcessor.from_pretrained(args.model)
+    for language, (rate, low, high) in evaluate(model, processor, args.manifest).items():
+        unit = "CER" if language == "zh" else "WER"
+        print(f"{language} {unit} {rate:.4f} (95 % interval {low:.4f} to {high:.4f})")
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
