@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import Field, field_validator
-from tqdm import tqdm
 
 from simpler_distil_whisper.config import NonNegativeInt, PositiveInt, StrictModel
 from simpler_distil_whisper.hypotheses import (
@@ -44,9 +43,9 @@ from simpler_distil_whisper.metrics import (
 from simpler_distil_whisper.report import Scores, SystemScores, summarize, text_table
 from simpler_distil_whisper.run import (
     DataError,
+    Progress,
     Run,
     log,
-    progress_options,
     run_script,
     write_atomically,
 )
@@ -152,9 +151,8 @@ def score_system(one: Examined, config: Config, file: BinaryIO, run: Run) -> Sys
     scores = SystemScores(rejected=Counter(row.reason for row in one.rejected))
     scores.groups = {column: {} for column in config.group_by}
     columns = config.columns
-    rows = usable_rows(one)
-    progress = progress_options(f"Scoring {one.system.name}", "utterance")
-    for utterance_id, row in tqdm(rows, total=len(one.lines), **progress):
+    progress = Progress(f"scoring {one.system.name}", "utterances", len(one.lines))
+    for utterance_id, row in progress.over(usable_rows(one)):
         run.stop_if_asked()
         reference, hypothesis = row[columns.reference], row[columns.hypothesis]
         raw = (reference, hypothesis)

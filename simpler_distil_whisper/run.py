@@ -14,8 +14,9 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -37,9 +38,11 @@ Exit codes: 0 done, 1 bug, 2 config, 3 data, 130/143 interrupted with the work s
 
 # Keys that change how a run goes but not what it computes: a resumed run may change them.
 HARMLESS_KEYS = {"resume", "output_dir", "data.num_workers", "data.max_bad_fraction"}
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
 
 Prepared = TypeVar("Prepared")
+Item = TypeVar("Item")
 
 
 class DataError(Exception):
@@ -265,16 +268,45 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def progress_options(description: str, unit: str) -> dict[str, Any]:
-    """Return tqdm's options: live on a terminal, a line now and then in a file, one bar per run."""
-    seconds = 0.5 if sys.stderr.isatty() else 30.0
-    return {
-        "desc": description,
-        "unit": unit,
-        "mininterval": seconds,
-        "disable": not is_main_process(),
-        "dynamic_ncols": True,
-    }
+class Progress:
+    """How far long work has come, and when it will end: a bar on a terminal, else lines in the log.
+
+    Use it in a `with` block and call `advance`, or let it count the items `over` which a loop goes.
+    Only the main process shows anything.
+    """
+
+    def __init__(self, what: str, unit: str, total: int, done: int = 0) -> None:
+        """Start at `done` of `total`, where an earlier run had stopped."""
+        self.what, self.unit, self.total, self.done = what, unit, total, done
+        self._done_before = done
+        self._started = self._shown = time.monotonic()
+        hidden = not (is_main_process() and sys.stderr.isatty())
+        self._bar = tqdm(desc=what, unit=f" {unit}", total=total, initial=done, disable=hidden)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, counting each when the loop comes back for the next."""
+        with self:
+            for item in items:
+                yield item
+                self.advance()
+
+    def advance(self, count: int = 1) -> None:
+        """Count what was done just now."""
+        self.done += count
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._bar.disable and is_main_process() and now - self._shown >= SECONDS_BETWEEN_LINES:
+            self._shown = now
+            each = (now - self._started) / (self.done - self._done_before)
+            left = datetime.timedelta(seconds=round(each * (self.total - self.done)))
+            where = f"{self.done} of {self.total} {self.unit}"
+            log.info("%s: %s, about %s left", self.what, where, left)
 
 
 def _fail(run: Run | None, code: int, message: str) -> int:

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from simpler_distil_whisper.batches import load_ahead
 from simpler_distil_whisper.devices import leave_cores_to_workers, torch_dtype
 from simpler_distil_whisper.losses import LossTerms
 from simpler_distil_whisper.manifest import Manifest, Rejection, rejection_line
-from simpler_distil_whisper.run import DataError, Interrupted, Run, log, progress_options
+from simpler_distil_whisper.run import DataError, Interrupted, Progress, Run, log
 from simpler_distil_whisper.training import (
     Checkpoints,
     MetricsLog,
@@ -124,8 +123,8 @@ class Trainer:
         """
         every = self.config.checkpoints.every_steps
         steps = self._micro_batches_of_each_step(examples)
-        progress = progress_options("training", " steps")
-        for group in tqdm(steps, initial=self.state.step, total=self.length.max_steps, **progress):
+        progress = Progress("training", "steps", self.length.max_steps, self.state.step)
+        for group in progress.over(steps):
             stop = self.train_step(group)
             self.state.step += 1
             step, last = self.state.step, self.state.step == self.length.max_steps

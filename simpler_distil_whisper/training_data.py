@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from simpler_distil_whisper.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio
 from simpler_distil_whisper.batches import IGNORE_INDEX, log_mel
 from simpler_distil_whisper.manifest import Manifest, Rejection, Utterance
-from simpler_distil_whisper.run import progress_options
+from simpler_distil_whisper.run import Progress
 from simpler_distil_whisper.training_options import TrainingData
 from simpler_distil_whisper.whisper import SpecialTokens
 
@@ -92,7 +91,8 @@ class ExampleFilter:
         rejections = [rejection for manifest in manifests for rejection in manifest.rejections]
         hours: dict[str, list[float]] = {"kept": [], "unusable row": [0.0] * len(rejections)}
         utterances = [utterance for manifest in manifests for utterance in manifest.utterances]
-        for utterance in tqdm(utterances, **progress_options("reading headers", " rows")):
+        progress = Progress("reading audio headers", "rows", len(utterances))
+        for utterance in progress.over(utterances):
             seconds = 0.0
             try:
                 seconds = _header_seconds(utterance)

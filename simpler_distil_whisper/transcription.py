@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from simpler_distil_whisper.batches import (
     SpeechBatch,
@@ -24,7 +23,7 @@ from simpler_distil_whisper.devices import leave_cores_to_workers, peak_memory_m
 from simpler_distil_whisper.manifest import DataLimits, Manifest, RowResults
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import ModelOptions
-from simpler_distil_whisper.run import DataError, Run, process_count, process_rank, progress_options
+from simpler_distil_whisper.run import DataError, Progress, Run, process_count, process_rank
 from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_libraries
 
 
@@ -122,17 +121,14 @@ def transcribe_manifest(
     todo = [batch for batch in own if not {u.number for u in batch} <= results.done]
     dataset = SpeechDataset(todo, transcriber.whisper.feature_extractor, data)
     bad = len(manifest.rejections)
-    with tqdm(
-        total=sum(map(len, own)),
-        initial=sum(map(len, own)) - sum(map(len, todo)),
-        **progress_options("transcribing", " utterances"),
-    ) as progress:
+    total, left = sum(map(len, own)), sum(map(len, todo))
+    with Progress("transcribing", "utterances", total, total - left) as progress:
         for batch in load_ahead(dataset, data.num_workers):
             run.stop_if_asked()
             started = time.perf_counter()
             hypotheses = _transcribe(transcriber, batch)
             yield Transcribed(batch, hypotheses, time.perf_counter() - started)
-            progress.update(len(batch.utterances) + len(batch.rejections))
+            progress.advance(len(batch.utterances) + len(batch.rejections))
             bad += len(batch.rejections)
             _stop_if_hopeless(bad, manifest, data, batch)
         run.stop_if_asked()
