@@ -1,0 +1,124 @@
+"""Distillation runs of tiny models in the tests' own process."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny import make_model_folder, read_rows, write_rows, write_tone
+
+import run_distillation
+from simpler_distil_whisper.config import load_config
+from simpler_distil_whisper.devices import make_accelerator
+from simpler_distil_whisper.model_folder import read_model_folder
+from simpler_distil_whisper.pruning import prune_whisper
+from simpler_distil_whisper.run import Run
+from simpler_distil_whisper.trainer import Trainer
+from simpler_distil_whisper.training_data import Example
+from simpler_distil_whisper.training_options import DistillationConfig
+from simpler_distil_whisper.whisper import load_whisper, save_whisper
+
+LANGUAGES = ["en", "zh", "ja"]
+
+
+class Setting(NamedTuple):
+    """What a distillation needs."""
+
+    teacher: Path
+    student: Path
+    train: Path
+
+
+def make_setting(folder: Path, examples: int = 8, **layout: Any) -> Setting:
+    """A teacher of two decoder layers, a student of one, and labelled clips of uneven length."""
+    torch.set_num_threads(1)
+    options = {"languages": LANGUAGES, "talkative": True, "seed": 53, **layout}
+    teacher = make_model_folder(folder / "teacher", **options)
+    student = prune(teacher, folder / "student")
+    rows = []
+    for number in range(examples):
+        text = "abcdefgh"[: 1 + number % 8] * (1 + 3 * (number % 3))
+        write_tone(folder / f"{number}.wav", 0.4 + 0.2 * (number % 5), seed=number)
+        rows.append({"id": f"u{number}", "audio": f"{number}.wav", "text": text, "language": "en"})
+    return Setting(teacher, student, write_rows(folder / "train.jsonl", rows))
+
+
+def prune(teacher: Path, folder: Path) -> Path:
+    """Write a student with the teacher's encoder and its last decoder layer."""
+    whisper = load_whisper(read_model_folder(teacher, None, "teacher"))
+    layers = whisper.model.config
+    model = prune_whisper(whisper.model, range(layers.encoder_layers), [layers.decoder_layers - 1])
+    folder.mkdir()
+    save_whisper(model, whisper.processor_folder, folder)
+    return folder
+
+
+def write_config(output: Path, setting: Setting, **changes: Any) -> Path:
+    """Write a config for quick runs; `changes` are dotted keys with __ for the dot."""
+    config: dict[str, Any] = {
+        "output_dir": str(output),
+        "teacher": {"path": str(setting.teacher), "dtype": "float32"},
+        "student": {"path": str(setting.student)},
+        "data": {"train_manifests": [str(setting.train)], "num_workers": 0},
+        "schedule": {"warmup_steps": 0, "max_steps": 4, "epochs": None},
+        "optimizer": {"learning_rate": 1e-3},
+        "batch": {"micro_batch_size": 4},
+        "precision": "float32",
+        "validation": {"decoding": {"batch_size": 4, "max_new_tokens": 12}},
+        "logging": {"every_steps": 1, "tensorboard": False},
+        "freeze": {},
+        "objective": {},
+        "checkpoints": {},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            config[section][name] = str(value) if isinstance(value, Path) else value
+        else:
+            config[section] = value
+    path = output.with_suffix(".json")
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def assemble(path: Path) -> tuple[Trainer, list[Example]]:
+    """Do what run_distillation.py does before the first step."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = load_config(path, DistillationConfig)
+    prepared = run_distillation.prepare(config)
+    run = Run("run_distillation", path, config)
+    accelerator = make_accelerator(config.precision, config.seed)
+    teacher = load_whisper(prepared.teacher)
+    student = load_whisper(prepared.student)
+    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student)
+    if prepared.dev:
+        trainer.validate_on(prepared.dev)
+    return trainer, prepared.selection.examples
+
+
+def distil(path: Path) -> Path:
+    """Do all that run_distillation.py does; return the output folder."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = load_config(path, DistillationConfig)
+    run = Run("run_distillation", path, config)
+    with run.stop_signals():
+        run_distillation.work(config, run_distillation.prepare(config), run)
+    return run.folder
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def logged(folder: Path, name: str) -> list[Any]:
+    """The values of one name in metrics.jsonl, in order."""
+    return [row[name] for row in read_rows(folder / "metrics.jsonl") if name in row]
