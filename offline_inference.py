@@ -74,7 +74,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
 
     folder, manifest = prepared
     state = join_processes()
-    whisper = load_for_decoding(folder, config.model, config.data.num_workers, state, run)
+    whisper = load_for_decoding(folder, config.model, state, run)
     transcriber = Transcriber(whisper, config.decoding)
     transcriber.warm_up()
     results = RowResults(run.folder, "hypotheses.jsonl")

@@ -85,7 +85,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
 
     folder, manifest = prepared
     state = join_processes()
-    teacher = load_for_decoding(folder, config.teacher, config.data.num_workers, state, run)
+    teacher = load_for_decoding(folder, config.teacher, state, run)
     transcriber = Transcriber(teacher, config.decoding)
     scorer = Scorer(config.metric)
     results = RowResults(run.folder, "pseudo_labels.jsonl")

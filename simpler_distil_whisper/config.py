@@ -36,7 +36,7 @@ RENAMED_KEYS = {
     "freeze_embed_positions": "freeze.embed_positions",
     "freeze_encoder": "freeze.encoder",
     "groundtruth_col": "columns.text",
-    "lang": "decoding.language, or data.language in training",
+    "lang": "decoding.language",
     "lr_decay_gamma": "schedule.kind",
     "max_audio_duration": "data.max_duration_seconds",
     "max_duration_in_seconds": "data.max_duration_seconds",
@@ -185,8 +185,10 @@ def _suggest(path: str, model: type[StrictModel]) -> str:
     section, _, name = path.rpartition(".")
     valid = [key for key, _ in key_paths(model)]
     if new := RENAMED_KEYS.get(name):
-        whole = (key for key in valid if f".{key}".endswith(f".{new}"))
-        return f': it is now "{next(whole, new)}"'
+        # The same thing can stand in another section of this script's config.
+        whole = [key for key in valid if f".{key}".endswith(f".{new}")]
+        last = [key for key in valid if key.rpartition(".")[2] == new.rpartition(".")[2]]
+        return f': it is now "{min(whole or last or [new], key=len)}"'
     siblings = {key.rpartition(".")[2]: key for key in valid if key.rpartition(".")[0] == section}
     if near := difflib.get_close_matches(name, siblings, n=1):
         return f'. Did you mean "{near[0]}"?'

@@ -60,17 +60,19 @@ def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def leave_cores_to_workers(workers: int) -> None:
-    """Let torch compute on the cores that the workers and the other processes do not need.
+def leave_a_core_to_audio() -> None:
+    """Let torch compute on all cores of this process's share but one, where audio is decoded.
 
     Threads that wait for each other at every operation, on cores that are busy with decoding audio,
-    were measured to make a small model 20 times slower. OMP_NUM_THREADS, if set, is obeyed instead.
+    were measured to make a small model 20 times slower. The number of workers plays no part: on how
+    many threads a sum is cut up decides its last bit, and they are to change no result.
+    OMP_NUM_THREADS, if set, is obeyed instead.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, (cores or 1) // local_processes - workers))
+    torch.set_num_threads(max(1, (cores or 1) // local_processes - 1))
 
 
 def peak_memory_megabytes(device: torch.device) -> int:

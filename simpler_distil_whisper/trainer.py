@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from simpler_distil_whisper.batches import load_ahead
-from simpler_distil_whisper.devices import leave_cores_to_workers, torch_dtype
+from simpler_distil_whisper.devices import leave_a_core_to_audio, torch_dtype
 from simpler_distil_whisper.losses import LossTerms
 from simpler_distil_whisper.manifest import Manifest, Rejection, rejection_line
 from simpler_distil_whisper.run import DataError, Interrupted, Progress, Run, log
@@ -68,7 +68,7 @@ class Trainer:
         """
         self.config, self.length, self.run = config, length, run
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
-        leave_cores_to_workers(config.data.num_workers)
+        leave_a_core_to_audio()
         freeze(student.model, **config.freeze.model_dump())
         shared = config.freeze.encoder and encoders_are_equal(student.model, teacher.model)
         log.info("one encoder for both models: %s", "yes" if shared else "no")

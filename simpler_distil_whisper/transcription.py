@@ -19,7 +19,7 @@ from simpler_distil_whisper.batches import (
     load_ahead,
 )
 from simpler_distil_whisper.decoding import Hypothesis, Transcriber
-from simpler_distil_whisper.devices import leave_cores_to_workers, peak_memory_megabytes
+from simpler_distil_whisper.devices import leave_a_core_to_audio, peak_memory_megabytes
 from simpler_distil_whisper.manifest import DataLimits, Manifest, RowResults
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import ModelOptions
@@ -85,11 +85,11 @@ class Speed:
 
 
 def load_for_decoding(
-    folder: ModelFolder, options: ModelOptions, workers: int, state: PartialState, run: Run
+    folder: ModelFolder, options: ModelOptions, state: PartialState, run: Run
 ) -> Whisper:
     """Return the model of a folder on this process's device, and note what "auto" has chosen."""
     quieten_libraries()
-    leave_cores_to_workers(workers)
+    leave_a_core_to_audio()
     whisper = load_whisper(folder, options.dtype, options.attention, state.device)
     run.note(
         device=str(state.device),
