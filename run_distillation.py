@@ -124,8 +124,10 @@ def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     teacher = load_whisper(prepared.teacher, "float32", attention)
     student = load_whisper(prepared.student, "float32", attention)
     if is_main_process():
-        lines = map(rejection_line, prepared.selection.rejections)
-        write_atomically(run.folder / "rejected.jsonl", "".join(lines).encode())
+        # A resumed run goes on with the file: training adds what turns out not to decode.
+        if not (rejected := run.folder / "rejected.jsonl").exists():
+            lines = map(rejection_line, prepared.selection.rejections)
+            write_atomically(rejected, "".join(lines).encode())
         run.note(filters=prepared.selection.report)
     trainer = Trainer(config, prepared.length, run, accelerator, teacher, student)
     if prepared.dev:

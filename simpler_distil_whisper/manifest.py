@@ -328,6 +328,13 @@ class RowResults:
         return len(answered), len(rejected)
 
 
+def places_in(path: Path) -> set[str]:
+    """Return the places of the rows that a `rejected.jsonl` accounts for; none if it is absent."""
+    if not path.exists():
+        return set()
+    return {entry["place"] for entry, _ in _entries(path)}
+
+
 def rejection_line(rejection: Rejection) -> str:
     """Return the line of `rejected.jsonl` that accounts for one row."""
     return to_line({"place": rejection.place, "reason": rejection.reason, "row": rejection.row})

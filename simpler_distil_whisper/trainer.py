@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from simpler_distil_whisper.batches import load_ahead
 from simpler_distil_whisper.devices import leave_a_core_to_audio, torch_dtype
 from simpler_distil_whisper.losses import LossTerms
-from simpler_distil_whisper.manifest import Manifest, Rejection, rejection_line
+from simpler_distil_whisper.manifest import Manifest, Rejection, places_in, rejection_line
 from simpler_distil_whisper.run import DataError, Interrupted, Progress, Run, log
 from simpler_distil_whisper.training import (
     Checkpoints,
@@ -93,9 +93,14 @@ class Trainer:
         self.metrics = MetricsLog(
             run.folder, self.state.step, config.logging.tensorboard, accelerator.is_main_process
         )
-        self.unreadable: set[str] = set()
+        self.rejected = run.folder / "rejected.jsonl"
+        self.known_rejections = places_in(self.rejected)
         self.interval = Interval(accelerator, config.objective)
         self.validation: Validation | None = None
+        log.info(
+            "%s, precision %s, teacher in %s",
+            *(accelerator.device, accelerator.mixed_precision.replace("no", "float32"), dtype),
+        )
         run.note(
             device=str(accelerator.device),
             precision=accelerator.mixed_precision,
@@ -206,11 +211,11 @@ class Trainer:
     def _keep_rejections(self, rejections: Iterable[Rejection]) -> None:
         """Say once of each example that its audio, whose header was good, cannot be decoded."""
         for rejection in rejections:
-            if rejection.place in self.unreadable:
+            if rejection.place in self.known_rejections:
                 continue
-            self.unreadable.add(rejection.place)
+            self.known_rejections.add(rejection.place)
             log.warning("not learnt from: %s: %s", rejection.place, rejection.reason)
-            with (self.run.folder / "rejected.jsonl").open("a", encoding="utf-8") as file:
+            with self.rejected.open("a", encoding="utf-8") as file:
                 file.write(rejection_line(rejection))
 
     def _log_interval(self) -> None:

@@ -230,9 +230,13 @@ class MetricsLog:
             self._writer = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
 
     def log(self, step: int, values: dict[str, float | None]) -> None:
-        """Append the values of one step; None is kept as null."""
+        """Append the values of one step; None, and what JSON has no number for, is kept as null."""
         if not self._enabled:
             return
+        # A step that the gradient scaler of fp16 skips has an infinite norm.
+        values = {
+            name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer:

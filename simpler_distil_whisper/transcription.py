@@ -23,7 +23,7 @@ from simpler_distil_whisper.devices import leave_a_core_to_audio, peak_memory_me
 from simpler_distil_whisper.manifest import DataLimits, Manifest, RowResults
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import ModelOptions
-from simpler_distil_whisper.run import DataError, Progress, Run, process_count, process_rank
+from simpler_distil_whisper.run import DataError, Progress, Run, log, process_count, process_rank
 from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_libraries
 
 
@@ -91,12 +91,14 @@ def load_for_decoding(
     quieten_libraries()
     leave_a_core_to_audio()
     whisper = load_whisper(folder, options.dtype, options.attention, state.device)
-    run.note(
-        device=str(state.device),
-        dtype=str(whisper.model.dtype).removeprefix("torch."),
-        attention=whisper.model.config._attn_implementation,
-        torch_threads=torch.get_num_threads(),
-    )
+    chosen = {
+        "device": str(state.device),
+        "dtype": str(whisper.model.dtype).removeprefix("torch."),
+        "attention": whisper.model.config._attn_implementation,
+        "torch_threads": torch.get_num_threads(),
+    }
+    log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    run.note(**chosen)
     return whisper
 
 

@@ -29,7 +29,7 @@ from transformers import WhisperForConditionalGeneration
 
 from simpler_distil_whisper.audio import load_audio
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.run import DataError, Interrupted
+from simpler_distil_whisper.run import DataError, Interrupted, write_atomically
 from simpler_distil_whisper.trainer import Trainer
 from simpler_distil_whisper.training import learning_rate_factor
 
@@ -336,6 +336,8 @@ def test_unreadable_audio_is_not_learnt_from(tmp_path: Path, setting: Setting) -
     rejected = read_rows(folder / "rejected.jsonl")
     assert len(rejected) == 1
     assert "3.wav: not finite" in rejected[0]["reason"]
+    write_atomically(folder / "run_info.json", b'{"outcome": "running"}')  # as if it was killed
+    assert read_rows(distil(path) / "rejected.jsonl") == rejected
     others = write_rows(
         tmp_path / "data" / "others.jsonl", [row for row in read_rows(train) if row["id"] != "u3"]
     )

@@ -346,6 +346,13 @@ def test_a_run_without_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_the_log_stays_json_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
+    log.log(1, {"train/grad_norm": float("inf"), "train/kl": float("nan"), "train/loss": 1.0})
+    [row] = read_rows(tmp_path / "metrics.jsonl")
+    assert row == {"step": 1, "train/grad_norm": None, "train/kl": None, "train/loss": 1.0}
+
+
 def test_other_processes_write_no_log(tmp_path: Path) -> None:
     MetricsLog(tmp_path, 0, tensorboard=True, enabled=False).log(1, {"train/loss": 1.0})
     assert not list(tmp_path.iterdir())
