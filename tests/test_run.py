@@ -370,7 +370,13 @@ def spawn(folder: Path, **keys: object) -> subprocess.Popen[str]:
     (folder / "x.json").write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, "-c", PROGRAM, str(folder / "x.json")]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        # What a shell starts in the background ignores Ctrl-C, and so would what the tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
