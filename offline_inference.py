@@ -102,6 +102,8 @@ def answered_row(utterance: Utterance, hypothesis: "Hypothesis", config: Config)
     """Return the row with the hypothesis, and its audio's path as it holds from this folder."""
     row = utterance.row
     row[config.data.columns.audio] = str(utterance.audio)
+    if config.data.columns.language and utterance.language is None:
+        row[config.data.columns.language] = hypothesis.language
     row[config.output_columns.hypothesis] = hypothesis.text.strip()
     return row
 

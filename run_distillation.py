@@ -75,7 +75,7 @@ def select_examples(
     config: DistillationConfig, student: ModelFolder, manifests: list[Manifest]
 ) -> "Selection":
     """Return the training examples, having said how many rows and hours each filter dropped."""
-    from simpler_distil_whisper.training_data import ExampleFilter
+    from simpler_distil_whisper.training_data import UNREADABLE, ExampleFilter
     from simpler_distil_whisper.whisper import load_tokenizer, special_tokens
 
     tokenizer = load_tokenizer(student)
@@ -85,9 +85,15 @@ def select_examples(
     selection = examples.select(manifests)
     for kind, count in selection.report.items():
         log.info("training rows, %s: %d (%.2f h)", kind, count["rows"], count["hours"])
-    if not selection.examples:
+    bad = sum(selection.report.get(k, {"rows": 0})["rows"] for k in ("unusable row", UNREADABLE))
+    rows = len(selection.examples) + len(selection.rejections)
+    if bad > config.data.max_bad_fraction * rows or not selection.examples:
         reasons = "".join(f"\n  {r.place}: {r.reason}" for r in selection.rejections[:5])
-        raise DataError(f"no training row passes the filters. The first reasons:{reasons}")
+        raise DataError(
+            f"of {rows} training rows {bad} are unusable, data.max_bad_fraction is "
+            f"{config.data.max_bad_fraction:g}, and {len(selection.examples)} pass the filters. "
+            f"The first reasons:{reasons}"
+        )
     return selection
 
 

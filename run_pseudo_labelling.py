@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.jsonl import Row
@@ -41,6 +41,13 @@ class OutputColumns(StrictModel):
     error_rate: str = Field(
         "cer/wer", description="Of the hypothesis; null where there is no text to compare with."
     )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "OutputColumns":
+        names = [self.pseudo_label, self.reference, self.error_rate, *EVIDENCE]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two columns would share the name {', '.join(twice)}")
+        return self
 
 
 class Config(StrictModel):
@@ -112,7 +119,9 @@ def labelled_row(
     row, columns = utterance.row, config.output_columns
     rate = None
     if utterance.text is not None:
-        rate = scorer.count(utterance.text, hypothesis.text, hypothesis.language).rate
+        # The unit must not depend on what the model has taken the language for.
+        language = utterance.language or config.decoding.language
+        rate = scorer.count(utterance.text, hypothesis.text, language).rate
     # The labelled manifest lies in another folder than the one that relative paths began from.
     row[config.data.columns.audio] = str(utterance.audio)
     row[columns.pseudo_label] = hypothesis.text

@@ -182,7 +182,9 @@ class Transcriber:
         ids = decoded.tokens[row].tolist()
         complete = self.whisper.tokens.end in ids
         length = ids.index(self.whisper.tokens.end) if complete else len(ids)
-        text = str(self.whisper.tokenizer.decode(ids[:length]))
+        # Cleaning up would change the spaces before punctuation, and with them the tokens.
+        tokenizer = self.whisper.tokenizer
+        text = str(tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False))
         return Hypothesis(
             text=text,
             language=language,

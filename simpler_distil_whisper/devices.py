@@ -5,7 +5,6 @@ Called by whatever loads or runs a model.
 
 import datetime
 import os
-import resource
 import sys
 from typing import Any, Literal
 
@@ -40,7 +39,7 @@ def make_accelerator(
     if precision == "fp16" and not gpu:
         raise ConfigError('precision: "fp16" needs a GPU; "float32" and "bf16" run everywhere')
     if precision == "auto":
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+        precision = "bf16" if gpu and _has_bfloat16() else "float32"
     set_seed(seed)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "float32" else precision,
@@ -57,7 +56,7 @@ def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return found
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _has_bfloat16() else torch.float16
 
 
 def leave_a_core_to_audio() -> None:
@@ -79,8 +78,15 @@ def peak_memory_megabytes(device: torch.device) -> int:
     """Return the most memory that this process has held: the GPU's if it has one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
+    import resource  # not on Windows
+
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _has_bfloat16() -> bool:
+    """Return whether the GPU computes in bfloat16 itself; emulated, it is slower than float32."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _several_on_cpu() -> bool:

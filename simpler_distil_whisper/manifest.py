@@ -5,6 +5,7 @@ that answers row by row keeps its answers so that a kill loses none. Called by a
 eval.py.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import (
+    ConfigError,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -131,6 +133,15 @@ class Manifest:
     def row_count(self) -> int:
         """How many rows were read."""
         return len(self.utterances) + len(self.rejections)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all rows: another one is another manifest."""
+        digest = hashlib.sha256()
+        for utterance in self.utterances:
+            digest.update(f"{utterance.number} {utterance.json}".encode())
+        for rejection in self.rejections:
+            digest.update(f"{rejection.number} {rejection.reason}".encode())
+        return digest.hexdigest()
 
     def check(self, max_bad_fraction: float) -> "Manifest":
         """Return the manifest itself, having said what is unusable.
@@ -263,12 +274,32 @@ class RowResults:
         self._rejected = folder / "rejected.jsonl"
         self._parts = folder / "parts"
         self._parts.mkdir(parents=True, exist_ok=True)
+        self._row_count: int | None = None
         self.done: set[int] = set()
+        self.rejected_before = 0
         for part in sorted(self._parts.glob("*.jsonl")):
-            self.done |= {entry["number"] for entry, _ in _entries(part)}
+            for entry, _ in _entries(part):
+                self.done.add(entry["number"])
+                self.rejected_before += "answer" not in entry
         # A new file for each start: an earlier run may have had other processes.
         starts = len(list(self._parts.glob(f"{process_rank()}-*.jsonl")))
         self._own = (self._parts / f"{process_rank()}-{starts}.jsonl").open("a", encoding="utf-8")
+
+    def belong_to(self, manifest: Manifest) -> None:
+        """Refuse to go on with answers to the rows of another manifest: they are known by number.
+
+        Raises:
+            ConfigError: the manifest is not the one with which these results were begun.
+        """
+        self._row_count = manifest.row_count
+        mark, expected = self._parts / "manifest.sha256", manifest.fingerprint()
+        if mark.exists() and mark.read_text() != expected:
+            raise ConfigError(
+                f"output_dir: {self._parts.parent} holds answers to other rows than those that "
+                f'{manifest.path} has now: restore it, or choose another "output_dir"'
+            )
+        if is_main_process():
+            write_atomically(mark, expected.encode())
 
     def append(
         self, answers: Iterable[tuple[Utterance, Row]], rejected: Iterable[Rejection]
@@ -294,7 +325,12 @@ class RowResults:
         counts = (0, 0)
         if is_main_process():
             counts = self._merge(unread)
-            for part in self._parts.glob("*.jsonl"):
+            if self._row_count not in (None, sum(counts)):
+                raise DataError(
+                    f"{self._parts}: of {self._row_count} rows {sum(counts)} are accounted for; do "
+                    "all processes write to one shared output_dir?"
+                )
+            for part in self._parts.iterdir():
                 part.unlink()
             self._parts.rmdir()
         wait_for_everyone()

@@ -5,6 +5,7 @@ JSONL line to gradient: `TrainingDataset` -> `Trainer.train_step` -> `TeacherAnd
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 import time
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from simpler_distil_whisper.batches import load_ahead
+from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.devices import leave_a_core_to_audio, torch_dtype
 from simpler_distil_whisper.losses import LossTerms
 from simpler_distil_whisper.manifest import Manifest, Rejection, places_in, rejection_line
@@ -125,7 +127,9 @@ class Trainer:
         Raises:
             Interrupted: a stop signal came; the last step is in a checkpoint.
             DataError: the loss or a weight is no longer finite.
+            ConfigError: the checkpoint counts other steps than this run would.
         """
+        self._refuse_other_plan(examples)
         every = self.config.checkpoints.every_steps
         steps = self._micro_batches_of_each_step(examples)
         progress = Progress("training", "steps", self.length.max_steps, self.state.step)
@@ -145,6 +149,19 @@ class Trainer:
                 self.checkpoints.save(self.state)
             if stop and not last:
                 raise Interrupted
+
+    def _refuse_other_plan(self, examples: Sequence[Example]) -> None:
+        digest = hashlib.sha256(str(self.length).encode())
+        for example in examples:
+            digest.update(f"{example.utterance.json} {example.tokens}".encode())
+        plan = digest.hexdigest()
+        if self.state.plan not in ("", plan):
+            raise ConfigError(
+                f"resume: the checkpoint in {self.checkpoints.folder} belongs to other training "
+                "rows or another number of processes, so its step is no place in this run: restore "
+                'them or choose another "output_dir"'
+            )
+        self.state.plan = plan
 
     def train_step(self, group: Sequence[TrainingBatch]) -> bool:
         """Learn from one optimizer step's micro-batches; return whether to stop after it."""
@@ -277,7 +294,7 @@ class Interval:
 
     def end(self) -> dict[str, float]:
         """Return the means per token, and the speed; start the next interval."""
-        terms = torch.stack(self._terms).double().sum(0).cpu()
+        terms = torch.stack(self._terms).cpu().double().sum(0)  # not every device has float64
         own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
         everyone = self.accelerator.reduce(own.float().to(self.accelerator.device)).tolist()
         cross_entropy, kl, tokens, audio_seconds = everyone

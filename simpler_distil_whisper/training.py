@@ -156,11 +156,13 @@ class TrainerState:
 
     Attributes:
         step: optimizer steps done.
+        plan: hash of what the steps are made of; with another one the number means nothing.
         best_error_rate: of the student on the dev manifest so far; None: not validated yet.
         teacher_error_rate: scored once, since it never changes.
     """
 
     step: int = 0
+    plan: str = ""
     best_error_rate: float | None = None
     teacher_error_rate: float | None = None
 

@@ -21,6 +21,7 @@ from simpler_distil_whisper.run import Progress
 from simpler_distil_whisper.training_options import TrainingData
 from simpler_distil_whisper.whisper import SpecialTokens
 
+UNREADABLE = "unreadable audio"  # the kind of reason that counts against max_bad_fraction
 POOL_OF_STEPS = 32  # how many optimizer steps' utterances are sorted by length together
 
 
@@ -114,6 +115,8 @@ class ExampleFilter:
     def _example(self, utterance: Utterance, seconds: float) -> Example:
         if not (utterance.text or "").strip():
             raise Dropped("no label", f'"{self.data.columns.text}" is empty')
+        if utterance.row.get("complete") is False:
+            raise Dropped("label cut off", "the teacher's label was cut at max_new_tokens")
         self._check_error_rate(utterance)
         if seconds < self.data.min_duration_seconds:
             minimum = self.data.min_duration_seconds
@@ -151,7 +154,7 @@ def _header_seconds(utterance: Utterance) -> float:
     try:
         return audio_seconds(utterance.audio, utterance.start_seconds, utterance.duration_seconds)
     except AudioError as error:
-        raise Dropped("unreadable audio", f"{utterance.audio}: {error}") from None
+        raise Dropped(UNREADABLE, f"{utterance.audio}: {error}") from None
 
 
 class TrainingPlan:
@@ -291,7 +294,11 @@ class TrainingDataset(Dataset[TrainingBatch]):
             utterance = example.utterance
             try:
                 waveform = load_audio(
-                    utterance.audio, utterance.start_seconds, utterance.duration_seconds
+                    utterance.audio,
+                    utterance.start_seconds,
+                    utterance.duration_seconds,
+                    # The extractor would cut what a wrong header had let pass.
+                    max_seconds=float(self.extractor.chunk_length),
                 )
             except AudioError as error:
                 # Silence without labels: the processes stay in step, and nothing is learnt from it.

@@ -115,14 +115,16 @@ def transcribe_manifest(
     resumed run nor the number of processes changes a single bit of what is computed.
 
     Raises:
+        ConfigError: the results were begun with another manifest.
         DataError: more than `data.max_bad_fraction` of the rows has turned out unusable.
         Interrupted: a stop signal came; everything yielded before is in the results.
     """
+    results.belong_to(manifest)
     batches = list(in_batches(manifest.utterances, transcriber.options.batch_size))
     own = batches[process_rank() :: process_count()]
     todo = [batch for batch in own if not {u.number for u in batch} <= results.done]
     dataset = SpeechDataset(todo, transcriber.whisper.feature_extractor, data)
-    bad = len(manifest.rejections)
+    bad = len(manifest.rejections) + results.rejected_before
     total, left = sum(map(len, own)), sum(map(len, todo))
     with Progress("transcribing", "utterances", total, total - left) as progress:
         for batch in load_ahead(dataset, data.num_workers):

@@ -97,8 +97,10 @@ class Validation:
                 hypotheses = transcriber(batch.input_features, languages)
                 for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):
                     reference = self.references[utterance.number]
-                    counts = self.scorer.count(reference, hypothesis.text, hypothesis.language)
-                    counted.append((hypothesis.language, counts))
+                    # Not the language that the model detected: the unit must not depend on it.
+                    language = utterance.language or self.decoding.language
+                    counts = self.scorer.count(reference, hypothesis.text, language)
+                    counted.append((language or "unknown", counts))
                     examples.append((reference, hypothesis.text.strip()))
         return Score(_by_language(gather_object(counted)), examples[:3])
 

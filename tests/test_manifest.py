@@ -13,6 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import make_corpus, read_rows, write_rows
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.manifest import (
@@ -434,3 +435,27 @@ def test_the_main_process_waits_for_the_others_before_it_merges(
 
     main.finish(manifest.rejections, wait)
     assert files(folder / "out") == alone
+
+
+def test_answers_to_an_edited_manifest_are_not_gone_on_with(tmp_path: Path) -> None:
+    """They are kept by row number, which names another row once a row before it is gone."""
+    make_corpus(tmp_path, 4)
+    manifest = read_manifest(tmp_path / "zh-0.jsonl", Columns())
+    results = RowResults(tmp_path / "out", "answers.jsonl")
+    results.belong_to(manifest)
+    results.append([(manifest.utterances[0], {"heard": "x"})], [])
+    RowResults(tmp_path / "out", "answers.jsonl").belong_to(manifest)
+    write_rows(tmp_path / "zh-0.jsonl", list(read_rows(tmp_path / "zh-0.jsonl")[1:]))
+    edited = read_manifest(tmp_path / "zh-0.jsonl", Columns())
+    with pytest.raises(ConfigError, match="other rows"):
+        RowResults(tmp_path / "out", "answers.jsonl").belong_to(edited)
+
+
+def test_a_row_without_answer_is_never_called_done(tmp_path: Path) -> None:
+    make_corpus(tmp_path, 3)
+    manifest = read_manifest(tmp_path / "zh-0.jsonl", Columns())
+    results = RowResults(tmp_path / "out", "answers.jsonl")
+    results.belong_to(manifest)
+    results.append([(utterance, {}) for utterance in manifest.utterances[:2]], [])
+    with pytest.raises(DataError, match="of 3 rows 2 are accounted for"):
+        results.finish([], lambda: None)

@@ -540,3 +540,16 @@ def test_two_processes_label_like_one(tmp_path: Path, setting: Setting) -> None:
     labels = [(tmp_path / name / "pseudo_labels.jsonl").read_bytes() for name in ("one", "two")]
     assert labels[0] == labels[1]
     assert len(labels[0].splitlines()) == 8
+
+
+def test_a_checkpoint_of_other_rows_is_not_gone_on_from(
+    tmp_path: Path, dropout_setting: Setting
+) -> None:
+    path = long_run(tmp_path / "run", dropout_setting)
+    trainer, examples = assemble(path)
+    trainer.run.stop_signal = 15
+    with pytest.raises(Interrupted):
+        trainer.train(examples)
+    trainer, examples = assemble(path)
+    with pytest.raises(ConfigError, match="other training rows"):
+        trainer.train(examples[:-1])
