@@ -115,8 +115,6 @@ class ExampleFilter:
     def _example(self, utterance: Utterance, seconds: float) -> Example:
         if not (utterance.text or "").strip():
             raise Dropped("no label", f'"{self.data.columns.text}" is empty')
-        if utterance.row.get("complete") is False:
-            raise Dropped("label cut off", "the teacher's label was cut at max_new_tokens")
         self._check_error_rate(utterance)
         if seconds < self.data.min_duration_seconds:
             minimum = self.data.min_duration_seconds
