@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from transformers import WhisperForConditionalGeneration
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.options import Dtype
+from simpler_distil_whisper.options import Attention, Dtype
 from simpler_distil_whisper.run import process_count
 
 # One process may have hours more to label, validate or save than the one that waits for it; the
@@ -59,6 +60,41 @@ def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _has_bfloat16() else torch.float16
 
 
+def decoding_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to decode in: as `torch_dtype`, but bfloat16 on a CPU that computes in it.
+
+    Where there is nothing to train it is the fastest, measured on CPUs with AVX512-BF16.
+    """
+    if dtype == "auto" and device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch_dtype(dtype, device)
+
+
+def suitable_attention(attention: Attention, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the attention that a config names; "auto" is the fastest for the encoder.
+
+    That is the fused kernel, but on CPUs in bfloat16: there plain matrix products are.
+    """
+    if attention != "auto":
+        return attention
+    return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+
+
+def suitable_batch_size(model: WhisperForConditionalGeneration) -> int:
+    """Return how many windows to decode at once: on a GPU as many as leave half of its memory."""
+    if model.device.type != "cuda":
+        return 16  # measured: more rows fall out of a CPU's caches
+    config, size = model.config, model.dtype.itemsize
+    positions = config.max_source_positions + config.max_target_positions
+    cache = 2 * config.decoder_layers * positions * config.d_model * size
+    encoder = 16 * config.max_source_positions * config.d_model * size
+    logits = 4 * config.vocab_size * 4
+    # Of all memory, not of the memory that is free now: a resumed run must form the same batches.
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    room = memory // 2 - model.num_parameters() * size
+    return int(min(256, max(1, room // (cache + encoder + logits))))
+
+
 def leave_a_core_to_audio() -> None:
     """Let torch compute on all cores of this process's share but one, where audio is decoded.
 
@@ -82,6 +118,13 @@ def peak_memory_megabytes(device: torch.device) -> int:
 
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Return whether the CPU has instructions for it; emulated, it is slower than float32."""
+    # Private in torch 2.6 to 2.13; where they are gone, float32 is right too.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def _has_bfloat16() -> bool:

@@ -82,7 +82,7 @@ class Validation:
     def score(self, whisper: Whisper) -> Score:
         """Return the error counts of a model; call it in every process."""
         transcriber = Transcriber(whisper, self.decoding)
-        batches = list(in_batches(self.utterances, self.decoding.batch_size))
+        batches = list(in_batches(self.utterances, transcriber.batch_size))
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
         dataset = SpeechDataset(own, whisper.feature_extractor, self.limits)
         counted: list[tuple[str, ErrorCounts]] = []

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.devices import torch_dtype
+from simpler_distil_whisper.devices import suitable_attention, torch_dtype
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import Attention, Dtype, Task
 from simpler_distil_whisper.text import WHISPER_LANGUAGES
@@ -42,6 +42,9 @@ PROCESSOR_FILES = (
 )
 
 
+TIME_STEP = 0.02  # seconds from one timestamp to the next
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """Token ids that mean something, looked up by name: their numbers differ between models.
@@ -49,6 +52,8 @@ class SpecialTokens:
     Attributes:
         languages: code such as "zh" -> id; empty for an English-only model.
         no_speech: `<|nospeech|>`; None where the tokenizer has none.
+        previous: `<|startofprev|>`, before the text that came before; None where there is none.
+        timestamps: ids of `<|0.00|>`, `<|0.02|>`, ... up to the window's length.
         control: all ids that never are text: the others here, tasks and timestamps.
     """
 
@@ -58,23 +63,26 @@ class SpecialTokens:
     transcribe: int | None
     translate: int | None
     no_speech: int | None
+    previous: int | None
+    timestamps: range
     languages: dict[str, int]
     control: tuple[int, ...]
 
-    def prompt(self, language: str | None, task: Task) -> list[int]:
+    def prompt(self, language: str | None, task: Task, timestamps: bool = False) -> list[int]:
         """Return the ids that the decoder is given before the text: `<|sot|>`, language, task, ...
 
         Raises:
             ConfigError: the model has no token for the language or the task.
         """
+        last = [] if timestamps else [self.no_timestamps]
         if not self.languages:
             if language not in (None, "en") or task == "translate":
                 raise ConfigError(f"an English-only model cannot {task} {language}")
-            return [self.start, self.no_timestamps]
+            return [self.start, *last]
         task_id = self.transcribe if task == "transcribe" else self.translate
         if language not in self.languages or task_id is None:
             raise ConfigError(f'the model has no token to {task} "{language}"')
-        return [self.start, self.languages[language], task_id, self.no_timestamps]
+        return [self.start, self.languages[language], task_id, *last]
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Whisper:
 
 def load_whisper(
     folder: ModelFolder,
-    dtype: Dtype = "float32",
+    dtype: Dtype | torch.dtype = "float32",
     attention: Attention = "auto",
     device: torch.device | str = "cpu",
 ) -> Whisper:
@@ -109,12 +117,14 @@ def load_whisper(
         ConfigError: weights are missing, or the attention implementation is not installed.
     """
     device = torch.device(device)
+    if isinstance(dtype, str):
+        dtype = torch_dtype(dtype, device)
     # transformers 5 would take the checkpoint's dtype: a float16 file would train in float16.
     try:
         model, report = WhisperForConditionalGeneration.from_pretrained(
             folder.path,
-            dtype=torch_dtype(dtype, device),
-            attn_implementation="sdpa" if attention == "auto" else attention,
+            dtype=dtype,
+            attn_implementation=suitable_attention(attention, device, dtype),
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -154,6 +164,7 @@ def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialT
     # Timestamps, and in large vocabularies the padding after them, follow <|notimestamps|>.
     control = {id for text, id in vocabulary.items() if text.startswith("<|") and id >= end}
     control |= set(range(no_timestamps, folder.config["vocab_size"]))
+    times = range(no_timestamps + 1, no_timestamps + 2 + round(folder.window_seconds / TIME_STEP))
     return SpecialTokens(
         start=start,
         end=end,
@@ -161,6 +172,8 @@ def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialT
         transcribe=vocabulary.get("<|transcribe|>"),
         translate=vocabulary.get("<|translate|>"),
         no_speech=vocabulary.get("<|nospeech|>", vocabulary.get("<|nocaptions|>")),
+        previous=vocabulary.get("<|startofprev|>"),
+        timestamps=times if times.stop <= folder.config["vocab_size"] else range(0),
         languages={
             code: id
             for code, id in every_language.items()

@@ -13,9 +13,15 @@ from torch import Tensor
 from simpler_distil_whisper.audio import load_audio
 from simpler_distil_whisper.batches import log_mel
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.decoding import Hypothesis, Transcriber, compression_ratio
+from simpler_distil_whisper.decoding import (
+    Hypothesis,
+    Segment,
+    Transcriber,
+    compression_ratio,
+)
 from simpler_distil_whisper.model_folder import read_model_folder
 from simpler_distil_whisper.options import DecodingOptions
+from simpler_distil_whisper.search import drawn
 from simpler_distil_whisper.whisper import Whisper, load_whisper
 
 UTTERANCES = 8
@@ -65,12 +71,19 @@ def never_text(whisper: Whisper) -> list[int]:
     return sorted(special | set(whisper.model.generation_config.suppress_tokens))
 
 
-def generated_texts(
-    whisper: Whisper, features: Tensor, languages: list[str | None], max_new_tokens: int
-) -> list[str]:
-    """The oracle: greedy `generate`, one pass, with nothing but text to choose from."""
+def generated_tokens(
+    whisper: Whisper,
+    features: Tensor,
+    languages: list[str | None],
+    max_new_tokens: int,
+    *,
+    beams: int = 1,
+    timestamps: bool = False,
+) -> list[list[int]]:
+    """The oracle: `generate`, one pass, with nothing but text and timestamps to choose from."""
     settings = copy.deepcopy(whisper.model.generation_config)
-    settings.suppress_tokens = never_text(whisper)
+    times = set(whisper.tokens.timestamps) if timestamps else set()
+    settings.suppress_tokens = sorted(set(never_text(whisper)) - times)
     spoken = {"language": [f"<|{code}|>" for code in languages], "task": "transcribe"}
     ids = whisper.model.generate(
         features,
@@ -78,10 +91,19 @@ def generated_texts(
         max_new_tokens=max_new_tokens,
         force_unique_generate_call=True,
         do_sample=False,
-        num_beams=1,
+        num_beams=beams,
+        return_timestamps=timestamps,
         **(spoken if whisper.tokens.languages else {}),
     )
-    return whisper.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    end, times = whisper.tokens.end, whisper.tokens.timestamps
+    return [[id for id in row if id < end or id in times] for row in ids.tolist()]
+
+
+def generated_texts(
+    whisper: Whisper, features: Tensor, languages: list[str | None], max_new_tokens: int
+) -> list[str]:
+    tokens = generated_tokens(whisper, features, languages, max_new_tokens)
+    return whisper.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("limit", [1, 30, 224])
@@ -103,6 +125,154 @@ def test_same_text_as_generate_for_an_english_only_model(
     assert [h.text for h in ours] == theirs
     assert {h.language for h in ours} == {"en"}
     assert len(set(theirs)) > 1
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+@pytest.mark.parametrize("beams", [1, 2, 5])
+def test_same_tokens_as_generate_with_beams_and_timestamps(
+    whisper: Whisper, features: Tensor, beams: int, timestamps: bool
+) -> None:
+    languages = ["zh", "en", "ja", "zh", "en", "ja", "zh", "en"]
+    expected = generated_tokens(
+        whisper, features, languages, 100, beams=beams, timestamps=timestamps
+    )
+    heard = transcribe(
+        whisper, features, languages, max_new_tokens=100, num_beams=beams, timestamps=timestamps
+    )
+    assert [list(h.token_ids) for h in heard] == expected
+    assert len({h.token_ids for h in heard}) > 4
+    said = {id in whisper.tokens.timestamps for h in heard for id in h.token_ids}
+    assert said == ({True, False} if timestamps else {False})
+
+
+def test_a_prompt_is_what_was_said_before(whisper: Whisper, features: Tensor) -> None:
+    settings = copy.deepcopy(whisper.model.generation_config)
+    settings.suppress_tokens = never_text(whisper)
+    ids = whisper.model.generate(
+        features,
+        generation_config=settings,
+        prompt_ids=whisper.tokenizer.get_prompt_ids("Taipei, tea", return_tensors="pt"),
+        language="zh",
+        task="transcribe",
+        max_new_tokens=60,
+        force_unique_generate_call=True,
+        do_sample=False,
+    )
+    expected = [row[row.index(whisper.tokens.start) :] for row in ids.tolist()]
+    expected = [[id for id in row if id < whisper.tokens.end] for row in expected]
+    languages = ["zh"] * UTTERANCES
+    heard = transcribe(whisper, features, languages, max_new_tokens=60, prompt="Taipei, tea ")
+    assert [list(h.token_ids) for h in heard] == expected
+    without = transcribe(whisper, features, languages, max_new_tokens=60)
+    assert [h.text for h in heard] != [h.text for h in without]
+
+
+def test_each_row_has_its_own_past(whisper: Whisper, features: Tensor) -> None:
+    """Prompts of different lengths in one batch, one of them longer than the model remembers."""
+    transcriber = Transcriber(whisper, DecodingOptions(language="zh"))
+    states = transcriber.encode(features[:4])
+    pasts = [[], [65], list(range(40, 90)), [66, 67] * 200]
+    together = transcriber.from_encoder_states(states, [None] * 4, previous=pasts)
+    for row, past in enumerate(pasts):
+        one = states[row : row + 1]
+        alone = transcriber.from_encoder_states(one, [None], previous=[past])[0]
+        assert together[row].token_ids == alone.token_ids
+        assert together[row].average_log_probability == pytest.approx(
+            alone.average_log_probability, abs=1e-5
+        )
+        assert together[row].no_speech_probability == pytest.approx(
+            alone.no_speech_probability, rel=1e-4
+        )
+    cut = transcriber.from_encoder_states(states[3:], [None], previous=[[66, 67] * 111 + [66]])
+    assert cut[0].token_ids != together[3].token_ids
+    kept = transcriber.from_encoder_states(states[3:], [None], previous=[([66, 67] * 112)[1:]])
+    assert kept[0].token_ids == together[3].token_ids
+
+
+def test_a_prompt_must_be_text(whisper: Whisper) -> None:
+    with pytest.raises(ConfigError, match=r"decoding.prompt: <\|endoftext\|>"):
+        Transcriber(whisper, DecodingOptions(prompt="a<|endoftext|>b"))
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0, -torch.inf]])
+    randoms = torch.linspace(0, 1, 100_001)[:-1]
+    tokens = drawn(logits.expand(len(randoms), -1), randoms)
+    shares = tokens.bincount(minlength=5) / len(randoms)
+    assert shares == pytest.approx(logits.softmax(-1)[0], abs=2e-5)
+    assert drawn(logits, torch.tensor([0.0])).tolist() == [0], "not what is impossible"
+    assert drawn(logits, torch.tensor([1.0])).tolist() == [3]
+
+
+def test_an_utterances_luck_is_its_own(whisper: Whisper, features: Tensor) -> None:
+    options = DecodingOptions(temperatures=[1.0], max_new_tokens=30)
+    languages, keys = ["zh"] * UTTERANCES, list(range(UTTERANCES))
+    together = Transcriber(whisper, options, seed=5)(features, languages, keys)
+    backwards = Transcriber(whisper, options, seed=5)(features.flip(0), languages, keys[::-1])
+    assert [h.text for h in backwards[::-1]] == [h.text for h in together]
+    other_seed = Transcriber(whisper, options, seed=6)(features, languages, keys)
+    assert all(a.text != b.text for a, b in zip(together, other_seed, strict=True))
+    same_audio = Transcriber(whisper, options, seed=5)(features[[0] * 8], languages, keys)
+    assert len({h.text for h in same_audio}) == UTTERANCES
+    assert {h.temperature for h in together} == {1.0}
+
+
+def test_only_what_fails_is_drawn_again(whisper: Whisper, features: Tensor) -> None:
+    languages, keys = ["zh"] * UTTERANCES, list(range(UTTERANCES))
+    greedy = transcribe(whisper, features, languages, max_new_tokens=40)
+    threshold = sorted(h.average_log_probability for h in greedy)[UTTERANCES // 2]
+    options = {
+        "temperatures": [0.0, 0.5, 1.0],
+        "log_probability_threshold": threshold,
+        "compression_ratio_threshold": None,
+        "no_speech_threshold": None,
+        "max_new_tokens": 40,
+    }
+    heard = Transcriber(whisper, DecodingOptions(**options))(features, languages, keys)
+    for before, after in zip(greedy, heard, strict=True):
+        if before.average_log_probability >= threshold:
+            assert after == before
+        else:
+            assert after.temperature > 0 and after.text != before.text
+    assert {h.temperature for h in heard} >= {0.0, 1.0}
+    # What is probably silence is left as it is.
+    options["no_speech_threshold"] = 0.0
+    assert Transcriber(whisper, DecodingOptions(**options))(features, languages, keys) == greedy
+
+
+def test_loops_are_drawn_again(whisper: Whisper, features: Tensor) -> None:
+    languages = ["zh"] * UTTERANCES
+    ratios = [h.compression_ratio for h in transcribe(whisper, features, languages)]
+    limit = sorted(set(ratios))[-2]
+    heard = transcribe(
+        whisper,
+        features,
+        languages,
+        temperatures=[0.0, 0.9],
+        compression_ratio_threshold=limit,
+        log_probability_threshold=None,
+    )
+    again = [h.temperature > 0 for h in heard]
+    assert again == [ratio > limit for ratio in ratios]
+    assert any(again) and not all(again)
+
+
+def test_sentences_stand_between_their_timestamps(whisper: Whisper, features: Tensor) -> None:
+    transcriber = Transcriber(whisper, DecodingOptions())
+    time = whisper.tokens.timestamps.start
+    a, b = (whisper.tokenizer(c, add_special_tokens=False).input_ids[0] for c in "ab")
+    said = [time, a, a, time + 25, time + 30, b, time + 61, time + 70, a]
+    assert transcriber.segments_of(said) == [
+        Segment(0.0, 0.5, "aa"),
+        Segment(0.6, 1.22, "b"),
+        Segment(1.4, None, "a"),
+    ]
+    assert transcriber.segments_of([time, a, time + 5, time + 5]) == [Segment(0.0, 0.1, "a")]
+    assert transcriber.segments_of([a, b]) == []
+    for hypothesis in transcribe(whisper, features, ["zh"] * UTTERANCES, timestamps=True):
+        assert "".join(segment.text for segment in hypothesis.segments) == hypothesis.text
+        times = [s.start_seconds for s in hypothesis.segments]
+        assert times == sorted(times) and max(times) <= 2.0
 
 
 def test_the_languages_of_the_rows_decide(whisper: Whisper, features: Tensor) -> None:
@@ -277,6 +447,7 @@ def test_evidence_is_rounded_and_plain(whisper: Whisper, features: Tensor) -> No
         "average_log_probability": round(hypothesis.average_log_probability, 4),
         "no_speech_probability": round(hypothesis.no_speech_probability, 4),
         "compression_ratio": round(hypothesis.compression_ratio, 3),
+        "temperature": 0.0,
         "complete": False,
     }
     assert hypothesis.average_log_probability < 0 < hypothesis.no_speech_probability < 1

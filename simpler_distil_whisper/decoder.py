@@ -1,0 +1,215 @@
+"""A Whisper's decoder, token by token: everything is computed once that can be.
+
+The weights are those of transformers' decoder; what is ours is the order of the work. Keys and
+values of the audio are computed once per utterance, those of the text are written into memory that
+is there from the start, and rows that have ended leave. It chooses no token: `search.py` does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import WhisperForConditionalGeneration
+
+QUERIES, KEYS_VALUES = "q_proj", ("k_proj", "v_proj")  # transformers' names
+
+
+@dataclass
+class DecoderCache:
+    """Keys and values of R rows of text about U utterances: K = R / U rows, or beams, for each.
+
+    Attributes:
+        text: float [layers, 2, R, H, capacity, D/H]: keys and values of the tokens so far.
+        audio: float [layers, 2, U, H, E, D/H]: keys and values of the encoder states.
+        lengths: int64 [R]: how many tokens each row has; what lies behind them is overwritten.
+        longest: the greatest of them.
+        even: all of them are the same.
+    """
+
+    text: Tensor
+    audio: Tensor
+    lengths: Tensor
+    longest: int
+    even: bool
+
+    def repeat(self, beams: int) -> None:
+        """Make `beams` rows of each."""
+        self.text = self.text.repeat_interleave(beams, dim=2)
+        self.lengths = self.lengths.repeat_interleave(beams)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row `rows[i]` of the same utterance has said."""
+        self.text[:, :, :, :, : self.longest] = self.text[:, :, rows, :, : self.longest]
+
+    def keep(self, order: Tensor, beams: int = 1) -> None:
+        """Keep some utterances and drop the others, whose places are filled from the end.
+
+        Args:
+            order: int64 [U']: the old places of those that stay, as `places_to_keep` orders them:
+                most stay where they are, and only the few that move are copied.
+            beams: rows for each utterance.
+        """
+        places = torch.arange(len(order), device=order.device)
+        moved = order != places
+        here, there = places[moved], order[moved]
+        self.audio[:, :, here] = self.audio[:, :, there]
+        self.audio = self.audio[:, :, : len(order)]
+        if beams > 1:
+            offsets = torch.arange(beams, device=order.device)
+            here = (here[:, None] * beams + offsets).flatten()
+            there = (there[:, None] * beams + offsets).flatten()
+        self.text[:, :, here, :, : self.longest] = self.text[:, :, there, :, : self.longest]
+        self.text = self.text[:, :, : len(order) * beams]
+        self.lengths[here] = self.lengths[there]
+        self.lengths = self.lengths[: len(order) * beams]
+
+    def advance(self, count: Tensor | int) -> None:
+        """Count the tokens that were added, the same number or int64 [R]."""
+        self.lengths = self.lengths + count
+        if isinstance(count, int):
+            self.longest += count
+        else:
+            self.longest = int(self.lengths.max())
+            self.even = bool((self.lengths == self.longest).all())
+
+
+def places_to_keep(ended: Tensor) -> Tensor:
+    """Return int64 [U']: which places stay, given bool [U], so that as few as can be must move."""
+    alive = (~ended).nonzero()[:, 0]
+    count = len(alive)
+    order = torch.arange(count, device=ended.device)
+    order[ended[:count]] = alive[alive >= count]
+    return order
+
+
+class CachedDecoder:
+    """The decoder of a Whisper with a cache of preallocated memory.
+
+    It copies the projections of queries, keys and values, which it fuses: make it anew when the
+    weights have changed.
+    """
+
+    def __init__(self, model: WhisperForConditionalGeneration) -> None:
+        self.model = model
+        self.decoder = model.model.decoder
+        config = model.config
+        self.heads: int = config.decoder_attention_heads
+        self.width: int = config.d_model
+        self.head_width = self.width // self.heads
+        # One query a row is a few small matrix products: fused kernels only pay for many queries.
+        self.plain = config._attn_implementation == "eager" or model.device.type == "cpu"
+        self._layers: list[Any] = list(self.decoder.layers)
+        with torch.no_grad():
+            self._own = [_fused(layer.self_attn, QUERIES, *KEYS_VALUES) for layer in self._layers]
+            self._audio = [_fused(layer.encoder_attn, *KEYS_VALUES) for layer in self._layers]
+
+    def start(self, states: Tensor, capacity: int) -> DecoderCache:
+        """Return an empty cache for the texts about some utterances.
+
+        Args:
+            states: float [U, E, D]: their encoder states.
+            capacity: the most tokens that a text, with what is put before it, can have.
+        """
+        count, positions, _ = states.shape
+        shape = (count, positions, 2, self.heads, self.head_width)
+        first = functional.linear(states, *self._audio[0])
+        audio = first.new_empty(len(self._layers), 2, count, self.heads, positions, self.head_width)
+        for layer, (weight, bias) in enumerate(self._audio):
+            projected = first if layer == 0 else functional.linear(states, weight, bias)
+            audio[layer] = projected.view(shape).permute(2, 0, 3, 1, 4)
+        # Zeros, for what a shorter row has not written yet is multiplied by its attention of zero.
+        text = audio.new_zeros(len(self._layers), 2, count, self.heads, capacity, self.head_width)
+        lengths = torch.zeros(count, dtype=torch.int64, device=states.device)
+        return DecoderCache(text, audio, lengths, longest=0, even=True)
+
+    def read(self, ids: Tensor, cache: DecoderCache) -> Tensor:
+        """Return float [R, L, D]: decoder states of the next tokens of each row.
+
+        Their keys and values are in the cache afterwards, but they are not counted:
+        `DecoderCache.advance` says how many of them stay.
+
+        Args:
+            ids: int64 [R, L]: tokens that follow those in the cache.
+            cache: what the rows have said so far.
+        """
+        count = ids.shape[1]
+        positions = cache.lengths[:, None] + torch.arange(count, device=ids.device)
+        hidden = self.decoder.embed_tokens(ids) + self.decoder.embed_positions.weight[positions]
+        seen = cache.longest + count
+        mask = None
+        if count > 1 or not cache.even:
+            later = torch.arange(seen, device=ids.device) > positions[..., None]
+            mask = torch.zeros(later.shape, dtype=hidden.dtype, device=ids.device)
+            mask = mask.masked_fill_(later, torch.finfo(mask.dtype).min)[:, None]
+        for number, layer in enumerate(self._layers):
+            normed = layer.self_attn_layer_norm(hidden)
+            queries, keys, values = self._write(number, normed, positions, cache)
+            heard = self._attend(queries, keys[:, :, :seen], values[:, :, :seen], mask)
+            hidden = hidden + layer.self_attn.out_proj(_joined(heard))
+            normed = layer.encoder_attn_layer_norm(hidden)
+            hidden = hidden + layer.encoder_attn.out_proj(self._listen(number, normed, cache))
+            normed = layer.final_layer_norm(hidden)
+            hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
+        states: Tensor = self.decoder.layer_norm(hidden)
+        return states
+
+    def logits(self, states: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return float32 [..., V] of decoder states [..., D]: a bfloat16 tail would be lost.
+
+        Args:
+            states: decoder states.
+            bias: float [V], added on the way: minus infinity for what must not be said.
+        """
+        weight = self.model.proj_out.weight
+        return functional.linear(states, weight, bias).float()
+
+    def _write(
+        self, number: int, normed: Tensor, positions: Tensor, cache: DecoderCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries of the new tokens, and keys and values of all, those of them added."""
+        rows, count, _ = normed.shape
+        fused = functional.linear(normed, *self._own[number])
+        new = fused.view(rows, count, 3, self.heads, self.head_width)
+        keys, values = cache.text[number]
+        if cache.even:
+            spot = slice(cache.longest, cache.longest + count)
+            keys[:, :, spot], values[:, :, spot] = (new[:, :, i].transpose(1, 2) for i in (1, 2))
+        else:
+            row = torch.arange(rows, device=normed.device)[:, None]
+            keys[row, :, positions], values[row, :, positions] = new[:, :, 1], new[:, :, 2]
+        return new[:, :, 0].transpose(1, 2), keys, values
+
+    def _listen(self, number: int, normed: Tensor, cache: DecoderCache) -> Tensor:
+        """Return float [R, L, D]: what the new tokens hear in the audio.
+
+        The beams of an utterance ask the same keys, so they are further queries, not further rows.
+        """
+        rows, count, width = normed.shape
+        keys, values = cache.audio[number]
+        queries = self._layers[number].encoder_attn.q_proj(normed)
+        queries = queries.view(len(keys), -1, self.heads, self.head_width).transpose(1, 2)
+        return _joined(self._attend(queries, keys, values, None)).view(rows, count, width)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Return float [R, H, L, D/H]: scaled dot-product attention."""
+        if not self.plain:
+            return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        scores = torch.matmul(queries * self.head_width**-0.5, keys.transpose(-1, -2))
+        if mask is not None:
+            scores = scores + mask
+        return torch.matmul(scores.softmax(-1), values)
+
+
+def _fused(attention: nn.Module, *names: str) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of several projections of the same input, as one."""
+    projections = [getattr(attention, name) for name in names]
+    # Whisper's keys have no bias.
+    biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in projections]
+    return torch.cat([p.weight for p in projections]), torch.cat(biases)
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """Return float [R, L, D] of [R, H, L, D/H]."""
+    return heads.transpose(1, 2).flatten(2)
