@@ -9,23 +9,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.jsonl import Row
-from simpler_distil_whisper.manifest import (
-    Manifest,
-    ManifestData,
-    RowResults,
-    Utterance,
-    read_manifest,
-)
+from simpler_distil_whisper.manifest import Manifest, ManifestData, Utterance, read_manifest
 from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.options import DecodingOptions, ModelOptions
+from simpler_distil_whisper.row_results import RowResults
 from simpler_distil_whisper.run import Run, run_script, write_atomically
 
 if TYPE_CHECKING:
     from simpler_distil_whisper.decoding import Hypothesis
+
+
+class AssistantOptions(StrictModel):
+    """A student that drafts for the model: the same greedy text, sooner at a batch size of 1."""
+
+    path: Path | None = Field(
+        None, description="Model folder of a student of this model; null: it decodes alone."
+    )
+    processor: Path | None = Field(
+        None, description="Folder of tokenizer and feature extractor; null: the student's own."
+    )
 
 
 class OutputColumns(StrictModel):
@@ -42,16 +48,28 @@ class Config(StrictModel):
         "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
     )
     model: ModelOptions
+    assistant: AssistantOptions = AssistantOptions()
     data: ManifestData
     decoding: DecodingOptions = DecodingOptions()
     output_columns: OutputColumns = OutputColumns()
 
+    @model_validator(mode="after")
+    def _drafts_are_for_greedy_decoding(self) -> "Config":
+        if self.assistant.path is not None and self.decoding.num_beams > 1:
+            raise ValueError("assistant.path is of no use unless decoding.num_beams is 1")
+        return self
 
-def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
-    """Return the model's folder and the usable rows of the manifest."""
+
+def prepare(config: Config) -> tuple[ModelFolder, ModelFolder | None, Manifest]:
+    """Return the folders of the model and its assistant, and the usable rows of the manifest."""
     folder = read_model_folder(config.model.path, config.model.processor, "model")
     folder.check_language(config.decoding.language, "decoding.language")
-    data = config.data
+    assistant, data = config.assistant, config.data
+    assistant_folder = (
+        read_model_folder(assistant.path, assistant.processor, "assistant")
+        if assistant.path
+        else None
+    )
     manifest = read_manifest(
         data.manifest,
         data.columns,
@@ -59,23 +77,32 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
         languages=folder.row_languages,
         new_fields={config.output_columns.hypothesis},
     )
-    return folder, manifest.check(data.max_bad_fraction)
+    return folder, assistant_folder, manifest.check(data.max_bad_fraction)
 
 
-def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
+def work(
+    config: Config, prepared: tuple[ModelFolder, ModelFolder | None, Manifest], run: Run
+) -> str:
     """Write `hypotheses.jsonl`, `rejected.jsonl` and `speed.json`."""
     from simpler_distil_whisper.decoding import Transcriber
     from simpler_distil_whisper.devices import join_processes
+    from simpler_distil_whisper.speculative import Assistant
     from simpler_distil_whisper.transcription import (
         Speed,
         load_for_decoding,
         transcribe_manifest,
     )
+    from simpler_distil_whisper.whisper import load_whisper
 
-    folder, manifest = prepared
+    folder, assistant_folder, manifest = prepared
     state = join_processes()
     whisper = load_for_decoding(folder, config.model, state, run)
-    transcriber = Transcriber(whisper, config.decoding)
+    assistant = None
+    if assistant_folder:
+        options = config.model
+        student = load_whisper(assistant_folder, options.dtype, options.attention, state.device)
+        assistant = Assistant(student, whisper)
+    transcriber = Transcriber(whisper, config.decoding, assistant=assistant)
     transcriber.warm_up()
     results = RowResults(run.folder, "hypotheses.jsonl")
     speed = Speed()
@@ -87,6 +114,8 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
         ]
         results.append(answered, done.batch.rejections)
     report = speed.report(transcriber)
+    if assistant:
+        report |= assistant.report()
     written, rejected = results.finish(manifest.rejections, state.wait_for_everyone)
     hypotheses = run.folder / "hypotheses.jsonl"
     if state.is_main_process:

@@ -10,8 +10,9 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.manifest import Manifest, read_manifest, rejection_line
+from simpler_distil_whisper.manifest import Manifest, read_manifest
 from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.row_results import rejection_line
 from simpler_distil_whisper.run import (
     DataError,
     Run,
@@ -120,7 +121,9 @@ def run_length(config: DistillationConfig, examples: int) -> RunLength:
 def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     """Load both models, train the student, write `final/`."""
     from simpler_distil_whisper.devices import make_accelerator
+    from simpler_distil_whisper.teacher_cache import open_teacher_cache
     from simpler_distil_whisper.trainer import Trainer
+    from simpler_distil_whisper.training import computing_dtype
     from simpler_distil_whisper.whisper import load_whisper, quieten_libraries, save_whisper
 
     quieten_libraries()
@@ -135,7 +138,12 @@ def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
             lines = map(rejection_line, prepared.selection.rejections)
             write_atomically(rejected, "".join(lines).encode())
         run.note(filters=prepared.selection.report)
-    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student)
+    cache = None
+    if config.teacher_cache.encoder_states:
+        computed = computing_dtype(accelerator)
+        extractor = student.feature_extractor
+        cache = open_teacher_cache(config.teacher_cache, prepared.teacher, extractor, computed)
+    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student, cache)
     if prepared.dev:
         trainer.validate_on(prepared.dev)
     trainer.train(prepared.selection.examples)

@@ -50,7 +50,7 @@ def load_audio(
         with soundfile.SoundFile(path) as file:
             whole_seconds = file.frames / file.samplerate
             seconds = _part_seconds(whole_seconds, start_seconds, duration_seconds)
-            _check_length(seconds, 0.0, max_seconds + TOLERANCE_SECONDS)
+            check_length(seconds, 0.0, max_seconds + TOLERANCE_SECONDS)
             file.seek(round(start_seconds * file.samplerate))
             frames = -1 if duration_seconds is None else round(duration_seconds * file.samplerate)
             channels = file.read(frames, dtype="float32", always_2d=True)
@@ -60,7 +60,7 @@ def load_audio(
     if len(channels) == 0:
         raise AudioError("empty: it decodes to no samples")
     # The header only spares us decoding hours of audio; what was decoded decides.
-    _check_length(len(channels) / rate, min_seconds, max_seconds)
+    check_length(len(channels) / rate, min_seconds, max_seconds)
     if not np.isfinite(channels).all():
         raise AudioError("not finite: some samples are NaN or infinite")
     mono: np.ndarray = channels.mean(axis=1)
@@ -97,7 +97,8 @@ def _part_seconds(whole: float, start: float, duration: float | None) -> float:
     return min(duration, whole - start)
 
 
-def _check_length(seconds: float, min_seconds: float, max_seconds: float) -> None:
+def check_length(seconds: float, min_seconds: float, max_seconds: float) -> None:
+    """Raise AudioError, which says why, if audio is too short or too long."""
     if seconds < min_seconds:
         raise AudioError(f"too short: {seconds:.3f} s, the minimum is {min_seconds:g} s")
     if seconds > max_seconds:

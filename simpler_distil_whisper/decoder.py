@@ -105,12 +105,13 @@ class CachedDecoder:
             self._own = [_fused(layer.self_attn, QUERIES, *KEYS_VALUES) for layer in self._layers]
             self._audio = [_fused(layer.encoder_attn, *KEYS_VALUES) for layer in self._layers]
 
-    def start(self, states: Tensor, capacity: int) -> DecoderCache:
+    def start(self, states: Tensor, capacity: int, *, uneven: bool) -> DecoderCache:
         """Return an empty cache for the texts about some utterances.
 
         Args:
             states: float [U, E, D]: their encoder states.
             capacity: the most tokens that a text, with what is put before it, can have.
+            uneven: whether the texts will come to have different lengths.
         """
         count, positions, _ = states.shape
         shape = (count, positions, 2, self.heads, self.head_width)
@@ -119,8 +120,9 @@ class CachedDecoder:
         for layer, (weight, bias) in enumerate(self._audio):
             projected = first if layer == 0 else functional.linear(states, weight, bias)
             audio[layer] = projected.view(shape).permute(2, 0, 3, 1, 4)
-        # Zeros, for what a shorter row has not written yet is multiplied by its attention of zero.
-        text = audio.new_zeros(len(self._layers), 2, count, self.heads, capacity, self.head_width)
+        text = audio.new_empty(len(self._layers), 2, count, self.heads, capacity, self.head_width)
+        if uneven:  # What a shorter row has not written is multiplied by its attention of zero.
+            text.zero_()
         lengths = torch.zeros(count, dtype=torch.int64, device=states.device)
         return DecoderCache(text, audio, lengths, longest=0, even=True)
 

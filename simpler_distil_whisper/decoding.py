@@ -124,12 +124,17 @@ class Transcriber:
         self._rules = {timed: TokenRules(whisper, timed) for timed in (False, True)}
         if options.timestamps and not whisper.tokens.timestamps:
             raise ConfigError("decoding.timestamps: the model has no timestamp tokens")
+        if options.long_form == "sequential" and not whisper.tokens.timestamps:
+            raise ConfigError(
+                "decoding.long_form: sequential goes by timestamps, for which the model has no "
+                "tokens; set it to chunked"
+            )
         self.prompt_ids = prompt_ids(whisper, options.prompt) if options.prompt else ()
         self.assistant = assistant
         if assistant is not None and options.num_beams > 1:
             raise ConfigError(
-                f"assistant: drafts are of no use to {options.num_beams} beams; set "
-                "decoding.num_beams to 1, or assistant to null"
+                f"assistant.path: drafts are of no use to {options.num_beams} beams; name no "
+                "assistant, or set decoding.num_beams to 1"
             )
 
     def __call__(
@@ -154,10 +159,7 @@ class Transcriber:
         If there is an assistant with an encoder of its own, its states stand behind them: [B, E,
         D + D'].
         """
-        model = self.whisper.model
-        states: Tensor = model.model.encoder(
-            features.to(model.device, model.dtype)
-        ).last_hidden_state
+        states = self.whisper.encode(features)
         if self.assistant is not None and self.assistant.own_encoder:
             states = torch.cat([states, self.assistant.encode(features)], dim=-1)
         return states
@@ -190,12 +192,14 @@ class Transcriber:
         """
         timed = self.options.timestamps if timestamps is None else timestamps
         states, assistants_states = self._divided(states)
-        cache = self.decoder.start(states, self.positions)
+        pasts = previous or [self.prompt_ids] * len(languages)
+        uneven = self.assistant is not None or len({len(past) for past in pasts}) > 1
+        cache = self.decoder.start(states, self.positions, uneven=uneven)
         codes = self._known_languages(languages, cache)
         tokens = self.whisper.tokens
         prompts = [
-            self._context(before) + tokens.prompt(code, self.options.task, timed)
-            for before, code in zip(previous or [self.prompt_ids] * len(codes), codes, strict=True)
+            self._context(past) + tokens.prompt(code, self.options.task, timed)
+            for past, code in zip(pasts, codes, strict=True)
         ]
         keys = keys or [0] * len(codes)
         rows = list(range(len(codes)))
@@ -205,7 +209,7 @@ class Transcriber:
                 rows = [row for row in rows if self._fails(hypotheses[row])]
                 if not rows:
                     break
-                cache = self.decoder.start(states[rows], self.positions)
+                cache = self.decoder.start(states[rows], self.positions, uneven=uneven)
             again = [prompts[row] for row in rows]
             found, silence = self._search(
                 cache, again, [keys[row] for row in rows], attempt, timed, assistants_states[rows]

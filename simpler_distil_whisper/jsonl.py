@@ -3,7 +3,9 @@
 Called by `manifest.py` and `hypotheses.py`, whose files are JSON lines.
 """
 
+import codecs
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ from typing import Any
 from simpler_distil_whisper.config import ConfigError
 
 Row = dict[str, Any]
-
 
 DEEPEST = 100  # levels of a row; with ten times as many Python can neither copy nor send it
 
@@ -30,11 +31,22 @@ def numbered_lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
     Raises:
         ConfigError: the file cannot be read.
     """
+    for number, _, line in placed_lines(path, key):
+        yield number, line
+
+
+def placed_lines(path: Path, key: str) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number, the offset in bytes and the bytes of each line that is not blank.
+
+    Arguments and errors are those of `numbered_lines`.
+    """
+    offset = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
-                    yield number, line.strip()
+                    yield number, offset, line.strip()
+                offset += len(line)
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read: {error.strerror}") from None
 
@@ -43,14 +55,17 @@ def parse_row(line: bytes) -> Row:
     """Return the JSON object in one line.
 
     Raises:
-        RowError: the line holds no object, or one that standard JSON in UTF-8 cannot hold.
+        RowError: the line holds no object, or one that standard JSON in UTF-8 cannot hold, or a key
+            twice, of which one value would be lost.
     """
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-        # What Python reads but cannot write again would end the run when an answer is kept.
-        to_line(row).encode()
-        if _depth(row) > DEEPEST:
+        row = _decoder.decode(line.removeprefix(codecs.BOM_UTF8).decode())
+        if b"\\u" in line:
+            to_line(row).encode()
+        if line.count(b"[") + line.count(b"{") > DEEPEST and _depth(row) > DEEPEST:
             raise RecursionError
+    except RowError:
+        raise
     except UnicodeDecodeError:
         raise RowError("not UTF-8") from None
     except UnicodeEncodeError:
@@ -59,8 +74,8 @@ def parse_row(line: bytes) -> Row:
         raise RowError(f"not JSON: {error.msg}") from None
     except RecursionError:
         raise RowError("not JSON: nested too deeply") from None
-    except ValueError:
-        raise RowError("not JSON: a number is NaN, infinite or too long") from None
+    except ValueError:  # of `int`
+        raise RowError("not JSON: a number is too long") from None
     if not isinstance(row, dict):
         raise RowError(f"not a JSON object but {type(row).__name__}")
     return row
@@ -68,7 +83,28 @@ def parse_row(line: bytes) -> Row:
 
 def to_line(row: object) -> str:
     """Return the line that holds a row, with its end."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return _encoder.encode(row) + "\n"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"has the key {json.dumps(max(keys, key=keys.count))} twice in one object")
+    return row
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise RowError(f"not JSON: a number is NaN or infinite: {number:.20}")
+    return value
+
+
+# What Python reads but cannot write again would end the run when an answer is kept, hence `_finite`
+# and the writing of rows with escapes: only these can hold half a character.
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def _depth(value: object) -> int:

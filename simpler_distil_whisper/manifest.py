@@ -1,16 +1,20 @@
 """Manifests: audio lists as JSON lines, read with a reason for every row that is not usable.
 
-Owns the type `Utterance`, the columns of a manifest, and `RowResults`, the files in which a run
-that answers row by row keeps its answers so that a kill loses none. Called by all scripts but
-eval.py.
+Owns the type `Utterance`, the columns of a manifest and the limits of what is used. Called by all
+scripts but eval.py.
 """
 
+import codecs
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import sys
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from pydantic import Field, model_validator
 
@@ -23,15 +27,15 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
 )
-from simpler_distil_whisper.jsonl import Row, RowError, numbered_lines, parse_row, to_line
+from simpler_distil_whisper.jsonl import Row, RowError, parse_row, placed_lines
 from simpler_distil_whisper.run import (
     DataError,
-    is_main_process,
     log,
-    process_rank,
-    write_atomically,
 )
 from simpler_distil_whisper.text import whisper_language
+
+if sys.platform != "win32":
+    pass
 
 
 class Columns(StrictModel):
@@ -86,7 +90,7 @@ class Utterance:
     Attributes:
         number: position among the rows, from 0.
         place: "train.jsonl:17", for messages.
-        json: the row, as text so that a million rows stay small in memory.
+        json: the row, as it stands in the manifest.
         audio: path of the file, found.
         start_seconds: where the part begins.
         duration_seconds: length of the part; None: to the end of the file.
@@ -121,13 +125,95 @@ class Rejection:
     row: object
 
 
+def reject(utterance: Utterance, reason: str) -> Rejection:
+    """Return that a row, usable as it stands, has turned out not to be."""
+    return Rejection(utterance.number, utterance.place, reason, utterance.row)
+
+
+class Utterances(Sequence[Utterance]):
+    """The usable rows of a manifest, in order; each is read from the file when it is asked for.
+
+    Kept is only where each row stands, so that a million rows take 24 megabytes.
+
+    Attributes:
+        numbers: of each utterance, its position among all rows.
+    """
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        """Begin without rows; remember which file this is, to notice when it changes.
+
+        Raises:
+            ConfigError: the file cannot be read, or not more than once.
+        """
+        self.path = path
+        self.columns = columns
+        self.numbers = array("q")
+        self._lines = array("q")
+        self._offsets = array("q")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"manifest: {path} cannot be read: it is not an ordinary file")
+        self._version = self._version_now() if path.exists() else None
+
+    def append(self, number: int, line: int, offset: int) -> None:
+        """Add the row that stands in a line of the file, from 1, and begins at a byte, from 0."""
+        self.numbers.append(number)
+        self._lines.append(line)
+        self._offsets.append(offset)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Utterance: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Utterance]: ...
+
+    def __getitem__(self, index: int | slice) -> Utterance | list[Utterance]:
+        """Return one utterance, or a list of them.
+
+        Raises:
+            DataError: the manifest is no longer the file that was checked.
+        """
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return list(self._read(chosen))
+        return next(self._read([chosen]))
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return self._read(range(len(self)))
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if the manifest is no longer the file that was checked."""
+        if self._version_now() != self._version:
+            raise DataError(f"{self.path} has changed while this run reads it: start the run again")
+
+    def _read(self, indices: Iterable[int]) -> Iterator[Utterance]:
+        self.check_unchanged()
+        folder = str(self.path.parent)
+        with self.path.open("rb") as file:
+            for index in indices:
+                file.seek(self._offsets[index])
+                line = file.readline().strip()
+                number, place = self.numbers[index], f"{self.path}:{self._lines[index]}"
+                yield _utterance(parse_row(line), line, number, place, folder, self.columns)
+
+    def _version_now(self) -> tuple[int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The rows of one manifest, each either usable or rejected."""
 
     path: Path
-    utterances: list[Utterance]
+    utterances: Utterances
     rejections: list[Rejection]
+    sha256: str
 
     @property
     def row_count(self) -> int:
@@ -135,13 +221,8 @@ class Manifest:
         return len(self.utterances) + len(self.rejections)
 
     def fingerprint(self) -> str:
-        """Return a hash of all rows: another one is another manifest."""
-        digest = hashlib.sha256()
-        for utterance in self.utterances:
-            digest.update(f"{utterance.number} {utterance.json}".encode())
-        for rejection in self.rejections:
-            digest.update(f"{rejection.number} {rejection.reason}".encode())
-        return digest.hexdigest()
+        """Return a hash of all rows and of which are rejected: another one is another manifest."""
+        return self.sha256
 
     def check(self, max_bad_fraction: float) -> "Manifest":
         """Return the manifest itself, having said what is unusable.
@@ -180,207 +261,112 @@ def read_manifest(
 
     Raises:
         ConfigError: the manifest cannot be read.
-        DataError: it has no rows.
+        DataError: it has no rows, or changes while it is read.
     """
-    utterances: list[Utterance] = []
+    utterances = Utterances(path, columns)
+    folder, taken = str(path.parent), frozenset(new_fields)
     rejections: list[Rejection] = []
-    for number, (line_number, line) in enumerate(numbered_lines(path, "manifest")):
+    digest = hashlib.sha256()
+    for number, (line_number, offset, line) in enumerate(placed_lines(path, "manifest")):
         if max_utterances is not None and number >= max_utterances:
             log.info("%s: only the first %d rows are used (max_utterances)", path, max_utterances)
             break
-        place = f"{path}:{line_number}"
+        digest.update(b"%d %s\n" % (line_number, line))
         row: Row | None = None
         try:
             row = parse_row(line)
-            utterance = _utterance(row, number, place, path.parent, columns)
-            _check_language(utterance.language, languages)
-            if taken := sorted(set(new_fields) & row.keys()):
-                raise RowError(f"has {taken} already: choose other output_columns")
-            utterances.append(utterance)
+            _check_row(row, folder, columns)
+            _check_language(row, columns, languages)
+            if not taken.isdisjoint(row):
+                names = sorted(taken.intersection(row))
+                raise RowError(f"has {names} already: choose other output_columns")
+            utterances.append(number, line_number, offset)
         except ValueError as error:
-            unreadable = line.decode(errors="replace")
-            rejections.append(
-                Rejection(number, place, str(error), unreadable if row is None else row)
-            )
+            digest.update(b"rejected\n")
+            content = line.decode(errors="replace") if row is None else row
+            rejections.append(Rejection(number, f"{path}:{line_number}", str(error), content))
+    utterances.check_unchanged()
     if not utterances and not rejections:
         raise DataError(f"{path}: the manifest has no rows")
-    return Manifest(path, utterances, rejections)
+    return Manifest(path, utterances, rejections, digest.hexdigest())
 
 
-def _utterance(row: Row, number: int, place: str, folder: Path, columns: Columns) -> Utterance:
-    """Return the row as an utterance; ValueError says why it is unusable."""
+def _check_row(row: Row, folder: str, columns: Columns) -> None:
+    """Raise ValueError, whose text says why, if the row is unusable."""
     audio = row.get(columns.audio)
     if not isinstance(audio, str) or not audio:
         raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
     text = row.get(columns.text)
     if text is not None and not isinstance(text, str):
         raise RowError(f'"{columns.text}" is not a string: {text!r}')
-    language = row.get(columns.language) if columns.language else None
-    identity = row.get(columns.id) if columns.id else None
-    start = _seconds(row, columns.start_seconds)
-    duration = _seconds(row, columns.duration_seconds)
-    if duration == 0:
+    _check_seconds(row, columns.start_seconds)
+    _check_seconds(row, columns.duration_seconds)
+    if columns.duration_seconds and row.get(columns.duration_seconds) == 0:
         raise RowError(f'"{columns.duration_seconds}" is 0')
-    return Utterance(
-        number=number,
-        place=place,
-        json=to_line(row),
-        id=place if identity is None else str(identity),
-        audio=_find_audio(audio, folder),
-        start_seconds=start or 0.0,
-        duration_seconds=duration,
-        text=text,
-        language=None if language is None else whisper_language(str(language)),
-    )
+    if _find_audio(audio, folder) is None:
+        raise RowError(f'no such file: "{audio}", neither in {folder} nor in the working directory')
 
 
-def _check_language(language: str | None, known: Collection[str] | None) -> None:
+def _check_seconds(row: Row, column: str | None) -> None:
+    value = row.get(column) if column else None
+    if value is None:
+        return
+    # bool is an int.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise RowError(f'"{column}" is not a time in seconds: {value!r}')
+
+
+def _check_language(row: Row, columns: Columns, known: Collection[str] | None) -> None:
+    language = _language(row, columns)
     if language is not None and known is not None and language not in known:
         raise RowError(f'the model has no token for the language "{language}"')
 
 
-def _seconds(row: Row, column: str | None) -> float | None:
-    value = row.get(column) if column else None
-    if value is None:
+def _language(row: Row, columns: Columns) -> str | None:
+    name = row.get(columns.language) if columns.language else None
+    if name is None:
         return None
-    # JSON as Python reads it knows NaN and Infinity; bool is an int.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise RowError(f'"{column}" is not a time in seconds: {value!r}')
-    return float(value)
+    code = _whisper_language(str(name))
+    if isinstance(code, ValueError):
+        raise code
+    return code
 
 
-def _find_audio(name: str, folder: Path) -> Path:
+@functools.lru_cache(maxsize=1000)
+def _whisper_language(name: str) -> str | ValueError:
+    """Look a name up once, not once per row: to find similar names takes a millisecond."""
+    try:
+        return whisper_language(name)
+    except ValueError as error:
+        return error
+
+
+def _find_audio(name: str, folder: str) -> str | None:
     """Return the path as it is, if absolute; else relative to the manifest or working directory."""
-    for path in (folder / name, Path(name)):
-        try:
-            if path.exists():
-                return path
-        except OSError as error:  # longer than a file name can be: a text in the wrong column
-            raise RowError(f'no such file: "{name}": {error.strerror}') from None
-    raise RowError(f'no such file: "{name}", neither in {folder} nor in the working directory')
+    # Not Path, which alone would take longer than all other checks of a row.
+    for path in (os.path.join(folder, name), name):  # noqa: PTH118
+        if os.path.exists(path):  # noqa: PTH110
+            return path
+    return None
 
 
-class RowResults:
-    """The answers of a run, row by row: flushed as they come, in the manifest's order at the end.
-
-    Every process appends finished batches to its own file in `parts/`. A killed run loses at most
-    the batch under way; the next one, with any number of processes, goes on from `done`. `finish`
-    puts the rows in order into `name`, and those without an answer into `rejected.jsonl`.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        """Open the results of a run; what an earlier one left is in `done`."""
-        self._answers = folder / name
-        self._rejected = folder / "rejected.jsonl"
-        self._parts = folder / "parts"
-        self._parts.mkdir(parents=True, exist_ok=True)
-        self._row_count: int | None = None
-        self.done: set[int] = set()
-        self.rejected_before = 0
-        for part in sorted(self._parts.glob("*.jsonl")):
-            for entry, _ in _entries(part):
-                self.done.add(entry["number"])
-                self.rejected_before += "answer" not in entry
-        # A new file for each start: an earlier run may have had other processes.
-        starts = len(list(self._parts.glob(f"{process_rank()}-*.jsonl")))
-        self._own = (self._parts / f"{process_rank()}-{starts}.jsonl").open("a", encoding="utf-8")
-
-    def belong_to(self, manifest: Manifest) -> None:
-        """Refuse to go on with answers to the rows of another manifest: they are known by number.
-
-        Raises:
-            ConfigError: the manifest is not the one with which these results were begun.
-        """
-        self._row_count = manifest.row_count
-        mark, expected = self._parts / "manifest.sha256", manifest.fingerprint()
-        if mark.exists() and mark.read_text() != expected:
-            raise ConfigError(
-                f"output_dir: {self._parts.parent} holds answers to other rows than those that "
-                f'{manifest.path} has now: restore it, or choose another "output_dir"'
-            )
-        if is_main_process():
-            write_atomically(mark, expected.encode())
-
-    def append(
-        self, answers: Iterable[tuple[Utterance, Row]], rejected: Iterable[Rejection]
-    ) -> None:
-        """Keep the answers of one batch; once this returns, a kill does not lose them."""
-        entries: list[Row] = [{"number": u.number, "answer": row} for u, row in answers]
-        entries += [asdict(rejection) for rejection in rejected]
-        self._own.write("".join(to_line(entry) for entry in entries))
-        self._own.flush()
-        os.fsync(self._own.fileno())
-
-    def finish(
-        self, unread: Iterable[Rejection], wait_for_everyone: Callable[[], None]
-    ) -> tuple[int, int]:
-        """Write the ordered files and remove the parts; return how many rows went into each.
-
-        Args:
-            unread: rows that were rejected when the manifest was read.
-            wait_for_everyone: returns when every process has come here.
-        """
-        self._own.close()
-        wait_for_everyone()
-        counts = (0, 0)
-        if is_main_process():
-            counts = self._merge(unread)
-            if self._row_count not in (None, sum(counts)):
-                raise DataError(
-                    f"{self._parts}: of {self._row_count} rows {sum(counts)} are accounted for; do "
-                    "all processes write to one shared output_dir?"
-                )
-            for part in self._parts.iterdir():
-                part.unlink()
-            self._parts.rmdir()
-        wait_for_everyone()
-        return counts
-
-    def _merge(self, unread: Iterable[Rejection]) -> tuple[int, int]:
-        where = {
-            entry["number"]: (part, offset)
-            for part in sorted(self._parts.glob("*.jsonl"))
-            for entry, offset in _entries(part)
-        }
-        early = {rejection.number: asdict(rejection) for rejection in unread}
-        answered: list[str] = []
-        rejected: list[str] = []
-        files = {part: part.open("rb") for part, _ in where.values()}
-        for number in sorted(where.keys() | early.keys()):
-            if number in early:
-                entry = early[number]
-            else:
-                part, offset = where[number]
-                files[part].seek(offset)
-                entry = json.loads(files[part].readline())
-            if "answer" in entry:
-                answered.append(to_line(entry["answer"]))
-            else:
-                rejected.append(rejection_line(Rejection(**entry)))
-        for file in files.values():
-            file.close()
-        write_atomically(self._rejected, "".join(rejected).encode())
-        write_atomically(self._answers, "".join(answered).encode())
-        return len(answered), len(rejected)
-
-
-def places_in(path: Path) -> set[str]:
-    """Return the places of the rows that a `rejected.jsonl` accounts for; none if it is absent."""
-    if not path.exists():
-        return set()
-    return {entry["place"] for entry, _ in _entries(path)}
-
-
-def rejection_line(rejection: Rejection) -> str:
-    """Return the line of `rejected.jsonl` that accounts for one row."""
-    return to_line({"place": rejection.place, "reason": rejection.reason, "row": rejection.row})
-
-
-def _entries(part: Path) -> Iterator[tuple[Row, int]]:
-    """Yield every entry of a part file with its offset in bytes; a kill can tear the last line."""
-    offset = 0
-    with part.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line), offset
-            offset += len(line)
+def _utterance(
+    row: Row, line: bytes, number: int, place: str, folder: str, columns: Columns
+) -> Utterance:
+    """Return a row that has been checked as an utterance."""
+    identity = row.get(columns.id) if columns.id else None
+    start = row.get(columns.start_seconds) if columns.start_seconds else None
+    duration = row.get(columns.duration_seconds) if columns.duration_seconds else None
+    audio = row[columns.audio]
+    return Utterance(
+        number=number,
+        place=place,
+        json=line.removeprefix(codecs.BOM_UTF8).decode(),
+        id=place if identity is None else str(identity),
+        # What is gone by now is rejected when its audio is wanted, like damaged audio.
+        audio=Path(_find_audio(audio, folder) or Path(folder, audio)),
+        start_seconds=float(start or 0.0),
+        duration_seconds=None if duration is None else float(duration),
+        text=row.get(columns.text),
+        language=_language(row, columns),
+    )

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -37,7 +37,10 @@ Keys of the config (a path is relative to the working directory):
 Exit codes: 0 done, 1 bug, 2 config, 3 data, 130/143 interrupted with the work saved."""
 
 # Keys that change how a run goes but not what it computes: a resumed run may change them.
-HARMLESS_KEYS = {"resume", "output_dir", "data.num_workers", "data.max_bad_fraction"}
+HARMLESS_KEYS = {
+    *("resume", "output_dir", "data.num_workers", "data.max_bad_fraction"),
+    "teacher_cache.max_gigabytes",
+}
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
 
@@ -72,6 +75,7 @@ class Run:
         self.name = name
         self.folder: Path = config.output_dir
         self.stop_signal: int | None = None
+        self._parent = os.getppid()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -145,8 +149,12 @@ class Run:
         self.note(outcome=outcome, ended=_now())
 
     def stop_if_asked(self) -> None:
-        """Raise `Interrupted` if a stop signal has come; call it where all work so far is saved."""
-        if self.stop_signal:
+        """Raise `Interrupted` if a stop signal has come; call it where all work so far is saved.
+
+        A launcher that was killed could not pass the signal on to the processes it had started.
+        """
+        launcher_is_gone = process_count() > 1 and os.getppid() != self._parent
+        if self.stop_signal or launcher_is_gone:
             raise Interrupted
 
     @contextlib.contextmanager
@@ -255,9 +263,16 @@ def is_main_process() -> bool:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves either the old one or the whole new one."""
+    with written_atomically(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, for what is written bit by bit, that takes its place only when it is whole."""
     beside = partial_path(path)
     with beside.open("wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +19,10 @@ from simpler_distil_whisper.search import Found, Start, found, read_prompts
 from simpler_distil_whisper.token_rules import TokenRules
 from simpler_distil_whisper.whisper import Whisper
 
+# Measured on one CPU thread, one utterance at a time, 12 decoder layers of Whisper small and 2 of
+# the student: to draft 5 tokens and to read 6 costs as much as 3.4 single tokens. It is the best
+# number where 80 % or more are accepted (of 80, 90 and 95 %: 1.1, 1.4 and 1.6 times as fast); where
+# fewer than about 75 % are, no number pays. The more rows a batch has, the less there is to gain.
 DRAFT_TOKENS = 5
 
 
@@ -35,11 +40,6 @@ class Drafts:
 
     def __add__(self, other: "Drafts") -> "Drafts":
         return Drafts(self.drafted + other.drafted, self.accepted + other.accepted)
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """The share that was accepted; None if nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else None
 
 
 class Assistant:
@@ -59,7 +59,7 @@ class Assistant:
         if difference := _difference(student, teacher):
             raise ConfigError(
                 f"assistant.path: it cannot draft for the model: {difference}. "
-                "Name a student of that model, or set assistant to null"
+                "Name a student of that model, or null"
             )
         parts, teachers_parts = student.model.model, teacher.model.model
         self.own_encoder = not _same_weights(parts.encoder, teachers_parts.encoder)
@@ -93,7 +93,8 @@ class Assistant:
             states: float [U, E, D]: of the encoder that the assistant uses.
             prompts: those that the teacher has read.
         """
-        cache = self.decoder.start(states, self.model.config.max_target_positions)
+        positions = self.model.config.max_target_positions
+        cache = self.decoder.start(states, positions, uneven=True)
         read_prompts(self.decoder, cache, prompts)
         last = torch.tensor([prompt[-1] for prompt in prompts], device=states.device)
         speculation = _Speculation(teacher, self.decoder, rules, start, cache, last)
@@ -101,6 +102,16 @@ class Assistant:
             speculation.judge(speculation.draft())
         self.drafts += Drafts(*speculation.tally.tolist())
         return speculation.results()
+
+    def report(self) -> dict[str, object]:
+        """Return what was drafted in all processes together; call it in every one of them."""
+        everyone = sum(gather_object([self.drafts]), Drafts())
+        drafted, accepted = everyone.drafted, everyone.accepted
+        return {
+            "drafted_tokens": drafted,
+            "accepted_tokens": accepted,
+            "acceptance_rate": round(accepted / drafted, 4) if drafted else None,
+        }
 
 
 class _Speculation:
@@ -212,7 +223,7 @@ class _Speculation:
         places = self.counts[:, None] + numbers
         new = functional.pad(agreed, (1, 0), value=True) & ~_behind(ends)
         new &= places < self.limits[:, None]
-        chosen = logits.gather(2, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+        chosen = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
         self.total[self.rows] += chosen.masked_fill(~new, 0.0).sum(dim=1)
         self.said[self.rows[:, None], places] = tokens
         drafted = ~_behind(drafts == self.rules.end)

@@ -18,8 +18,10 @@ from simpler_distil_whisper.batches import load_ahead
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.devices import leave_a_core_to_audio, torch_dtype
 from simpler_distil_whisper.losses import LossTerms
-from simpler_distil_whisper.manifest import Manifest, Rejection, places_in, rejection_line
+from simpler_distil_whisper.manifest import Manifest, Rejection
+from simpler_distil_whisper.row_results import places_in, rejection_line
 from simpler_distil_whisper.run import DataError, Interrupted, Progress, Run, log
+from simpler_distil_whisper.teacher_cache import TeacherCache
 from simpler_distil_whisper.training import (
     Checkpoints,
     MetricsLog,
@@ -57,6 +59,7 @@ class Trainer:
         accelerator: Accelerator,
         teacher: Whisper,
         student: Whisper,
+        cache: TeacherCache | None = None,
     ) -> None:
         """Assemble models and optimizer and continue from the last checkpoint, if there is one.
 
@@ -67,6 +70,7 @@ class Trainer:
             accelerator: device and other processes.
             teacher: in float32, on the CPU; cast and placed here.
             student: in float32, on the CPU; trained in place.
+            cache: of the teacher's encoder states; used if the student's encoder is the same.
         """
         self.config, self.length, self.run = config, length, run
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
@@ -74,6 +78,11 @@ class Trainer:
         freeze(student.model, **config.freeze.model_dump())
         shared = config.freeze.encoder and encoders_are_equal(student.model, teacher.model)
         log.info("one encoder for both models: %s", "yes" if shared else "no")
+        self.cache = cache if shared else None
+        if cache and not shared:
+            log.warning(
+                "teacher_cache: not used, since the student's encoder is trained or is another one"
+            )
         dtype = torch_dtype(config.teacher.dtype, accelerator.device)
         teacher.model.to(accelerator.device, dtype)
         models = TeacherAndStudent(
@@ -147,8 +156,24 @@ class Trainer:
                 self._validate(self.validation)
             if save:
                 self.checkpoints.save(self.state)
+            if stop or last:
+                self._report_cache()
             if stop and not last:
                 raise Interrupted
+
+    def _report_cache(self) -> None:
+        """Say how many rows of this run the cache has spared the encoder."""
+        if self.cache is None:
+            return
+        counts = torch.tensor([self.cache.found, self.cache.computed])
+        found, computed = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
+        gigabytes = round(self.cache.store.used() / 1e9, 6)
+        log.info(
+            "teacher cache: %d rows found, %d computed, %.3f GB used", found, computed, gigabytes
+        )
+        self.run.note(
+            teacher_cache={"found": found, "computed": computed, "gigabytes_used": gigabytes}
+        )
 
     def _refuse_other_plan(self, examples: Sequence[Example]) -> None:
         digest = hashlib.sha256(str(self.length).encode())
@@ -172,7 +197,8 @@ class Trainer:
         for number, batch in enumerate(group, 1):
             last = number == len(group)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.models):
-                terms: LossTerms = self.models(batch.to(accelerator.device))
+                batch = batch.to(accelerator.device)
+                terms: LossTerms = self.models(batch, self._encoder_states(batch))
                 loss = weights.cross_entropy_weight * terms.cross_entropy
                 loss = loss + weights.kl_weight * terms.kl
                 # The processes' gradients are averaged, but every token of the step is to count
@@ -186,6 +212,15 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return stop
+
+    def _encoder_states(self, batch: TrainingBatch) -> torch.Tensor | None:
+        """Return float [B, E, D], partly or wholly from the cache; None where there is no cache."""
+        if self.cache is None or batch.stored is None:
+            return None
+        with self.accelerator.autocast():
+            return self.cache.complete(
+                batch.stored, batch.input_features, self.student.model.model.encoder
+            )
 
     def _micro_batches_of_each_step(
         self, examples: Sequence[Example]
@@ -201,7 +236,7 @@ class Trainer:
         rank, processes = accelerator.process_index, accelerator.num_processes
         own = MicroBatches(plan, steps, batch.micro_batch_size, rank, processes)
         dataset = TrainingDataset(
-            examples, own, self.student.feature_extractor, self.student.tokens.end
+            examples, own, self.student.feature_extractor, self.student.tokens.end, self.cache
         )
         loader = iter(load_ahead(dataset, self.config.data.num_workers))
         for _ in steps:

@@ -57,13 +57,22 @@ class TeacherAndStudent(nn.Module):
             encoder.eval()
         return self
 
-    def forward(self, batch: TrainingBatch) -> LossTerms:
-        """Return the sums of both loss terms over the labels of a micro-batch."""
+    def forward(self, batch: TrainingBatch, encoder_states: Tensor | None = None) -> LossTerms:
+        """Return the sums of both loss terms over the labels of a micro-batch.
+
+        Args:
+            batch: on the models' device.
+            encoder_states: float [B, E, D]: those of a shared encoder, if they are known; None:
+                they are computed from the batch.
+        """
         student, teacher = self.student, self.__dict__["teacher"]
         features = batch.input_features
         # Called part by part: WhisperModel.forward would mask the features in place (SpecAugment),
         # and the teacher would hear what is left of them.
-        states = student.model.encoder(features).last_hidden_state
+        if encoder_states is None:
+            states = student.model.encoder(features).last_hidden_state
+        else:
+            states = encoder_states.to(student.dtype)
         with torch.no_grad():
             if self.share_encoder:
                 teacher_states = states.to(teacher.dtype)
@@ -101,6 +110,12 @@ def encoders_are_equal(
         ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name])
         for name in ours
     )
+
+
+def computing_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Return the dtype of the products in the student's forward pass."""
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return autocast.get(accelerator.mixed_precision, torch.float32)
 
 
 def freeze(

@@ -5,7 +5,7 @@ plan that makes the order reproducible. Called by `run_distillation.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from simpler_distil_whisper.audio import SAMPLE_RATE, AudioError, audio_seconds,
 from simpler_distil_whisper.batches import IGNORE_INDEX, log_mel
 from simpler_distil_whisper.manifest import Manifest, Rejection, Utterance
 from simpler_distil_whisper.run import Progress
+from simpler_distil_whisper.teacher_cache import StoredStates, TeacherCache
 from simpler_distil_whisper.training_options import TrainingData
 from simpler_distil_whisper.whisper import SpecialTokens
 
@@ -234,11 +235,12 @@ class TrainingBatch:
     """One micro-batch.
 
     Attributes:
-        input_features: float32 [B, M, T]: log-mels.
+        input_features: float32 [N, M, T]: log-mels; with a cache, only of the rows that it lacks.
         decoder_input_ids: int64 [B, L]: prompt and label, given to teacher and student alike.
         labels: int64 [B, L]: for each input the next token, IGNORE_INDEX within prompt and padding.
         seconds: of audio.
         rejections: examples whose audio could not be used; their rows have no label at all.
+        stored: what a cache has of the encoder states; None: there is no cache.
     """
 
     input_features: Tensor
@@ -246,6 +248,7 @@ class TrainingBatch:
     labels: Tensor
     seconds: float
     rejections: list[Rejection]
+    stored: StoredStates | None = None
 
     @property
     def label_tokens(self) -> int:
@@ -254,12 +257,12 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """Return the batch with its tensors on a device."""
-        return TrainingBatch(
-            self.input_features.to(device, non_blocking=True),
-            self.decoder_input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.seconds,
-            self.rejections,
+        return replace(
+            self,
+            input_features=self.input_features.to(device, non_blocking=True),
+            decoder_input_ids=self.decoder_input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            stored=None if self.stored is None else self.stored.to(device),
         )
 
 
@@ -272,12 +275,14 @@ class TrainingDataset(Dataset[TrainingBatch]):
         batches: MicroBatches | Sequence[Sequence[int]],
         extractor: WhisperFeatureExtractor,
         padding: int,
+        cache: TeacherCache | None = None,
     ) -> None:
         """Keep what is needed to make the batches; nothing is read yet."""
         self.examples = examples
         self.batches = batches
         self.extractor = extractor
         self.padding = padding
+        self.cache = cache
 
     def __len__(self) -> int:
         """Return how many micro-batches there are."""
@@ -287,8 +292,14 @@ class TrainingDataset(Dataset[TrainingBatch]):
         """Return one micro-batch."""
         examples = [self.examples[number] for number in self.batches[index]]
         decoder_input_ids, labels = decoder_sequences(examples, self.padding)
-        waveforms, rejections = [], []
+        stored = None
+        if self.cache:
+            stored = self.cache.look_up([example.utterance for example in examples])
+        seconds, waveforms, rejections = 0.0, [], []
         for row, example in enumerate(examples):
+            if stored and row not in stored.missing:
+                seconds += example.seconds
+                continue
             utterance = example.utterance
             try:
                 waveform = load_audio(
@@ -302,14 +313,16 @@ class TrainingDataset(Dataset[TrainingBatch]):
                 # Silence without labels: the processes stay in step, and nothing is learnt from it.
                 waveform = np.zeros(SAMPLE_RATE, dtype=np.float32)
                 labels[row] = IGNORE_INDEX
+                if stored:
+                    stored.missing[row] = None
                 reason = f"{utterance.audio}: {error}"
                 rejections.append(
                     Rejection(utterance.number, utterance.place, reason, utterance.row)
                 )
             waveforms.append(waveform)
-        seconds = sum(len(waveform) for waveform in waveforms) / SAMPLE_RATE
-        features = log_mel(waveforms, self.extractor)
-        return TrainingBatch(features, decoder_input_ids, labels, seconds, rejections)
+            seconds += len(waveform) / SAMPLE_RATE
+        features = log_mel(waveforms, self.extractor) if waveforms else torch.empty(0)
+        return TrainingBatch(features, decoder_input_ids, labels, seconds, rejections, stored)
 
 
 def decoder_sequences(examples: Sequence[Example], padding: int) -> tuple[Tensor, Tensor]:

@@ -1,30 +1,43 @@
 """A whole manifest through the decoder: in fixed batches, shared between processes, resumable.
 
-Owns the road from manifest to hypotheses that labelling and inference have in common; what becomes
-of a hypothesis is theirs. Called by these two scripts.
+Owns the road from manifest to hypotheses that labelling and inference have in common, and what
+happens on it when memory does not suffice or too many rows fail; what becomes of a hypothesis is
+theirs. Called by these two scripts.
 """
 
+import functools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from simpler_distil_whisper.batches import (
     SpeechBatch,
-    SpeechDataset,
+    SpeechReader,
+    halved,
     in_batches,
-    load_ahead,
+    joined,
+    speech_batches,
+    windows_by_length,
 )
 from simpler_distil_whisper.decoding import Hypothesis, Transcriber
 from simpler_distil_whisper.devices import leave_a_core_to_audio, peak_memory_megabytes
-from simpler_distil_whisper.manifest import DataLimits, Manifest, RowResults
+from simpler_distil_whisper.manifest import DataLimits, Manifest, Utterance, Utterances, reject
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import ModelOptions
+from simpler_distil_whisper.row_results import RowResults
 from simpler_distil_whisper.run import DataError, Progress, Run, log, process_count, process_rank
+from simpler_distil_whisper.teacher_cache import TeacherCache
 from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_libraries
+
+BATCHES_IN_A_WINDOW = 64  # whose rows are sorted by length together
+# What torch says on a CPU and what CUDA's libraries say, beside the errors that accelerate knows.
+OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class Speed:
             "compute_seconds": round(compute, 3),
             "utterances": sum(speed.utterances for speed in everyone),
             "tokens": tokens,
-            "batch_size": transcriber.options.batch_size,
+            "batch_size": transcriber.batch_size,
             "processes": len(everyone),
             "parameters": model.num_parameters(),
             "peak_memory_megabytes": peak_memory_megabytes(model.device),
@@ -108,11 +121,13 @@ def transcribe_manifest(
     data: DataLimits,
     results: RowResults,
     run: Run,
+    cache: TeacherCache | None = None,
 ) -> Iterator[Transcribed]:
     """Yield this process's share of the batches that have no results yet.
 
     Which utterances form a batch depends on the manifest and the batch size alone, so neither a
-    resumed run nor the number of processes changes a single bit of what is computed.
+    resumed run nor the number of processes changes a single bit of what is computed. The caller
+    keeps each batch in the results before it asks for the next.
 
     Raises:
         ConfigError: the results were begun with another manifest.
@@ -120,33 +135,128 @@ def transcribe_manifest(
         Interrupted: a stop signal came; everything yielded before is in the results.
     """
     results.belong_to(manifest)
-    batches = list(in_batches(manifest.utterances, transcriber.options.batch_size))
-    own = batches[process_rank() :: process_count()]
-    todo = [batch for batch in own if not {u.number for u in batch} <= results.done]
-    dataset = SpeechDataset(todo, transcriber.whisper.feature_extractor, data)
-    bad = len(manifest.rejections) + results.rejected_before
-    total, left = sum(map(len, own)), sum(map(len, todo))
-    with Progress("transcribing", "utterances", total, total - left) as progress:
-        for batch in load_ahead(dataset, data.num_workers):
+    _stop_if_hopeless(manifest, results, data)
+    batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data)
+    read = SpeechReader(transcriber.whisper.feature_extractor, data, cache)
+    decode = functools.partial(_transcribe, transcriber)
+    # Each process shows the progress of its share, which is as large as those of the others.
+    total = len(manifest.utterances) // process_count()
+    done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
+    with Progress("transcribing", "utterances", total, done) as progress:
+        for loaded in speech_batches(batches, read, data.num_workers):
             run.stop_if_asked()
             started = time.perf_counter()
-            hypotheses = _transcribe(transcriber, batch)
+            if cache and loaded.utterances:
+                loaded = _with_encoder_states(loaded, cache, transcriber)
+            batch, hypotheses = decode_halving(decode, loaded)
             yield Transcribed(batch, hypotheses, time.perf_counter() - started)
             progress.advance(len(batch.utterances) + len(batch.rejections))
-            bad += len(batch.rejections)
-            _stop_if_hopeless(bad, manifest, data, batch)
+            if batch.rejections:
+                _stop_if_hopeless(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
 
 
+def own_batches(
+    utterances: Utterances, size: int, done: np.ndarray, data: DataLimits
+) -> Iterator[list[Utterance]]:
+    """Yield this process's batches that have no results yet, each of utterances of similar length.
+
+    They are cut from windows of consecutive rows that are sorted by length, the longest first: what
+    does not fit into the memory is met early. A window is formed only when its turn comes, so that
+    no start waits for the headers of a million files.
+
+    Args:
+        utterances: of the manifest.
+        size: of a batch.
+        done: bool [rows of the manifest]: which rows have results.
+        data: how many workers read headers ahead.
+    """
+    numbers = np.array(utterances.numbers)
+    length = BATCHES_IN_A_WINDOW * size
+    starts = [
+        start
+        for start in range(0, len(utterances), length)
+        if not done[numbers[start : start + length]].all()
+    ]
+    windows = (utterances[start : start + length] for start in starts)
+    by_length = windows_by_length(windows, data.num_workers)
+    for start, window in zip(starts, by_length, strict=True):
+        for number, batch in enumerate(in_batches(window, size), start // size):
+            own = number % process_count() == process_rank()
+            if own and not done[[utterance.number for utterance in batch]].all():
+                yield batch
+
+
 def _transcribe(transcriber: Transcriber, batch: SpeechBatch) -> list[Hypothesis]:
-    if batch.input_features is None:
-        return []
-    return transcriber(batch.input_features, [u.language for u in batch.utterances])
+    languages = [utterance.language for utterance in batch.utterances]
+    if batch.encoder_states is not None:
+        return transcriber.from_encoder_states(batch.encoder_states, languages)
+    assert batch.input_features is not None, "a batch without utterances is not decoded"
+    return transcriber(batch.input_features, languages)
 
 
-def _stop_if_hopeless(bad: int, manifest: Manifest, data: DataLimits, batch: SpeechBatch) -> None:
-    if batch.rejections and bad > data.max_bad_fraction * manifest.row_count:
+def _with_encoder_states(
+    batch: SpeechBatch, cache: TeacherCache, transcriber: Transcriber
+) -> SpeechBatch:
+    """Return the batch with all its encoder states, having computed and kept the missing ones."""
+    model, features = transcriber.whisper.model, batch.input_features
+    assert batch.stored is not None, "the reader has the cache too"
+    wanted = torch.empty(0) if features is None else features
+    states = cache.complete(
+        batch.stored.to(model.device), wanted.to(model.device), model.model.encoder
+    )
+    return replace(batch, encoder_states=states.to(model.dtype))
+
+
+def decode_halving(
+    decode: Callable[[SpeechBatch], list[Hypothesis]], batch: SpeechBatch
+) -> tuple[SpeechBatch, list[Hypothesis]]:
+    """Return the batch with one hypothesis per utterance, decoded in halves if memory runs out.
+
+    An utterance that runs out of memory even alone is among the rejections of the returned batch.
+    """
+    if not batch.utterances:
+        return batch, []
+    try:
+        return batch, decode(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    # Here the error is gone, and with it the tensors of the attempt, which its traceback held.
+    clear_device_cache()
+    if len(batch.utterances) == 1:
+        why = f"out of memory even in a batch of its own: {reason}"
+        rejections = [*batch.rejections, reject(batch.utterances[0], why)]
+        return SpeechBatch([], None, [], rejections), []
+    _say_once_that_memory_ran_out(len(batch.utterances))
+    done = [decode_halving(decode, half) for half in halved(batch)]
+    return joined([half for half, _ in done]), [each for _, found in done for each in found]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+@functools.cache
+def _say_once_that_memory_ran_out(batch_size: int) -> None:
+    log.warning(
+        "A batch of %d did not fit into the memory: it is decoded in halves, as others like it "
+        "will be; a smaller decoding.batch_size would save these attempts.",
+        batch_size,
+    )
+
+
+def _stop_if_hopeless(
+    manifest: Manifest, results: RowResults, data: DataLimits, last_reason: str | None = None
+) -> None:
+    """Raise DataError if all processes together have rejected more rows than the config allows."""
+    bad = len(manifest.rejections) + results.rejected_so_far()
+    if bad > data.max_bad_fraction * manifest.row_count:
+        example = f" The last: {last_reason}" if last_reason else ""
         raise DataError(
             f"{bad} of {manifest.row_count} rows are unusable, data.max_bad_fraction is "
-            f"{data.max_bad_fraction:g}. The last: {batch.rejections[-1].reason}"
+            f"{data.max_bad_fraction:g}; the reasons are in {results.rejected_parts}.{example}"
         )

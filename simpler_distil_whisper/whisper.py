@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     WhisperFeatureExtractor,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.devices import suitable_attention, torch_dtype
+from simpler_distil_whisper.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import Attention, Dtype, Task
 from simpler_distil_whisper.text import WHISPER_LANGUAGES
@@ -103,6 +104,17 @@ class Whisper:
     def window_seconds(self) -> float:
         """The longest audio that fits into `input_features`."""
         return float(self.feature_extractor.chunk_length)
+
+    @torch.inference_mode()
+    def encode(self, features: Tensor) -> Tensor:
+        """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T], of any dtype."""
+        model = self.model
+        groups = torch.split(features, encoder_batch_size(model.device) or len(features))
+        states = [
+            model.model.encoder(group.to(model.device, model.dtype)).last_hidden_state
+            for group in groups
+        ]
+        return torch.cat(states)
 
 
 def load_whisper(

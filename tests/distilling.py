@@ -15,7 +15,9 @@ from simpler_distil_whisper.devices import make_accelerator
 from simpler_distil_whisper.model_folder import read_model_folder
 from simpler_distil_whisper.pruning import prune_whisper
 from simpler_distil_whisper.run import Run
+from simpler_distil_whisper.teacher_cache import open_teacher_cache
 from simpler_distil_whisper.trainer import Trainer
+from simpler_distil_whisper.training import computing_dtype
 from simpler_distil_whisper.training_data import Example
 from simpler_distil_whisper.training_options import DistillationConfig
 from simpler_distil_whisper.whisper import load_whisper, save_whisper
@@ -71,6 +73,7 @@ def write_config(output: Path, setting: Setting, **changes: Any) -> Path:
         "freeze": {},
         "objective": {},
         "checkpoints": {},
+        "teacher_cache": {},
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -93,7 +96,11 @@ def assemble(path: Path) -> tuple[Trainer, list[Example]]:
     accelerator = make_accelerator(config.precision, config.seed)
     teacher = load_whisper(prepared.teacher)
     student = load_whisper(prepared.student)
-    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student)
+    extractor = student.feature_extractor
+    cache = open_teacher_cache(
+        config.teacher_cache, prepared.teacher, extractor, computing_dtype(accelerator)
+    )
+    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student, cache)
     if prepared.dev:
         trainer.validate_on(prepared.dev)
     return trainer, prepared.selection.examples

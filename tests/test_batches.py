@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,21 @@ from hypothesis import strategies as st
 from tiny import write_rows, write_tone
 from transformers import WhisperFeatureExtractor
 
-from simpler_distil_whisper.batches import SpeechDataset, in_batches, load_ahead, log_mel
+from simpler_distil_whisper.batches import (
+    Died,
+    SpeechBatch,
+    SpeechDataset,
+    SpeechReader,
+    ahead,
+    halved,
+    in_batches,
+    joined,
+    load_ahead,
+    log_mel,
+    longest_first,
+    speech_batches,
+    windows_by_length,
+)
 from simpler_distil_whisper.manifest import Columns, DataLimits, Utterance, read_manifest
 
 WINDOW = 2
@@ -30,7 +45,7 @@ def extractor() -> WhisperFeatureExtractor:
 def utterances(folder: Path, *rows: dict[str, Any]) -> list[Utterance]:
     manifest = read_manifest(write_rows(folder / "m.jsonl", list(rows)), Columns())
     assert manifest.rejections == []
-    return manifest.utterances
+    return list(manifest.utterances)
 
 
 def clips(folder: Path, *seconds: float) -> list[Utterance]:
@@ -186,3 +201,102 @@ def test_a_worker_can_be_ended_although_the_script_handles_the_signal(
     finally:
         signal.signal(signal.SIGTERM, handler)
         worker.kill()
+
+
+def test_a_batch_halved_and_joined_is_the_batch(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    batch = SpeechReader(extractor, DataLimits())(clips(tmp_path, 0.5, 2.5, 1.9, 0.2))
+    first, second = halved(batch)
+    assert [len(half.utterances) for half in (first, second)] == [1, 2]
+    again = joined([first, second])
+    assert again.utterances == batch.utterances
+    assert again.seconds == batch.seconds == [0.5, 1.9, 0.2]
+    assert again.rejections == batch.rejections != []
+    assert again.input_features is not None
+    assert batch.input_features is not None
+    assert torch.equal(again.input_features, batch.input_features)
+
+
+def test_the_longest_come_first_and_equals_stay_in_order(tmp_path: Path) -> None:
+    for name, seconds in {"a": 0.5, "b": 2.0, "c": 1.0}.items():
+        write_tone(tmp_path / f"{name}.wav", seconds)
+    (tmp_path / "broken.wav").write_text("no audio")
+    rows = utterances(
+        tmp_path,
+        {"audio": "a.wav"},
+        {"audio": "broken.wav"},
+        {"audio": "c.wav", "duration_seconds": 0.5},
+        {"audio": "b.wav", "start_seconds": 0.7},
+        {"audio": "c.wav"},
+        {"audio": "broken.wav", "duration_seconds": 1.1},  # what a row says needs no file
+        {"audio": "c.wav"},
+    )
+    by_length = [one.number for one in longest_first(rows)]
+    assert by_length == [3, 5, 4, 6, 0, 2, 1]
+    for workers in (0, 2):
+        windows = list(windows_by_length([rows, rows[:2]], workers))
+        assert [[one.number for one in window] for window in windows] == [by_length, [0, 1]]
+
+
+def die_at_three(item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item * item
+
+
+def test_what_is_computed_ahead_comes_in_order_and_survives_a_death() -> None:
+    assert list(ahead(die_at_three, [0, 1, 2], 0)) == [0, 1, 4]
+    assert list(ahead(die_at_three, [5, 4, 6], 2)) == [25, 16, 36]
+    assert list(ahead(die_at_three, [], 1)) == []
+    before = signal.getsignal(signal.SIGCHLD)
+    found = list(ahead(die_at_three, iter([1, 3, 2, 5]), 1, prefetch=1))
+    assert [one for one in found if not isinstance(one, Died)] == [1, 4, 25]
+    assert isinstance(found[1], Died)
+    assert found[1].item == 3
+    assert "exited unexpectedly" in found[1].reason
+    # Else the next death would interrupt the script wherever it is.
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+def fail(item: int) -> int:
+    raise RuntimeError(f"a bug at {item}")
+
+
+def test_an_error_in_a_worker_is_no_death() -> None:
+    with pytest.raises(RuntimeError, match="a bug at 7"):
+        list(ahead(fail, [7], 1))
+
+
+class DeadlyReader(SpeechReader):
+    """Dies at the file deadly.wav, as a library with a bug does at damaged audio."""
+
+    def __call__(self, utterances: Sequence[Utterance]) -> SpeechBatch:
+        if any(utterance.audio.name == "deadly.wav" for utterance in utterances):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(utterances)
+
+
+# The dead worker's half of a connection is torch's to close.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_that_kills_its_worker_is_rejected_and_no_other(
+    tmp_path: Path, extractor: WhisperFeatureExtractor, workers: int
+) -> None:
+    rows = clips(tmp_path, *[0.3 + 0.1 * number for number in range(12)])
+    write_tone(tmp_path / "deadly.wav", 1.0)
+    (deadly,) = utterances(tmp_path, {"audio": "deadly.wav"})
+    batches = [rows[:4], [*rows[4:6], deadly, *rows[6:8]], rows[8:]]
+    read = DeadlyReader(extractor, DataLimits())
+    found = list(speech_batches(iter(batches), read, workers))
+    assert [batch.utterances for batch in found] == [rows[:4], rows[4:8], rows[8:]]
+    for batch in found:
+        expected = SpeechReader(extractor, DataLimits())(batch.utterances)
+        assert batch.seconds == expected.seconds
+        assert batch.input_features is not None
+        assert expected.input_features is not None
+        assert torch.equal(batch.input_features, expected.input_features)
+    (rejection,) = [one for batch in found for one in batch.rejections]
+    assert rejection.place == deadly.place
+    assert "deadly.wav: a process that decodes it dies" in rejection.reason

@@ -1,14 +1,22 @@
 """Manifests in, answers out: no row is lost, whatever stands in it, whoever is killed."""
 
+import itertools
 import json
+import multiprocessing
+import os
+import pickle
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
@@ -16,14 +24,8 @@ from hypothesis import strategies as st
 from tiny import make_corpus, read_rows, write_rows
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.manifest import (
-    Columns,
-    Manifest,
-    Rejection,
-    RowResults,
-    read_manifest,
-    rejection_line,
-)
+from simpler_distil_whisper.manifest import Columns, Manifest, Rejection, read_manifest, reject
+from simpler_distil_whisper.row_results import RowResults, rejection_line
 from simpler_distil_whisper.run import DataError
 
 CLIP = "clip.wav"
@@ -100,12 +102,14 @@ BAD_ROWS: list[tuple[object, str]] = [
     ('["clip.wav"]', "list"),
     ("null", "not a JSON object"),
     ('"clip.wav"', "str"),
-    ('{"audio": "clip.wav", "x": NaN}', "NaN, infinite"),
-    ('{"audio": "clip.wav", "x": [-Infinity]}', "NaN, infinite"),
-    ('{"audio": "clip.wav", "x": 1e999}', "NaN, infinite"),
+    ('{"audio": "clip.wav", "x": NaN}', "NaN or infinite"),
+    ('{"audio": "clip.wav", "x": [-Infinity]}', "NaN or infinite"),
+    ('{"audio": "clip.wav", "x": 1e999}', "NaN or infinite"),
     ('{"audio": "clip.wav", "x": "\\ud83d"}', "surrogate"),
     ('{"audio": "clip.wav", "\\udc00": 1}', "surrogate"),
     (b'{"audio": "clip.wav", "x": "\xe9"}', "not UTF-8"),
+    ('{"audio": "clip.wav", "audio": "other.wav"}', 'has the key "audio" twice in one object'),
+    ('{"audio": "clip.wav", "x": [{"y": 1, "z": 2, "y": 1}]}', 'has the key "y" twice'),
     ({"id": "n", "text": "好"}, 'no audio path under "audio"; the keys are id, text'),
     ({"audio": None}, 'no audio path under "audio"'),
     ({"audio": ""}, 'no audio path under "audio"'),
@@ -199,7 +203,7 @@ def test_a_row_nested_at_any_depth_is_used_or_rejected(folder: Path, depth: int)
     deep = "[" * depth + "]" * depth
     rows = [f'{{"audio": "{name}", "x": {deep}}}' for name in (CLIP, "gone.wav")]
     manifest = read(folder, *rows, GOOD)
-    results = RowResults(folder, "answers.jsonl")
+    results = open_results(folder, manifest)
     silent = [Rejection(one.number, one.place, "silent", one.row) for one in manifest.utterances]
     results.append([], silent)
     assert results.finish(manifest.rejections, lambda: None) == (0, 3)
@@ -258,9 +262,83 @@ def test_a_manifest_that_cannot_be_opened_is_the_configs_mistake(folder: Path, n
         read_manifest(folder / name, Columns())
 
 
+# Only where a row stands is kept in memory.
+
+
+def test_a_row_is_read_again_whenever_it_is_asked_for(folder: Path) -> None:
+    rows = [{**GOOD, "id": f"第{n}句", "n": n} for n in range(9)]
+    found = read(folder, "", *rows[:4], "{", *rows[4:]).utterances
+    assert len(found) == 9
+    assert [one.row for one in found] == rows
+    assert [one.number for one in found] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert found[4].row == rows[4]
+    assert found[-1].place == f"{folder / 'm.jsonl'}:11"
+    assert [one.row for one in found[2:7:2]] == [rows[2], rows[4], rows[6]]
+    assert found[9:] == []
+    with pytest.raises(IndexError):
+        found[9]
+    elsewhere = pickle.loads(pickle.dumps(found))
+    assert list(elsewhere) == list(found)
+
+
+def test_a_million_rows_are_small(folder: Path) -> None:
+    """Measured by what a worker process is sent; the rows themselves are 100 times as much."""
+    row = {**GOOD, "text": "好" * 500}
+    sizes = [len(pickle.dumps(read(folder, *[row] * n))) for n in (1000, 3000)]
+    assert (sizes[1] - sizes[0]) / 2000 < 32
+
+
+def test_a_file_that_is_gone_since_is_still_a_row(folder: Path) -> None:
+    found = read(folder, GOOD, {**GOOD, "audio": "sub/x.wav"}).utterances
+    (folder / CLIP).unlink()
+    assert found[0].audio == folder / CLIP
+
+
+@pytest.mark.parametrize("change", ["longer", "other", "gone"])
+def test_a_manifest_that_changes_under_a_run_is_noticed(folder: Path, change: str) -> None:
+    manifest = read(folder, GOOD, {**GOOD, "id": "u2"})
+    assert manifest.utterances[1].id == "u2"
+    path = manifest.path
+    if change == "gone":
+        path.unlink()
+    else:
+        text = path.read_text()
+        path.write_text(text + text if change == "longer" else text.replace("u1", "u3"))
+        os.utime(path, (1, 1))
+    for ask in (lambda: manifest.utterances[0], lambda: list(manifest.utterances)):
+        with pytest.raises(DataError, match=r"m\.jsonl has changed while this run reads it"):
+            ask()
+
+
+def test_a_manifest_that_can_be_read_only_once_is_refused(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(ConfigError, match="not an ordinary file"):
+        read_manifest(folder / "pipe", Columns())
+
+
+def test_the_fingerprint_is_that_of_the_rows_used(folder: Path) -> None:
+    rows = [GOOD, {**GOOD, "id": "u2"}, {**GOOD, "audio": "later.wav"}]
+    prints = [
+        read(folder, *rows).fingerprint(),
+        read(folder, *rows[:2]).fingerprint(),
+        read(folder, "", *rows[:2]).fingerprint(),  # its places are others
+        read(folder, rows[1], rows[0]).fingerprint(),
+    ]
+    assert len(set(prints)) == 4
+    assert read(folder, *rows, max_utterances=2).fingerprint() == prints[1]
+    (folder / "later.wav").touch()
+    assert read(folder, *rows).fingerprint() != prints[0]  # a row more is used
+
+
 # Answers: several processes, kills, resumption.
 
 COUNT, BATCH = 23, 3
+
+
+def open_results(folder: Path, manifest: Manifest) -> RowResults:
+    results = RowResults(folder, "answers.jsonl")
+    results.belong_to(manifest)
+    return results
 
 
 def make_manifest(folder: Path) -> Manifest:
@@ -275,7 +353,7 @@ def answer(results: RowResults, manifest: Manifest, rank: int, processes: int, s
     batches = [usable[start : start + BATCH] for start in range(0, len(usable), BATCH)]
     done = 0
     for batch in batches[rank::processes]:
-        if {one.number for one in batch} <= results.done:
+        if results.done[[one.number for one in batch]].all():
             continue
         if done == stop:
             break
@@ -286,6 +364,10 @@ def answer(results: RowResults, manifest: Manifest, rank: int, processes: int, s
         )
         done += 1
     return done
+
+
+def done_in(results: RowResults) -> set[int]:
+    return set(np.flatnonzero(results.done).tolist())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -312,7 +394,7 @@ def run_together(
     everyone = []
     for rank in range(processes):
         become(rank, processes)
-        everyone.append(RowResults(folder, "answers.jsonl"))
+        everyone.append(open_results(folder, manifest))
     for rank, results in enumerate(everyone):
         answer(results, manifest, rank, processes, stop)
     if stop < COUNT:
@@ -326,7 +408,7 @@ def run_together(
 def alone(folder: Path) -> dict[str, bytes]:
     """What one process writes that no one interrupts."""
     manifest = make_manifest(folder)
-    results = RowResults(folder / "alone", "answers.jsonl")
+    results = open_results(folder / "alone", manifest)
     answer(results, manifest, 0, 1, COUNT)
     assert results.finish(manifest.rejections, lambda: None) == (18, 5)
     return files(folder / "alone")
@@ -367,7 +449,7 @@ def test_a_run_killed_again_and_again_writes_what_one_writes(
     for _ in range(4):
         run_together(folder / "out", manifest, chance.randint(1, 4), as_process, stop=1)
         # A kill in the middle of a write tears the last line anywhere, even inside a character.
-        for part in (folder / "out" / "parts").glob("*.jsonl"):
+        for part in (folder / "out" / "parts").glob("*.[ar]*"):
             content = part.read_bytes()
             if content and chance.random() < 0.5:
                 last = content.rstrip(b"\n").rfind(b"\n") + 1
@@ -382,19 +464,21 @@ def test_what_is_done_is_not_done_again(
     manifest = make_manifest(folder)
     run_together(folder / "out", manifest, 2, as_process, stop=2)
     as_process(0, 1)
-    results = RowResults(folder / "out", "answers.jsonl")
-    assert results.done == {0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 13}
+    results = open_results(folder / "out", manifest)
+    assert done_in(results) == {0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 13}
     assert answer(results, manifest, 0, 1, COUNT) == 3  # of seven batches
 
 
 def test_a_process_that_is_killed_keeps_every_batch_that_it_had_appended(folder: Path) -> None:
-    make_manifest(folder)
+    manifest = make_manifest(folder)
     program = (
         f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]\n"
         "from pathlib import Path\n"
-        "from simpler_distil_whisper.manifest import Columns, RowResults, read_manifest\n"
+        "from simpler_distil_whisper.manifest import Columns, read_manifest\n"
+        "from simpler_distil_whisper.row_results import RowResults\n"
         "manifest = read_manifest(Path('m.jsonl'), Columns())\n"
         "results = RowResults(Path('out'), 'answers.jsonl')\n"
+        "results.belong_to(manifest)\n"
         "for one in manifest.utterances[:5]:\n"
         "    results.append([(one, one.row)], [])\n"
         "    print(one.number, flush=True)\n"
@@ -412,7 +496,7 @@ def test_a_process_that_is_killed_keeps_every_batch_that_it_had_appended(folder:
     process.kill()
     process.wait()
     process.communicate()
-    assert RowResults(folder / "out", "answers.jsonl").done == appended == {0, 1, 2, 3, 5}
+    assert done_in(open_results(folder / "out", manifest)) == appended == {0, 1, 2, 3, 5}
 
 
 def test_the_main_process_waits_for_the_others_before_it_merges(
@@ -420,9 +504,9 @@ def test_the_main_process_waits_for_the_others_before_it_merges(
 ) -> None:
     manifest = make_manifest(folder)
     monkeypatch.setenv("RANK", "1")
-    late = RowResults(folder / "out", "answers.jsonl")
+    late = open_results(folder / "out", manifest)
     monkeypatch.setenv("RANK", "0")
-    main = RowResults(folder / "out", "answers.jsonl")
+    main = open_results(folder / "out", manifest)
     answer(main, manifest, 0, 2, COUNT)
     others_are_done = threading.Event()
 
@@ -430,32 +514,148 @@ def test_the_main_process_waits_for_the_others_before_it_merges(
         # What stands here happens while the main process waits.
         if not others_are_done.is_set():
             answer(late, manifest, 1, 2, COUNT)
-            late._own.close()
             others_are_done.set()
 
     main.finish(manifest.rejections, wait)
     assert files(folder / "out") == alone
 
 
+def small_work(folder: Path) -> Manifest:
+    return read(folder, GOOD, {**GOOD, "id": "二"}, {**GOOD, "id": "u3"}, "{", GOOD)
+
+
+def keep_rows(results: RowResults, manifest: Manifest) -> None:
+    """Answer all rows but the third, which is rejected, as one batch."""
+    first, second, third, last = manifest.utterances
+    answers = [(one, {"said": f"聽{one.number}"}) for one in (first, second, last)]
+    results.append(answers, [reject(third, "silent")])
+
+
+@pytest.fixture
+def untouched(folder: Path) -> dict[str, bytes]:
+    manifest = small_work(folder)
+    results = open_results(folder / "untouched", manifest)
+    keep_rows(results, manifest)
+    assert results.finish(manifest.rejections, lambda: None) == (3, 2)
+    return files(folder / "untouched")
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("answers", 0), ("rejected", 1)])
+def test_a_part_torn_at_any_byte_loses_no_row(
+    folder: Path, untouched: dict[str, bytes], kind: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = small_work(folder)
+    monkeypatch.setenv("RANK", str(rank))
+    keep_rows(open_results(folder / "whole", manifest), manifest)
+    monkeypatch.setenv("RANK", "0")  # goes on with what process `rank` had left
+    size = (folder / f"whole/parts/{rank}.{kind}").stat().st_size
+    for cut in (0, 1, *range(62, size + 1)):  # the first line is a hash of 64 digits
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        shutil.copytree(folder / "whole", folder / "out")
+        os.truncate(folder / f"out/parts/{rank}.{kind}", cut)
+        results = open_results(folder / "out", manifest)
+        keep_rows(results, manifest)
+        assert results.finish(manifest.rejections, lambda: None) == (3, 2)
+        assert files(folder / "out") == untouched, cut
+
+
+def finish_and_be_killed(results: RowResults, manifest: Manifest, at: int) -> None:
+    """Kill this process when it is about to change the folder for the `at`-th time."""
+    left = itertools.count(at, -1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        changes = event in ("os.rename", "os.remove", "os.rmdir")
+        if (changes or (event == "open" and "w" in str(arguments[1]))) and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    results.finish(manifest.rejections, lambda: None)
+
+
+def test_a_run_killed_anywhere_in_its_end_goes_on_to_the_same_bytes(
+    folder: Path, untouched: dict[str, bytes]
+) -> None:
+    manifest = small_work(folder)
+    for at in itertools.count():
+        out = folder / f"killed-{at}"
+        results = open_results(out, manifest)
+        keep_rows(results, manifest)
+        process = multiprocessing.get_context("fork").Process(
+            target=finish_and_be_killed, args=(results, manifest, at)
+        )
+        process.start()
+        process.join(timeout=30)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        again = open_results(out, manifest)
+        assert done_in(again) >= {0, 1, 2, 4}  # nothing is computed again
+        assert again.finish(manifest.rejections, lambda: None) == (3, 2)
+        assert files(out) == untouched
+        assert not (out / "parts").exists()
+    assert at == 8  # two files written and renamed, three parts and their folder removed
+
+
+def test_rejections_of_all_processes_are_counted(
+    folder: Path, as_process: Callable[[int, int], None]
+) -> None:
+    manifest = small_work(folder)
+    first, second, third, last = manifest.utterances
+    everyone = []
+    for rank in range(2):
+        as_process(rank, 2)
+        everyone.append(open_results(folder / "out", manifest))
+    assert [one.rejected_so_far() for one in everyone] == [0, 0]
+    everyone[0].append([(first, {})], [reject(second, "x")])
+    everyone[1].append([], [reject(third, "y")])
+    assert [one.rejected_so_far() for one in everyone] == [2, 2]
+    everyone[1].append(
+        [], [reject(last, "z"), reject(third, "y")]
+    )  # the latter for the second time
+    assert [one.rejected_so_far() for one in everyone] == [3, 3]
+    as_process(0, 1)
+    assert open_results(folder / "out", manifest).rejected_so_far() == 3
+
+
+def test_two_runs_cannot_work_in_one_folder(folder: Path) -> None:
+    manifest = small_work(folder)
+    ready, tell = multiprocessing.Pipe(duplex=False)
+
+    def work() -> None:
+        results = open_results(folder / "out", manifest)
+        tell.send("ready")
+        time.sleep(60)
+        results.finish([], lambda: None)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    try:
+        assert ready.recv() == "ready"
+        with pytest.raises(ConfigError, match="another run is at work"):
+            open_results(folder / "out", manifest)
+    finally:
+        process.kill()
+        process.join()
+    open_results(folder / "out", manifest)
+
+
 def test_answers_to_an_edited_manifest_are_not_gone_on_with(tmp_path: Path) -> None:
     """They are kept by row number, which names another row once a row before it is gone."""
     make_corpus(tmp_path, 4)
     manifest = read_manifest(tmp_path / "zh-0.jsonl", Columns())
-    results = RowResults(tmp_path / "out", "answers.jsonl")
-    results.belong_to(manifest)
+    results = open_results(tmp_path / "out", manifest)
     results.append([(manifest.utterances[0], {"heard": "x"})], [])
-    RowResults(tmp_path / "out", "answers.jsonl").belong_to(manifest)
+    open_results(tmp_path / "out", manifest)
     write_rows(tmp_path / "zh-0.jsonl", list(read_rows(tmp_path / "zh-0.jsonl")[1:]))
     edited = read_manifest(tmp_path / "zh-0.jsonl", Columns())
     with pytest.raises(ConfigError, match="other rows"):
-        RowResults(tmp_path / "out", "answers.jsonl").belong_to(edited)
+        open_results(tmp_path / "out", edited)
 
 
 def test_a_row_without_answer_is_never_called_done(tmp_path: Path) -> None:
     make_corpus(tmp_path, 3)
     manifest = read_manifest(tmp_path / "zh-0.jsonl", Columns())
-    results = RowResults(tmp_path / "out", "answers.jsonl")
-    results.belong_to(manifest)
+    results = open_results(tmp_path / "out", manifest)
     results.append([(utterance, {}) for utterance in manifest.utterances[:2]], [])
     with pytest.raises(DataError, match="of 3 rows 2 are accounted for"):
         results.finish([], lambda: None)

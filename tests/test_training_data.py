@@ -37,7 +37,7 @@ HI = [39, 72]
 
 
 def model_facts(*languages: str) -> ModelFolder:
-    config = {"vocab_size": 400, "max_target_positions": 448}
+    config = {"vocab_size": 400, "max_target_positions": 448, "max_source_positions": 50 * WINDOW}
     return ModelFolder(Path("m"), Path("m"), config, frozenset(languages))
 
 

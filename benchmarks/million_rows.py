@@ -1,0 +1,132 @@
+"""How long a run takes to begin, to go on and to end with a million rows, and in how much memory.
+
+`python benchmarks/million_rows.py [ROWS]` makes a manifest over a few real clips in a temporary
+folder and measures, each in a process of its own: reading the manifest; going on where nine tenths
+of the rows have results, until the first batch is formed; putting all results in order. It needs no
+model: what stands here is what a run does beside the model's work.
+"""
+
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from simpler_distil_whisper.manifest import Columns, DataLimits, Manifest, read_manifest
+from simpler_distil_whisper.row_results import RowResults
+
+CLIPS, SIXTEEN_KHZ, BATCH = 8, 16_000, 16
+TEXT = "我要 order 一個 iPhone 十五, thank you very much 謝謝"
+
+
+def make_manifest(folder: Path, rows: int) -> None:
+    """Write the clips and the manifest."""
+    noise = np.random.default_rng(0)
+    for clip in range(CLIPS):
+        samples = noise.normal(0, 0.1, SIXTEEN_KHZ * (1 + clip) // 2)
+        soundfile.write(folder / f"{clip}.wav", samples, SIXTEEN_KHZ)
+    with (folder / "manifest.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            row = {
+                "id": f"call-{number:07d}",
+                "audio": f"{number % CLIPS}.wav",
+                "text": f"{TEXT} {number}",
+                "language": "zh",
+                "speaker": f"speaker {number % 500}",
+                "session": {"room": number % 7, "microphones": [1, 2.5]},
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """Read the manifest."""
+    return read_manifest(folder / "manifest.jsonl", Columns())
+
+
+def answer(results: RowResults, manifest: Manifest, until: float) -> None:
+    """Append answers to the rows that have none, up to a fraction of all; many at once."""
+    end = round(until * len(manifest.utterances))
+    for start in range(0, end, 10_000):
+        rows = slice(start, min(start + 10_000, end))
+        if not results.done[rows].all():
+            chunk = manifest.utterances[rows]
+            results.append([(one, one.row | {"pseudo": one.text}) for one in chunk], [])
+
+
+def stage_read(folder: Path) -> Iterator[str]:
+    """Read the manifest."""
+    yield "read"
+    read(folder)
+
+
+def stage_label(folder: Path) -> Iterator[str]:
+    """Give nine tenths of the rows results."""
+    manifest, results = read(folder), RowResults(folder, "answers.jsonl")
+    results.belong_to(manifest)
+    yield "label"
+    answer(results, manifest, 0.9)
+
+
+def stage_continue(folder: Path) -> Iterator[str]:
+    """Go on: index, what is done, the first batch that is not."""
+    from simpler_distil_whisper.transcription import own_batches
+
+    yield "read"
+    manifest, results = read(folder), RowResults(folder, "answers.jsonl")
+    yield "find what is done"
+    results.belong_to(manifest)
+    yield "form the first batch"
+    first = next(own_batches(manifest.utterances, BATCH, results.done, DataLimits()))
+    assert len(first) == BATCH
+
+
+def stage_finish(folder: Path) -> Iterator[str]:
+    """Put all results in order."""
+    manifest, results = read(folder), RowResults(folder, "answers.jsonl")
+    results.belong_to(manifest)
+    answer(results, manifest, 1.0)
+    yield "finish"
+    counts = results.finish(manifest.rejections, lambda: None)
+    assert counts == (manifest.row_count, 0)
+
+
+STAGES = {
+    stage.__name__: stage for stage in (stage_read, stage_label, stage_continue, stage_finish)
+}
+
+
+def measure(stage: str, folder: Path) -> None:
+    """Print how long each step of a stage took, and the most memory that the process has held."""
+    steps, name, clocks = [], "", (0.0, 0.0)
+    for step in itertools.chain(STAGES[stage](folder), [""]):
+        before, clocks = clocks, (time.perf_counter(), time.process_time())
+        wall, cpu = (now - then for now, then in zip(clocks, before, strict=True))
+        steps += [f"{name} {wall:.1f} s ({cpu:.1f} s of CPU)"] if name else []
+        name = step
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+    print(f"{stage.removeprefix('stage_'):10}{', '.join(steps)}; {megabytes} MB", flush=True)
+
+
+def main() -> None:
+    """Measure all stages in turn."""
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        make_manifest(Path(folder), rows)
+        megabytes = (Path(folder) / "manifest.jsonl").stat().st_size / 1e6
+        print(f"{rows} rows, {megabytes:.0f} MB", flush=True)
+        for stage in STAGES:
+            subprocess.run([sys.executable, __file__, stage, folder], check=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in STAGES:
+        measure(sys.argv[1], Path(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,380 @@
+"""What the teacher's encoder has computed, kept on disk so that no later run computes it again.
+
+Owns the keys, which are made of contents and never of names, and the store: checked when read,
+bounded in size, shared by any number of processes. Called where rows are loaded (`look_up`, in
+worker processes) and where the encoder runs (`complete`).
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import WhisperFeatureExtractor
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.devices import torch_dtype
+from simpler_distil_whisper.manifest import Utterance
+from simpler_distil_whisper.model_folder import ModelFolder
+from simpler_distil_whisper.run import log
+from simpler_distil_whisper.training_options import CacheOptions
+
+# Raise it whenever decoding, resampling or log-mels come to give other values: what was kept before
+# then no longer is what would be computed.
+FEATURE_RECIPE = 1
+# What the encoder's answer depends on beside its weights and the audio.
+ENCODER_SETTINGS = (
+    *("d_model", "encoder_layers", "encoder_attention_heads", "activation_function"),
+    *("num_mel_bins", "max_source_positions", "scale_embedding"),
+)
+FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
+
+TENSOR = "states"  # the name of the one tensor in each file
+SECONDS_OF_A_WRITE = 86_400  # a file that has been in the writing for longer has lost its writer
+
+
+@dataclass(frozen=True)
+class StoredStates:
+    """The encoder states of a batch, as far as the cache has them.
+
+    Attributes:
+        found: float [F, E, D], in the cache's dtype: of the rows that are not missing, in order.
+        missing: row -> name under which its states are to be kept; None: they are not.
+    """
+
+    found: Tensor
+    missing: dict[int, str | None]
+
+    def keep(self, rows: Sequence[int]) -> "StoredStates":
+        """Return the same of some rows, in rising order, which are numbered anew."""
+        total = len(self.found) + len(self.missing)
+        place = {row: n for n, row in enumerate(r for r in range(total) if r not in self.missing)}
+        return StoredStates(
+            self.found[[place[row] for row in rows if row in place]],
+            {new: self.missing[row] for new, row in enumerate(rows) if row in self.missing},
+        )
+
+    def to(self, device: torch.device) -> "StoredStates":
+        """Return the same on a device."""
+        return replace(self, found=self.found.to(device, non_blocking=True))
+
+
+def joined_states(parts: Sequence[StoredStates]) -> StoredStates | None:
+    """Return the rows of several batches as one; None if there are no batches."""
+    if not parts:
+        return None
+    missing: dict[int, str | None] = {}
+    first = 0
+    for part in parts:
+        missing |= {first + row: name for row, name in part.missing.items()}
+        first += len(part.found) + len(part.missing)
+    return StoredStates(torch.cat([part.found for part in parts]), missing)
+
+
+class TeacherCache:
+    """The encoder states of one teacher.
+
+    A run with a cache always goes on from states in the cache's dtype, found or not, and every row
+    is encoded alone: so they depend neither on what else is in the batch nor on what was found.
+
+    Attributes:
+        dtype: of the states.
+        found: rows that `complete` did not have to encode.
+        computed: rows that it did.
+    """
+
+    def __init__(
+        self,
+        store: "TensorStore",
+        dtype: torch.dtype,
+        teacher: ModelFolder,
+        extractor: WhisperFeatureExtractor,
+    ) -> None:
+        """Work out which states in the store are those of this teacher.
+
+        Args:
+            store: where they are kept.
+            dtype: in which they are kept.
+            teacher: whose encoder they come from.
+            extractor: what made the encoder's input.
+        """
+        self.store = store
+        self.dtype = dtype
+        self.found = self.computed = 0
+        self.shape = (teacher.config["max_source_positions"], teacher.config["d_model"])
+        facts = {
+            "encoder_weights": encoder_digest(teacher.path),
+            "encoder": {name: teacher.config.get(name) for name in ENCODER_SETTINGS},
+            "features": {name: getattr(extractor, name, None) for name in FEATURE_SETTINGS},
+            "feature_recipe": FEATURE_RECIPE,
+            "dtype": str(dtype),
+        }
+        self.group = f"encoder_states/{_digest(facts)}"
+        store.describe(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+
+    def name(self, utterance: Utterance) -> str | None:
+        """Return what an utterance's states are called; None if its file cannot be read."""
+        try:
+            audio = audio_digest(utterance.audio)
+        except OSError:
+            return None
+        part = [audio, utterance.start_seconds, utterance.duration_seconds]
+        return f"{self.group}/{_digest(part)}"
+
+    def look_up(self, utterances: Sequence[Utterance]) -> StoredStates:
+        """Return what is there of the states of some utterances."""
+        found: list[Tensor] = []
+        missing: dict[int, str | None] = {}
+        for row, utterance in enumerate(utterances):
+            name = self.name(utterance)
+            states = self.store.read(name) if name else None
+            if states is None:
+                missing[row] = name
+            else:
+                found.append(states)
+        none = torch.empty(0, *self.shape, dtype=self.dtype)
+        return StoredStates(torch.stack(found) if found else none, missing)
+
+    @torch.no_grad()
+    def complete(self, stored: StoredStates, input_features: Tensor, encoder: nn.Module) -> Tensor:
+        """Return the states of all rows, having encoded and kept the missing ones.
+
+        Args:
+            stored: what `look_up` has found, on the encoder's device.
+            input_features: float [N, M, T]: log-mels of the missing rows, in order.
+            encoder: the teacher's, in evaluation mode.
+
+        Returns:
+            float [B, E, D] in the cache's dtype.
+        """
+        found, missing = stored.found, stored.missing
+        rows = range(len(found) + len(missing))
+        states = found.new_empty(len(rows), *self.shape)
+        states[[row for row in rows if row not in missing]] = found
+        self.found += len(found)
+        self.computed += len(missing)
+        dtype = next(encoder.parameters()).dtype
+        for (row, name), features in zip(missing.items(), input_features, strict=True):
+            states[row] = encoder(features[None].to(dtype)).last_hidden_state[0]
+            if name:
+                self.store.write(name, states[row].cpu())
+        return states
+
+
+def open_teacher_cache(
+    options: CacheOptions,
+    teacher: ModelFolder,
+    extractor: WhisperFeatureExtractor,
+    computed: torch.dtype,
+) -> TeacherCache | None:
+    """Return the cache that a config names; None if it names none.
+
+    Args:
+        options: the config's section.
+        teacher: whose encoder is run.
+        extractor: of its input.
+        computed: the dtype in which the encoder computes; what is kept is no finer.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the dtype would promise too much.
+    """
+    if options.folder is None:
+        return None
+    dtype = computed if options.dtype == "auto" else torch_dtype(options.dtype, torch.device("cpu"))
+    if torch.finfo(dtype).eps < torch.finfo(computed).eps:
+        raise ConfigError(
+            f'teacher_cache.dtype: "{options.dtype}" is finer than {computed}, in which the '
+            'encoder computes: choose "auto"'
+        )
+    try:
+        store = TensorStore(options.folder, round(options.max_gigabytes * 1e9))
+        cache = TeacherCache(store, dtype, teacher, extractor)
+    except OSError as error:
+        raise ConfigError(
+            f"teacher_cache.folder: {options.folder} cannot be written: {error}"
+        ) from None
+    log.info(
+        "teacher cache %s: encoder states in %s, %.3f of %g GB used",
+        *(options.folder, dtype, store.used() / 1e9, options.max_gigabytes),
+    )
+    return cache
+
+
+def encoder_digest(folder: Path) -> str:
+    """Return a hash of the encoder's weights in a model folder, however they are sharded.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
+    digest = hashlib.sha256()
+    tensors = sorted((name, path) for path in files for name in _encoder_tensors(path))
+    if not tensors:
+        raise ConfigError(f"teacher.path: {folder} holds no weights of an encoder")
+    for name, path in tensors:
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(name)
+        # A folder saved from the model without its head lacks the "model." of the others.
+        digest.update(f"{name.removeprefix('model.')} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def audio_digest(path: Path) -> str:
+    """Return a hash of a file's bytes; a file that is cut into many parts is read but once.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    facts = path.stat()
+    return _digest_of_file(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _digest_of_file(path: Path, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class TensorStore:
+    """Named tensors on disk, one file each: bounded in size, checked when read.
+
+    Any number of processes may read and write one store at once. A name is "kind/group/key"; the
+    sizes of a group's files stand in its list, so that nobody has to look at a million of them. A
+    group that is no longer wanted can be deleted as a folder.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Open or make a store.
+
+        Raises:
+            OSError: the folder cannot be made or written.
+        """
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._writing = folder / "writing"
+        self._full = False
+        self._sums: dict[Path, tuple[int, int]] = {}  # list of sizes -> bytes read of it, their sum
+        self._writing.mkdir(parents=True, exist_ok=True)
+        self._remove_what_was_never_finished()
+
+    def read(self, name: str) -> Tensor | None:
+        """Return a tensor exactly as it was written; None if it is not there or damaged."""
+        path = self._path(name)
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(TENSOR)
+                if file.metadata() == _label(name, tensor):
+                    return tensor
+            problem = "its checksum is not that of its content"
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError) as error:
+            problem = str(error)
+        log.warning("%s: damaged (%s): not used, computed again", path, problem)
+        return None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Keep a contiguous CPU tensor, unless the store is full; what is full is said once."""
+        path = self._path(name)
+        content = save({TENSOR: tensor}, metadata=_label(name, tensor))
+        try:
+            # What is there is damaged, or another process was faster: to replace it adds nothing.
+            if not path.exists() and self._is_full(len(content)):
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._written_beside(content) as beside:
+                if not path.exists():
+                    # Before the file: a kill between the two leaves room unused, not overused.
+                    with (path.parents[1] / "sizes.txt").open("ab") as sizes:
+                        sizes.write(b"%d\n" % len(content))
+                beside.replace(path)
+        except OSError as error:
+            self._stop_adding(f"cannot be written ({error})")
+
+    def used(self) -> int:
+        """Return the bytes that all processes together have written."""
+        lists = list(self.folder.glob("*/*/sizes.txt"))
+        self._sums = {path: self._sums.get(path, (0, 0)) for path in lists}
+        for path in lists:
+            offset, total = self._sums[path]
+            with path.open("rb") as file:
+                file.seek(offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            total += sum(int(size) for size in whole.split() if size.isdigit())
+            self._sums[path] = (offset + len(whole) + len(newline), total)
+        return sum(total for _, total in self._sums.values())
+
+    def describe(self, group: str, facts: dict[str, object]) -> None:
+        """Put into a group's folder, for people, what its tensors are."""
+        path = self.folder / group / "about.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._written_beside(json.dumps(facts, indent=2).encode()) as beside:
+                beside.replace(path)
+
+    def _path(self, name: str) -> Path:
+        group, _, key = name.rpartition("/")
+        return self.folder / group / key[:2] / f"{key}.safetensors"
+
+    def _is_full(self, more: int) -> bool:
+        if not self._full and self.used() + more > self.max_bytes:
+            self._stop_adding(f"is full (teacher_cache.max_gigabytes {self.max_bytes / 1e9:g})")
+        return self._full
+
+    def _stop_adding(self, why: str) -> None:
+        if not self._full:
+            log.warning("teacher cache %s %s: what is missing is not added", self.folder, why)
+        self._full = True
+
+    @contextlib.contextmanager
+    def _written_beside(self, content: bytes) -> Iterator[Path]:
+        """Write a file under a name of its own, which is to be moved to its place as a whole."""
+        beside = self._writing / uuid.uuid4().hex
+        try:
+            # Nothing waits for the disk: what a power failure leaves torn is damaged when read.
+            beside.write_bytes(content)
+            yield beside
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _remove_what_was_never_finished(self) -> None:
+        for path in self._writing.iterdir():
+            with contextlib.suppress(OSError):  # another process may be doing the same
+                if path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
+                    path.unlink()
+
+
+def _label(name: str, tensor: Tensor) -> dict[str, str]:
+    """Return what a file says of itself, by which damage, or another's name, shows."""
+    checksum = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    return {"name": name, "crc32": f"{zlib.crc32(_bytes(tensor), checksum):08x}"}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _encoder_tensors(path: Path) -> Iterator[str]:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            if name.removeprefix("model.").startswith("encoder."):
+                yield name
