@@ -1,17 +1,19 @@
 """Transcribe a manifest with any Whisper folder: the teacher, a student, a distilled model.
 
-Writes `hypotheses.jsonl`: the rows of the manifest, in order and with all their fields, and the
-hypothesis; `rejected.jsonl`: every other row, with the reason; `speed.json`.
+Writes `hypotheses.jsonl`: the rows of the manifest, in order and with all their fields, the
+hypothesis and, where they are asked for, its segments; `rejected.jsonl`: every other row, with the
+reason; `speed.json`.
 """
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.jsonl import Row
 from simpler_distil_whisper.manifest import Manifest, ManifestData, Utterance, read_manifest
 from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
@@ -35,9 +37,14 @@ class AssistantOptions(StrictModel):
 
 
 class OutputColumns(StrictModel):
-    """What the new column is called."""
+    """What the new columns are called."""
 
     hypothesis: str = Field("hypothesis", description="What the model heard.")
+    segments: str = Field(
+        "segments",
+        description="What was said when, with decoding.timestamps or a decoding.long_form: a list "
+        "of start_seconds, end_seconds and text.",
+    )
 
 
 class Config(StrictModel):
@@ -47,6 +54,7 @@ class Config(StrictModel):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
     )
+    seed: NonNegativeInt = Field(0, description="Of the tokens drawn at temperatures above 0.")
     model: ModelOptions
     assistant: AssistantOptions = AssistantOptions()
     data: ManifestData
@@ -75,7 +83,7 @@ def prepare(config: Config) -> tuple[ModelFolder, ModelFolder | None, Manifest]:
         data.columns,
         max_utterances=data.max_utterances,
         languages=folder.row_languages,
-        new_fields={config.output_columns.hypothesis},
+        new_fields=config.output_columns.model_dump().values(),
     )
     return folder, assistant_folder, manifest.check(data.max_bad_fraction)
 
@@ -102,7 +110,7 @@ def work(
         options = config.model
         student = load_whisper(assistant_folder, options.dtype, options.attention, state.device)
         assistant = Assistant(student, whisper)
-    transcriber = Transcriber(whisper, config.decoding, assistant=assistant)
+    transcriber = Transcriber(whisper, config.decoding, config.seed, assistant)
     transcriber.warm_up()
     results = RowResults(run.folder, "hypotheses.jsonl")
     speed = Speed()
@@ -134,6 +142,8 @@ def answered_row(utterance: Utterance, hypothesis: "Hypothesis", config: Config)
     if config.data.columns.language and utterance.language is None:
         row[config.data.columns.language] = hypothesis.language
     row[config.output_columns.hypothesis] = hypothesis.text.strip()
+    if config.decoding.with_segments:
+        row[config.output_columns.segments] = [asdict(segment) for segment in hypothesis.segments]
     return row
 
 

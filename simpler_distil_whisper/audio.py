@@ -16,6 +16,7 @@ SAMPLE_RATE = 16_000  # of every Whisper
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 # Times in manifests are rounded, and an MP3's header may count the encoder's delay (20 ms).
 TOLERANCE_SECONDS = 0.05
+BLOCK_FRAMES = 1 << 20  # read at once
 
 
 class AudioError(Exception):
@@ -53,21 +54,36 @@ def load_audio(
             check_length(seconds, 0.0, max_seconds + TOLERANCE_SECONDS)
             file.seek(round(start_seconds * file.samplerate))
             frames = -1 if duration_seconds is None else round(duration_seconds * file.samplerate)
-            channels = file.read(frames, dtype="float32", always_2d=True)
+            mono = _read_mono(file, frames)
             rate = file.samplerate
     except UNREADABLE as error:
         raise AudioError(_why_unreadable(path, error)) from None
-    if len(channels) == 0:
+    if len(mono) == 0:
         raise AudioError("empty: it decodes to no samples")
     # The header only spares us decoding hours of audio; what was decoded decides.
-    check_length(len(channels) / rate, min_seconds, max_seconds)
-    if not np.isfinite(channels).all():
+    check_length(len(mono) / rate, min_seconds, max_seconds)
+    if not np.isfinite(mono).all():
         raise AudioError("not finite: some samples are NaN or infinite")
-    mono: np.ndarray = channels.mean(axis=1)
     if rate == SAMPLE_RATE:
         return mono
     resampled: np.ndarray = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     return resampled
+
+
+def _read_mono(file: soundfile.SoundFile, frames: int) -> np.ndarray:
+    """Return float32 [frames]: the mean of the channels of the next frames, -1 for all there are.
+
+    It is read in blocks, so that all channels of half an hour are never in memory at once.
+    """
+    blocks = [np.zeros(0, dtype=np.float32)]
+    while frames != 0:
+        wanted = BLOCK_FRAMES if frames < 0 else min(BLOCK_FRAMES, frames)
+        block = file.read(wanted, dtype="float32", always_2d=True)
+        blocks.append(block.mean(axis=1))
+        if len(block) < wanted:
+            break
+        frames -= wanted if frames > 0 else 0
+    return np.concatenate(blocks)
 
 
 def audio_seconds(

@@ -7,16 +7,16 @@ Legend of all tensor shapes in this project: B batch, S samples, M mel bins (80 
 frames (3000), E encoder positions (1500), D model width, L label tokens, V vocabulary.
 """
 
-import itertools
-import signal
-from collections import deque
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.audio import (
@@ -30,11 +30,11 @@ from simpler_distil_whisper.audio import (
 from simpler_distil_whisper.manifest import DataLimits, Rejection, Utterance, reject
 from simpler_distil_whisper.run import log
 from simpler_distil_whisper.teacher_cache import StoredStates, TeacherCache, joined_states
+from simpler_distil_whisper.workers import Died, ahead
 
 IGNORE_INDEX = -100  # what torch's cross-entropy skips
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,28 @@ class SpeechBatch:
     """Some utterances of a manifest, ready for the encoder.
 
     Attributes:
-        utterances: those whose audio could be used.
-        input_features: float32 [B, M, T]: their log-mels; None if there are none. With a cache,
-            only of the rows that it lacks.
-        seconds: how long each of them is.
+        utterances: those whose audio could be used, those longer than the model's window last.
+        input_features: float32 [B, M, T]: log-mels of the others; None if there are none. With a
+            cache, only of the rows that it lacks.
+        seconds: how long each utterance is.
         rejections: those whose audio could not.
-        stored: what a teacher cache has of their encoder states; None: there is no cache.
-        encoder_states: float [B, E, D]: all of them, once the missing ones are computed.
+        recordings: float32 [M, F] each: log-mels of those that are longer than the window.
+        stored: what a teacher cache has of the others' encoder states; None: there is no cache.
+        encoder_states: float [B, E, D]: all of these, once the missing ones are computed.
     """
 
     utterances: list[Utterance]
-    input_features: torch.Tensor | None
+    input_features: Tensor | None
     seconds: list[float]
     rejections: list[Rejection]
+    recordings: list[Tensor] = field(default_factory=list)
     stored: StoredStates | None = None
-    encoder_states: torch.Tensor | None = None
+    encoder_states: Tensor | None = None
+
+    @property
+    def in_window(self) -> int:
+        """How many utterances are not longer than the model's window."""
+        return len(self.utterances) - len(self.recordings)
 
 
 class SpeechReader:
@@ -67,17 +74,55 @@ class SpeechReader:
         extractor: WhisperFeatureExtractor,
         limits: DataLimits,
         cache: TeacherCache | None = None,
+        *,
+        long_form: bool = False,
     ) -> None:
-        """Remember the limits; nothing is read yet."""
+        """Remember the limits; nothing is read yet.
+
+        Args:
+            extractor: that of the model.
+            limits: which lengths are used.
+            cache: where encoder states may be already.
+            long_form: whether audio longer than the model's window is used.
+        """
         self.extractor = extractor
         self.cache = cache
         self.min_seconds = limits.min_duration_seconds
+        self.window = float(extractor.chunk_length)
         # The extractor would silently cut what is longer than the model's window.
-        window = float(extractor.chunk_length)
-        self.max_seconds = min(limits.max_duration_seconds or window, window)
+        longest = math.inf if long_form else self.window
+        self.max_seconds = min(limits.max_duration_seconds or longest, longest)
 
     def __call__(self, utterances: Sequence[Utterance]) -> SpeechBatch:
         """Return one batch; what cannot be decoded is in its `rejections`, with the reason."""
+        if self.max_seconds <= self.window:
+            return self._read_windows(utterances)
+        recordings = [one for one in utterances if self._is_long(one)]
+        windows = [one for one in utterances if one not in recordings]
+        return joined([self._read_windows(windows), self._read_recordings(recordings)])
+
+    def _is_long(self, utterance: Utterance) -> bool:
+        try:
+            return self._header_seconds(utterance) > self.window
+        except AudioError:  # which is also what decoding it will come to
+            return False
+
+    def _read_recordings(self, utterances: Sequence[Utterance]) -> SpeechBatch:
+        """Return a batch of utterances longer than the window."""
+        batch = SpeechBatch([], None, [], [])
+        for utterance in utterances:
+            try:
+                waveform = self._load(utterance)
+                batch.recordings.append(long_log_mel(waveform, self.extractor))
+            except (AudioError, MemoryError) as error:
+                batch.rejections.append(reject(utterance, why_unusable(utterance, error)))
+            else:
+                batch.utterances.append(utterance)
+                batch.seconds.append(len(waveform) / SAMPLE_RATE)
+        return batch
+
+    def _read_windows(self, utterances: Sequence[Utterance]) -> SpeechBatch:
+        """Return a batch of utterances no longer than the window."""
         waveforms, seconds, used, rejections = [], [], [], []
         stored = self.cache.look_up(utterances) if self.cache else None
         for row, utterance in enumerate(utterances):
@@ -89,13 +134,12 @@ class SpeechReader:
                     waveforms.append(self._load(utterance))
                 seconds.append(length if stored else len(waveforms[-1]) / SAMPLE_RATE)
                 used.append(row)
-            except AudioError as error:
-                rejections.append(reject(utterance, f"{utterance.audio}: {error}"))
-            except MemoryError:
-                rejections.append(reject(utterance, f"{utterance.audio}: too large for the memory"))
+            except (AudioError, MemoryError) as error:
+                rejections.append(reject(utterance, why_unusable(utterance, error)))
         features = log_mel(waveforms, self.extractor) if waveforms else None
         kept = stored.keep(used) if stored else None
-        return SpeechBatch([utterances[row] for row in used], features, seconds, rejections, kept)
+        rows = [utterances[row] for row in used]
+        return SpeechBatch(rows, features, seconds, rejections, stored=kept)
 
     def _load(self, utterance: Utterance) -> np.ndarray:
         return load_audio(
@@ -135,12 +179,48 @@ class SpeechDataset(Dataset[SpeechBatch]):
         return self.read(self.batches[index])
 
 
-def log_mel(waveforms: Sequence[object], extractor: WhisperFeatureExtractor) -> torch.Tensor:
+def why_unusable(utterance: Utterance, error: Exception) -> str:
+    """Return the reason for a rejection."""
+    reason = "too large for the memory" if isinstance(error, MemoryError) else str(error)
+    return f"{utterance.audio}: {reason}"
+
+
+def log_mel(waveforms: Sequence[object], extractor: WhisperFeatureExtractor) -> Tensor:
     """Return float32 [B, M, T]: the log-mels of mono 16 kHz waveforms, padded to the window."""
-    features: torch.Tensor = extractor(
+    features: Tensor = extractor(
         list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt"
     ).input_features
     return features
+
+
+def long_log_mel(waveform: np.ndarray, extractor: WhisperFeatureExtractor) -> Tensor:
+    """Return float32 [M, F]: the log-mel of a whole recording, one frame for each 10 ms.
+
+    The same as openai/whisper's, where silence follows the end, and the maximum of the whole
+    recording is what all of it is measured by. It is made window by window: the spectrum of half an
+    hour would take gigabytes.
+
+    Args:
+        waveform: float32 [S], mono, 16 kHz, not shorter than the extractor's window.
+        extractor: that of the model.
+    """
+    hop, half, block = extractor.hop_length, extractor.n_fft // 2, extractor.nb_max_frames
+    samples = torch.from_numpy(waveform)
+    window = torch.hann_window(extractor.n_fft)
+    filters = torch.from_numpy(extractor.mel_filters).to(torch.float32).T
+    log_mel = torch.empty(len(filters), len(samples) // hop)
+    for first in range(0, log_mel.shape[1], block):
+        last = min(first + block, log_mel.shape[1])
+        begin, end = first * hop - half, (last - 1) * hop + half
+        piece = samples[max(begin, 0) : end]
+        if first == 0:  # before the beginning there is its mirror image
+            piece = torch.cat([samples[1 : half + 1].flip(0), piece])
+        piece = functional.pad(piece, (0, end - begin - len(piece)))
+        spectrum = torch.stft(
+            piece, extractor.n_fft, hop, window=window, center=False, return_complex=True
+        )
+        log_mel[:, first:last] = (filters @ spectrum.abs() ** 2).clamp_(min=1e-10).log10_()
+    return log_mel.clamp_(min=float(log_mel.max()) - 8.0).add_(4.0).div_(4.0)
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -155,17 +235,18 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def longest_first(utterances: Sequence[Utterance]) -> list[Utterance]:
-    """Return utterances by length, those of equal length in the manifest's order.
+def longest_first(utterances: Sequence[Utterance]) -> list[tuple[Utterance, float]]:
+    """Return utterances and their seconds by length; those of equal length stay in order.
 
     Rows of one length say about as much, so that a batch of them ends together.
     """
     return _by_length(utterances, [_seconds(utterance) for utterance in utterances])
 
 
-def _by_length(utterances: Sequence[Utterance], seconds: Sequence[float]) -> list[Utterance]:
-    order = sorted(range(len(utterances)), key=lambda index: -seconds[index])
-    return [utterances[index] for index in order]
+def _by_length(
+    utterances: Sequence[Utterance], seconds: Iterable[float]
+) -> list[tuple[Utterance, float]]:
+    return sorted(zip(utterances, seconds, strict=True), key=lambda timed: -timed[1])
 
 
 def _seconds(utterance: Utterance) -> float:
@@ -180,15 +261,31 @@ def _seconds(utterance: Utterance) -> float:
 
 def windows_by_length(
     windows: Iterable[Sequence[Utterance]], workers: int
-) -> Iterator[list[Utterance]]:
+) -> Iterator[list[tuple[Utterance, float]]]:
     """Yield each window with the longest utterances first; headers are read in a worker ahead."""
     for found in ahead(longest_first, windows, min(workers, 1)):
         if isinstance(found, Died):
-            rows = found.item
-            each = ahead(_seconds, rows, 1, prefetch=1)
-            yield _by_length(rows, [0.0 if isinstance(row, Died) else row for row in each])
+            each = ahead(_seconds, found.item, 1, prefetch=1)
+            seconds = (0.0 if isinstance(length, Died) else length for length in each)
+            yield _by_length(found.item, seconds)
         else:
             yield found
+
+
+def batches_of(
+    timed: Iterable[tuple[Utterance, float]], size: int, max_seconds: float
+) -> Iterator[list[Utterance]]:
+    """Yield batches of at most `size` utterances and `max_seconds` of audio, but at least one."""
+    batch: list[Utterance] = []
+    total = 0.0
+    for utterance, seconds in timed:
+        if batch and (len(batch) == size or total + seconds > max_seconds):
+            yield batch
+            batch, total = [], 0.0
+        batch.append(utterance)
+        total += seconds
+    if batch:
+        yield batch
 
 
 def speech_batches(
@@ -218,141 +315,38 @@ def _row_by_row(died: "Died[Sequence[Utterance]]", read: SpeechReader) -> Speech
 def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
     """Return several batches as one."""
     features = [batch.input_features for batch in batches if batch.input_features is not None]
+
+    def windows_first(rows: Callable[[SpeechBatch], list[Item]]) -> list[Item]:
+        windows = [row for batch in batches for row in rows(batch)[: batch.in_window]]
+        return windows + [row for batch in batches for row in rows(batch)[batch.in_window :]]
+
     return SpeechBatch(
-        [utterance for batch in batches for utterance in batch.utterances],
+        windows_first(lambda batch: batch.utterances),
         torch.cat(features) if features else None,
-        [seconds for batch in batches for seconds in batch.seconds],
+        windows_first(lambda batch: batch.seconds),
         [rejection for batch in batches for rejection in batch.rejections],
+        [recording for batch in batches for recording in batch.recordings],
         joined_states([batch.stored for batch in batches if batch.stored is not None]),
     )
 
 
 def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
-    """Return the two halves of a batch of several utterances."""
-    middle = len(batch.utterances) // 2
+    """Return a batch of several utterances in two parts: windows and recordings, or two halves."""
+    middle = batch.in_window
+    if middle in (0, len(batch.utterances)):
+        middle = len(batch.utterances) // 2
     assert middle, "there is nothing to halve"
 
     def part(rows: slice, rejections: list[Rejection]) -> SpeechBatch:
         features, states = batch.input_features, batch.encoder_states
+        long = range(len(batch.utterances))[rows]
         return SpeechBatch(
             batch.utterances[rows],
             features[rows] if features is not None and states is None else None,
             batch.seconds[rows],
             rejections,
+            [batch.recordings[row - batch.in_window] for row in long if row >= batch.in_window],
             encoder_states=None if states is None else states[rows],
         )
 
     return part(slice(middle), batch.rejections), part(slice(middle, None), [])
-
-
-@dataclass(frozen=True)
-class Died(Generic[Item]):
-    """Stands for the result of an item during which a worker process died."""
-
-    item: Item
-    reason: str
-
-
-def ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, prefetch: int = 2
-) -> Iterator[Result | Died[Item]]:
-    """Yield the function's results in order, computed by processes ahead of use.
-
-    When a process dies, the first item without a result is given up, and new processes go on with
-    the next. With several workers, or a `prefetch` above 1, it need not be the item that is to
-    blame: one worker that prefetches 1 has only one in hand.
-
-    Args:
-        function: what is computed for each item; runs in the workers.
-        items: taken only as they are needed.
-        workers: how many processes; with 0 it is this one, whose death nothing survives.
-        prefetch: how many items each worker has in hand.
-    """
-    if workers == 0:
-        yield from map(function, items)
-        return
-    rest = iter(items)
-    in_hand: deque[Item] = deque()
-
-    def handed_out(source: Iterable[Item]) -> Iterator[Item]:
-        for item in source:
-            in_hand.append(item)
-            yield item
-
-    died = True
-    while died:
-        again, died = list(in_hand), False
-        in_hand.clear()
-        loader = load_ahead(
-            _Function(function), workers, handed_out(itertools.chain(again, rest)), prefetch
-        )
-        results = _iterate_undisturbed(loader)
-        try:
-            for result in results:
-                in_hand.popleft()
-                yield result
-        except (RuntimeError, OSError, EOFError) as error:
-            if not _is_death(error) or not in_hand:
-                raise
-            died, reason = True, str(error).partition("\n")[0]
-        if died:
-            yield Died(in_hand.popleft(), reason)
-
-
-def _iterate_undisturbed(loader: DataLoader[Item]) -> Iterator[Item]:
-    """Return an iterator that tells of a worker's death when it is asked for the next item.
-
-    A DataLoader's own signal handler would raise in the midst of whatever the script does then.
-    """
-    if not hasattr(signal, "SIGCHLD"):  # Windows
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    results = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return results
-
-
-def _is_death(error: Exception) -> bool:
-    """Return whether a worker's end, not an error within a worker, has raised this."""
-    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
-
-
-class _Function(Dataset[Result]):
-    """Lets a DataLoader call a function: the indices are the items."""
-
-    def __init__(self, function: Callable[[Any], Result]) -> None:
-        self.function = function
-
-    def __getitem__(self, item: Any) -> Result:
-        return self.function(item)
-
-
-def load_ahead(
-    dataset: Dataset[Item],
-    workers: int,
-    order: Iterable[Any] | None = None,
-    prefetch: int | None = None,
-) -> DataLoader[Item]:
-    """Return an iterator over the items of a dataset, in order, made by processes ahead of use."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_main_process,
-        # Else it would draw a number from the random state on which the student's dropout depends,
-        # and a resumed run, which makes its loader anew, would go another way.
-        generator=torch.Generator(),
-    )
-
-
-def _as_it_is(item: Item) -> Item:
-    return item
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Let Ctrl-C reach only the process that saves the work; it then ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -64,15 +64,20 @@ class DecoderCache:
         self.text = self.text[:, :, : len(order) * beams]
         self.lengths[here] = self.lengths[there]
         self.lengths = self.lengths[: len(order) * beams]
+        if not self.even and len(order):  # the longest may be gone
+            self._measure()
 
     def advance(self, count: Tensor | int) -> None:
         """Count the tokens that were added, the same number or int64 [R]."""
         self.lengths = self.lengths + count
-        if isinstance(count, int):
+        if isinstance(count, int):  # then no GPU need be waited for
             self.longest += count
         else:
-            self.longest = int(self.lengths.max())
-            self.even = bool((self.lengths == self.longest).all())
+            self._measure()
+
+    def _measure(self) -> None:
+        self.longest = int(self.lengths.max())
+        self.even = bool((self.lengths == self.longest).all())
 
 
 def places_to_keep(ended: Tensor) -> Tensor:

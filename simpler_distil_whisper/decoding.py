@@ -161,7 +161,7 @@ class Transcriber:
         """
         states = self.whisper.encode(features)
         if self.assistant is not None and self.assistant.own_encoder:
-            states = torch.cat([states, self.assistant.encode(features)], dim=-1)
+            states = torch.cat([states, self.assistant.student.encode(features)], dim=-1)
         return states
 
     @torch.inference_mode()

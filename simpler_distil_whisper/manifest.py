@@ -56,7 +56,9 @@ class DataLimits(StrictModel):
 
     min_duration_seconds: NonNegativeFloat = Field(0.1, description="Shorter audio is rejected.")
     max_duration_seconds: PositiveFloat | None = Field(
-        None, description="Longer audio is rejected; null: the model's window."
+        None,
+        description="Longer audio is rejected; null: what is longer than the model's window is, "
+        "unless decoding.long_form takes it.",
     )
     max_utterances: PositiveInt | None = Field(
         None, description="Take only the first so many rows."

@@ -98,6 +98,11 @@ class DecodingOptions(DecodingLimits):
 
     _code = field_validator("language")(whisper_code)
 
+    @property
+    def with_segments(self) -> bool:
+        """Whether the hypotheses come with segments."""
+        return self.timestamps or self.long_form != "reject"
+
     @model_validator(mode="after")
     def _temperatures_rise(self) -> "DecodingOptions":
         if self.temperatures != sorted(self.temperatures):

@@ -22,7 +22,7 @@ from simpler_distil_whisper.whisper import Whisper
 # Measured on one CPU thread, one utterance at a time, 12 decoder layers of Whisper small and 2 of
 # the student: to draft 5 tokens and to read 6 costs as much as 3.4 single tokens. It is the best
 # number where 80 % or more are accepted (of 80, 90 and 95 %: 1.1, 1.4 and 1.6 times as fast); where
-# fewer than about 75 % are, no number pays. The more rows a batch has, the less there is to gain.
+# fewer than about 75 % are, 5 does not pay. The more rows a batch has, the less there is to gain.
 DRAFT_TOKENS = 5
 
 
@@ -46,6 +46,7 @@ class Assistant:
     """A student that drafts for its teacher.
 
     Attributes:
+        student: the loaded model.
         own_encoder: whether it has one; else it uses the teacher's, and its copy is let go.
         drafts: the sums over everything that it has drafted.
     """
@@ -65,16 +66,9 @@ class Assistant:
         self.own_encoder = not _same_weights(parts.encoder, teachers_parts.encoder)
         if not self.own_encoder:
             parts.encoder = teachers_parts.encoder
-        self.model = student.model
+        self.student = student
         self.decoder = CachedDecoder(student.model)
         self.drafts = Drafts()
-
-    @torch.inference_mode()
-    def encode(self, features: Tensor) -> Tensor:
-        """Return float [B, E, D]: its encoder's states of log-mels, float [B, M, T]."""
-        features = features.to(self.model.device, self.model.dtype)
-        states: Tensor = self.model.model.encoder(features).last_hidden_state
-        return states
 
     def speculate(
         self,
@@ -93,7 +87,7 @@ class Assistant:
             states: float [U, E, D]: of the encoder that the assistant uses.
             prompts: those that the teacher has read.
         """
-        positions = self.model.config.max_target_positions
+        positions = self.student.model.config.max_target_positions
         cache = self.decoder.start(states, positions, uneven=True)
         read_prompts(self.decoder, cache, prompts)
         last = torch.tensor([prompt[-1] for prompt in prompts], device=states.device)

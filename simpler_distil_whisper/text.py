@@ -8,9 +8,10 @@ import difflib
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
@@ -71,13 +72,18 @@ HAN_AND_KANA = (
 )
 OTHER_UNSPACED = (
     r"\u0e01-\u0e4e\u0e80-\u0ece\u0edc-\u0edf\u0f40-\u0fbc\u1000-\u103f\u1050-\u109d\u1780-\u17d3"
-    r"\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa7f\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
+    r"\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa7f"
 )
-UNSPACED = HAN_AND_KANA + OTHER_UNSPACED
+HANGUL = r"\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
+UNSPACED = HAN_AND_KANA + OTHER_UNSPACED + HANGUL
 
 MIXED_TOKEN = re.compile(rf"[{HAN_AND_KANA}]|[^\s{HAN_AND_KANA}]+")
 UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}]")
 SPACED_WORD = re.compile(rf"[^\W_{UNSPACED}]+")
+# Korean, though counted by character, has spaces between words.
+NEVER_SPACED = re.compile(rf"[{HAN_AND_KANA}{OTHER_UNSPACED}]")
+
+LONGEST_NGRAM = 100  # tokens: a loop of longer pieces is hardly one
 
 # Joiners, direction marks, soft hyphens and variation selectors: two texts that differ only in
 # these look the same. Not the zero-width space, which separates words.
@@ -200,6 +206,52 @@ def unit_for(language: str | None, text: str) -> Unit:
     # outweigh the Chinese sentence around it.
     unspaced = len(UNSPACED_CHARACTER.findall(text))
     return "character" if unspaced and unspaced >= len(SPACED_WORD.findall(text)) else "word"
+
+
+def longest_repetition(pieces: Sequence[str]) -> int:
+    """Return how many tokens the longest run of an n-gram that follows itself at once covers.
+
+    "one two one two one two three" has "one two" three times in a row, which covers 6 words; a
+    last copy that is not whole does not count. 0 where nothing is said twice in a row. N-grams have
+    up to `LONGEST_NGRAM` tokens, so that the time is proportional to the length of the text.
+    """
+    numbers: dict[str, int] = {}
+    codes = np.array([numbers.setdefault(piece, len(numbers)) for piece in pieces])
+    longest = 0
+    for n in range(1, min(LONGEST_NGRAM, len(codes) // 2) + 1):
+        # Where each of `same` successive tokens is that of n places before, n + same tokens repeat.
+        differs = np.flatnonzero(codes[n:] != codes[:-n])
+        same = int(np.diff(differs, prepend=-1, append=len(codes) - n).max()) - 1
+        if same >= n:
+            longest = max(longest, (n + same) // n * n)
+    return longest
+
+
+def join_texts(texts: Sequence[str]) -> str:
+    """Return the texts one after the other, apart by a space unless their script has none.
+
+    There is no space where both neighbours are characters of such a script or full-width signs; a
+    space at the very beginning stays, because real Whispers say one.
+    """
+    joined = ""
+    for text in texts:
+        if not joined.strip():
+            joined = text.rstrip()
+            continue
+        following = text.strip()
+        together = _never_spaced(reversed(joined)) and _never_spaced(following)
+        joined = f"{joined}{'' if together else ' '}{following}".rstrip()
+    return joined
+
+
+def _never_spaced(characters: Iterable[str]) -> bool:
+    """Return whether the first telling character is of a script without spaces, or full-width."""
+    for character in characters:
+        if unicodedata.east_asian_width(character) in "WF" and not character.isalnum():
+            return True
+        if character.isalnum():
+            return bool(NEVER_SPACED.match(character))
+    return False
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from accelerate import Accelerator
 
-from simpler_distil_whisper.batches import load_ahead
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.devices import leave_a_core_to_audio, torch_dtype
 from simpler_distil_whisper.losses import LossTerms
@@ -42,6 +41,7 @@ from simpler_distil_whisper.training_data import (
 from simpler_distil_whisper.training_options import DistillationConfig, Objective, RunLength
 from simpler_distil_whisper.validation import Score, Validation
 from simpler_distil_whisper.whisper import Whisper, save_whisper
+from simpler_distil_whisper.workers import load_ahead
 
 
 class Trainer:

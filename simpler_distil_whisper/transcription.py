@@ -19,14 +19,19 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from simpler_distil_whisper.batches import (
     SpeechBatch,
     SpeechReader,
+    batches_of,
     halved,
-    in_batches,
     joined,
     speech_batches,
     windows_by_length,
 )
 from simpler_distil_whisper.decoding import Hypothesis, Transcriber
-from simpler_distil_whisper.devices import leave_a_core_to_audio, peak_memory_megabytes
+from simpler_distil_whisper.devices import (
+    decoding_dtype,
+    leave_a_core_to_audio,
+    peak_memory_megabytes,
+)
+from simpler_distil_whisper.long_form import transcribe_long
 from simpler_distil_whisper.manifest import DataLimits, Manifest, Utterance, Utterances, reject
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import ModelOptions
@@ -36,6 +41,7 @@ from simpler_distil_whisper.teacher_cache import TeacherCache
 from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_libraries
 
 BATCHES_IN_A_WINDOW = 64  # whose rows are sorted by length together
+SECONDS_IN_A_BATCH = 7200.0  # at most; the log-mel of an hour is up to 200 megabytes
 # What torch says on a CPU and what CUDA's libraries say, beside the errors that accelerate knows.
 OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
@@ -103,7 +109,8 @@ def load_for_decoding(
     """Return the model of a folder on this process's device, and note what "auto" has chosen."""
     quieten_libraries()
     leave_a_core_to_audio()
-    whisper = load_whisper(folder, options.dtype, options.attention, state.device)
+    dtype = decoding_dtype(options.dtype, state.device)
+    whisper = load_whisper(folder, dtype, options.attention, state.device)
     chosen = {
         "device": str(state.device),
         "dtype": str(whisper.model.dtype).removeprefix("torch."),
@@ -137,7 +144,12 @@ def transcribe_manifest(
     results.belong_to(manifest)
     _stop_if_hopeless(manifest, results, data)
     batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data)
-    read = SpeechReader(transcriber.whisper.feature_extractor, data, cache)
+    read = SpeechReader(
+        transcriber.whisper.feature_extractor,
+        data,
+        cache,
+        long_form=transcriber.options.long_form != "reject",
+    )
     decode = functools.partial(_transcribe, transcriber)
     # Each process shows the progress of its share, which is as large as those of the others.
     total = len(manifest.utterances) // process_count()
@@ -146,7 +158,7 @@ def transcribe_manifest(
         for loaded in speech_batches(batches, read, data.num_workers):
             run.stop_if_asked()
             started = time.perf_counter()
-            if cache and loaded.utterances:
+            if cache and loaded.in_window:
                 loaded = _with_encoder_states(loaded, cache, transcriber)
             batch, hypotheses = decode_halving(decode, loaded)
             yield Transcribed(batch, hypotheses, time.perf_counter() - started)
@@ -181,7 +193,8 @@ def own_batches(
     windows = (utterances[start : start + length] for start in starts)
     by_length = windows_by_length(windows, data.num_workers)
     for start, window in zip(starts, by_length, strict=True):
-        for number, batch in enumerate(in_batches(window, size), start // size):
+        batches = batches_of(window, size, SECONDS_IN_A_BATCH)
+        for number, batch in enumerate(batches, start // size):
             own = number % process_count() == process_rank()
             if own and not done[[utterance.number for utterance in batch]].all():
                 yield batch
@@ -189,10 +202,19 @@ def own_batches(
 
 def _transcribe(transcriber: Transcriber, batch: SpeechBatch) -> list[Hypothesis]:
     languages = [utterance.language for utterance in batch.utterances]
+    keys = [utterance.number for utterance in batch.utterances]
+    count = batch.in_window
+    hypotheses: list[Hypothesis] = []
     if batch.encoder_states is not None:
-        return transcriber.from_encoder_states(batch.encoder_states, languages)
-    assert batch.input_features is not None, "a batch without utterances is not decoded"
-    return transcriber(batch.input_features, languages)
+        states = batch.encoder_states
+        hypotheses = transcriber.from_encoder_states(states, languages[:count], keys=keys[:count])
+    elif batch.input_features is not None:
+        hypotheses = transcriber(batch.input_features, languages[:count], keys[:count])
+    if batch.recordings:
+        hypotheses += transcribe_long(
+            transcriber, batch.recordings, languages[count:], keys[count:]
+        )
+    return hypotheses
 
 
 def _with_encoder_states(

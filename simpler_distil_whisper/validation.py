@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from simpler_distil_whisper.batches import SpeechDataset, in_batches, load_ahead
+from simpler_distil_whisper.batches import SpeechDataset, in_batches
 from simpler_distil_whisper.decoding import Transcriber
 from simpler_distil_whisper.manifest import DataLimits, Manifest, Utterance
 from simpler_distil_whisper.metrics import ErrorCounts, Metric, Scorer, total
@@ -18,6 +18,7 @@ from simpler_distil_whisper.options import DecodingLimits, DecodingOptions
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.training_options import TrainingData
 from simpler_distil_whisper.whisper import Whisper
+from simpler_distil_whisper.workers import load_ahead
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,19 @@ from tiny import write_rows, write_tone
 from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.batches import (
-    Died,
     SpeechBatch,
     SpeechDataset,
     SpeechReader,
-    ahead,
     halved,
     in_batches,
     joined,
-    load_ahead,
     log_mel,
     longest_first,
     speech_batches,
     windows_by_length,
 )
 from simpler_distil_whisper.manifest import Columns, DataLimits, Utterance, read_manifest
+from simpler_distil_whisper.workers import Died, ahead, load_ahead
 
 WINDOW = 2
 
@@ -232,11 +230,11 @@ def test_the_longest_come_first_and_equals_stay_in_order(tmp_path: Path) -> None
         {"audio": "broken.wav", "duration_seconds": 1.1},  # what a row says needs no file
         {"audio": "c.wav"},
     )
-    by_length = [one.number for one in longest_first(rows)]
+    by_length = [one.number for one, _ in longest_first(rows)]
     assert by_length == [3, 5, 4, 6, 0, 2, 1]
     for workers in (0, 2):
         windows = list(windows_by_length([rows, rows[:2]], workers))
-        assert [[one.number for one in window] for window in windows] == [by_length, [0, 1]]
+        assert [[one.number for one, _ in window] for window in windows] == [by_length, [0, 1]]
 
 
 def die_at_three(item: int) -> int:

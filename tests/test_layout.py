@@ -20,12 +20,10 @@ SCRIPTS = [
 ]
 # In reading order: a module imports only modules that stand before it. Those of the first line
 # need neither torch nor transformers, so that a script can check everything before it loads them.
-LIGHT = (
-    "__init__ config text audio jsonl run options metrics model_folder manifest hypotheses report"
-)
-LIGHT += " training_options"
-HEAVY = "devices pruning whisper batches losses decoding transcription training_data training"
-HEAVY += " validation trainer"
+LIGHT = "__init__ config text audio jsonl run options metrics model_folder manifest row_results"
+LIGHT += " hypotheses report page label_quality packing training_options"
+HEAVY = "workers devices pruning whisper teacher_cache batches losses token_rules decoder search"
+HEAVY += " speculative decoding long_form transcription training_data training validation trainer"
 ORDER = [*LIGHT.split(), *HEAVY.split()]
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
