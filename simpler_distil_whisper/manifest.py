@@ -281,7 +281,7 @@ def read_manifest(
             _check_language(row, columns, languages)
             if not taken.isdisjoint(row):
                 names = sorted(taken.intersection(row))
-                raise RowError(f"has {names} already: choose other output_columns")
+                raise RowError(f"has {names} already: rename them, or choose other output_columns")
             utterances.append(number, line_number, offset)
         except ValueError as error:
             digest.update(b"rejected\n")

@@ -108,3 +108,15 @@ class DecodingOptions(DecodingLimits):
         if self.temperatures != sorted(self.temperatures):
             raise ValueError(f"temperatures {self.temperatures} do not rise")
         return self
+
+
+class CacheOptions(StrictModel):
+    """Where what the teacher has computed is kept, for all runs and processes that name it."""
+
+    folder: Path | None = Field(None, description="Any folder, shared or not; null: no cache.")
+    dtype: Dtype = Field(
+        "auto", description="Of what is kept; auto: that in which the encoder computes."
+    )
+    max_gigabytes: PositiveFloat = Field(
+        50.0, description="Nothing is added beyond; what is there stays in use."
+    )

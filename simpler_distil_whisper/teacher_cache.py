@@ -26,8 +26,8 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.devices import torch_dtype
 from simpler_distil_whisper.manifest import Utterance
 from simpler_distil_whisper.model_folder import ModelFolder
+from simpler_distil_whisper.options import CacheOptions
 from simpler_distil_whisper.run import log
-from simpler_distil_whisper.training_options import CacheOptions
 
 # Raise it whenever decoding, resampling or log-mels come to give other values: what was kept before
 # then no longer is what would be computed.

@@ -19,7 +19,13 @@ from simpler_distil_whisper.config import (
 )
 from simpler_distil_whisper.manifest import Columns, DataLimits
 from simpler_distil_whisper.metrics import Metric
-from simpler_distil_whisper.options import DecodingLimits, Dtype, ModelOptions, Task, whisper_code
+from simpler_distil_whisper.options import (
+    CacheOptions,
+    DecodingLimits,
+    ModelOptions,
+    Task,
+    whisper_code,
+)
 
 
 class TrainingColumns(Columns):
@@ -124,18 +130,6 @@ class BatchOptions(StrictModel):
         1, description="Micro-batches per optimizer step, per process."
     )
     length_bucketing: bool = Field(True, description="Labels of similar length in one step.")
-
-
-class CacheOptions(StrictModel):
-    """Where what the teacher has computed is kept, for all runs and processes that name it."""
-
-    folder: Path | None = Field(None, description="Any folder, shared or not; null: no cache.")
-    dtype: Dtype = Field(
-        "auto", description="Of what is kept; auto: that in which the encoder computes."
-    )
-    max_gigabytes: PositiveFloat = Field(
-        50.0, description="Nothing is added beyond; what is there stays in use."
-    )
 
 
 class TeacherCacheOptions(CacheOptions):

@@ -131,7 +131,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({**GOOD, "language": 7}, '"7" is no language'),
     ({**GOOD, "language": "taigi"}, 'use "zh"'),
     ({**GOOD, "language": "yue"}, 'the model has no token for the language "yue"'),
-    ({**GOOD, "hypothesis": ""}, "has ['hypothesis'] already: choose other output_columns"),
+    ({**GOOD, "hypothesis": ""}, "has ['hypothesis'] already: rename them"),
 ]
 
 

@@ -32,13 +32,13 @@ from simpler_distil_whisper.audio import load_audio
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.manifest import Utterance
 from simpler_distil_whisper.model_folder import read_model_folder
+from simpler_distil_whisper.options import CacheOptions
 from simpler_distil_whisper.teacher_cache import (
     TeacherCache,
     TensorStore,
     encoder_digest,
     open_teacher_cache,
 )
-from simpler_distil_whisper.training_options import CacheOptions
 
 REPOSITORY = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

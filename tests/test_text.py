@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpler_distil_whisper.text import (
+    LONGEST_NGRAM,
     WHISPER_LANGUAGES,
     TextNormalization,
+    join_texts,
+    longest_repetition,
     make_normalizer,
     tokens,
     unit_for,
@@ -196,3 +199,62 @@ def test_unit_follows_the_language_and_else_the_script(
     language: str | None, text: str, unit: str
 ) -> None:
     assert unit_for(language, text) == unit
+
+
+@pytest.mark.parametrize(
+    ("text", "covered"),
+    [
+        ("", 0),
+        ("a", 0),
+        ("a b a", 0),  # a copy that does not follow at once is none
+        ("a a", 2),
+        ("a a a b b", 3),
+        ("one two one two one two three", 6),
+        ("x y z y z q", 4),
+        ("a b a b a", 4),  # the last copy is not whole
+        ("a b c a b c", 6),
+        ("a a b a a b", 6),  # longer than the two in a row within
+        (" ".join(["x"] * 50), 50),
+        (" ".join(map(str, [*range(LONGEST_NGRAM)] * 2)), 2 * LONGEST_NGRAM),
+        (" ".join(map(str, [*range(LONGEST_NGRAM + 1)] * 2)), 0),
+    ],
+)
+def test_the_longest_repetition_by_hand(text: str, covered: int) -> None:
+    assert longest_repetition(text.split()) == covered
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=24))
+def test_the_longest_repetition_is_what_trying_everything_finds(pieces: list[str]) -> None:
+    best = 0
+    for start in range(len(pieces)):
+        for n in range(1, len(pieces) // 2 + 1):
+            copies = 1
+            while (
+                pieces[start + copies * n : start + (copies + 1) * n] == pieces[start : start + n]
+            ):
+                copies += 1
+            if copies > 1 and start + n <= len(pieces):
+                best = max(best, copies * n)
+    assert longest_repetition(pieces) == best
+
+
+@pytest.mark.parametrize(
+    ("texts", "joined"),
+    [
+        ([], ""),
+        (["  ", "", "你好"], "你好"),
+        (["你好。", "再见"], "你好。再见"),
+        (["你好!", "再见"], "你好!再见"),  # signs of half width tell nothing
+        ([" Hello there.", " How are you?"], " Hello there. How are you?"),
+        (["Hello", "there "], "Hello there"),
+        (["我要 order", "好的"], "我要 order 好的"),
+        (["我要 order。", "OK"], "我要 order。 OK"),
+        (["房间是957", "88"], "房间是957 88"),
+        (["안녕하세요", "네"], "안녕하세요 네"),  # Korean has spaces
+        (["สวัสดี", "ครับ"], "สวัสดีครับ"),
+        (["こんにちは", "ラーメン"], "こんにちはラーメン"),
+        (["我要", "", "吃饭"], "我要吃饭"),
+    ],
+)
+def test_texts_are_joined_as_their_script_is_written(texts: list[str], joined: str) -> None:
+    assert join_texts(texts) == joined
