@@ -183,7 +183,8 @@ def test_another_error_is_no_lack_of_memory() -> None:
 def test_a_lack_of_memory_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transcription.log, "propagate", True)
+    monkeypatch.setattr(transcription.log, "handlers", [caplog.handler])
+    monkeypatch.setattr(transcription.log, "propagate", False)
     transcription._say_once_that_memory_ran_out.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
