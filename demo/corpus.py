@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +24,32 @@ _MANDARIN_SHARE = 0.68
 _SILENCE_SHARE = 0.03
 _TWO_SENTENCES_SHARE = 0.08
 _CODEC_SHARE = 0.05
+_SENTENCES_PER_RECORDING = (3, 9)
+_RECORDING_CODEC_SHARE = 0.15
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A sentence in a clip, with its seconds; cut where the window ends before it does."""
+    """A sentence in a clip, with its seconds.
+
+    Attributes:
+        text: Transcript.
+        start: Second where it begins.
+        end: Second where it ends.
+        boundaries: Start seconds of its units, then the end of the last one.
+        cut: Whether the window ends before it does.
+    """
 
     text: str
     start: float
     end: float
+    boundaries: tuple[float, ...]
     cut: bool = False
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording of at most one window.
+    """A recording; of at most one window, where nothing else is said.
 
     Attributes:
         waveform: Samples at 16 kHz.
@@ -83,7 +94,7 @@ def record(speeches: list[Speech], speaker: Speaker, rng: random.Random) -> Clip
             pieces.append(np.zeros(int(rng.uniform(0.1, 0.6) * SAMPLE_RATE), np.float32))
             length += len(pieces[-1])
         times = [length / SAMPLE_RATE + seconds for seconds in speech.boundaries]
-        segments.append(Segment(speech.sentence.text, times[0], times[-1]))
+        segments.append(_segment(speech.sentence.text, times))
         units += zip(speech.sentence.units, times[:-1], times[1:], strict=True)
         pieces.append(speech.waveform)
         length += len(speech.waveform)
@@ -93,9 +104,13 @@ def record(speeches: list[Speech], speaker: Speaker, rng: random.Random) -> Clip
         waveform,
         speeches[0].sentence.language,
         speaker.name,
-        tuple(Segment(s.text, s.start + lead, s.end + lead) for s in segments),
+        tuple(_segment(s.text, [time + lead for time in s.boundaries]) for s in segments),
         tuple((unit, start + lead, end + lead) for unit, start, end in units),
     )
+
+
+def _segment(text: str, boundaries: list[float]) -> Segment:
+    return Segment(text, boundaries[0], boundaries[-1], boundaries=tuple(boundaries))
 
 
 def _draw_silence(language: str, rng: random.Random) -> Clip:
@@ -115,7 +130,7 @@ def _draw_two_sentences(language: str, split: str, rng: random.Random) -> Clip:
 
 
 def _cut(clip: Clip) -> Clip:
-    segments = [Segment(s.text, s.start, s.end, cut=s.end >= WINDOW_SECONDS) for s in clip.segments]
+    segments = [replace(s, cut=s.end >= WINDOW_SECONDS) for s in clip.segments]
     units = tuple(unit for unit in clip.units if unit[2] <= WINDOW_SECONDS)
     waveform = clip.waveform[:WINDOW_SAMPLES]
     return Clip(waveform, clip.language, clip.speaker, tuple(segments), units)
@@ -134,6 +149,15 @@ def draw_training_clip(two_sentences: float, rng: random.Random) -> Clip:
     return with_codec(clip) if rng.random() < _CODEC_SHARE else clip
 
 
+def draw_recording(split: str, rng: random.Random) -> Clip:
+    """Draws several sentences of one speaker, from which training cuts its windows."""
+    language = "zh" if rng.random() < _MANDARIN_SHARE else "en"
+    speaker = draw_speaker(language, split, rng)
+    count = rng.randint(*_SENTENCES_PER_RECORDING)
+    clip = record([draw_speech(language, split, speaker, rng) for _ in range(count)], speaker, rng)
+    return with_codec(clip) if rng.random() < _RECORDING_CODEC_SHARE else clip
+
+
 def with_codec(clip: Clip) -> Clip:
     """Returns the clip as it sounds after the coding of the shipped clips."""
     waveform = opus_round_trip(clip.waveform)
@@ -145,10 +169,8 @@ def write_shard(path: Path, clips: list[Clip], processor: WhisperProcessor) -> N
     features, labels, rows = [], [], []
     start = 0
     for clip in clips:
-        frames = _frame_count(clip)
-        mel = processor.feature_extractor(
-            clip.waveform, sampling_rate=SAMPLE_RATE, return_tensors="np"
-        ).input_features[0]
+        mel = _log_mel(clip, processor)
+        frames = _frame_count(clip, mel.shape[1])
         features.append(mel[:, :frames].T.astype(np.float16))
         labels.append(_frame_labels(clip, frames // 2, processor))
         segments = [asdict(segment) for segment in clip.segments]
@@ -170,10 +192,19 @@ def write_shard(path: Path, clips: list[Clip], processor: WhisperProcessor) -> N
     (path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
 
 
-def _frame_count(clip: Clip) -> int:
+def _log_mel(clip: Clip, processor: WhisperProcessor) -> np.ndarray:
+    """Log-mel features, (80, frames): of the padded window, or of all of a longer recording."""
+    samples = len(clip.waveform)
+    samples = WINDOW_SAMPLES if samples <= WINDOW_SAMPLES else samples + SAMPLE_RATE // 10
+    return processor.feature_extractor(
+        clip.waveform, sampling_rate=SAMPLE_RATE, return_tensors="np", max_length=samples
+    ).input_features[0]
+
+
+def _frame_count(clip: Clip, limit: int) -> int:
     """Mel frames up to the end of the clip and of the analysis windows that reach into it."""
     frames = len(clip.waveform) * MEL_FRAMES_PER_SECOND // SAMPLE_RATE + 4
-    return min(WINDOW_SECONDS * MEL_FRAMES_PER_SECOND, frames // 2 * 2)
+    return min(limit, frames // 2 * 2)
 
 
 def _frame_labels(clip: Clip, count: int, processor: WhisperProcessor) -> np.ndarray:
@@ -196,10 +227,14 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0, help="another one for every shard")
     parser.add_argument("--two-sentences", type=float, default=_TWO_SENTENCES_SHARE)
+    parser.add_argument("--recordings", action="store_true", help="several sentences per clip")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rng = random.Random(f"{args.split} shard {args.seed}")
-    if args.split == "train":
+    kind = "recordings" if args.recordings else "shard"
+    rng = random.Random(f"{args.split} {kind} {args.seed}")
+    if args.recordings:
+        clips = [draw_recording(args.split, rng) for _ in range(args.clips)]
+    elif args.split == "train":
         clips = [draw_training_clip(args.two_sentences, rng) for _ in range(args.clips)]
     else:
         languages = [("zh", "zh", "en")[k % 3] for k in range(args.clips)]

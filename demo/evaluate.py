@@ -18,8 +18,11 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from demo.grammar import LANGUAGES, normalize
 
+# One window per clip; or windows one after the other, alone or prompted with the earlier text.
+DECODINGS = ("window", "sequential", "conditioned")
 _BATCH = 40
 _RESAMPLES = 1000
+_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def read_audio(row: dict[str, Any], folder: Path, rate: int = 16000) -> np.ndarray:
@@ -46,6 +49,53 @@ def transcribe(
     return processor.batch_decode(tokens, skip_special_tokens=True)
 
 
+def transcribe_long(
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    waveforms: list[np.ndarray],
+    languages: Sequence[str],
+    conditioned: bool,
+) -> list[str]:
+    """Transcribes recordings sequentially, with the fallback thresholds of openai's whisper.
+
+    Args:
+        model: Whisper model.
+        processor: Its processor.
+        waveforms: Recordings at 16 kHz of any length.
+        languages: Language of each.
+        conditioned: Whether the text of earlier windows prompts the later ones.
+
+    Returns:
+        One text per recording.
+    """
+    texts = []
+    for waveform, language in zip(waveforms, languages, strict=True):
+        features = processor.feature_extractor(
+            waveform,
+            sampling_rate=16000,
+            return_tensors="pt",
+            truncation=False,
+            padding="longest",
+            return_attention_mask=True,
+        )
+        torch.manual_seed(0)
+        tokens = model.generate(
+            features.input_features,
+            attention_mask=features.attention_mask,
+            language=language,
+            task="transcribe",
+            return_timestamps=True,
+            condition_on_prev_tokens=conditioned,
+            temperature=_TEMPERATURES,
+            compression_ratio_threshold=2.4,
+            logprob_threshold=-1.0,
+            no_speech_threshold=0.6,
+            max_new_tokens=100,
+        )
+        texts += processor.batch_decode(tokens, skip_special_tokens=True)
+    return texts
+
+
 def errors_per_clip(
     language: str, references: Sequence[str], hypotheses: Sequence[str]
 ) -> np.ndarray:
@@ -69,9 +119,19 @@ def error_rate(counts: np.ndarray) -> tuple[float, float, float]:
 
 
 def evaluate(
-    model: WhisperForConditionalGeneration, processor: WhisperProcessor, manifest: Path
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    manifest: Path,
+    decode: str = "window",
 ) -> dict[str, tuple[float, float, float]]:
-    """Returns zh CER and en WER of a model on a manifest, each with its interval."""
+    """Returns zh CER and en WER of a model on a manifest, each with its interval.
+
+    Args:
+        model: Whisper model.
+        processor: Its processor.
+        manifest: Manifest of clips or of long recordings.
+        decode: One of `DECODINGS`.
+    """
     lines = manifest.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     rates = {}
@@ -80,10 +140,15 @@ def evaluate(
         hypotheses: list[str] = []
         for begin in range(0, len(chosen), _BATCH):
             waveforms = [read_audio(r, manifest.parent) for r in chosen[begin : begin + _BATCH]]
+            languages = [language] * len(waveforms)
+            if decode != "window":
+                conditioned = decode == "conditioned"
+                hypotheses += transcribe_long(model, processor, waveforms, languages, conditioned)
+                continue
             features = processor.feature_extractor(
                 waveforms, sampling_rate=16000, return_tensors="pt"
             ).input_features
-            hypotheses += transcribe(model, processor, features, [language] * len(waveforms))
+            hypotheses += transcribe(model, processor, features, languages)
         references = [row["text"] for row in chosen]
         rates[language] = error_rate(errors_per_clip(language, references, hypotheses))
     return rates
@@ -94,6 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("manifest", type=Path)
+    parser.add_argument(
+        "--decode", choices=DECODINGS, default="window", help="sequential: recordings of any length"
+    )
     parser.add_argument("--keep-layers", help="decoder layers to keep, such as 0,3")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -106,7 +174,8 @@ def main() -> None:
         model.model.decoder.layers = torch.nn.ModuleList(layers)
         model.config.decoder_layers = len(layers)
     processor = WhisperProcessor.from_pretrained(args.model)
-    for language, (rate, low, high) in evaluate(model, processor, args.manifest).items():
+    rates = evaluate(model, processor, args.manifest, args.decode)
+    for language, (rate, low, high) in rates.items():
         unit = "CER" if language == "zh" else "WER"
         print(f"{language} {unit} {rate:.4f} (95 % interval {low:.4f} to {high:.4f})")
     print(f"{time.perf_counter() - started:.0f} s")

@@ -28,12 +28,10 @@ from demo.evaluate import error_rate, errors_per_clip, transcribe
 from demo.grammar import LANGUAGES
 from demo.teacher import generation_config, new_teacher, save_teacher
 from demo.tokenizer import WINDOW_SECONDS, build_processor
+from demo.windows import cut_windows
 
 _WINDOW_FRAMES = WINDOW_SECONDS * MEL_FRAMES_PER_SECOND
-_BATCH = 32
 _BATCHES_PER_BUCKET = 12
-_PEAK_LEARNING_RATE = 2e-3
-_WARM_UP_STEPS = 200
 _FLAT_SHARE = 0.3
 _FINAL_FACTOR = 0.02
 _AVERAGING = 0.998
@@ -44,9 +42,12 @@ _MAX_SHIFT = 40
 _FULL_WINDOW_SHARE = 0.1
 _TIMESTAMP_SHARE = 0.15
 # Prompts are long, so they come together: some batches have them in most rows, others have none.
-_PROMPT_BATCH_SHARE = 0.08
+_PROMPT_BATCH_SHARE = 0.35
 _PROMPT_SHARE = 0.8
-_MAX_PROMPT_SENTENCES = 12
+_MAX_PROMPT_SENTENCES = 16
+# As many as decoders hand on: half of the decoder's positions.
+_MAX_PROMPT_TOKENS = 223
+_WINDOWS_SHARE = 0.55
 _NO_TASK_SHARE = 0.03
 _LANGUAGE_LOSS_SHARE = 0.5
 
@@ -98,18 +99,18 @@ class TargetBuilder:
         """Returns decoder tokens, and labels that are -100 where the token is given.
 
         Args:
-            row: Clip with its language and segments.
+            row: Clip or window with its language and segments.
             shift: Seconds by which the clip was moved.
-            previous: Clips whose texts become the prompt, if there are any.
+            previous: Segments whose texts become the prompt, if there are any.
         """
         start = self._id("<|startoftranscript|>")
-        if not row["segments"]:
-            tokens = [start, self._id("<|nospeech|>"), self._tokenizer.eos_token_id]
-            return tokens, [_IGNORED, *tokens[1:]]
         language = self._id(f"<|{row['language']}|>")
         task = [] if self._rng.random() < _NO_TASK_SHARE else [self._id("<|transcribe|>")]
-        prompt = self._prompt(previous) if previous else []
+        prompt = self._prompt(previous, row["language"]) if previous else []
         learnt = language if self._rng.random() < _LANGUAGE_LOSS_SHARE else _IGNORED
+        if not row["segments"]:
+            # Whoever decodes the window all the same shall get an empty text.
+            learnt = self._id("<|nospeech|>")
         body = self._body(row, shift)
         tokens = [*prompt, start, language, *task, *body]
         # The choice between <|notimestamps|> and a timestamp is the caller's, never learnt.
@@ -117,34 +118,34 @@ class TargetBuilder:
         labels = [_IGNORED] * (len(prompt) + 1) + [learnt] + [_IGNORED] * (len(task) + given)
         return tokens, labels + body[given:]
 
-    def _prompt(self, previous: list[dict[str, Any]]) -> list[int]:
+    def _prompt(self, previous: list[dict[str, Any]], language: str) -> list[int]:
         """Text as a user gives it, or with timestamps as sequential decoding hands it on."""
         timed = self._rng.random() < 0.5
-        prompt = [self._id("<|startofprev|>")]
-        for row in previous:
-            for segment in row["segments"]:
-                if segment["cut"]:
-                    break
-                if timed:
-                    prompt.append(self._timestamp(segment["start"]))
-                space = " " if row["language"] == "en" or len(prompt) == 1 else ""
-                prompt += self._encode(space + segment["text"])
-                if timed:
-                    prompt.append(self._timestamp(segment["end"]))
-        return prompt
+        prompt: list[int] = []
+        for segment in previous:
+            if timed:
+                prompt.append(self._timestamp(segment["start"]))
+            space = " " if language == "en" or not prompt else ""
+            prompt += self._encode(space + segment["text"])
+            if timed:
+                prompt.append(self._timestamp(segment["end"]))
+        return [self._id("<|startofprev|>"), *prompt[-_MAX_PROMPT_TOKENS:]]
 
     def _body(self, row: dict[str, Any], shift: float) -> list[int]:
         segments = row["segments"]
         # Where a sentence is cut, only its start is told: decoding goes on from there.
-        cut = segments[-1]["cut"]
-        timed = cut or self._rng.random() < _TIMESTAMP_SHARE
+        cut = bool(segments) and segments[-1]["cut"]
+        timed = cut or row.get("timed", self._rng.random() < _TIMESTAMP_SHARE)
         body = [] if timed else [self._id("<|notimestamps|>")]
+        if timed and not segments:
+            body = [self._first_timestamp]
         for index, segment in enumerate(segments):
             if timed:
                 body.append(self._timestamp(segment["start"] + shift))
             if segment["cut"]:
                 break
-            space = " " if index and row["language"] == "en" else ""
+            # Segments with times are joined as they are, also across windows.
+            space = " " if row["language"] == "en" and (index or timed) else ""
             body += self._encode(space + segment["text"])
             if timed:
                 body.append(self._timestamp(segment["end"] + shift))
@@ -160,25 +161,40 @@ class TargetBuilder:
 class BatchBuilder:
     """Draws augmented batches from shards."""
 
-    def __init__(self, tokenizer: WhisperTokenizer, rng: random.Random) -> None:
+    def __init__(self, tokenizer: WhisperTokenizer, size: int, rng: random.Random) -> None:
+        self.size = size
         self._targets = TargetBuilder(tokenizer, rng)
         self._end = tokenizer.eos_token_id
         self._rng = rng
 
     def epoch(self, shards: list[Shard]) -> Iterator[Batch]:
-        """Yields every clip once, in batches of similar length."""
-        clips = [(shard, row) for shard in shards for row in shard.rows]
+        """Yields every clip once, in batches of similar length.
+
+        Where there are recordings, windows are cut out of all of them, and clips are left out
+        until the share of windows is right.
+        """
+        rows = [(shard, row) for shard in shards for row in shard.rows]
+        clips = [(shard, row) for shard, row in rows if row["frames"] <= _WINDOW_FRAMES]
+        windows = [
+            (shard, window)
+            for shard, row in rows
+            if row["frames"] > _WINDOW_FRAMES
+            for window in cut_windows(row, self._rng)
+        ]
         self._rng.shuffle(clips)
-        bucket = _BATCH * _BATCHES_PER_BUCKET
+        if windows:
+            clips = clips[: round(len(windows) * (1 / _WINDOWS_SHARE - 1))] + windows
+            self._rng.shuffle(clips)
+        bucket = self.size * _BATCHES_PER_BUCKET
         for begin in range(0, len(clips) - bucket + 1, bucket):
-            ordered = sorted(clips[begin : begin + bucket], key=lambda clip: clip[1]["frames"])
-            starts = list(range(0, bucket, _BATCH))
+            ordered = sorted(clips[begin : begin + bucket], key=lambda clip: _width(clip[1]))
+            starts = list(range(0, bucket, self.size))
             self._rng.shuffle(starts)
             for start in starts:
-                yield self._batch(ordered[start : start + _BATCH])
+                yield self._batch(ordered[start : start + self.size])
 
     def _batch(self, clips: list[tuple[Shard, dict[str, Any]]]) -> Batch:
-        longest = max(row["frames"] for _, row in clips)
+        longest = max(_width(row) for _, row in clips)
         width = min(_WINDOW_FRAMES, (longest + 10 + self._rng.randint(0, 60)) // 20 * 20)
         width = max(width, longest)
         if self._rng.random() < _FULL_WINDOW_SHARE:
@@ -187,35 +203,39 @@ class BatchBuilder:
         frame_labels = np.full((len(clips), width // 2), self._end, np.int64)
         sequences = []
         prompted = self._rng.random() < _PROMPT_BATCH_SHARE
+        # Prompts of about the same length, since they are padded to the longest.
+        sentences = self._rng.randint(1, _MAX_PROMPT_SENTENCES)
         for index, (shard, row) in enumerate(clips):
             frames, start = row["frames"], row["start"]
-            shift = 2 * self._rng.randint(0, min(_MAX_SHIFT, width - frames) // 2)
-            features[index] = row["silence"]
+            shift = 2 * self._rng.randint(0, min(_MAX_SHIFT, width - _width(row)) // 2)
+            features[index] = row.get("padding", row["silence"])
             features[index, shift : shift + frames] = shard.features[start : start + frames]
             self._mask(features[index], row["silence"], shift, frames)
             spoken = shard.labels[start // 2 : (start + frames) // 2]
             frame_labels[index, shift // 2 : (shift + frames) // 2] = spoken
-            previous = self._previous(row, clips) if prompted else []
+            previous = self._previous(row, clips, sentences) if prompted else []
             sequences.append(self._targets.build(row, shift / MEL_FRAMES_PER_SECOND, previous))
         inputs, labels = self._pad(sequences)
         mel = torch.from_numpy(features).transpose(1, 2).contiguous()
         return Batch(mel, torch.from_numpy(frame_labels), inputs, labels)
 
     def _previous(
-        self, row: dict[str, Any], clips: list[tuple[Shard, dict[str, Any]]]
+        self, row: dict[str, Any], clips: list[tuple[Shard, dict[str, Any]]], count: int
     ) -> list[dict[str, Any]]:
+        """The sentences before the row, and where they are too few others of the language."""
         if self._rng.random() >= _PROMPT_SHARE:
             return []
         # A prompt with the target itself would teach to copy.
         texts = {segment["text"] for segment in row["segments"]}
         others = [
-            other
+            segment
             for _, other in clips
             if other["language"] == row["language"]
-            and texts.isdisjoint(segment["text"] for segment in other["segments"])
+            for segment in other["segments"]
+            if not segment["cut"] and segment["text"] not in texts
         ]
-        count = self._rng.randint(1, _MAX_PROMPT_SENTENCES)
-        return self._rng.choices(others, k=count) if others else []
+        drawn = self._rng.choices(others, k=count) if others else []
+        return [*drawn, *row.get("previous", [])][-count:]
 
     def _mask(self, features: np.ndarray, silence: float, shift: int, frames: int) -> None:
         """SpecAugment with two masks in each direction."""
@@ -239,6 +259,11 @@ class BatchBuilder:
         return inputs, labels
 
 
+def _width(row: dict[str, Any]) -> int:
+    """Mel frames that a row needs: its own, or the whole window where decoding would pad it."""
+    return _WINDOW_FRAMES if "padding" in row else int(row["frames"])
+
+
 def encode(model: WhisperForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
     """Runs the encoder on windows of any length, which its own forward refuses."""
     encoder = model.model.encoder
@@ -251,6 +276,21 @@ def encode(model: WhisperForConditionalGeneration, features: torch.Tensor) -> to
     return encoder.layer_norm(hidden)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to learn.
+
+    Attributes:
+        minutes: Training time; evaluation doesn't count.
+        peak: Highest learning rate.
+        warm_up_steps: Steps until it is reached.
+    """
+
+    minutes: float
+    peak: float
+    warm_up_steps: int
+
+
 class Trainer:
     """Model, average, optimizer and progress; everything that a checkpoint holds.
 
@@ -258,7 +298,7 @@ class Trainer:
     of any speed.
     """
 
-    def __init__(self, processor: WhisperProcessor, minutes: float, seed: int) -> None:
+    def __init__(self, processor: WhisperProcessor, schedule: Schedule, seed: int) -> None:
         torch.manual_seed(seed)
         self.processor = processor
         self.model = new_teacher(processor.tokenizer)
@@ -271,18 +311,18 @@ class Trainer:
         self._averages = [p for p in self.average.parameters() if p.requires_grad]
         trained = [*self._parameters, *self.frame_head.parameters()]
         self.optimizer = torch.optim.AdamW(
-            trained, lr=_PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+            trained, lr=schedule.peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
-        self.minutes = minutes
+        self.schedule = schedule
         self.elapsed = 0.0
         self.steps = 0
 
     def learning_rate(self) -> float:
         """Warm-up by steps, then flat, then linear decay by training time."""
-        progress = self.elapsed / (60 * self.minutes)
+        progress = self.elapsed / (60 * self.schedule.minutes)
         decay = 1 - (progress - _FLAT_SHARE) / (1 - _FLAT_SHARE)
-        warm_up = min(1.0, (self.steps + 1) / _WARM_UP_STEPS)
-        return _PEAK_LEARNING_RATE * warm_up * min(1.0, max(_FINAL_FACTOR, decay))
+        warm_up = min(1.0, (self.steps + 1) / self.schedule.warm_up_steps)
+        return self.schedule.peak * warm_up * min(1.0, max(_FINAL_FACTOR, decay))
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """One optimizer step. Returns the decoder's and the frame loss."""
@@ -326,14 +366,15 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Restores a saved state."""
+    def load(self, path: Path, anew: bool = False) -> None:
+        """Restores a saved state; `anew` begins its schedule again."""
         state = torch.load(path)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.frame_head.load_state_dict(state["frame_head"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.elapsed, self.steps = state["elapsed"], state["steps"]
+        if not anew:
+            self.elapsed, self.steps = state["elapsed"], state["steps"]
 
 
 def development_error(trainer: Trainer, shard: Shard) -> dict[str, float]:
@@ -352,22 +393,24 @@ def development_error(trainer: Trainer, shard: Shard) -> dict[str, float]:
     return rates
 
 
-def train(trainer: Trainer, work: Path, pattern: str, every_minutes: float, seed: int) -> None:
+def train(
+    trainer: Trainer, batches: BatchBuilder, work: Path, pattern: str, every_minutes: float
+) -> None:
     """Trains until the minutes are over; saves and evaluates every few minutes."""
     [development] = load_shards([work / "dev"])
-    batches = BatchBuilder(trainer.processor.tokenizer, random.Random(f"{seed} {trainer.steps}"))
     saved, losses, seconds = trainer.elapsed, [], time.perf_counter()
     while True:
         # Shards that were completed meanwhile join at the next epoch.
         shards = load_shards(sorted(work.glob(pattern)))
-        print(f"epoch of {sum(len(shard.rows) for shard in shards)} clips", flush=True)
+        count = sum(len(shard.rows) for shard in shards)
+        print(f"epoch from {count} clips and recordings", flush=True)
         for batch in batches.epoch(shards):
             losses.append(trainer.step(batch))
             now = time.perf_counter()
             trainer.elapsed += now - seconds
             seconds = now
-            finished = trainer.elapsed >= 60 * trainer.minutes
-            if trainer.steps % 200 == 0:
+            finished = trainer.elapsed >= 60 * trainer.schedule.minutes
+            if trainer.steps % 100 == 0:
                 _report(trainer, losses)
                 losses.clear()
             if finished or trainer.elapsed - saved >= 60 * every_minutes:
@@ -382,9 +425,8 @@ def train(trainer: Trainer, work: Path, pattern: str, every_minutes: float, seed
 
 def _report(trainer: Trainer, losses: list[tuple[float, float]]) -> None:
     decoder, frames = np.mean(losses, axis=0)
-    clips_per_second = trainer.steps * _BATCH / trainer.elapsed
     print(
-        f"step {trainer.steps}, {trainer.elapsed / 60:.1f} min, {clips_per_second:.1f} clips/s, "
+        f"step {trainer.steps}, {trainer.elapsed / 60:.1f} min, "
         f"decoder loss {decoder:.3f}, frame loss {frames:.3f}",
         flush=True,
     )
@@ -396,15 +438,24 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder with train-* and dev shards")
     parser.add_argument("--shards", default="train-*", help="pattern of the training shards")
     parser.add_argument("--minutes", type=float, default=70.0)
+    parser.add_argument("--batch", type=int, default=32, help="clips per step")
+    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--warm-up-steps", type=int, default=200)
+    parser.add_argument("--start-from", type=Path, help="state of a training to build upon")
     parser.add_argument("--save-every", type=float, default=5.0, help="minutes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    trainer = Trainer(build_processor(), args.minutes, args.seed)
+    schedule = Schedule(args.minutes, args.peak, args.warm_up_steps)
+    trainer = Trainer(build_processor(), schedule, args.seed)
     if (args.work / "state.pt").exists():
         trainer.load(args.work / "state.pt")
-    train(trainer, args.work, args.shards, args.save_every, args.seed)
+    elif args.start_from is not None:
+        trainer.load(args.start_from, anew=True)
+    rng = random.Random(f"{args.seed} {trainer.steps}")
+    batches = BatchBuilder(trainer.processor.tokenizer, args.batch, rng)
+    train(trainer, batches, args.work, args.shards, args.save_every)
 
 
 if __name__ == "__main__":
