@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STEPS := run_pseudo_labelling create_student_model run_distillation offline_inference eval
 
-.PHONY: demo compare test check slow clean
+.PHONY: demo compare test check slow bench clean
 
 demo: .venv/installed
 	@set -e; for step in $(STEPS); do \
@@ -28,6 +28,11 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The speed of decoding beside that of others; it takes hours on two cores, which must be quiet.
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark]'
+	$(BIN)/python -m benchmarks.decoding
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,95 @@
+"""The time below which no decoder of the same arithmetic gets: a Whisper's bare matrix products.
+
+Every product of encoder and decoder for a batch of windows, at its true size, on memory that is
+there already, and nothing between them: no softmax, no normalisation, no choice of a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROMPT_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Product:
+    """`times` products of [count, rows, inner] and [count, inner, columns]."""
+
+    rows: int
+    inner: int
+    columns: int
+    times: int = 1
+    count: int = 1
+
+    @property
+    def flops(self) -> int:
+        """How many additions and multiplications they are."""
+        return 2 * self.rows * self.inner * self.columns * self.times * self.count
+
+
+def matrix_products(config: Any, windows: int, tokens: int) -> list[Product]:
+    """Return all products of decoding a batch of windows to `tokens` new tokens each.
+
+    The prompt is read at once; the self-attention's keys are counted at their average number.
+    """
+    width, frames, positions = config.d_model, config.max_source_positions * 2, PROMPT_TOKENS
+    states, head = windows * config.max_source_positions, width // config.encoder_attention_heads
+    heads, layers = config.encoder_attention_heads, config.encoder_layers
+    encoder = [
+        Product(windows * frames, 3 * config.num_mel_bins, width),
+        Product(states, 3 * width, width),
+        Product(states, width, 3 * width, layers),
+        Product(states, width, width, layers),
+        Product(states, width, config.encoder_ffn_dim, layers),
+        Product(states, config.encoder_ffn_dim, width, layers),
+        # One window after the other: the scores of all would be far more memory than any cache.
+        Product(states // windows, head, states // windows, layers * windows, heads),
+        Product(states // windows, states // windows, head, layers * windows, heads),
+    ]
+    heads, layers = config.decoder_attention_heads, config.decoder_layers
+    head, seen = width // heads, positions + tokens // 2
+    decoder = [Product(states, width, 2 * width, layers)]
+    for rows, times in ((positions * windows, 1), (windows, tokens - 1)):
+        queries, steps = rows // windows, layers * times
+        decoder += [
+            Product(rows, width, 3 * width, steps),
+            Product(rows, width, width, 3 * steps),
+            Product(rows, width, config.decoder_ffn_dim, steps),
+            Product(rows, config.decoder_ffn_dim, width, steps),
+            Product(queries, head, seen, steps, windows * heads),
+            Product(queries, seen, head, steps, windows * heads),
+            Product(queries, head, config.max_source_positions, steps, windows * heads),
+            Product(queries, config.max_source_positions, head, steps, windows * heads),
+            Product(windows, width, config.vocab_size, times),
+        ]
+    return encoder + decoder
+
+
+def bare_products(
+    products: list[Product], device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Return what computes the products once, one kind after the other."""
+    operands = [_operands(product, device, dtype) for product in products]
+
+    @torch.inference_mode()
+    def compute() -> None:
+        for product, (left, right, out) in zip(products, operands, strict=True):
+            multiply: Any = torch.mm if product.count == 1 else torch.bmm
+            for _ in range(product.times):
+                multiply(left, right, out=out)
+
+    return compute
+
+
+def _operands(
+    product: Product, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both factors, the second transposed as weights and keys are, and the result."""
+    left = torch.ones(product.count, product.rows, product.inner, device=device, dtype=dtype)
+    right = torch.ones(product.count, product.columns, product.inner, device=device, dtype=dtype)
+    out = torch.empty(product.count, product.rows, product.columns, device=device, dtype=dtype)
+    right = right.transpose(1, 2)
+    return (left[0], right[0], out[0]) if product.count == 1 else (left, right, out)

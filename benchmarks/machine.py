@@ -1,0 +1,84 @@
+"""What this machine is, as far as it decides a benchmark's figures."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "ctranslate2", "openai-whisper")
+# By these instructions bfloat16 and int8 products are several times as fast as float32's.
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices by which the peak is measured
+
+
+def describe(device: torch.device, threads: int) -> list[str]:
+    """Return lines of a Markdown list: processor, instructions, threads, versions."""
+    lines = [f"CPU: {_cpu_name()}, {threads} of {_cores()} threads"]
+    flags = cpu_flags()
+    lines.append(
+        "instructions: " + ", ".join(f"{'' if flag in flags else 'no '}{flag}" for flag in FLAGS)
+    )
+    if device.type == "cuda":
+        lines.append(f"GPU: {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
+    versions = [f"{name} {_version(name)}" for name in PACKAGES]
+    lines.append(f"Python {platform.python_version()}, " + ", ".join(versions))
+    return lines
+
+
+def cpu_flags() -> set[str]:
+    """Return the instruction sets that the kernel names; none where there is no /proc."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return set()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Return whether bfloat16 has instructions of its own; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations per second of one large matrix product, the median of ten."""
+    size = PRODUCT[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
