@@ -31,6 +31,7 @@ from simpler_distil_whisper.long_form import (
     transcribe_long,
     words_of,
 )
+from simpler_distil_whisper.metrics import Metric, Scorer
 from simpler_distil_whisper.model_folder import read_model_folder
 from simpler_distil_whisper.options import DecodingOptions
 from simpler_distil_whisper.whisper import Whisper, load_whisper
@@ -173,6 +174,24 @@ def test_same_segments_as_generate_of_the_demo_teacher() -> None:
     for language, feature, hypothesis in zip(languages, features, heard, strict=True):
         theirs = generated(whisper, feature, language, condition_on_prev_tokens=True)
         assert_same(whisper, feature, hypothesis, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sequential", "chunked"])
+def test_the_demo_teacher_hears_a_minute(form: str) -> None:
+    """Nine characters of ten, and all of its sentences at their times."""
+    whisper = load_whisper(read_model_folder(DEMO / "teacher", None, "model"))
+    row = read_rows(DEMO / "long.jsonl")[0]
+    waveform = load_audio(DEMO / row["audio"])
+    options = DecodingOptions(long_form=form, condition_on_previous_text=False)
+    [heard] = transcribe_long(
+        Transcriber(whisper, options), [long_log_mel(waveform, whisper.feature_extractor)], ["zh"]
+    )
+    counts = Scorer(Metric()).count(row["text"], heard.text, "zh")
+    assert counts.rate is not None and counts.rate <= 0.10
+    times = [time for s in heard.segments for time in (s.start_seconds, s.end_seconds)]
+    assert times == sorted(times) and times[-1] <= len(waveform) / SIXTEEN_KHZ
+    assert len(heard.segments) >= 15
 
 
 @pytest.fixture
