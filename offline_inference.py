@@ -61,10 +61,20 @@ class Config(StrictModel):
     decoding: DecodingOptions = DecodingOptions()
     output_columns: OutputColumns = OutputColumns()
 
+    @property
+    def new_columns(self) -> list[str]:
+        """The columns that the hypotheses add to the rows."""
+        columns = self.output_columns
+        return [columns.hypothesis, *([columns.segments] if self.decoding.with_segments else [])]
+
     @model_validator(mode="after")
     def _drafts_are_for_greedy_decoding(self) -> "Config":
-        if self.assistant.path is not None and self.decoding.num_beams > 1:
-            raise ValueError("assistant.path is of no use unless decoding.num_beams is 1")
+        greedy = self.decoding.num_beams == 1 and self.decoding.temperatures[0] == 0
+        if self.assistant.path is not None and not greedy:
+            raise ValueError(
+                "assistant.path is of no use unless decoding.num_beams is 1 and the first of "
+                "decoding.temperatures is 0"
+            )
         return self
 
 
@@ -83,7 +93,7 @@ def prepare(config: Config) -> tuple[ModelFolder, ModelFolder | None, Manifest]:
         data.columns,
         max_utterances=data.max_utterances,
         languages=folder.row_languages,
-        new_fields=config.output_columns.model_dump().values(),
+        new_fields=config.new_columns,
     )
     return folder, assistant_folder, manifest.check(data.max_bad_fraction)
 
@@ -99,6 +109,7 @@ def work(
         Speed,
         load_for_decoding,
         transcribe_manifest,
+        warm_up,
     )
     from simpler_distil_whisper.whisper import load_whisper
 
@@ -111,7 +122,7 @@ def work(
         student = load_whisper(assistant_folder, options.dtype, options.attention, state.device)
         assistant = Assistant(student, whisper)
     transcriber = Transcriber(whisper, config.decoding, config.seed, assistant)
-    transcriber.warm_up()
+    warm_up(transcriber)
     results = RowResults(run.folder, "hypotheses.jsonl")
     speed = Speed()
     for done in transcribe_manifest(transcriber, manifest, config.data, results, run):

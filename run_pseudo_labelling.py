@@ -236,7 +236,7 @@ def assess(folder: Path, config: Config, scorer: Scorer) -> None:
         config.quality.worst_rows,
     )
     quality["rejected"] = summarize_rejected(
-        folder / "rejected.jsonl", columns.audio, config.data.manifest.parent
+        folder / "rejected.jsonl", config.label_columns, config.data.manifest.parent
     )
     write_label_quality(folder, quality)
     for step in (0, 5, 10, 20, 50):
@@ -245,6 +245,8 @@ def assess(folder: Path, config: Config, scorer: Scorer) -> None:
             "data.max_error_rate %.2f keeps %d of %d rows",
             *(kept["max_error_rate"], kept["rows"], quality["rows"]),
         )
+    if config.decoding.long_form != "reject":
+        log.info("Rows longer than the model's window are labelled, but not learnt from.")
     suspicious = quality["signs"]["any"]["rows"]
     log.info("%d rows show a sign of a failed label that needs no reference.", suspicious)
     suggestion = quality["suggestion"]

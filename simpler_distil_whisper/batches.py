@@ -21,7 +21,6 @@ from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.audio import (
     SAMPLE_RATE,
-    TOLERANCE_SECONDS,
     AudioError,
     audio_seconds,
     check_length,
@@ -49,7 +48,6 @@ class SpeechBatch:
         rejections: those whose audio could not.
         recordings: float32 [M, F] each: log-mels of those that are longer than the window.
         stored: what a teacher cache has of the others' encoder states; None: there is no cache.
-        encoder_states: float [B, E, D]: all of these, once the missing ones are computed.
     """
 
     utterances: list[Utterance]
@@ -58,7 +56,6 @@ class SpeechBatch:
     rejections: list[Rejection]
     recordings: list[Tensor] = field(default_factory=list)
     stored: StoredStates | None = None
-    encoder_states: Tensor | None = None
 
     @property
     def in_window(self) -> int:
@@ -129,7 +126,9 @@ class SpeechReader:
             try:
                 # With a cache the length is the header's, whether the states are found or not: a
                 # run that is continued finds what it had computed, and is to write the same.
-                length = self._header_seconds(utterance) if stored else 0.0
+                if stored:
+                    length = self._header_seconds(utterance)
+                    check_length(length, self.min_seconds, self.max_seconds)
                 if stored is None or row in stored.missing:
                     waveforms.append(self._load(utterance))
                 seconds.append(length if stored else len(waveforms[-1]) / SAMPLE_RATE)
@@ -152,9 +151,7 @@ class SpeechReader:
 
     def _header_seconds(self, utterance: Utterance) -> float:
         part = (utterance.start_seconds, utterance.duration_seconds)
-        seconds = audio_seconds(utterance.audio, *part)
-        check_length(seconds, self.min_seconds, self.max_seconds + TOLERANCE_SECONDS)
-        return seconds
+        return audio_seconds(utterance.audio, *part)
 
 
 class SpeechDataset(Dataset[SpeechBatch]):
@@ -337,16 +334,19 @@ def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
         middle = len(batch.utterances) // 2
     assert middle, "there is nothing to halve"
 
-    def part(rows: slice, rejections: list[Rejection]) -> SpeechBatch:
-        features, states = batch.input_features, batch.encoder_states
-        long = range(len(batch.utterances))[rows]
+    def part(rows: range, rejections: list[Rejection]) -> SpeechBatch:
+        windows = [row for row in rows if row < batch.in_window]
+        with_features = batch.stored.missing if batch.stored else range(batch.in_window)
+        places = [place for place, row in enumerate(sorted(with_features)) if row in rows]
+        features = batch.input_features
         return SpeechBatch(
-            batch.utterances[rows],
-            features[rows] if features is not None and states is None else None,
-            batch.seconds[rows],
+            [batch.utterances[row] for row in rows],
+            features[places] if features is not None and places else None,
+            [batch.seconds[row] for row in rows],
             rejections,
-            [batch.recordings[row - batch.in_window] for row in long if row >= batch.in_window],
-            encoder_states=None if states is None else states[rows],
+            [batch.recordings[row - batch.in_window] for row in rows if row >= batch.in_window],
+            batch.stored.keep(windows) if batch.stored else None,
         )
 
-    return part(slice(middle), batch.rejections), part(slice(middle, None), [])
+    whole = range(len(batch.utterances))
+    return part(whole[:middle], batch.rejections), part(whole[middle:], [])

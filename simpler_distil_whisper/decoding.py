@@ -304,7 +304,7 @@ class Transcriber:
         """Return whether to draw it again: a loop, or improbable and yet not silence."""
         options = self.options
         limit = options.compression_ratio_threshold
-        if self.is_silence(hypothesis):
+        if self._is_improbable(hypothesis) and self.is_silence(hypothesis):
             return False
         if limit is not None and hypothesis.compression_ratio > limit:
             return True

@@ -340,23 +340,24 @@ def summarize_labels(
     }
 
 
-def summarize_rejected(path: Path, audio_column: str, folder: Path) -> dict[str, Any]:
+def summarize_rejected(path: Path, columns: LabelColumns, folder: Path) -> dict[str, Any]:
     """Return how many rows were rejected for which kind of reason, and how long their audio is.
 
     Args:
         path: `rejected.jsonl`.
-        audio_column: key of a row that holds the path of its audio.
+        columns: which key of a row holds what.
         folder: the manifest's, from which relative paths begin.
     """
     kinds: dict[str, dict[str, Any]] = {}
     for _, entry in _rows(path):
-        audio = entry["row"].get(audio_column) if isinstance(entry["row"], dict) else None
+        row = entry["row"] if isinstance(entry["row"], dict) else {}
+        audio = row.get(columns.audio)
         audio = audio if isinstance(audio, str) else ""
         kind = kinds.setdefault(
             _kind_of(entry["reason"], audio), {"rows": 0, "hours": 0.0, "rows_of_unknown_length": 0}
         )
         kind["rows"] += 1
-        seconds = _header_seconds(audio, folder)
+        seconds = _rejected_seconds(row, audio, columns, folder)
         kind["rows_of_unknown_length"] += seconds is None
         kind["hours"] += (seconds or 0.0) / 3600
     ordered = sorted(kinds.items(), key=lambda item: -item[1]["rows"])
@@ -583,11 +584,18 @@ def _kind_of(reason: str, audio: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "N", re.split(r"[:;(\"\[]", reason, maxsplit=1)[0]).strip()
 
 
-def _header_seconds(audio: str, folder: Path) -> float | None:
-    """Return how long an audio file is, where its header can be read."""
+def _rejected_seconds(row: Row, audio: str, columns: LabelColumns, folder: Path) -> float | None:
+    """Return how long a rejected row is, as it says itself or, from where it begins, its header."""
+    start, duration = (
+        row.get(column) if column else None
+        for column in (columns.start_seconds, columns.duration_seconds)
+    )
+    if isinstance(duration, int | float) and 0 <= duration < math.inf:
+        return float(duration)
+    start = float(start) if isinstance(start, int | float) and 0 <= start < math.inf else 0.0
     for path in (folder / audio, Path(audio)):
         try:
-            return audio_seconds(path)
-        except AudioError:
+            return audio_seconds(path, start)
+        except (AudioError, ValueError):  # a name that no file can have
             continue
     return None

@@ -105,8 +105,10 @@ class DecodingOptions(DecodingLimits):
 
     @model_validator(mode="after")
     def _temperatures_rise(self) -> "DecodingOptions":
-        if self.temperatures != sorted(self.temperatures):
+        if self.temperatures != sorted(set(self.temperatures)):
             raise ValueError(f"temperatures {self.temperatures} do not rise")
+        if self.num_beams > 1 and self.temperatures[0] > 0:
+            raise ValueError("num_beams is of no use unless the first of temperatures is 0")
         return self
 
 

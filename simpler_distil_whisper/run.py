@@ -85,7 +85,7 @@ class Run:
         self._copy = self.folder / f"{name}.json"
         self._info_path = self.folder / "run_info.json"
         self.finished = not overwrite and _outcome_in(self._info_path) == "done"
-        self.resumed = self._copy.exists()
+        self.resumed = self._copy.exists() and not self._holds_no_work()
         if not is_main_process():
             return
         self._refuse_foreign_folder(config_path, config, overwrite)
@@ -108,9 +108,7 @@ class Run:
         self._save_info()
 
     def _refuse_foreign_folder(self, config_path: Path, config: Any, overwrite: bool) -> None:
-        # A run killed at its very start leaves no more than half of its copy of the config.
-        unfinished = partial_path(self._copy)
-        if all(path == unfinished for path in self.folder.iterdir()):
+        if self._holds_no_work():
             return
         way_out = 'choose another "output_dir"'
         if not self._copy.exists():
@@ -137,6 +135,15 @@ class Run:
                 f"{config_path}: output_dir: {self.folder} holds a run of another config; "
                 f"{way_out}, or restore these keys:\n" + "\n".join(lines)
             )
+
+    def _holds_no_work(self) -> bool:
+        """Return whether an earlier run has left no more than what stands here before its work.
+
+        Such as one that was killed at its very start, or whose config did not fit its model.
+        """
+        files = [self._copy, self._info_path]
+        beginnings = {*files, *map(partial_path, files), self.folder / "log.txt"}
+        return beginnings.issuperset(self.folder.iterdir())
 
     def note(self, **facts: object) -> None:
         """Add facts such as the device to `run_info.json`."""

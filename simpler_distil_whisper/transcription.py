@@ -25,7 +25,7 @@ from simpler_distil_whisper.batches import (
     speech_batches,
     windows_by_length,
 )
-from simpler_distil_whisper.decoding import Hypothesis, Transcriber
+from simpler_distil_whisper.decoding import Hypothesis, Segment, Transcriber
 from simpler_distil_whisper.devices import (
     decoding_dtype,
     leave_a_core_to_audio,
@@ -122,6 +122,19 @@ def load_for_decoding(
     return whisper
 
 
+def warm_up(transcriber: Transcriber) -> None:
+    """Transcribe a batch of silence; if it does not fit into memory, no batch of rows will either.
+
+    But theirs are decoded in halves then.
+    """
+    try:
+        transcriber.warm_up()
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+    clear_device_cache()
+
+
 def transcribe_manifest(
     transcriber: Transcriber,
     manifest: Manifest,
@@ -150,7 +163,7 @@ def transcribe_manifest(
         cache,
         long_form=transcriber.options.long_form != "reject",
     )
-    decode = functools.partial(_transcribe, transcriber)
+    decode = functools.partial(_transcribe, transcriber, cache)
     # Each process shows the progress of its share, which is as large as those of the others.
     total = len(manifest.utterances) // process_count()
     done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
@@ -158,8 +171,6 @@ def transcribe_manifest(
         for loaded in speech_batches(batches, read, data.num_workers):
             run.stop_if_asked()
             started = time.perf_counter()
-            if cache and loaded.in_window:
-                loaded = _with_encoder_states(loaded, cache, transcriber)
             batch, hypotheses = decode_halving(decode, loaded)
             yield Transcribed(batch, hypotheses, time.perf_counter() - started)
             progress.advance(len(batch.utterances) + len(batch.rejections))
@@ -200,13 +211,15 @@ def own_batches(
                 yield batch
 
 
-def _transcribe(transcriber: Transcriber, batch: SpeechBatch) -> list[Hypothesis]:
+def _transcribe(
+    transcriber: Transcriber, cache: TeacherCache | None, batch: SpeechBatch
+) -> list[Hypothesis]:
     languages = [utterance.language for utterance in batch.utterances]
     keys = [utterance.number for utterance in batch.utterances]
     count = batch.in_window
     hypotheses: list[Hypothesis] = []
-    if batch.encoder_states is not None:
-        states = batch.encoder_states
+    if cache and count:
+        states = _encoder_states(batch, cache, transcriber)
         hypotheses = transcriber.from_encoder_states(states, languages[:count], keys=keys[:count])
     elif batch.input_features is not None:
         hypotheses = transcriber(batch.input_features, languages[:count], keys[:count])
@@ -214,20 +227,25 @@ def _transcribe(transcriber: Transcriber, batch: SpeechBatch) -> list[Hypothesis
         hypotheses += transcribe_long(
             transcriber, batch.recordings, languages[count:], keys[count:]
         )
+    if transcriber.options.with_segments:
+        hypotheses = [
+            h if h.segments or not h.text else replace(h, segments=(Segment(0.0, seconds, h.text),))
+            for h, seconds in zip(hypotheses, batch.seconds, strict=True)
+        ]
     return hypotheses
 
 
-def _with_encoder_states(
+def _encoder_states(
     batch: SpeechBatch, cache: TeacherCache, transcriber: Transcriber
-) -> SpeechBatch:
-    """Return the batch with all its encoder states, having computed and kept the missing ones."""
+) -> torch.Tensor:
+    """Return float [B, E, D]: all encoder states, having computed and kept the missing ones."""
     model, features = transcriber.whisper.model, batch.input_features
     assert batch.stored is not None, "the reader has the cache too"
     wanted = torch.empty(0) if features is None else features
     states = cache.complete(
         batch.stored.to(model.device), wanted.to(model.device), model.model.encoder
     )
-    return replace(batch, encoder_states=states.to(model.dtype))
+    return states.to(model.dtype)
 
 
 def decode_halving(

@@ -218,7 +218,7 @@ def test_rejected_rows_by_kind_of_reason(tmp_path: Path) -> None:
         {"reason": 'no such file: "x.wav", neither here nor there', "row": {"audio": "x.wav"}},
         {"reason": "not JSON: Expecting value", "row": "{"},
     ]
-    found = summarize_rejected(write_rows(tmp_path / "r.jsonl", entries), "audio", tmp_path)
+    found = summarize_rejected(write_rows(tmp_path / "r.jsonl", entries), COLUMNS, tmp_path)
     assert (found["rows"], found["hours"]) == (4, 0.003)
     assert [(k["reason"], k["rows"], k["rows_of_unknown_length"]) for k in found["reasons"]] == [
         ("too long", 2, 0),
