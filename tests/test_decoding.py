@@ -433,6 +433,22 @@ def test_translating_is_another_prompt(whisper: Whisper, features: Tensor) -> No
     assert texts[0] != texts[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperatures": []}, "at least 1 item"),
+        ({"temperatures": [0.2, 0.0]}, "do not rise"),
+        ({"temperatures": [0.0, 0.0]}, "do not rise"),
+        ({"temperatures": [0.5], "num_beams": 3}, "num_beams is of no use"),
+        ({"batch_size": 0}, "greater than 0"),
+        ({"long_form": "cut"}, "'reject', 'sequential' or 'chunked'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DecodingOptions(**options)
+
+
 def test_compression_ratio_by_hand() -> None:
     assert compression_ratio("") == 0.0
     loop = "你好" * 50  # 300 bytes of UTF-8

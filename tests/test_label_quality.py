@@ -218,12 +218,19 @@ def test_rejected_rows_by_kind_of_reason(tmp_path: Path) -> None:
         {"reason": 'no such file: "x.wav", neither here nor there', "row": {"audio": "x.wav"}},
         {"reason": "not JSON: Expecting value", "row": "{"},
     ]
+    # Of a recording the part that the row names, and a name that no file can have.
+    part = {"audio": "longer.wav", "start_seconds": 0.0, "duration_seconds": 0.05}
+    entries += [
+        {"reason": "too short: 0.050 s, the minimum is 0.1 s", "row": part},
+        {"reason": 'no such file: "x": File name too long', "row": {"audio": "x" * 5000}},
+    ]
     found = summarize_rejected(write_rows(tmp_path / "r.jsonl", entries), COLUMNS, tmp_path)
-    assert (found["rows"], found["hours"]) == (4, 0.003)
+    assert (found["rows"], found["hours"]) == (6, 0.003014)
     assert [(k["reason"], k["rows"], k["rows_of_unknown_length"]) for k in found["reasons"]] == [
         ("too long", 2, 0),
-        ("no such file", 1, 1),
+        ("no such file", 2, 2),
         ("not JSON", 1, 1),
+        ("too short", 1, 0),
     ]
 
 

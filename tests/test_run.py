@@ -194,6 +194,21 @@ def test_a_run_of_another_config_is_refused_with_the_keys_that_differ(
     assert contents(Path("out")) == before
 
 
+def test_a_folder_in_which_no_work_was_done_is_free_for_another_config(
+    start: Callable[..., int],
+) -> None:
+    """The model does not have what the config asks of it: that is known only once it is loaded."""
+
+    def ask_too_much(config: Config, prepared: str, run: Run) -> str:
+        raise ConfigError("words: the model knows fewer")
+
+    assert start(ask_too_much, words=9) == 2
+    assert start(write_words, words=2) == 0
+    assert Path("out/words.txt").read_text(encoding="utf-8") == "prepared prepared "
+    assert json.loads(Path("out/x.json").read_text())["words"] == 2
+    assert not info()["resumed"]
+
+
 def test_keys_that_change_no_result_may_change(start: Callable[..., int]) -> None:
     assert start(fail, data={"num_workers": 4}) == 1
     # Written out or left to its default, a value is the same value.

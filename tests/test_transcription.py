@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
-from tiny import make_corpus, make_model_folder, read_rows, write_rows
+from conftest import REPOSITORY, RunScript
+from tiny import make_corpus, make_model_folder, read_rows, write_rows, write_tone
 
 from simpler_distil_whisper import transcription
-from simpler_distil_whisper.batches import SpeechBatch
+from simpler_distil_whisper.batches import SpeechBatch, halved
 from simpler_distil_whisper.manifest import (
     Columns,
     DataLimits,
@@ -24,6 +24,7 @@ from simpler_distil_whisper.manifest import (
     Utterance,
     read_manifest,
 )
+from simpler_distil_whisper.teacher_cache import StoredStates
 from simpler_distil_whisper.transcription import decode_halving, own_batches
 
 SIZE = 3
@@ -180,6 +181,33 @@ def test_another_error_is_no_lack_of_memory() -> None:
         decode_halving(decode, batch_of(2))  # type: ignore[arg-type]
 
 
+def test_each_half_keeps_what_the_cache_has_of_it() -> None:
+    """Five windows, of which the cache lacks the second and the fifth, and two recordings."""
+    utterances = batch_of(7).utterances
+    batch = SpeechBatch(
+        utterances,
+        torch.tensor([1.0, 4.0])[:, None, None],
+        [float(number) for number in range(7)],
+        [],
+        [torch.tensor(5.0), torch.tensor(6.0)],
+        StoredStates(torch.tensor([0.0, 2.0, 3.0]), {1: "b", 4: None}),
+    )
+    windows, recordings = halved(batch)
+    first, second = halved(windows)
+    assert [len(part.utterances) for part in (windows, recordings, first, second)] == [5, 2, 2, 3]
+    assert [each.item() for each in recordings.recordings] == [5.0, 6.0]
+    for part, found, features, missing in (
+        (first, [0.0], [1.0], {1: "b"}),
+        (second, [2.0, 3.0], [4.0], {2: None}),
+    ):
+        assert part.stored is not None and part.input_features is not None
+        assert part.stored.found.tolist() == found
+        assert part.input_features.flatten().tolist() == features
+        assert part.stored.missing == missing
+        assert not part.recordings
+    assert second.seconds == [2.0, 3.0, 4.0]
+
+
 def test_a_lack_of_memory_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,3 +273,39 @@ def test_a_hopeless_run_stops_early(tmp_path: Path, processes: int) -> None:
     assert label(tmp_path, config, processes).returncode == 0
     assert len(read_rows(tmp_path / "out/pseudo_labels.jsonl")) == 30
     assert len(read_rows(tmp_path / "out/rejected.jsonl")) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sequential", "chunked"])
+def test_short_and_long_rows_in_one_manifest(
+    form: str, tmp_path: Path, run_script: RunScript
+) -> None:
+    """The window is 2 s; row 2 is three windows long, row 4 is a part of it, row 6 is broken."""
+    make_model_folder(tmp_path / "model", languages=["en", "zh"], talkative=True, seed=53)
+    rows = read_rows(make_corpus(tmp_path, 8))
+    write_tone(tmp_path / rows[2]["audio"], 5.5, seed=2)
+    rows[4] |= {"audio": rows[2]["audio"], "start_seconds": 1.0, "duration_seconds": 1.5}
+    (tmp_path / rows[6]["audio"]).write_bytes(b"no audio")
+    config = {
+        "output_dir": "out",
+        "model": {"path": "model", "dtype": "float32"},
+        "data": {"manifest": "m.jsonl", "max_bad_fraction": 0.5},
+        "decoding": {"batch_size": 3, "max_new_tokens": 30, "long_form": form},
+    }
+    write_rows(tmp_path / "m.jsonl", rows)
+    assert run_script("offline_inference", config).returncode == 0
+    heard = {row["id"]: row for row in read_rows(tmp_path / "out/hypotheses.jsonl")}
+    assert list(heard) == ["u0", "u1", "u2", "u3", "u4", "u5", "u7"]
+    for row in heard.values():
+        assert row["segments"] and row["hypothesis"]
+        assert all(s["start_seconds"] <= s["end_seconds"] for s in row["segments"])
+    assert heard["u2"]["segments"][-1]["end_seconds"] > 4
+    assert heard["u4"]["segments"] == [
+        {"start_seconds": 0.0, "end_seconds": 1.5, "text": heard["u4"]["hypothesis"]}
+    ]
+    # Without the long one and with it, the others' texts are the same.
+    write_rows(tmp_path / "m.jsonl", [row for row in rows if row["id"] != "u2"])
+    again = run_script("offline_inference", config | {"output_dir": "short"})
+    assert again.returncode == 0
+    for row in read_rows(tmp_path / "short/hypotheses.jsonl"):
+        assert row["hypothesis"] == heard[row["id"]]["hypothesis"]
