@@ -21,7 +21,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -335,7 +335,14 @@ def test_two_processes_label_the_same_bytes(chain: Path) -> None:
     path.write_text(json.dumps(config))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                "2",
+            ),
             *(str(REPOSITORY / "run_pseudo_labelling.py"), str(path)),
         ],
         cwd=chain,

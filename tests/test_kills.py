@@ -20,7 +20,7 @@ RESULTS = ("pseudo_labels.jsonl", "rejected.jsonl")
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [

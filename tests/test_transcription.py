@@ -234,7 +234,7 @@ def labelling_config(folder: Path, rows: list[object], **data: object) -> Path:
 
 
 def label(folder: Path, config: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
         [
             *(sys.executable, *(launcher if processes > 1 else [])),
