@@ -263,7 +263,8 @@ def test_a_hopeless_run_stops_early(tmp_path: Path, processes: int) -> None:
     assert "of 40 rows are unusable, data.max_bad_fraction is 0.2" in done.stderr
     assert "cannot be decoded" in done.stderr
     answered = list((tmp_path / "out/parts").glob("*.answers"))
-    assert sum(path.read_bytes().count(b"\n") - 1 for path in answered) < 10
+    # One process may have done its half of the good rows before the other meets its first bad one.
+    assert sum(path.read_bytes().count(b"\n") - 1 for path in answered) < 20
     # A second start does not go on to the next bad row.
     again = label(tmp_path, config, 1)
     assert again.returncode == 3
