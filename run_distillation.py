@@ -25,6 +25,7 @@ from simpler_distil_whisper.run import (
 from simpler_distil_whisper.training_options import DistillationConfig, RunLength
 
 if TYPE_CHECKING:
+    from simpler_distil_whisper.trainer import Trainer
     from simpler_distil_whisper.training_data import Selection
 
 
@@ -58,7 +59,7 @@ def prepare(config: DistillationConfig) -> Prepared:
             data.dev_manifest, data.columns, max_utterances=limit, languages=languages
         ).check(data.max_bad_fraction)
     selection = select_examples(config, student, manifests)
-    length = run_length(config, len(selection.examples))
+    length = run_length(config, selection.epoch_size)
     return Prepared(teacher, student, selection, dev, length)
 
 
@@ -98,11 +99,11 @@ def select_examples(
     return selection
 
 
-def run_length(config: DistillationConfig, examples: int) -> RunLength:
+def run_length(config: DistillationConfig, epoch_size: float) -> RunLength:
     """Return the optimizer steps that the config comes to, and say them."""
     batch, schedule = config.batch, config.schedule
     step_size = batch.micro_batch_size * batch.gradient_accumulation_steps * process_count()
-    max_steps = schedule.max_steps or math.ceil((schedule.epochs or 0) * examples / step_size)
+    max_steps = schedule.max_steps or math.ceil((schedule.epochs or 0) * epoch_size / step_size)
     if schedule.warmup_steps >= max_steps:
         raise ConfigError(
             f"schedule.warmup_steps: {schedule.warmup_steps}, but the run has {max_steps} steps of "
@@ -112,48 +113,61 @@ def run_length(config: DistillationConfig, examples: int) -> RunLength:
         "%d steps of %d utterances, %.1f epochs",
         max_steps,
         step_size,
-        max_steps * step_size / examples,
+        max_steps * step_size / epoch_size,
     )
-    every = config.validation.every_steps or max(1, round(examples / step_size))
+    every = config.validation.every_steps or max(1, round(epoch_size / step_size))
     return RunLength(step_size, max_steps, every)
 
 
 def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     """Load both models, train the student, write `final/`."""
-    from simpler_distil_whisper.devices import make_accelerator
-    from simpler_distil_whisper.teacher_cache import open_teacher_cache
-    from simpler_distil_whisper.trainer import Trainer
-    from simpler_distil_whisper.training import computing_dtype
-    from simpler_distil_whisper.whisper import load_whisper, quieten_libraries, save_whisper
+    from simpler_distil_whisper.whisper import quieten_libraries, save_whisper
 
     quieten_libraries()
-    accelerator = make_accelerator(config.precision, config.seed)
-    # Both in float32 at first: rounded to another dtype, equal encoders would seem to differ.
-    attention = config.teacher.attention
-    teacher = load_whisper(prepared.teacher, "float32", attention)
-    student = load_whisper(prepared.student, "float32", attention)
     if is_main_process():
         # A resumed run goes on with the file: training adds what turns out not to decode.
         if not (rejected := run.folder / "rejected.jsonl").exists():
             lines = map(rejection_line, prepared.selection.rejections)
             write_atomically(rejected, "".join(lines).encode())
         run.note(filters=prepared.selection.report)
-    cache = None
-    if config.teacher_cache.encoder_states:
-        computed = computing_dtype(accelerator)
-        extractor = student.feature_extractor
-        cache = open_teacher_cache(config.teacher_cache, prepared.teacher, extractor, computed)
-    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student, cache)
+    trainer = assemble(config, prepared, run)
     if prepared.dev:
         trainer.validate_on(prepared.dev)
     trainer.train(prepared.selection.examples)
     final = run.folder / "final"
     if is_main_process():
-        save_whisper(student.model, student.processor_folder, final)
-    accelerator.end_training()
+        save_whisper(trainer.student.model, trainer.student.processor_folder, final)
+    trainer.accelerator.end_training()
     return (
         f"{final}: the distilled model.\nNext: python offline_inference.py offline_inference.json"
     )
+
+
+def assemble(config: DistillationConfig, prepared: Prepared, run: Run) -> "Trainer":
+    """Return the trainer, with the teacher and the student, each with its part of the cache."""
+    from simpler_distil_whisper.devices import make_accelerator
+    from simpler_distil_whisper.teacher import Teacher
+    from simpler_distil_whisper.teacher_cache import open_training_caches
+    from simpler_distil_whisper.trainer import Trainer
+    from simpler_distil_whisper.training import computing_dtype
+    from simpler_distil_whisper.weights import encoders_are_equal
+    from simpler_distil_whisper.whisper import load_whisper
+
+    accelerator = make_accelerator(config.precision, config.seed)
+    shared = config.freeze.encoder and encoders_are_equal(prepared.student, prepared.teacher)
+    student = load_whisper(prepared.student, "float32", config.teacher.attention)
+    teacher = Teacher(prepared.teacher, config.teacher, accelerator, shared)
+    options, computed = config.teacher_cache, computing_dtype(accelerator)
+    states, teacher.answers = open_training_caches(
+        options, prepared.teacher, student.feature_extractor, computed, teacher.dtype
+    )
+    if states and not shared:
+        log.warning(
+            "teacher_cache.encoder_states: not used, since the student's encoder is trained or is "
+            "another one"
+        )
+        states = None
+    return Trainer(config, prepared.length, run, accelerator, teacher, student, states)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import WhisperForConditionalGeneration
 
 from simpler_distil_whisper.config import ConfigError
@@ -20,6 +21,8 @@ from simpler_distil_whisper.run import process_count
 # One process may have hours more to label, validate or save than the one that waits for it; the
 # libraries' ten minutes would end both.
 PATIENCE = datetime.timedelta(days=1)
+# What torch says on a CPU and what CUDA's libraries say, beside the errors that accelerate knows.
+OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 CPU_CACHE_BYTES = 2 * 2**30  # for the decoder's keys and values
 
 
@@ -131,6 +134,13 @@ def peak_memory_megabytes(device: torch.device) -> int:
 
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory does not suffice: each device says it otherwise."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _cpu_has_bfloat16() -> bool:

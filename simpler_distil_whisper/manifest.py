@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,9 +32,6 @@ from simpler_distil_whisper.run import (
     log,
 )
 from simpler_distil_whisper.text import whisper_language
-
-if sys.platform != "win32":
-    pass
 
 
 class Columns(StrictModel):

@@ -1,8 +1,8 @@
-"""What the teacher's encoder has computed, kept on disk so that no later run computes it again.
+"""What the teacher has computed, kept on disk so that no later epoch or run computes it again.
 
 Owns the keys, which are made of contents and never of names, and the store: checked when read,
 bounded in size, shared by any number of processes. Called where rows are loaded (`look_up`, in
-worker processes) and where the encoder runs (`complete`).
+worker processes) and where the teacher runs (`complete`).
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,15 +28,17 @@ from simpler_distil_whisper.manifest import Utterance
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import CacheOptions
 from simpler_distil_whisper.run import log
+from simpler_distil_whisper.training_options import TeacherCacheOptions
+from simpler_distil_whisper.weights import (
+    DECODER_SETTINGS,
+    ENCODER_SETTINGS,
+    bytes_of,
+    digest_of_weights,
+)
 
 # Raise it whenever decoding, resampling or log-mels come to give other values: what was kept before
 # then no longer is what would be computed.
 FEATURE_RECIPE = 1
-# What the encoder's answer depends on beside its weights and the audio.
-ENCODER_SETTINGS = (
-    *("d_model", "encoder_layers", "encoder_attention_heads", "activation_function"),
-    *("num_mel_bins", "max_source_positions", "scale_embedding"),
-)
 FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
 
 TENSOR = "states"  # the name of the one tensor in each file
@@ -113,30 +115,34 @@ class TeacherCache:
         self.found = self.computed = 0
         self.shape = (teacher.config["max_source_positions"], teacher.config["d_model"])
         facts = {
-            "encoder_weights": encoder_digest(teacher.path),
-            "encoder": {name: teacher.config.get(name) for name in ENCODER_SETTINGS},
-            "features": {name: getattr(extractor, name, None) for name in FEATURE_SETTINGS},
-            "feature_recipe": FEATURE_RECIPE,
+            "encoder_weights": digest_of_weights(teacher.path, "encoder."),
+            **_facts_of_hearing(teacher, extractor),
             "dtype": str(dtype),
         }
         self.group = f"encoder_states/{_digest(facts)}"
         store.describe(self.group, {"teacher": str(teacher.path.resolve()), **facts})
 
-    def name(self, utterance: Utterance) -> str | None:
-        """Return what an utterance's states are called; None if its file cannot be read."""
-        try:
-            audio = audio_digest(utterance.audio)
-        except OSError:
-            return None
-        part = [audio, utterance.start_seconds, utterance.duration_seconds]
-        return f"{self.group}/{_digest(part)}"
+    def name(self, utterance: Utterance, view: str | None = "") -> str | None:
+        """Return what the states of a view of an utterance are called.
 
-    def look_up(self, utterances: Sequence[Utterance]) -> StoredStates:
-        """Return what is there of the states of some utterances."""
+        Args:
+            utterance: whose audio it is.
+            view: all that was done to the audio; empty: nothing; None: what is done but once.
+
+        Returns:
+            None if they are not to be kept, or the file cannot be read.
+        """
+        heard = _heard(utterance, view)
+        return f"{self.group}/{_digest(heard)}" if heard else None
+
+    def look_up(
+        self, utterances: Sequence[Utterance], views: Sequence[str | None] | None = None
+    ) -> StoredStates:
+        """Return what is there of the states of some utterances, or of one view of each."""
         found: list[Tensor] = []
         missing: dict[int, str | None] = {}
         for row, utterance in enumerate(utterances):
-            name = self.name(utterance)
+            name = self.name(utterance, views[row] if views else "")
             states = self.store.read(name) if name else None
             if states is None:
                 missing[row] = name
@@ -171,13 +177,164 @@ class TeacherCache:
         return states
 
 
+@dataclass(frozen=True)
+class StoredAnswers:
+    """The teacher's last decoder states for a batch, as far as the cache has them.
+
+    Attributes:
+        padded: float [B, L, D], in the cache's dtype: zeros for missing rows and after a row's end;
+            empty if all rows are missing.
+        lengths: how many states each row has.
+        missing: row -> name under which its states are to be kept; None: they are not.
+    """
+
+    padded: Tensor
+    lengths: list[int]
+    missing: dict[int, str | None]
+
+    def to(self, device: torch.device) -> "StoredAnswers":
+        """Return the same on a device."""
+        return replace(self, padded=self.padded.to(device, non_blocking=True))
+
+
+class AnswerCache:
+    """The last decoder states of one teacher, of which its output head makes its distributions.
+
+    They are a hundredth of the logits, and as exact. Where a row is missing its whole batch is
+    computed: so the states do not depend on which rows an earlier run, killed anywhere, has kept.
+
+    Attributes:
+        dtype: of the states.
+        found: rows that needed no teacher.
+        computed: rows that did.
+    """
+
+    def __init__(
+        self,
+        store: "TensorStore",
+        dtype: torch.dtype,
+        teacher: ModelFolder,
+        extractor: WhisperFeatureExtractor,
+        computing: str,
+    ) -> None:
+        """Work out which states in the store are those of this teacher.
+
+        Args:
+            store: where they are kept.
+            dtype: in which they are kept.
+            teacher: whose decoder they come from.
+            extractor: what made the encoder's input.
+            computing: the dtypes in which the teacher computes, by which the states differ.
+        """
+        self.store = store
+        self.dtype = dtype
+        self.found = self.computed = 0
+        self.width: int = teacher.config["d_model"]
+        facts = {
+            "weights": digest_of_weights(teacher.path),
+            **_facts_of_hearing(teacher, extractor),
+            "decoder": {name: teacher.config.get(name) for name in DECODER_SETTINGS},
+            "computing": computing,
+            "dtype": str(dtype),
+        }
+        self.group = f"decoder_states/{_digest(facts)}"
+        store.describe(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+
+    def look_up(
+        self,
+        utterances: Sequence[Utterance],
+        views: Sequence[str | None],
+        sequences: Sequence[Sequence[int]],
+    ) -> StoredAnswers:
+        """Return what is there of the states of one view of each utterance.
+
+        Args:
+            utterances: whose audio the teacher hears.
+            views: as in `TeacherCache.name`.
+            sequences: what the decoder is given, without padding.
+        """
+        found: dict[int, Tensor] = {}
+        missing: dict[int, str | None] = {}
+        for row, (utterance, view, ids) in enumerate(
+            zip(utterances, views, sequences, strict=True)
+        ):
+            heard = _heard(utterance, view)
+            name = f"{self.group}/{_digest([*heard, list(ids)])}" if heard else None
+            states = self.store.read(name) if name else None
+            if states is None:
+                missing[row] = name
+            else:
+                found[row] = states
+        lengths = [len(ids) for ids in sequences]
+        padded = torch.zeros(len(lengths) if found else 0, max(lengths), self.width).to(self.dtype)
+        for row, states in found.items():
+            padded[row, : lengths[row]] = states
+        return StoredAnswers(padded, lengths, missing)
+
+    def complete(self, stored: StoredAnswers, answer: Callable[[], Tensor]) -> Tensor:
+        """Return float [B, L, D] in the cache's dtype, having kept what was missing.
+
+        Args:
+            stored: what `look_up` has found.
+            answer: computes the states of the whole batch, float [B, L, D]; called if a row is
+                missing.
+        """
+        self.found += len(stored.lengths) - len(stored.missing)
+        self.computed += len(stored.missing)
+        if not stored.missing:
+            return stored.padded
+        states = answer().to(self.dtype)
+        for row, length in enumerate(stored.lengths):
+            if row not in stored.missing:
+                states[row, :length] = stored.padded[row, :length]
+            elif name := stored.missing[row]:
+                self.store.write(name, states[row, :length].cpu())
+        return states
+
+
+def open_store(options: CacheOptions) -> "TensorStore | None":
+    """Return the store that a config names; None if it names none.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    if options.folder is None:
+        return None
+    try:
+        store = TensorStore(options.folder, round(options.max_gigabytes * 1e9))
+        used = store.used()
+    except OSError as error:
+        raise ConfigError(
+            f"teacher_cache.folder: {options.folder} cannot be written: {error}"
+        ) from None
+    log.info(
+        "teacher cache %s: %.3f of %g GB used", options.folder, used / 1e9, options.max_gigabytes
+    )
+    return store
+
+
+def dtype_of_states(options: CacheOptions, computed: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a config keeps what was computed in another.
+
+    Raises:
+        ConfigError: it would promise too much.
+    """
+    dtype = computed if options.dtype == "auto" else torch_dtype(options.dtype, torch.device("cpu"))
+    if torch.finfo(dtype).eps < torch.finfo(computed).eps:
+        raise ConfigError(
+            f'teacher_cache.dtype: "{options.dtype}" is finer than {computed}, in which the '
+            'teacher computes: choose "auto"'
+        )
+    return dtype
+
+
 def open_teacher_cache(
     options: CacheOptions,
     teacher: ModelFolder,
     extractor: WhisperFeatureExtractor,
     computed: torch.dtype,
 ) -> TeacherCache | None:
-    """Return the cache that a config names; None if it names none.
+    """Return the cache of encoder states that a config names; None if it names none.
 
     Args:
         options: the config's section.
@@ -188,47 +345,41 @@ def open_teacher_cache(
     Raises:
         ConfigError: the folder cannot be written, or the dtype would promise too much.
     """
-    if options.folder is None:
+    if (store := open_store(options)) is None:
         return None
-    dtype = computed if options.dtype == "auto" else torch_dtype(options.dtype, torch.device("cpu"))
-    if torch.finfo(dtype).eps < torch.finfo(computed).eps:
-        raise ConfigError(
-            f'teacher_cache.dtype: "{options.dtype}" is finer than {computed}, in which the '
-            'encoder computes: choose "auto"'
-        )
-    try:
-        store = TensorStore(options.folder, round(options.max_gigabytes * 1e9))
-        cache = TeacherCache(store, dtype, teacher, extractor)
-    except OSError as error:
-        raise ConfigError(
-            f"teacher_cache.folder: {options.folder} cannot be written: {error}"
-        ) from None
-    log.info(
-        "teacher cache %s: encoder states in %s, %.3f of %g GB used",
-        *(options.folder, dtype, store.used() / 1e9, options.max_gigabytes),
-    )
-    return cache
+    return TeacherCache(store, dtype_of_states(options, computed), teacher, extractor)
 
 
-def encoder_digest(folder: Path) -> str:
-    """Return a hash of the encoder's weights in a model folder, however they are sharded.
+def open_training_caches(
+    options: TeacherCacheOptions,
+    teacher: ModelFolder,
+    extractor: WhisperFeatureExtractor,
+    computed: torch.dtype,
+    teacher_dtype: torch.dtype,
+) -> tuple[TeacherCache | None, AnswerCache | None]:
+    """Return what a distillation's config names of encoder states and of answers.
+
+    Args:
+        options: the config's section.
+        teacher: whose states they are.
+        extractor: of its input.
+        computed: the dtype in which encoder and student compute; what is kept is no finer.
+        teacher_dtype: that of the teacher's weights.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the folder cannot be written, or the dtype would promise too much.
     """
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
-    digest = hashlib.sha256()
-    tensors = sorted((name, path) for path in files for name in _encoder_tensors(path))
-    if not tensors:
-        raise ConfigError(f"teacher.path: {folder} holds no weights of an encoder")
-    for name, path in tensors:
-        with safe_open(path, "pt") as file:
-            tensor = file.get_tensor(name)
-        # A folder saved from the model without its head lacks the "model." of the others.
-        digest.update(f"{name.removeprefix('model.')} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
+    if (store := open_store(options)) is None:
+        return None, None
+    dtype = dtype_of_states(options, computed)
+    states = answers = None
+    if options.encoder_states:
+        states = TeacherCache(store, dtype, teacher, extractor)
+    if options.decoder_states:
+        heard = states.dtype if states else computed
+        computing = f"{teacher_dtype} weights, {computed} products, {heard} encoder states"
+        answers = AnswerCache(store, dtype, teacher, extractor, computing)
+    return states, answers
 
 
 def audio_digest(path: Path) -> str:
@@ -362,19 +513,30 @@ class TensorStore:
 def _label(name: str, tensor: Tensor) -> dict[str, str]:
     """Return what a file says of itself, by which damage, or another's name, shows."""
     checksum = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return {"name": name, "crc32": f"{zlib.crc32(_bytes(tensor), checksum):08x}"}
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return {"name": name, "crc32": f"{zlib.crc32(bytes_of(tensor), checksum):08x}"}
 
 
 def _digest(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _encoder_tensors(path: Path) -> Iterator[str]:
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dictionary
-            if name.removeprefix("model.").startswith("encoder."):
-                yield name
+def _facts_of_hearing(
+    teacher: ModelFolder, extractor: WhisperFeatureExtractor
+) -> dict[str, object]:
+    return {
+        "encoder": {name: teacher.config.get(name) for name in ENCODER_SETTINGS},
+        "features": {name: getattr(extractor, name, None) for name in FEATURE_SETTINGS},
+        "feature_recipe": FEATURE_RECIPE,
+    }
+
+
+def _heard(utterance: Utterance, view: str | None) -> list[object] | None:
+    """Return all that decides what is heard; None if it is not known, or never heard again."""
+    if view is None:
+        return None
+    try:
+        audio = audio_digest(utterance.audio)
+    except OSError:
+        return None
+    part = [audio, utterance.start_seconds, utterance.duration_seconds]
+    return [*part, view] if view else part

@@ -1,6 +1,6 @@
 """The training loop: one optimizer step after the other, and what comes due between them.
 
-JSONL line to gradient: `TrainingDataset` -> `Trainer.train_step` -> `TeacherAndStudent.forward` ->
+JSONL line to gradient: `TrainingDataset` -> `Trainer.train_step` -> `TeacherAndStudent.terms` ->
 `distillation_loss` -> backward. Called by `run_distillation.py`.
 """
 
@@ -8,37 +8,33 @@ import contextlib
 import hashlib
 import itertools
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
 
+from simpler_distil_whisper.augment import Views
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.devices import leave_a_core_to_audio, torch_dtype
-from simpler_distil_whisper.losses import LossTerms
+from simpler_distil_whisper.devices import leave_a_core_to_audio, out_of_memory
+from simpler_distil_whisper.losses import LossWeights
 from simpler_distil_whisper.manifest import Manifest, Rejection
 from simpler_distil_whisper.row_results import places_in, rejection_line
 from simpler_distil_whisper.run import DataError, Interrupted, Progress, Run, log
+from simpler_distil_whisper.teacher import Teacher
 from simpler_distil_whisper.teacher_cache import TeacherCache
 from simpler_distil_whisper.training import (
     Checkpoints,
-    MetricsLog,
+    MovingAverage,
     TeacherAndStudent,
     TrainerState,
-    encoders_are_equal,
     freeze,
     learning_rate_factor,
     parameter_groups,
 )
-from simpler_distil_whisper.training_data import (
-    Example,
-    MicroBatches,
-    TrainingBatch,
-    TrainingDataset,
-    TrainingPlan,
-)
-from simpler_distil_whisper.training_options import DistillationConfig, Objective, RunLength
+from simpler_distil_whisper.training_data import Example, Targets, TrainingBatch, TrainingDataset
+from simpler_distil_whisper.training_log import Interval, MetricsLog, draw_curves
+from simpler_distil_whisper.training_options import DistillationConfig, RunLength
+from simpler_distil_whisper.training_plan import MicroBatches, TrainingPlan
 from simpler_distil_whisper.validation import Score, Validation
 from simpler_distil_whisper.whisper import Whisper, save_whisper
 from simpler_distil_whisper.workers import load_ahead
@@ -57,7 +53,7 @@ class Trainer:
         length: RunLength,
         run: Run,
         accelerator: Accelerator,
-        teacher: Whisper,
+        teacher: Teacher,
         student: Whisper,
         cache: TeacherCache | None = None,
     ) -> None:
@@ -68,34 +64,37 @@ class Trainer:
             length: of the run, in optimizer steps.
             run: whose folder is written and whose stop signal is obeyed.
             accelerator: device and other processes.
-            teacher: in float32, on the CPU; cast and placed here.
+            teacher: what the student is to be like.
             student: in float32, on the CPU; trained in place.
-            cache: of the teacher's encoder states; used if the student's encoder is the same.
+            cache: of the encoder states that both models share.
         """
         self.config, self.length, self.run = config, length, run
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
         leave_a_core_to_audio()
         freeze(student.model, **config.freeze.model_dump())
-        shared = config.freeze.encoder and encoders_are_equal(student.model, teacher.model)
-        log.info("one encoder for both models: %s", "yes" if shared else "no")
-        self.cache = cache if shared else None
-        if cache and not shared:
-            log.warning(
-                "teacher_cache: not used, since the student's encoder is trained or is another one"
-            )
-        dtype = torch_dtype(config.teacher.dtype, accelerator.device)
-        teacher.model.to(accelerator.device, dtype)
-        models = TeacherAndStudent(
-            student.model, teacher.model, config.objective.temperature, shared
+        if config.activation_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            student.model.model.decoder.compile(dynamic=True)
+        objective = config.objective
+        weights = LossWeights(
+            objective.cross_entropy_weight, objective.kl_weight, objective.temperature
         )
+        self.models = TeacherAndStudent(accelerator, teacher, student, weights, cache)
         options = config.optimizer
         optimizer = torch.optim.AdamW(
-            parameter_groups(models, options.weight_decay),
+            parameter_groups(self.models.module, options.weight_decay),
             lr=options.learning_rate,
             betas=(options.betas[0], options.betas[1]),
             eps=options.epsilon,
+            fused=True,
         )
-        self.models, self.optimizer = accelerator.prepare(models, optimizer)
+        self.models.module, self.optimizer = accelerator.prepare(self.models.module, optimizer)
+        self.average: MovingAverage | None = None
+        if config.optimizer.average_decay is not None:
+            decay = config.optimizer.average_decay
+            self.average = MovingAverage(student.model.parameters(), decay)
+            accelerator.register_for_checkpointing(self.average)
         keep = config.checkpoints.keep_last
         self.checkpoints = Checkpoints(run.folder / "checkpoints", keep, accelerator)
         self.state = self.checkpoints.restore_last() or TrainerState()
@@ -106,17 +105,18 @@ class Trainer:
         )
         self.rejected = run.folder / "rejected.jsonl"
         self.known_rejections = places_in(self.rejected)
-        self.interval = Interval(accelerator, config.objective)
+        self.interval = Interval(accelerator, taught=weights.kl > 0)
         self.validation: Validation | None = None
         log.info(
-            "%s, precision %s, teacher in %s",
-            *(accelerator.device, accelerator.mixed_precision.replace("no", "float32"), dtype),
+            "%s, precision %s, teacher in %s, one encoder for both models: %s",
+            *(accelerator.device, accelerator.mixed_precision.replace("no", "float32")),
+            *(teacher.dtype, "yes" if teacher.shared_encoder else "no"),
         )
         run.note(
             device=str(accelerator.device),
             precision=accelerator.mixed_precision,
-            teacher_dtype=str(dtype).removeprefix("torch."),
-            shared_encoder=shared,
+            teacher_dtype=str(teacher.dtype).removeprefix("torch."),
+            shared_encoder=teacher.shared_encoder,
         )
 
     def validate_on(self, dev: Manifest) -> None:
@@ -126,17 +126,18 @@ class Trainer:
             dev, self.config.data, options.decoding, options.metric, self.accelerator
         )
         if options.score_teacher and self.state.teacher_error_rate is None:
-            score = self.validation.score(self.teacher)
+            score = self.validation.score(self.teacher.load())
             self.state.teacher_error_rate = score.error_rate
             self._log_score("teacher", score)
 
     def train(self, examples: Sequence[Example]) -> None:
-        """Run the steps that are left.
+        """Run the steps that are left, then leave the student with the weights to be kept.
 
         Raises:
             Interrupted: a stop signal came; the last step is in a checkpoint.
-            DataError: the loss or a weight is no longer finite.
-            ConfigError: the checkpoint counts other steps than this run would.
+            DataError: the loss or a weight is no longer finite, or the disk is full.
+            ConfigError: the checkpoint counts other steps than this run would, or memory does not
+                suffice.
         """
         self._refuse_other_plan(examples)
         every = self.config.checkpoints.every_steps
@@ -156,29 +157,58 @@ class Trainer:
                 self._validate(self.validation)
             if save:
                 self.checkpoints.save(self.state)
-            if stop or last:
-                self._report_cache()
             if stop and not last:
+                self._report_cache()
+                self._end_together()
                 raise Interrupted
+            if self._has_stopped_improving():
+                break
+        self._report_cache()
+        self._end_together()
+        self._draw_curves()
+        if self.average:
+            self.average.leave_in_place()
+
+    def _has_stopped_improving(self) -> bool:
+        patience = self.config.validation.early_stopping_patience
+        stop = patience is not None and self.state.validations_since_best >= patience
+        if stop:
+            log.info(
+                "step %d: no better on dev in the last %d validations: stopping early",
+                *(self.state.step, self.state.validations_since_best),
+            )
+        return stop
+
+    def _end_together(self) -> None:
+        """Wait for the others once more, with nothing to exchange.
+
+        A process that ends right after a reduction can wait forever: gloo's thread wants Python's
+        lock to free the tensor, and who holds it waits for gloo's thread (torch 2.13).
+        """
+        self.accelerator.wait_for_everyone()
 
     def _report_cache(self) -> None:
-        """Say how many rows of this run the cache has spared the encoder."""
-        if self.cache is None:
-            return
-        counts = torch.tensor([self.cache.found, self.cache.computed])
-        found, computed = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
-        gigabytes = round(self.cache.store.used() / 1e9, 6)
-        log.info(
-            "teacher cache: %d rows found, %d computed, %.3f GB used", found, computed, gigabytes
-        )
-        self.run.note(
-            teacher_cache={"found": found, "computed": computed, "gigabytes_used": gigabytes}
-        )
+        """Say how many rows of this run the cache has spared encoder and teacher."""
+        kinds = {"encoder_states": self.models.cache, "decoder_states": self.teacher.answers}
+        noted = {}
+        for kind, cache in kinds.items():
+            if cache is None:
+                continue
+            counts = torch.tensor([cache.found, cache.computed]).to(self.accelerator.device)
+            found, computed = self.accelerator.reduce(counts).tolist()
+            gigabytes = round(cache.store.used() / 1e9, 6)
+            noted[kind] = {"found": found, "computed": computed}
+            log.info(
+                "teacher cache, %s: %d rows found, %d computed, %.3f GB used in all",
+                *(kind.replace("_", " "), found, computed, gigabytes),
+            )
+        if noted:
+            self.run.note(teacher_cache={**noted, "gigabytes_used": gigabytes})
 
     def _refuse_other_plan(self, examples: Sequence[Example]) -> None:
         digest = hashlib.sha256(str(self.length).encode())
         for example in examples:
-            digest.update(f"{example.utterance.json} {example.tokens}".encode())
+            digest.update(f"{example.utterance.json} {example.tokens} {example.weight}".encode())
         plan = digest.hexdigest()
         if self.state.plan not in ("", plan):
             raise ConfigError(
@@ -190,53 +220,58 @@ class Trainer:
 
     def train_step(self, group: Sequence[TrainingBatch]) -> bool:
         """Learn from one optimizer step's micro-batches; return whether to stop after it."""
-        accelerator, weights = self.accelerator, self.config.objective
         rate = self._set_learning_rate()
         tokens, stop = self._tokens_and_stop(group)
-        self.models.train()
+        self.models.module.train()
         for number, batch in enumerate(group, 1):
             last = number == len(group)
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.models):
-                batch = batch.to(accelerator.device)
-                terms: LossTerms = self.models(batch, self._encoder_states(batch))
-                loss = weights.cross_entropy_weight * terms.cross_entropy
-                loss = loss + weights.kl_weight * terms.kl
-                # The processes' gradients are averaged, but every token of the step is to count
-                # alike: multiply the average back to a sum and divide once by all tokens.
-                accelerator.backward(loss * accelerator.num_processes / tokens)
-            self.interval.add(terms, batch)
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(self.models.module),
+                _hint_if_memory_ends(self.config, self.state.step),
+            ):
+                self._learn_from(batch, tokens)
             self._keep_rejections(batch.rejections)
         limit = self.config.optimizer.max_grad_norm or math.inf
-        norm = accelerator.clip_grad_norm_(self.models.parameters(), limit)
+        norm = self.accelerator.clip_grad_norm_(self.models.module.parameters(), limit)
         self.interval.end_step(norm, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update()
         return stop
 
-    def _encoder_states(self, batch: TrainingBatch) -> torch.Tensor | None:
-        """Return float [B, E, D], partly or wholly from the cache; None where there is no cache."""
-        if self.cache is None or batch.stored is None:
-            return None
-        with self.accelerator.autocast():
-            return self.cache.complete(
-                batch.stored, batch.input_features, self.student.model.model.encoder
-            )
+    def _learn_from(self, batch: TrainingBatch, tokens: int) -> None:
+        """Add a micro-batch's share to the gradients of a step of `tokens` label tokens."""
+        terms = self.models.terms(batch.to(self.accelerator.device))
+        # The processes' gradients are averaged, but every token of the step is to count alike:
+        # multiply the average back to a sum and divide once by all tokens.
+        self.accelerator.backward(terms.loss * self.accelerator.num_processes / tokens)
+        self.interval.add(terms, batch)
 
     def _micro_batches_of_each_step(
         self, examples: Sequence[Example]
     ) -> Iterator[tuple[TrainingBatch, ...]]:
-        batch, accelerator = self.config.batch, self.accelerator
+        batch, accelerator, seed = self.config.batch, self.accelerator, self.config.seed
+        student, data = self.student, self.config.data
+        positions = student.model.config.max_target_positions
+        targets = Targets(examples, data, student.tokens, positions, seed)
         plan = TrainingPlan(
-            [len(example.tokens) for example in examples],
+            [example.weight for example in examples],
+            targets.length,
             self.length.step_size,
             batch.length_bucketing,
-            self.config.seed,
+            seed,
         )
         steps = range(self.state.step, self.length.max_steps)
         rank, processes = accelerator.process_index, accelerator.num_processes
         own = MicroBatches(plan, steps, batch.micro_batch_size, rank, processes)
         dataset = TrainingDataset(
-            examples, own, self.student.feature_extractor, self.student.tokens.end, self.cache
+            own,
+            targets,
+            Views(self.config.augmentation, student.window_seconds, seed),
+            student.feature_extractor,
+            self.models.cache,
+            self.teacher.answers,
         )
         loader = iter(load_ahead(dataset, self.config.data.num_workers))
         for _ in steps:
@@ -272,9 +307,10 @@ class Trainer:
 
     def _log_interval(self) -> None:
         values = self.interval.end()
-        if not math.isfinite(values["train/loss"]):
-            raise self._diverged(f"the loss is {values['train/loss']}")
-        self.metrics.log(self.state.step, dict(values))
+        loss = values["train/loss"]
+        if loss is None or not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+        self.metrics.log(self.state.step, values)
 
     def _check_weights(self) -> None:
         """Raise DataError rather than save what no run could continue from."""
@@ -289,15 +325,23 @@ class Trainer:
 
     def _validate(self, validation: Validation) -> None:
         """Score the student; keep it as `best/` if it is the best so far."""
-        self.models.eval()
-        score = validation.score(self.student)
-        self._log_score("student", score)
-        best, rate = self.state.best_error_rate, score.error_rate
-        if rate is not None and (best is None or rate < best):
-            self.state.best_error_rate = rate
-            if self.config.checkpoints.keep_best and self.accelerator.is_main_process:
-                best_folder = self.run.folder / "best"
-                save_whisper(self.student.model, self.student.processor_folder, best_folder)
+        self.models.module.eval()
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            score = validation.score(self.student)
+            self._log_score("student", score)
+            best, rate = self.state.best_error_rate, score.error_rate
+            if rate is not None and (best is None or rate < best):
+                self.state.best_error_rate, self.state.validations_since_best = rate, 0
+                if self.config.checkpoints.keep_best and self.accelerator.is_main_process:
+                    best_folder = self.run.folder / "best"
+                    save_whisper(self.student.model, self.student.processor_folder, best_folder)
+            else:
+                self.state.validations_since_best += 1
+        self._draw_curves()
+
+    def _draw_curves(self) -> None:
+        if self.accelerator.is_main_process:
+            draw_curves(self.run.folder / "metrics.jsonl", self.run.folder / "training_curves.png")
 
     def _log_score(self, who: str, score: Score) -> None:
         self.metrics.log(self.state.step, score.values(f"validation/{who}/"))
@@ -309,45 +353,19 @@ class Trainer:
             log.info("    said %s | %s heard %s", reference, who, hypothesis)
 
 
-class Interval:
-    """What was learnt since the last line of the log, in all processes together."""
-
-    def __init__(self, accelerator: Accelerator, objective: Objective) -> None:
-        """Start the first interval."""
-        self.accelerator = accelerator
-        self.objective = objective
-        self._restart()
-
-    def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
-        """Count one micro-batch; nothing waits for the device here."""
-        self._terms.append(torch.stack([term.detach().float() for term in terms]))
-        self._seconds += batch.seconds
-
-    def end_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
-        """Keep what belongs to a step as a whole; the log shows the last one's."""
-        self._grad_norm, self._learning_rate = grad_norm, learning_rate
-
-    def end(self) -> dict[str, float]:
-        """Return the means per token, and the speed; start the next interval."""
-        terms = torch.stack(self._terms).cpu().double().sum(0)  # not every device has float64
-        own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
-        everyone = self.accelerator.reduce(own.float().to(self.accelerator.device)).tolist()
-        cross_entropy, kl, tokens, audio_seconds = everyone
-        cross_entropy, kl = cross_entropy / max(tokens, 1), kl / max(tokens, 1)
-        weights = self.objective
-        elapsed = time.perf_counter() - self._started
-        values = {
-            "train/loss": weights.cross_entropy_weight * cross_entropy + weights.kl_weight * kl,
-            "train/cross_entropy": cross_entropy,
-            "train/kl": kl,
-            "train/grad_norm": float(self._grad_norm),
-            "train/learning_rate": self._learning_rate,
-            "train/audio_seconds_per_second": audio_seconds / elapsed,
-        }
-        self._restart()
-        return values
-
-    def _restart(self) -> None:
-        self._terms: list[torch.Tensor] = []
-        self._seconds = 0.0
-        self._started = time.perf_counter()
+@contextlib.contextmanager
+def _hint_if_memory_ends(config: DistillationConfig, step: int) -> Iterator[None]:
+    """Turn the end of the memory into advice: nothing smaller is tried behind anyone's back."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        batch = config.batch
+        raise ConfigError(
+            f"step {step + 1}: memory does not suffice ({str(error).splitlines()[0]}). The same "
+            f"steps in less of it: batch.micro_batch_size below {batch.micro_batch_size}, with "
+            f"batch.gradient_accumulation_steps as much above {batch.gradient_accumulation_steps}; "
+            f'or activation_checkpointing true, precision "bf16", a teacher_cache.folder (with '
+            "all in it no teacher is loaded), or another teacher.device"
+        ) from None

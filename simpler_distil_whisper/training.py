@@ -3,113 +3,142 @@
 The loop itself is in `trainer.py`, the only caller.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
-from simpler_distil_whisper.losses import LossTerms, distillation_loss
-from simpler_distil_whisper.run import write_atomically
+from simpler_distil_whisper.losses import LossTerms, LossWeights, distillation_loss
+from simpler_distil_whisper.run import DataError, write_atomically
+from simpler_distil_whisper.teacher import Teacher
+from simpler_distil_whisper.teacher_cache import TeacherCache
 from simpler_distil_whisper.training_data import TrainingBatch
+from simpler_distil_whisper.whisper import Whisper
 
 
-class TeacherAndStudent(nn.Module):
-    """Student and frozen teacher on the same input; `forward` returns the loss terms.
+class TeacherAndStudent:
+    """Both models on the same input: from a micro-batch to its loss terms.
 
-    One module, so that gradients of several processes are averaged over everything between a batch
-    and its loss. The teacher is not registered in it: it is neither trained nor saved.
+    Attributes:
+        module: the student with its loss, as `accelerator` has prepared it; its parameters are what
+            is trained.
+        cache: of the encoder states, where both models share a frozen encoder.
     """
 
     def __init__(
         self,
-        student: WhisperForConditionalGeneration,
-        teacher: WhisperForConditionalGeneration,
-        temperature: float,
-        share_encoder: bool,
+        accelerator: Accelerator,
+        teacher: Teacher,
+        student: Whisper,
+        weights: LossWeights,
+        cache: TeacherCache | None = None,
     ) -> None:
-        """Put both into the mode in which they stay.
+        """Put both together; what of the student is trained is decided before (`freeze`)."""
+        self.accelerator, self.teacher, self.student = accelerator, teacher, student
+        self.weights = weights
+        self.cache = cache
+        self.module: nn.Module = StudentWithLoss(student.model, teacher.head, weights)
+
+    def terms(self, batch: TrainingBatch) -> LossTerms:
+        """Return the sums of the loss terms over the labels of a micro-batch.
+
+        Args:
+            batch: on the student's device.
+        """
+        states = self._encoder_states(batch)
+        answer = None
+        if self.weights.kl:
+            answer = self.teacher.answer(batch, states if self.teacher.shared_encoder else None)
+        terms: LossTerms = self.module(batch, states, answer)
+        return terms
+
+    @torch.no_grad()
+    def _encoder_states(self, batch: TrainingBatch) -> Tensor | None:
+        """Return float [B, E, D] of a frozen encoder; None where it is trained."""
+        encoder = self.student.model.model.encoder
+        if _is_trained(encoder):
+            return None
+        encoder.eval()
+        with self.accelerator.autocast():
+            if self.cache and batch.stored:
+                return self.cache.complete(batch.stored, batch.input_features, encoder)
+            return self.student.encode(batch.input_features)
+
+
+class StudentWithLoss(nn.Module):
+    """The student and what it is to be like, as one module.
+
+    One module, so that gradients of several processes are averaged over everything between a batch
+    and its loss. Of the teacher it knows only the output head, which is no parameter of it.
+    """
+
+    def __init__(
+        self, student: WhisperForConditionalGeneration, teacher_head: Tensor, weights: LossWeights
+    ) -> None:
+        """Keep all three.
 
         Args:
             student: float32 parameters; those that require gradients are trained.
-            teacher: any dtype. With a shared encoder its own is never run and can be dropped.
-            temperature: of the teacher's and the student's distribution in the KL term.
-            share_encoder: the teacher's decoder listens to the student's (frozen) encoder.
+            teacher_head: float [V, D'], any dtype.
+            weights: of the parts of the loss.
         """
         super().__init__()
         self.student = student
-        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
-        self.temperature = temperature
-        self.share_encoder = share_encoder
+        self.__dict__["teacher_head"] = teacher_head
+        self.weights = weights
 
-    def train(self, mode: bool = True) -> "TeacherAndStudent":
+    def train(self, mode: bool = True) -> "StudentWithLoss":
         """Set the mode of the student, whose frozen encoder never drops anything out."""
         super().train(mode)
-        encoder = self.student.model.encoder
-        if not any(parameter.requires_grad for parameter in encoder.parameters()):
-            encoder.eval()
+        if not _is_trained(self.student.model.encoder):
+            self.student.model.encoder.eval()
         return self
 
-    def forward(self, batch: TrainingBatch, encoder_states: Tensor | None = None) -> LossTerms:
-        """Return the sums of both loss terms over the labels of a micro-batch.
+    def forward(
+        self, batch: TrainingBatch, encoder_states: Tensor | None, answer: Tensor | None
+    ) -> LossTerms:
+        """Return the sums of the loss terms.
 
         Args:
-            batch: on the models' device.
-            encoder_states: float [B, E, D]: those of a shared encoder, if they are known; None:
-                they are computed from the batch.
+            batch: on the student's device.
+            encoder_states: float [B, E, D]; None: the student's encoder, which is trained, computes
+                them from the batch.
+            answer: float [B, L, D']: the teacher's last decoder states; None: the loss has no part
+                of the teacher's.
         """
-        student, teacher = self.student, self.__dict__["teacher"]
-        features = batch.input_features
-        # Called part by part: WhisperModel.forward would mask the features in place (SpecAugment),
-        # and the teacher would hear what is left of them.
+        model = self.student.model
         if encoder_states is None:
-            states = student.model.encoder(features).last_hidden_state
-        else:
-            states = encoder_states.to(student.dtype)
-        with torch.no_grad():
-            if self.share_encoder:
-                teacher_states = states.to(teacher.dtype)
-            else:
-                teacher_states = teacher.model.encoder(features.to(teacher.dtype)).last_hidden_state
-            taught = _decode(teacher, batch.decoder_input_ids, teacher_states)
-        said = _decode(student, batch.decoder_input_ids, states)
+            # Not WhisperModel.forward, which may mask the features in place (SpecAugment): the
+            # teacher would hear what is left of them.
+            encoder_states = model.encoder(batch.input_features).last_hidden_state
+        said = model.decoder(
+            input_ids=batch.decoder_input_ids,
+            encoder_hidden_states=encoder_states.to(self.student.dtype),
+            use_cache=False,
+        ).last_hidden_state
         return distillation_loss(
             said,
-            student.proj_out.weight,
-            taught,
-            teacher.proj_out.weight,
+            self.student.proj_out.weight,
+            answer,
+            None if answer is None else self.__dict__["teacher_head"],
             batch.labels,
-            self.temperature,
+            self.weights,
         )
 
 
-def _decode(model: WhisperForConditionalGeneration, ids: Tensor, states: Tensor) -> Tensor:
-    """Return float [B, L, D]: last decoder states."""
-    decoded: Tensor = model.model.decoder(
-        input_ids=ids, encoder_hidden_states=states, use_cache=False
-    ).last_hidden_state
-    return decoded
-
-
-def encoders_are_equal(
-    student: WhisperForConditionalGeneration, teacher: WhisperForConditionalGeneration
-) -> bool:
-    """Return whether both encoders compute the same: layers, width, mels and every weight.
-
-    Compare before either is cast: rounding to another dtype makes equal weights differ.
-    """
-    ours, theirs = student.model.encoder.state_dict(), teacher.model.encoder.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name])
-        for name in ours
-    )
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def computing_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -173,13 +202,72 @@ class TrainerState:
         step: optimizer steps done.
         plan: hash of what the steps are made of; with another one the number means nothing.
         best_error_rate: of the student on the dev manifest so far; None: not validated yet.
+        validations_since_best: how many found nothing better.
         teacher_error_rate: scored once, since it never changes.
     """
 
     step: int = 0
     plan: str = ""
     best_error_rate: float | None = None
+    validations_since_best: int = 0
     teacher_error_rate: float | None = None
+
+
+class MovingAverage:
+    """Exponential moving average of the trained weights, which is what is scored and saved.
+
+    Accelerate keeps it in the checkpoints, since it has the methods of what can be kept there.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        """Begin with the weights as they are.
+
+        Args:
+            parameters: of the student; those that are trained are averaged.
+            decay: share of the old average that stays at each step. In the first steps it is less,
+                or the untrained weights would stay in it.
+        """
+        self.trained: list[Tensor] = [p for p in parameters if p.requires_grad]
+        self.average = [parameter.detach().clone() for parameter in self.trained]
+        self.decay = decay
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are after a step."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        torch._foreach_lerp_(self.average, self.trained, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the student have the averaged weights for a while."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def leave_in_place(self) -> None:
+        """Let the student have the averaged weights for good."""
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, average in zip(self.trained, self.average, strict=True):
+            weights = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"steps": self.steps, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint has kept."""
+        self.steps = state["steps"]
+        for average, kept in zip(self.average, state["average"], strict=True):
+            average.copy_(kept)
 
 
 class Checkpoints:
@@ -192,14 +280,25 @@ class Checkpoints:
         self.accelerator = accelerator
 
     def save(self, state: TrainerState) -> Path:
-        """Save model, optimizer, random states and `state`; call it in every process."""
+        """Save model, optimizer, random states and `state`; call it in every process.
+
+        Raises:
+            DataError: it cannot be written; the ones before are whole.
+        """
         whole = self.folder / f"step-{state.step:08d}"
         beside = self.folder / f".{whole.name}.tmp"
         if self.accelerator.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(beside))
+        try:
+            self.accelerator.save_state(str(beside))
+        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
+            shutil.rmtree(beside, ignore_errors=True)
+            raise DataError(
+                f"{whole} cannot be written: {error}. The checkpoints before it are whole: make "
+                "room, and run the same command again to continue"
+            ) from None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             text = json.dumps(dataclasses.asdict(state), indent=2)
@@ -221,50 +320,3 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
-
-
-class MetricsLog:
-    """`metrics.jsonl`, one object per line, and the same numbers for TensorBoard if wanted.
-
-    A run that resumes from a step first takes back what was logged after it.
-    """
-
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool, enabled: bool) -> None:
-        """Open both for a run that goes on after `first_step`; `enabled`: in the main process."""
-        self._path = folder / "metrics.jsonl"
-        self._writer = None
-        self._enabled = enabled
-        if not enabled:
-            return
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # From step 0 a run begins anew, and scores the teacher anew.
-            kept = [line for line in lines if first_step and _step_of(line) <= first_step]
-            write_atomically(self._path, "".join(kept).encode())
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
-
-    def log(self, step: int, values: dict[str, float | None]) -> None:
-        """Append the values of one step; None, and what JSON has no number for, is kept as null."""
-        if not self._enabled:
-            return
-        # A step that the gradient scaler of fp16 skips has an infinite norm.
-        values = {
-            name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
-        }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._writer:
-            for name, value in values.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, step)
-            self._writer.flush()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:  # a kill can tear the last line
-        return math.inf

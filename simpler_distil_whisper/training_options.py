@@ -36,6 +36,12 @@ class TrainingColumns(Columns):
         "origin_text", description="What a person said; dev rows without it are scored on text."
     )
     error_rate: str = Field("cer/wer", description="Error rate of the label.")
+    segments: str = Field(
+        "segments", description="The label's sentences with their times, as labelling writes them."
+    )
+    previous_text: str = Field(
+        "previous_text", description="What was said before in the same recording; optional."
+    )
 
 
 class TrainingData(DataLimits):
@@ -43,6 +49,11 @@ class TrainingData(DataLimits):
 
     train_manifests: list[Path] = Field(
         min_length=1, description="Labelled manifests: pseudo_labels.jsonl of one or several runs."
+    )
+    train_weights: list[PositiveFloat] | None = Field(
+        None,
+        description="How often an epoch uses the rows of each train manifest: 2 twice, 0.5 every "
+        "other epoch; null: once.",
     )
     dev_manifest: Path | None = Field(None, description="For validation; null: none.")
     columns: TrainingColumns = TrainingColumns()
@@ -54,8 +65,34 @@ class TrainingData(DataLimits):
     )
     language: str | None = Field(None, description="Language of the rows that name none.")
     task: Task = Field("transcribe", description="What the labels are.")
+    timestamp_probability: Ratio = Field(
+        0.0, description="Share of the uses of a row with segments at which it is learnt with them."
+    )
+    previous_text_probability: Ratio = Field(
+        0.0, description="Share of the uses of a row with previous text at which it is given it."
+    )
 
     _code = field_validator("language")(whisper_code)
+
+    @model_validator(mode="after")
+    def _a_weight_per_manifest(self) -> "TrainingData":
+        manifests, weights = len(self.train_manifests), self.train_weights
+        if weights is not None and len(weights) != manifests:
+            raise ValueError(
+                f"train_weights has {len(weights)} weights, but there are {manifests} "
+                "train_manifests: name one for each, or null"
+            )
+        return self
+
+
+class TeacherOptions(ModelOptions):
+    """The model that teaches; it is not loaded as long as all it is asked is in the cache."""
+
+    device: str | None = Field(
+        None,
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description='"cpu" or "cuda:1", say, where the student leaves it no room; null: beside it.',
+    )
 
 
 class StudentOptions(StrictModel):
@@ -105,6 +142,11 @@ class OptimizerOptions(StrictModel):
     epsilon: PositiveFloat = Field(1e-8, description="Added to the second moment's root.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Not on biases and layer norms.")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: gradients are not clipped.")
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Score and save a moving average of the weights, of which this share stays at "
+        "each step; null: the weights themselves.",
+    )
 
 
 class Schedule(StrictModel):
@@ -132,11 +174,89 @@ class BatchOptions(StrictModel):
     length_bucketing: bool = Field(True, description="Labels of similar length in one step.")
 
 
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class WaveformOptions(StrictModel):
+    """What a view does to the sound: [lowest, highest], or null where it does nothing."""
+
+    speed: Bounds | None = Field(
+        None, description="Factor of tempo and pitch, 0.5 to 2; a clip never outgrows the window."
+    )
+    noise_db: Bounds | None = Field(None, description="Speech over added noise, in decibels.")
+    gain_db: Bounds | None = Field(None, description="Louder or softer, in decibels.")
+    shift_seconds: PositiveFloat | None = Field(
+        None, description="Silence before the clip, at most; as much as the window has room for."
+    )
+
+    @model_validator(mode="after")
+    def _lowest_first(self) -> "WaveformOptions":
+        for name in ("speed", "noise_db", "gain_db"):
+            bounds = getattr(self, name)
+            if bounds and bounds[0] > bounds[1]:
+                raise ValueError(f"{name} {bounds}: the lowest value stands first")
+        if self.speed and not 0.5 <= self.speed[0] <= self.speed[1] <= 2:
+            raise ValueError(f"speed {self.speed}: must lie within 0.5 and 2")
+        return self
+
+    @property
+    def switched_on(self) -> bool:
+        """Whether any of it is done."""
+        return any(value is not None for _, value in self)
+
+
+class SpecAugmentOptions(StrictModel):
+    """Stretches of time and bands of frequency that a view silences (Park et al. 2019).
+
+    Together the stretches take no more than half of the speech, the bands half of the mels.
+    """
+
+    time_masks: NonNegativeInt = Field(0, description="How many stretches of time.")
+    max_time_seconds: PositiveFloat = Field(0.5, description="The longest.")
+    frequency_masks: NonNegativeInt = Field(0, description="How many bands of frequency.")
+    max_mels: PositiveInt = Field(20, description="The widest, in mel bins.")
+
+    @property
+    def switched_on(self) -> bool:
+        """Whether any of it is done."""
+        return bool(self.time_masks or self.frequency_masks)
+
+
+class Augmentation(StrictModel):
+    """Altered versions of the clips, which teacher and student hear alike."""
+
+    views: NonNegativeInt | None = Field(
+        0,
+        description="Altered versions of each clip, always the same ones, so that a cache keeps "
+        "them; epochs use the clip and its views in turn. null: a new one at every use.",
+    )
+    waveform: WaveformOptions = WaveformOptions()
+    spec_augment: SpecAugmentOptions = SpecAugmentOptions()
+
+    @model_validator(mode="after")
+    def _views_of_something(self) -> "Augmentation":
+        switched_on = self.waveform.switched_on or self.spec_augment.switched_on
+        if switched_on and self.views == 0:
+            raise ValueError(
+                "views is 0, so no clip would be altered: set views to 1 or more, or to null, or "
+                "switch waveform and spec_augment off"
+            )
+        if not switched_on and self.views != 0:
+            raise ValueError(
+                f"views is {'null' if self.views is None else self.views}, but nothing in waveform "
+                "and spec_augment is switched on: every view would be the clip itself"
+            )
+        return self
+
+
 class TeacherCacheOptions(CacheOptions):
     """What distillation takes from the cache, and adds to it where it is missing."""
 
     encoder_states: bool = Field(
         True, description="Those of the encoder that both models share; float16: 3.8 MB per 30 s."
+    )
+    decoder_states: bool = Field(
+        True, description="The teacher's answers to the labels; with all there it is not loaded."
     )
 
 
@@ -145,6 +265,9 @@ class ValidationOptions(StrictModel):
 
     every_steps: PositiveInt | None = Field(None, description="null: after each epoch.")
     max_utterances: PositiveInt | None = Field(None, description="Only the first so many rows.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many validations that found nothing better; null: never."
+    )
     score_teacher: bool = Field(True, description="Once, before training, to compare with.")
     decoding: DecodingLimits = DecodingLimits()
     metric: Metric = Metric()
@@ -173,7 +296,7 @@ class DistillationConfig(StrictModel):
         "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
     )
     seed: NonNegativeInt = Field(0, description="Of the order of the examples and of dropout.")
-    teacher: ModelOptions
+    teacher: TeacherOptions
     student: StudentOptions
     data: TrainingData
     objective: Objective = Objective()
@@ -185,6 +308,13 @@ class DistillationConfig(StrictModel):
         "auto",
         description="Of the computing; weights stay float32. auto: bf16 on GPUs that have it.",
     )
+    activation_checkpointing: bool = Field(
+        False, description="Compute the student's layers twice rather than keep all they computed."
+    )
+    compile: bool = Field(
+        False, description="torch.compile the student's decoder: minutes at first, then faster."
+    )
+    augmentation: Augmentation = Augmentation()
     teacher_cache: TeacherCacheOptions = TeacherCacheOptions()
     validation: ValidationOptions = ValidationOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 from simpler_distil_whisper.batches import (
     SpeechBatch,
@@ -29,6 +29,7 @@ from simpler_distil_whisper.decoding import Hypothesis, Segment, Transcriber
 from simpler_distil_whisper.devices import (
     decoding_dtype,
     leave_a_core_to_audio,
+    out_of_memory,
     peak_memory_megabytes,
 )
 from simpler_distil_whisper.long_form import transcribe_long
@@ -42,8 +43,6 @@ from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_librar
 
 BATCHES_IN_A_WINDOW = 64  # whose rows are sorted by length together
 SECONDS_IN_A_BATCH = 7200.0  # at most; the log-mel of an hour is up to 200 megabytes
-# What torch says on a CPU and what CUDA's libraries say, beside the errors that accelerate knows.
-OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def warm_up(transcriber: Transcriber) -> None:
     try:
         transcriber.warm_up()
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
     clear_device_cache()
 
@@ -260,7 +259,7 @@ def decode_halving(
     try:
         return batch, decode(batch)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
     # Here the error is gone, and with it the tensors of the attempt, which its traceback held.
@@ -272,12 +271,6 @@ def decode_halving(
     _say_once_that_memory_ran_out(len(batch.utterances))
     done = [decode_halving(decode, half) for half in halved(batch)]
     return joined([half for half, _ in done]), [each for _, found in done for each in found]
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
-        return True
-    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @functools.cache

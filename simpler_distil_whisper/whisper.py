@@ -105,9 +105,12 @@ class Whisper:
         """The longest audio that fits into `input_features`."""
         return float(self.feature_extractor.chunk_length)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, of which training could not go on
     def encode(self, features: Tensor) -> Tensor:
-        """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T], of any dtype."""
+        """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T], of any dtype.
+
+        Some windows at a time, so that what an encoder layer needs does not grow with the batch.
+        """
         model = self.model
         groups = torch.split(features, encoder_batch_size(model.device) or len(features))
         states = [

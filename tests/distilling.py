@@ -11,13 +11,10 @@ from tiny import make_model_folder, read_rows, write_rows, write_tone
 
 import run_distillation
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.devices import make_accelerator
 from simpler_distil_whisper.model_folder import read_model_folder
 from simpler_distil_whisper.pruning import prune_whisper
 from simpler_distil_whisper.run import Run
-from simpler_distil_whisper.teacher_cache import open_teacher_cache
 from simpler_distil_whisper.trainer import Trainer
-from simpler_distil_whisper.training import computing_dtype
 from simpler_distil_whisper.training_data import Example
 from simpler_distil_whisper.training_options import DistillationConfig
 from simpler_distil_whisper.whisper import load_whisper, save_whisper
@@ -74,6 +71,7 @@ def write_config(output: Path, setting: Setting, **changes: Any) -> Path:
         "objective": {},
         "checkpoints": {},
         "teacher_cache": {},
+        "augmentation": {},
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -92,15 +90,7 @@ def assemble(path: Path) -> tuple[Trainer, list[Example]]:
     AcceleratorState._reset_state(reset_partial_state=True)
     config = load_config(path, DistillationConfig)
     prepared = run_distillation.prepare(config)
-    run = Run("run_distillation", path, config)
-    accelerator = make_accelerator(config.precision, config.seed)
-    teacher = load_whisper(prepared.teacher)
-    student = load_whisper(prepared.student)
-    extractor = student.feature_extractor
-    cache = open_teacher_cache(
-        config.teacher_cache, prepared.teacher, extractor, computing_dtype(accelerator)
-    )
-    trainer = Trainer(config, prepared.length, run, accelerator, teacher, student, cache)
+    trainer = run_distillation.assemble(config, prepared, Run("run_distillation", path, config))
     if prepared.dev:
         trainer.validate_on(prepared.dev)
     return trainer, prepared.selection.examples

@@ -22,8 +22,9 @@ SCRIPTS = [
 # need neither torch nor transformers, so that a script can check everything before it loads them.
 LIGHT = "__init__ config text audio jsonl run options metrics model_folder manifest row_results"
 LIGHT += " hypotheses report page label_quality packing training_options"
-HEAVY = "workers devices pruning whisper teacher_cache batches losses token_rules decoder search"
-HEAVY += " speculative decoding long_form transcription training_data training validation trainer"
+HEAVY = "workers devices weights pruning whisper teacher_cache batches losses token_rules decoder"
+HEAVY += " search speculative decoding long_form transcription training_plan augment training_data"
+HEAVY += " teacher training validation training_log trainer"
 ORDER = [*LIGHT.split(), *HEAVY.split()]
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
@@ -35,7 +36,15 @@ PURE = {
     "metrics": {"config", "text"},
     "losses": {"batches"},
 }
-HEAVY_LIBRARIES = {"torch", "transformers", "accelerate", "librosa", "evaluate", "tensorboard"}
+HEAVY_LIBRARIES = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "librosa",
+    "evaluate",
+    "tensorboard",
+    "matplotlib",
+}
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -34,11 +34,12 @@ from simpler_distil_whisper.manifest import Utterance
 from simpler_distil_whisper.model_folder import read_model_folder
 from simpler_distil_whisper.options import CacheOptions
 from simpler_distil_whisper.teacher_cache import (
+    AnswerCache,
     TeacherCache,
     TensorStore,
-    encoder_digest,
     open_teacher_cache,
 )
+from simpler_distil_whisper.weights import digest_of_weights
 
 REPOSITORY = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -271,12 +272,12 @@ def changed(teacher: Path, folder: Path, change: Callable[[Any], None]) -> Path:
 
 def test_another_decoder_is_the_same_encoder(teacher: Path, tmp_path: Path) -> None:
     other = changed(teacher, tmp_path / "m", lambda m: m.decoder.layers[0].fc1.weight.add_(1))
-    assert encoder_digest(other) == encoder_digest(teacher)
+    assert digest_of_weights(other, "encoder.") == digest_of_weights(teacher, "encoder.")
 
 
 def test_one_weight_makes_another_encoder(teacher: Path, tmp_path: Path) -> None:
     other = changed(teacher, tmp_path / "m", lambda m: m.encoder.layers[1].fc2.bias[3].add_(1e-6))
-    assert encoder_digest(other) != encoder_digest(teacher)
+    assert digest_of_weights(other, "encoder.") != digest_of_weights(teacher, "encoder.")
 
 
 def test_shards_and_the_name_of_the_folder_do_not_matter(teacher: Path, tmp_path: Path) -> None:
@@ -285,7 +286,9 @@ def test_shards_and_the_name_of_the_folder_do_not_matter(teacher: Path, tmp_path
     model = WhisperForConditionalGeneration.from_pretrained(teacher)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    assert encoder_digest(tmp_path / "sharded") == encoder_digest(teacher)
+    assert digest_of_weights(tmp_path / "sharded", "encoder.") == digest_of_weights(
+        teacher, "encoder."
+    )
 
 
 def test_settings_that_change_the_states_change_the_group(teacher: Path, tmp_path: Path) -> None:
@@ -372,16 +375,17 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def run_config(output: Path, setting: Setting, cache: Path | None, **options: Any) -> Path:
-    section = {"folder": cache and str(cache), "max_gigabytes": 1, **options}
+    folder = cache and str(cache)
+    section = {"folder": folder, "max_gigabytes": 1, "decoder_states": False, **options}
     checkpoints = {"every_steps": 2, "keep_last": 1}
     return write_config(
         output, setting, teacher_cache=section, schedule__max_steps=6, checkpoints=checkpoints
     )
 
 
-def report(run: Path) -> dict[str, Any]:
-    counts: dict[str, Any] = json.loads((run / "run_info.json").read_text())["teacher_cache"]
-    return counts
+def report(run: Path, kind: str = "encoder_states") -> dict[str, Any]:
+    noted: dict[str, Any] = json.loads((run / "run_info.json").read_text())["teacher_cache"]
+    return {**noted[kind], "gigabytes_used": noted["gigabytes_used"]}
 
 
 def assert_same(run: Path, expected: Path) -> None:
@@ -425,10 +429,11 @@ def test_a_filled_cache_spares_audio_and_encoder_and_changes_no_bit(
 ) -> None:
     trainer, examples = assemble(run_config(tmp_path / "run", setting, cache))
     heard: list[object] = []
-    for whisper in (trainer.teacher, trainer.student):
-        whisper.model.model.encoder.register_forward_hook(lambda *call: heard.append(call))
-    complete, features = trainer.cache.complete, []
-    trainer.cache.complete = lambda stored, log_mels, encoder: (  # type: ignore[method-assign]
+    encoder = trainer.student.model.model.encoder
+    encoder.register_forward_hook(lambda *call: heard.append(call))
+    cache_of_states = trainer.models.cache
+    complete, features = cache_of_states.complete, []
+    cache_of_states.complete = lambda stored, log_mels, encoder: (  # type: ignore[method-assign]
         features.append(log_mels.numel()),
         complete(stored, log_mels, encoder),
     )[1]
@@ -524,7 +529,7 @@ def test_where_no_encoder_is_shared_nothing_is_kept(
     with caplog.at_level(logging.WARNING):
         distil(path)
     assert entries_in(tmp_path / "cache") == []
-    assert ("teacher_cache: not used" in caplog.text) is wanted
+    assert ("teacher_cache.encoder_states: not used" in caplog.text) is wanted
 
 
 @pytest.mark.slow
@@ -561,3 +566,123 @@ def test_runs_killed_at_any_moment_go_on_as_if_never_stopped(
     subprocess.run(command, check=True, env=environment, timeout=200)
     assert len(entries_in(cache)) == 8
     assert_same(tmp_path / "run", filling[0])
+
+
+# The teacher's answers
+
+
+def with_answers(output: Path, setting: Setting, cache: Path | None, **changes: Any) -> Path:
+    """A run in which every epoch hears the clean clip and one altered version of it in turn."""
+    path = run_config(output, setting, cache, decoder_states=True)
+    config = json.loads(path.read_text())
+    config["augmentation"] = {"views": 1, "waveform": {"noise_db": [5.0, 10.0]}}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> tuple[Path, Path]:
+    """A run of three epochs that has found an empty cache of both kinds, and the cache."""
+    folder = tmp_path_factory.mktemp("answered")
+    return distil(with_answers(folder / "run", setting, folder / "cache")), folder / "cache"
+
+
+def test_answers_change_no_loss_and_are_kept_for_each_view(
+    tmp_path: Path, setting: Setting, answered: tuple[Path, Path]
+) -> None:
+    """In float32, but for how a product is cut up where a row is encoded alone."""
+    without = distil(with_answers(tmp_path / "without", setting, None))
+    run, cache = answered
+    for name in ("loss", "kl", "cross_entropy", "agreement", "grad_norm"):
+        assert logged(run, f"train/{name}") == pytest.approx(
+            logged(without, f"train/{name}"), rel=1e-4
+        )
+    for kind in ("encoder_states", "decoder_states"):
+        assert len(entries_in(cache / kind)) == 16
+        assert (report(run, kind)["found"], report(run, kind)["computed"]) == (8, 16)
+
+
+def test_with_all_answers_there_the_teacher_is_not_loaded_and_no_bit_changes(
+    tmp_path: Path, setting: Setting, answered: tuple[Path, Path]
+) -> None:
+    trainer, examples = assemble(with_answers(tmp_path / "run", setting, answered[1]))
+    trainer.train(examples)
+    assert not trainer.teacher.loaded
+    assert report(tmp_path / "run", "decoder_states")["computed"] == 0
+    assert logged(tmp_path / "run", "train/loss") == logged(answered[0], "train/loss")
+
+
+def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
+    tmp_path: Path, setting: Setting
+) -> None:
+    """The teacher hears with its own encoder, whatever the student's has become."""
+    changes = {"freeze__encoder": False}
+    cache = tmp_path / "cache"
+    without = distil(with_answers(tmp_path / "without", setting, None, **changes))
+    filling = distil(with_answers(tmp_path / "filling", setting, cache, **changes))
+    trainer, examples = assemble(with_answers(tmp_path / "filled", setting, cache, **changes))
+    trainer.train(examples)
+    assert entries_in(cache / "encoder_states") == []
+    assert not trainer.teacher.loaded
+    losses = [logged(tmp_path / name, "train/loss") for name in ("without", "filling", "filled")]
+    assert losses[1] == losses[2]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert without != filling
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.decoder.layers[0].fc1.weight.add_(0.5),
+        lambda m: m.encoder.layers[0].fc1.weight.add_(0.5),
+    ],
+    ids=["decoder", "encoder"],
+)
+def test_another_teacher_gives_other_answers(
+    teacher: Path, tmp_path: Path, change: Callable[[Any], None]
+) -> None:
+    other = changed(teacher, tmp_path / "m", change)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
+    store = TensorStore(tmp_path / "cache", ENOUGH)
+    groups = {
+        AnswerCache(
+            store, torch.float32, read_model_folder(f, None, "teacher"), extractor, computing
+        ).group
+        for f in (teacher, other)
+        for computing in ("float32", "bfloat16")
+    }
+    assert len(groups) == 4
+
+
+def test_an_answer_belongs_to_its_audio_its_view_and_its_tokens(
+    teacher: Path, tmp_path: Path
+) -> None:
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
+    store = TensorStore(tmp_path / "cache", ENOUGH)
+    facts = read_model_folder(teacher, None, "teacher")
+    cache = AnswerCache(store, torch.float32, facts, extractor, "float32")
+    one, two = (part(write_tone(tmp_path / f"{n}.wav", seed=n)) for n in range(2))
+    answer = some_tensor(0, 2, 4, 16)
+    batch = cache.look_up([one, two], ["", "noisy"], [[1, 2, 3, 4], [1, 2]])
+    assert torch.equal(cache.complete(batch, answer.clone), answer)
+
+    def found(audio: Utterance, view: str | None, *ids: int) -> bool:
+        return cache.look_up([audio], [view], [ids]).missing == {}
+
+    assert found(one, "", 1, 2, 3, 4)
+    assert found(two, "noisy", 1, 2)
+    assert not found(one, "noisy", 1, 2, 3, 4)
+    assert not found(two, "", 1, 2)
+    assert not found(one, "", 1, 2, 3)
+    assert not found(one, "", 1, 2, 3, 5)
+    assert not found(two, None, 1, 2)
+    # Of a batch of which a part is there, the rest is computed and the part stays as it was.
+    batch = cache.look_up([two, one], ["noisy", ""], [[1, 2], [7, 8, 9]])
+    again = some_tensor(1, 2, 3, 16)
+    states = cache.complete(batch, again.clone)
+    assert torch.equal(states[0, :2], answer[1, :2])
+    assert torch.equal(states[1], again[1])
+    assert (cache.found, cache.computed) == (1, 3)

@@ -1,0 +1,162 @@
+"""What a training run says of itself: means over the last steps, `metrics.jsonl`, the curves.
+
+Called by `trainer.py`.
+"""
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from simpler_distil_whisper.jsonl import Row
+from simpler_distil_whisper.losses import LossTerms
+from simpler_distil_whisper.run import write_atomically
+from simpler_distil_whisper.training_data import TrainingBatch
+
+# One drawing each: title, unit of the upward axis, name in metrics.jsonl -> name in the legend.
+DRAWINGS: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "Error rate on dev",
+        "error rate",
+        {
+            "validation/student/error_rate": "student",
+            "validation/teacher/error_rate": "teacher",
+        },
+    ),
+    ("Loss", "per token", {"train/kl": "KL (times T²)", "train/cross_entropy": "cross-entropy"}),
+    (
+        "Tokens whose likeliest is the teacher's too",
+        "share",
+        {"train/agreement": "student in training"},
+    ),
+    ("Learning rate", "", {"train/learning_rate": "learning rate"}),
+]
+COLOURS = ("#0b6bcb", "#c2571a")  # told apart by the colour-blind too, as are the dashes
+DASHES = ("solid", "dashed")
+
+
+class Interval:
+    """What was learnt since the last line of the log, in all processes together."""
+
+    def __init__(self, accelerator: Accelerator, taught: bool) -> None:
+        """Start the first interval; `taught`: the loss has a part of the teacher's."""
+        self.accelerator = accelerator
+        self.taught = taught
+        self._restart()
+
+    def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
+        """Count one micro-batch; nothing waits for the device here."""
+        self._terms.append(torch.stack([term.detach().float() for term in terms]))
+        self._seconds += batch.seconds
+
+    def end_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Keep what belongs to a step as a whole; the log shows the last one's."""
+        self._grad_norm, self._learning_rate = grad_norm, learning_rate
+
+    def end(self) -> dict[str, float | None]:
+        """Return the means per token, and the speed; start the next interval."""
+        terms = torch.stack(self._terms).cpu().double().sum(0)  # not every device has float64
+        own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
+        everyone = self.accelerator.reduce(own.float().to(self.accelerator.device)).tolist()
+        loss, cross_entropy, kl, agreement, tokens, audio_seconds = everyone
+        elapsed = time.perf_counter() - self._started
+        values: dict[str, float | None] = {
+            "train/loss": loss / max(tokens, 1),
+            "train/cross_entropy": cross_entropy / max(tokens, 1),
+            "train/kl": kl / max(tokens, 1),
+            "train/agreement": agreement / max(tokens, 1) if self.taught else None,
+            "train/grad_norm": float(self._grad_norm),
+            "train/learning_rate": self._learning_rate,
+            "train/tokens_per_second": tokens / elapsed,
+            "train/audio_seconds_per_second": audio_seconds / elapsed,
+        }
+        self._restart()
+        return values
+
+    def _restart(self) -> None:
+        self._terms: list[torch.Tensor] = []
+        self._seconds = 0.0
+        self._started = time.perf_counter()
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one object per line, and the same numbers for TensorBoard if wanted.
+
+    A run that resumes from a step first takes back what was logged after it.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool, enabled: bool) -> None:
+        """Open both for a run that goes on after `first_step`; `enabled`: in the main process."""
+        self._path = folder / "metrics.jsonl"
+        self._writer = None
+        self._enabled = enabled
+        if not enabled:
+            return
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # From step 0 a run begins anew, and scores the teacher anew.
+            kept = [
+                line
+                for line in lines
+                if first_step and (row := _row(line)) and row["step"] <= first_step
+            ]
+            write_atomically(self._path, "".join(kept).encode())
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
+
+    def log(self, step: int, values: dict[str, float | None]) -> None:
+        """Append the values of one step; None, and what JSON has no number for, is kept as null."""
+        if not self._enabled:
+            return
+        # A step that the gradient scaler of fp16 skips has an infinite norm.
+        values = {
+            name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer:
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw what `metrics.jsonl` says over the steps, as PNG."""
+    from matplotlib.figure import Figure  # it takes a second to import, and is not always needed
+
+    rows = [row for line in metrics.read_text(encoding="utf-8").splitlines() if (row := _row(line))]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, (title, unit, names) in zip(figure.subplots(2, 2).flat, DRAWINGS, strict=True):
+        for (name, label), colour, dash in zip(names.items(), COLOURS, DASHES, strict=False):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            if "teacher" in name:  # it does not learn
+                axes.axhline(values[-1], label=label, color=colour, linestyle=dash)
+            else:
+                few = "o" if len(points) < 50 else None
+                axes.plot(steps, values, label=label, color=colour, ls=dash, marker=few, ms=3)
+        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(picture, buffer.getvalue())
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row: Row = json.loads(line)
+        return row
+    except ValueError:  # a kill can tear the last line
+        return None

@@ -1,0 +1,171 @@
+"""Which examples a training run uses when, computed rather than remembered.
+
+Whatever is drawn at random is drawn from the seed and its place in the plan: so it differs from
+epoch to epoch, but not with the number of processes and workers, nor after a stop. It knows nothing
+of audio or tokens. Called by `trainer.py` and `training_data.py`.
+"""
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+POOL_OF_STEPS = 32  # how many optimizer steps' utterances are sorted by length together
+
+
+class Drawn(enum.IntEnum):
+    """What is drawn; another number never gives the same random values."""
+
+    ORDER = 0
+    POOL = 1
+    LAP = 2
+    TIMESTAMPS = 3
+    PREVIOUS_TEXT = 4
+    VIEW = 5
+
+
+def draw(seed: int, what: Drawn, *where: int) -> np.random.Generator:
+    """Return the random numbers of one place in the plan."""
+    return np.random.default_rng([seed, what, *where])
+
+
+class Visit(NamedTuple):
+    """One use of an example.
+
+    Attributes:
+        example: which one.
+        position: of the use in the endless stream of all uses.
+        use: how often the example has been used before.
+    """
+
+    example: int
+    position: int
+    use: int
+
+
+class TrainingPlan:
+    """Which examples each optimizer step learns from, computed from the step's number alone.
+
+    One endless stream of shuffled epochs is cut into steps of equal size. So there is no smaller
+    last step to weigh wrongly, a resumed run goes on where it stopped, and a step holds the same
+    examples however many processes and micro-batches share it.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float],
+        length: Callable[[Visit], int],
+        step_size: int,
+        bucketing: bool,
+        seed: int,
+    ) -> None:
+        """Remember the plan.
+
+        Args:
+            weights: of each example, how often an epoch uses it.
+            length: returns how many tokens a visit has.
+            step_size: examples of one optimizer step, in all processes together.
+            bucketing: fill steps with examples of similar length, so that less is padded.
+            seed: of the shuffling.
+        """
+        each = np.asarray(weights, dtype=float)
+        self._groups = [
+            (float(weight), np.flatnonzero(each == weight)) for weight in np.unique(each)
+        ]
+        self.length = length
+        self.step_size = step_size
+        self.seed = seed
+        steps_per_epoch = max(1, round(each.sum()) // step_size)
+        # A pool far smaller than an epoch, or neighbours in length would always meet again.
+        self.pool_steps = max(1, min(POOL_OF_STEPS, steps_per_epoch // 4)) if bucketing else 1
+        self._pool: tuple[int, list[list[Visit]]] = (-1, [])
+        self._epoch: tuple[range, np.ndarray] = (range(0), np.empty(0))
+
+    def step(self, number: int) -> list[Visit]:
+        """Return the visits of step `number`, from 0, the shortest first."""
+        pool, place = divmod(number, self.pool_steps)
+        if self._pool[0] != pool:
+            self._pool = (pool, self._make_pool(pool))
+        return self._pool[1][place]
+
+    def _make_pool(self, pool: int) -> list[list[Visit]]:
+        """Return the visits of each of a pool's steps, sorted by length within the pool."""
+        size = self.pool_steps * self.step_size
+        visits = [self._at(position) for position in range(pool * size, (pool + 1) * size)]
+        by_length = np.argsort([self.length(visit) for visit in visits], kind="stable")
+        steps = by_length.reshape(self.pool_steps, self.step_size)
+        shuffled = self._random(Drawn.POOL, pool).permutation(steps).tolist()
+        return [[visits[place] for place in step] for step in shuffled]
+
+    def _at(self, position: int) -> Visit:
+        """Return the visit at a position of the endless stream."""
+        if position not in self._epoch[0]:
+            self._epoch = self._epoch_around(position)
+        positions, visits = self._epoch
+        example, use = visits[position - positions.start].tolist()
+        return Visit(example, position, use)
+
+    def _epoch_around(self, position: int) -> tuple[range, np.ndarray]:
+        """Return which positions the epoch has that holds this one; and int64 [size, 2], its uses.
+
+        Each use is an example and how often it was used before.
+        """
+        epoch = int(position / sum(weight * len(rows) for weight, rows in self._groups))
+        # The sizes of epochs whose weights are no whole numbers differ by one.
+        while self._first_of(epoch) > position:
+            epoch -= 1
+        while self._first_of(epoch + 1) <= position:
+            epoch += 1
+        uses = np.concatenate([self._uses(group, epoch) for group in range(len(self._groups))])
+        shuffled = uses[self._random(Drawn.ORDER, epoch).permutation(len(uses))]
+        return range(self._first_of(epoch), self._first_of(epoch + 1)), shuffled
+
+    def _first_of(self, epoch: int) -> int:
+        return sum(self._used_before(group, epoch) for group in range(len(self._groups)))
+
+    def _used_before(self, group: int, epoch: int) -> int:
+        """Return how many uses of a group's examples come before an epoch."""
+        weight, rows = self._groups[group]
+        return round(weight * len(rows) * epoch)
+
+    def _uses(self, group: int, epoch: int) -> np.ndarray:
+        """Return int64 [uses, 2]: an epoch's part of the endless laps through a group's examples.
+
+        Each lap has every example once, in an order of its own, so that those of weight 0.5 do not
+        always come together.
+        """
+        first, last = self._used_before(group, epoch), self._used_before(group, epoch + 1)
+        _, rows = self._groups[group]
+        parts = [np.empty((0, 2), dtype=np.int64)]
+        for lap in range(first // len(rows), -(-last // len(rows))):
+            order = self._random(Drawn.LAP, group, lap).permutation(rows)
+            begin = lap * len(rows)
+            some = np.sort(order[max(first - begin, 0) : last - begin])
+            parts.append(np.stack([some, np.full_like(some, lap)], axis=1))
+        return np.concatenate(parts)
+
+    def _random(self, what: Drawn, *where: int) -> np.random.Generator:
+        return draw(self.seed, what, *where)
+
+
+class MicroBatches:
+    """One process's micro-batches, in the order of their use; each is computed when asked for."""
+
+    def __init__(
+        self, plan: TrainingPlan, steps: range, size: int, rank: int, processes: int
+    ) -> None:
+        """Remember which share this is: `size` examples at a time, those of process `rank`."""
+        self.plan, self.steps, self.size = plan, steps, size
+        self.rank, self.processes = rank, processes
+        self.per_step = plan.step_size // (size * processes)
+
+    def __len__(self) -> int:
+        """Return how many there are over all steps."""
+        return len(self.steps) * self.per_step
+
+    def __getitem__(self, index: int) -> list[Visit]:
+        """Return the visits of one micro-batch; those of the processes alternate in length."""
+        step, place = divmod(index, self.per_step)
+        start = (place * self.processes + self.rank) * self.size
+        return self.plan.step(self.steps[step])[start : start + self.size]
