@@ -38,8 +38,15 @@ def make_accelerator(
     """Return what trains on this device, together with other processes, all random states seeded.
 
     Raises:
-        ConfigError: the device cannot compute in this precision.
+        ConfigError: the device cannot compute in this precision, or models would be cut up.
     """
+    for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true"):
+            raise ConfigError(
+                f"the launcher asks for {way}, which cuts a model into parts: a student fits into "
+                "one GPU, so launch with plain data parallelism (DDP). For a teacher that leaves "
+                'it no room: teacher.dtype "bfloat16", teacher.device, or a teacher_cache.folder'
+            )
     gpu = torch.cuda.is_available()
     if precision == "fp16" and not gpu:
         raise ConfigError('precision: "fp16" needs a GPU; "float32" and "bf16" run everywhere')

@@ -143,7 +143,7 @@ class Trainer:
         every = self.config.checkpoints.every_steps
         steps = self._micro_batches_of_each_step(examples)
         progress = Progress("training", "steps", self.length.max_steps, self.state.step)
-        for group in progress.over(steps):
+        for group in () if self._has_stopped_improving() else progress.over(steps):
             stop = self.train_step(group)
             self.state.step += 1
             step, last = self.state.step, self.state.step == self.length.max_steps

@@ -217,6 +217,16 @@ def test_fp16_without_a_gpu_is_refused(tmp_path: Path, setting: Setting) -> None
         assemble(write_config(tmp_path / "run", setting, precision="fp16"))
 
 
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_would_cut_the_model_into_parts_is_refused(
+    tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What `accelerate launch` sets for its processes."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    with pytest.raises(ConfigError, match=f"{way}.*plain data parallelism"):
+        assemble(write_config(tmp_path / "run", setting))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_teacher_runs_in_its_dtype(tmp_path: Path, setting: Setting, dtype: str) -> None:
     trainer, examples = assemble(
@@ -553,3 +563,138 @@ def test_a_checkpoint_of_other_rows_is_not_gone_on_from(
     trainer, examples = assemble(path)
     with pytest.raises(ConfigError, match="other training rows"):
         trainer.train(examples[:-1])
+
+
+# Less memory, more speed, weights that are averaged
+
+
+def test_activation_checkpointing_computes_layers_twice_and_changes_nothing(
+    tmp_path: Path, setting: Setting
+) -> None:
+    found = {}
+    for wanted in (False, True):
+        path = write_config(tmp_path / str(wanted), setting, activation_checkpointing=wanted)
+        trainer, examples = assemble(path)
+        calls: list[int] = []
+        trainer.student.model.model.decoder.layers[0].fc1.register_forward_hook(
+            lambda module, inputs, output, calls=calls: calls.append(1)
+        )
+        trainer.train(examples)
+        found[wanted] = len(calls), logged(tmp_path / str(wanted), "train/loss")
+    assert found[True][0] == 2 * found[False][0] == 8
+    assert found[True][1] == pytest.approx(found[False][1], rel=1e-6)
+
+
+@pytest.mark.gpu  # it passes on a CPU too, in minutes
+def test_a_compiled_student_learns_the_same(tmp_path: Path, setting: Setting) -> None:
+    losses = [
+        logged(distil(write_config(tmp_path / str(wanted), setting, compile=wanted)), "train/loss")
+        for wanted in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    weights = weights_in(tmp_path / "True" / "final")
+    assert weights.keys() == weights_in(tmp_path / "False" / "final").keys()
+
+
+def test_the_teachers_device_is_obeyed_or_refused(tmp_path: Path, setting: Setting) -> None:
+    trainer, _ = assemble(write_config(tmp_path / "cpu", setting, teacher=on(setting, "cpu")))
+    assert trainer.teacher.device == torch.device("cpu")
+    path = write_config(tmp_path / "gpu", setting, teacher=on(setting, "cuda:99"))
+    with pytest.raises(ConfigError, match=r'teacher\.device: "cuda:99", but this machine has'):
+        assemble(path)
+
+
+def on(setting: Setting, device: str) -> dict[str, str]:
+    return {"path": str(setting.teacher), "device": device}
+
+
+def test_where_memory_ends_the_keys_to_change_are_named(tmp_path: Path, setting: Setting) -> None:
+    trainer, examples = assemble(write_config(tmp_path / "run", setting))
+
+    def exhaust(*call: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    trainer.student.model.model.decoder.register_forward_hook(exhaust)
+    with pytest.raises(ConfigError, match=r"step 1: memory does not suffice .*2\.00 GiB") as caught:
+        trainer.train(examples)
+    assert "batch.micro_batch_size below 4" in str(caught.value)
+    assert "activation_checkpointing true" in str(caught.value)
+
+
+def test_another_error_is_not_taken_for_the_end_of_memory(tmp_path: Path, setting: Setting) -> None:
+    trainer, examples = assemble(write_config(tmp_path / "run", setting))
+
+    def fail(*call: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    trainer.student.model.model.decoder.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        trainer.train(examples)
+
+
+def test_averaged_weights_are_what_is_kept_and_survive_a_stop(
+    tmp_path: Path, setting: Setting
+) -> None:
+    """By hand, from the weights after each step."""
+    options = {"optimizer": {"learning_rate": 1e-2, "average_decay": 0.5}}
+    trainer, examples = assemble(write_config(tmp_path / "run", setting, **options))
+    name = "model.decoder.layers.0.fc1.weight"
+    weight = dict(trainer.student.model.named_parameters())[name]
+    expected, steps = weight.detach().clone().double(), []
+
+    def after_step(*call: object) -> None:
+        steps.append(weight.detach().clone().double())
+
+    trainer.optimizer.optimizer.register_step_post_hook(after_step)
+    trainer.train(examples)
+    for number, value in enumerate(steps, 1):
+        decay = min(0.5, number / (number + 10))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(weight.detach().double(), expected)
+    assert float((expected - steps[-1]).abs().max()) > 1e-4
+
+    whole = weights_in(distil(write_config(tmp_path / "whole", setting, **options)) / "final")
+    path = write_config(tmp_path / "stopped", setting, **options, checkpoints={"every_steps": 2})
+    trainer, examples = assemble(path)
+    with trainer.run.stop_signals(), pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        trainer.train(examples)
+    assert largest_difference(weights_in(distil(path) / "final"), whole) == 0
+
+
+def test_a_run_that_gets_no_better_stops_early(tmp_path: Path, setting: Setting) -> None:
+    """With a learning rate that changes no weight the first score stays the best."""
+    path = write_config(
+        tmp_path / "run",
+        setting,
+        data__dev_manifest=setting.train,
+        optimizer__learning_rate=1e-12,
+        schedule={"max_steps": 50, "epochs": None, "warmup_steps": 0},
+        validation={"every_steps": 2, "early_stopping_patience": 2, "score_teacher": False},
+    )
+    folder = distil(path)
+    assert len(logged(folder, "train/loss")) == 6
+    assert len(logged(folder, "validation/student/error_rate")) == 3
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_has_stopped_early_is_not_taken_up_again(
+    tmp_path: Path, setting: Setting
+) -> None:
+    path = write_config(
+        tmp_path / "run",
+        setting,
+        data__dev_manifest=setting.train,
+        optimizer__learning_rate=1e-12,
+        schedule={"max_steps": 50, "epochs": None, "warmup_steps": 0},
+        validation={"every_steps": 1, "early_stopping_patience": 1, "score_teacher": False},
+        checkpoints={"every_steps": 2},
+    )
+    folder = distil(path)
+    assert len(logged(folder, "train/loss")) == 2
+    # As if it was killed between its last checkpoint and its end.
+    write_atomically(folder / "run_info.json", b'{"outcome": "running"}')
+    shutil.rmtree(folder / "final")
+    distil(path)
+    assert len(logged(folder, "train/loss")) == 2
+    assert (folder / "final" / "config.json").exists()
