@@ -34,6 +34,7 @@ from simpler_distil_whisper.training_plan import Drawn, MicroBatches, Visit, dra
 from simpler_distil_whisper.whisper import TIME_STEP, SpecialTokens
 
 UNREADABLE = "unreadable audio"  # the kind of reason that counts against max_bad_fraction
+WITH_SEGMENTS = "with segments"
 
 
 class TimedTokens(NamedTuple):
@@ -172,12 +173,18 @@ class ExampleFilter:
         return Selection(examples, rejections, report)
 
     def _say_what_can_be_drawn(self, examples: Sequence[Example]) -> None:
-        if self.data.timestamp_probability:
-            for kind, count in self.timed.items():
-                log.info("kept training rows, %s: %d", kind, count)
+        for kind, count in self.timed.items():
+            log.info("kept training rows, %s: %d", kind, count)
+        if self.data.timestamp_probability and not self.timed[WITH_SEGMENTS]:
+            log.warning(
+                "data.timestamp_probability is %g, but no row can be learnt with timestamps: set "
+                "decoding.timestamps or pack.enabled when labelling",
+                self.data.timestamp_probability,
+            )
         if self.data.previous_text_probability:
             count = sum(bool(example.previous) for example in examples)
-            log.info("kept training rows, with previous text: %d", count)
+            say = log.info if count else log.warning
+            say("kept training rows, with previous text: %d", count)
 
     def _example(self, utterance: Utterance, seconds: float, weight: float) -> Example:
         if not (utterance.text or "").strip():
@@ -243,9 +250,9 @@ class ExampleFilter:
         elif positions > self.max_positions:
             kind = "without timestamps, since with them they are too long"
         else:
-            kind = "with segments"
+            kind = WITH_SEGMENTS
         self.timed[kind] += 1
-        return sentences if kind == "with segments" else ()
+        return sentences if kind == WITH_SEGMENTS else ()
 
     def _segments(self, utterance: Utterance) -> list[_Segment]:
         """Return what a row says of when its sentences were said, sentences without text left out.

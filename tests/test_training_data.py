@@ -465,6 +465,16 @@ def test_rows_that_cannot_be_timed_are_learnt_without_and_counted(
     ]
 
 
+def test_asking_for_timestamps_and_having_none_is_worth_a_warning(
+    select: Select, caplog: pytest.LogCaptureFixture
+) -> None:
+    select(row(), **ALWAYS, previous_text_probability=0.5)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    timed, previous = caplog.messages
+    assert timed.startswith("data.timestamp_probability is 1, but no row can be learnt with")
+    assert previous == "kept training rows, with previous text: 0"
+
+
 @pytest.mark.parametrize(("letters", "timed"), [(14, True), (15, False)])
 def test_timestamps_are_learnt_where_the_decoder_has_room_for_them(
     select: Select, letters: int, timed: bool

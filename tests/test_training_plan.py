@@ -84,7 +84,7 @@ def test_no_example_comes_again_before_all_have_come(count: int, size: int, seed
 
 
 @given(PLAN, st.integers(0, 14))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_a_resumed_run_sees_the_tail_of_the_whole_run(plan: TrainingPlan, start: int) -> None:
     whole = [plan.step(step) for step in range(15)]
     again = plan_of(plan.length.args[0], plan.step_size, plan.pool_steps > 1, plan.seed)
@@ -193,7 +193,7 @@ def test_rows_of_half_weight_do_not_always_come_together() -> None:
     st.integers(1, 5),
     st.integers(0, 3),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_in_the_long_run_every_row_is_used_in_proportion_to_its_weight(
     weights: list[float], size: int, seed: int
 ) -> None:
