@@ -69,6 +69,10 @@ def chain_configs(folder: Path, out: str) -> dict[str, Config]:
             "output_dir": f"{out}/create_student_model",
             "teacher": teacher,
             "student": {"decoder_layers": 2},
+            "layer_scoring": {
+                "manifest": f"{out}/run_pseudo_labelling/pseudo_labels.jsonl",
+                "max_utterances": 4,
+            },
         },
         "run_distillation": {
             "output_dir": f"{out}/run_distillation",

@@ -311,9 +311,10 @@ def test_problems_end_a_script_with_exit_code_2(
     assert done.returncode == 2
     assert done.stdout == ""
     path = tmp_path / "config.json"
+    section = "layer_scoring" if name == "create_student_model" else "data"
     assert done.stderr.splitlines() == [
         f'{path}: output_dri: unknown key. Did you mean "output_dir"?',
-        f'{path}: data_path: unknown key: it is now "data.manifest"',
+        f'{path}: data_path: unknown key: it is now "{section}.manifest"',
     ]
     assert not output.exists()
 

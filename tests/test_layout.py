@@ -21,10 +21,10 @@ SCRIPTS = [
 # In reading order: a module imports only modules that stand before it. Those of the first line
 # need neither torch nor transformers, so that a script can check everything before it loads them.
 LIGHT = "__init__ config text audio jsonl run options metrics model_folder manifest row_results"
-LIGHT += " hypotheses report page label_quality packing training_options"
-HEAVY = "workers devices weights pruning whisper teacher_cache batches losses token_rules decoder"
-HEAVY += " search speculative decoding long_form transcription training_plan augment training_data"
-HEAVY += " teacher training validation training_log trainer"
+LIGHT += " hypotheses report page label_quality packing training_options pruning layer_search"
+HEAVY = "workers devices weights whisper teacher_cache batches losses token_rules decoder search"
+HEAVY += " speculative decoding long_form transcription training_plan augment training_data"
+HEAVY += " layer_scoring teacher training validation training_log trainer"
 ORDER = [*LIGHT.split(), *HEAVY.split()]
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
@@ -33,6 +33,7 @@ PURE = {
     "audio": set(),
     "text": {"config"},
     "pruning": set(),
+    "layer_search": {"pruning"},
     "metrics": {"config", "text"},
     "losses": {"batches"},
 }
