@@ -119,8 +119,24 @@ def run_length(config: DistillationConfig, epoch_size: float) -> RunLength:
     return RunLength(step_size, max_steps, every)
 
 
+def check(config: DistillationConfig, prepared: Prepared) -> None:
+    """Rehearse the run for a few steps, and say what is wrong and what it will cost."""
+    from simpler_distil_whisper.preflight import check_thoroughly, rehearsal
+    from simpler_distil_whisper.whisper import quieten_libraries
+
+    if process_count() > 1:
+        log.info("No step is rehearsed by several processes: for that, leave the launcher out.")
+        return
+    quieten_libraries()
+    log.info("Rehearsing some steps, in a folder that is thrown away ...")
+    with rehearsal(config) as (rehearsed, run):
+        trainer = assemble(rehearsed, prepared, run)
+        check_thoroughly(config, trainer, prepared.selection, prepared.dev)
+
+
 def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     """Load both models, train the student, write `final/`."""
+    from simpler_distil_whisper.preflight import check_at_start
     from simpler_distil_whisper.whisper import quieten_libraries, save_whisper
 
     quieten_libraries()
@@ -131,6 +147,8 @@ def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
             write_atomically(rejected, "".join(lines).encode())
         run.note(filters=prepared.selection.report)
     trainer = assemble(config, prepared, run)
+    if not trainer.state.step:
+        check_at_start(trainer, prepared.selection, prepared.dev)
     if prepared.dev:
         trainer.validate_on(prepared.dev)
     trainer.train(prepared.selection.examples)
@@ -171,4 +189,6 @@ def assemble(config: DistillationConfig, prepared: Prepared, run: Run) -> "Train
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("run_distillation", __doc__, DistillationConfig, prepare, work))
+    sys.exit(
+        run_script("run_distillation", __doc__, DistillationConfig, prepare, work, check=check)
+    )

@@ -3,6 +3,7 @@
 Pure functions of tensors. Called by `training.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,21 +75,20 @@ def distillation_loss(
         labels: int64 [B, L]: the next token, IGNORE_INDEX where the loss must not look.
         weights: of both terms, and the temperature T > 0 of `kl`.
     """
-    real = labels != IGNORE_INDEX
     loss, cross_entropy, kl, agreement = _LossInChunks.apply(  # type: ignore[no-untyped-call]
-        student_states[real],
+        student_states.flatten(0, 1),
         # Under no_grad a frozen head, for a function is not told that no gradient is wanted.
         student_head if torch.is_grad_enabled() else student_head.detach(),
-        None if teacher_states is None else teacher_states[real],
+        None if teacher_states is None else teacher_states.flatten(0, 1),
         teacher_head,
-        labels[real],
+        labels.flatten(),
         weights,
     )
-    return LossTerms(loss, cross_entropy, kl, agreement, real.sum())
+    return LossTerms(loss, cross_entropy, kl, agreement, (labels != IGNORE_INDEX).sum())
 
 
 class _LossInChunks(torch.autograd.Function):
-    """The loss of N tokens. Its gradients are made in `forward`; `backward` only scales them."""
+    """The loss of N positions. Its gradients are made in `forward`; `backward` scales them."""
 
     @staticmethod
     def forward(
@@ -111,21 +111,26 @@ class _LossInChunks(torch.autograd.Function):
             torch.zeros_like(each, dtype=exact) if wanted else None
             for each, wanted in zip((states, head), ctx.needs_input_grad, strict=False)
         )
-        for start in range(0, len(labels), CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            target = None
+        # Taken once: what is taken and given back for each chunk leaves holes in a CPU's memory.
+        size = min(CHUNK_TOKENS, len(labels)), len(head)
+        workspace = torch.empty(4, *size, dtype=exact, device=head.device)
+        real = (labels != IGNORE_INDEX).nonzero().flatten()
+        for places in torch.split(real, CHUNK_TOKENS):
+            logits, target, *others = workspace[:, : len(places)]
             if teacher is not None:
-                target = _logits(teacher[0][rows], teacher[1])
-                target = target.div_(weights.temperature).log_softmax(-1)
-            logits = _logits(states[rows], head)
-            terms, gradient = _terms_and_gradient(logits, target, labels[rows], weights)
+                _multiply(teacher[0][places], teacher[1].T, out=logits)
+                torch.log_softmax(logits.div_(weights.temperature), -1, out=target)
+            chosen = states[places]
+            _multiply(chosen, head.T, out=logits)
+            terms, gradient = _terms_and_gradient(
+                logits, None if teacher is None else target, labels[places], weights, others
+            )
             sums += terms
             gradient = gradient.to(head.dtype)
             if of_states is not None:
-                of_states[rows] = gradient @ head
+                of_states[places] = (gradient @ head).to(exact)
             if of_head is not None:
-                _add_product(of_head, gradient.T, states[rows])
-            del target, logits, gradient  # else they stay while the next ones are made
+                _add_product(of_head, gradient.T, chosen)
         ctx.save_for_backward(of_states, of_head)
         ctx.dtypes = student_states.dtype, student_head.dtype
         cross_entropy, kl, agreement = sums
@@ -153,41 +158,50 @@ def _in_dtype_of_product(states: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     return states.to(dtype), head.to(dtype)
 
 
-def _logits(states: Tensor, head: Tensor) -> Tensor:
-    """Return [C, V], at least in float32."""
-    product = states @ head.T
-    return product.to(torch.promote_types(product.dtype, torch.float32))
-
-
 def _terms_and_gradient(
-    logits: Tensor, target: Tensor | None, labels: Tensor, weights: LossWeights
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor,
+    weights: LossWeights,
+    others: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return what some tokens add to the sums, and the gradient of their loss.
 
-    Tensors are overwritten with what is made of them, since each holds C * V numbers.
-
     Args:
-        logits: float [C, V]: the student's.
-        target: float [C, V]: the teacher's log-probabilities at the temperature; None: no teacher.
+        logits: float [C, V]: the student's; overwritten.
+        target: float [C, V]: the teacher's log-probabilities at the temperature, overwritten; None:
+            there is no teacher.
         labels: int64 [C].
         weights: of the terms.
+        others: two more tensors of this size to write to.
 
     Returns:
-        float [3]: cross-entropy, KL and agreement; float [C, V]: the gradient for the logits.
+        float [3]: cross-entropy, KL and agreement; float [C, V]: the gradient for the logits, in
+        one of `others`.
     """
-    log_q = logits.log_softmax(-1)
-    cross_entropy = -log_q.gather(1, labels[:, None]).sum()
-    gradient = log_q.exp_()
+    gradient, log_q = others
+    torch.log_softmax(logits, -1, out=gradient)
+    cross_entropy = -gradient.gather(1, labels[:, None]).sum()
+    gradient.exp_()
     gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
     gradient *= weights.cross_entropy
     if target is None:
         return torch.stack([cross_entropy, *cross_entropy.new_zeros(2)]), gradient
-    agreement = (logits.argmax(-1) == target.argmax(-1)).sum()
-    log_q = (logits / weights.temperature).log_softmax(-1)
-    p = target.exp()
+    said = target.gather(1, logits.argmax(-1, keepdim=True))
+    agreement = (said == target.amax(-1, keepdim=True)).sum()  # faster than a second argmax
+    torch.log_softmax(logits.div_(weights.temperature), -1, out=log_q)
+    p = torch.exp(target, out=logits)
     kl = weights.temperature**2 * target.sub_(log_q).mul_(p).sum()
     gradient.add_(log_q.exp_().sub_(p), alpha=weights.kl * weights.temperature)
     return torch.stack([cross_entropy, kl, agreement]), gradient
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write left @ right to a tensor, which may be finer than both."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -6,6 +6,7 @@ It knows nothing of audio or models. Called by the `__main__` block of each scri
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import logging
@@ -39,9 +40,10 @@ Exit codes: 0 done, 1 bug, 2 config, 3 data, 130/143 interrupted with the work s
 # Keys that change how a run goes but not what it computes: a resumed run may change them.
 HARMLESS_KEYS = {
     *("resume", "output_dir", "data.num_workers", "data.max_bad_fraction"),
-    "teacher_cache.max_gigabytes",
+    *("teacher_cache.max_gigabytes", "check.learning_rate_range_test"),
 }
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
 
 Prepared = TypeVar("Prepared")
@@ -194,6 +196,7 @@ def run_script(
     prepare: Callable[[Config], Prepared],
     work: Callable[[Config, Prepared, Run], str],
     *,
+    check: Callable[[Config, Prepared], None] | None = None,
     overwrite: bool = False,
 ) -> int:
     """Run one script from its command line and return its exit code.
@@ -206,6 +209,7 @@ def run_script(
             nothing, so that it is also what `--check` does, and it checks what needs no import of
             torch first, so that a mistake is answered at once.
         work: does the work and returns the closing words: what was written, what to run next.
+        check: what `--check` does after `prepare`, if more; it leaves `output_dir` alone.
         overwrite: a new run in the same folder replaces its own results (for work of seconds).
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
@@ -226,6 +230,8 @@ def run_script(
             )
         prepared = prepare(config)
         if "--check" in sys.argv[1:]:
+            if check:
+                check(config, prepared)
             log.info("%s: all checked, nothing done.", path)
             return 0
         run = Run(name, path, config, overwrite=overwrite)
@@ -244,11 +250,12 @@ def run_script(
         return _fail(run, 3, str(error))
     except (Interrupted, KeyboardInterrupt):
         number = (run.stop_signal if run else None) or signal.SIGINT
-        if run:
-            run.close("interrupted")
+        _close(run, "interrupted")
         log.warning("Interrupted; run the same command again to continue.")
         return 128 + number
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            return _fail(run, 3, f"{error}: make room, and run the same command again")
         where = f" The log is {run.folder / 'log.txt'}." if run else ""
         return _fail(run, 1, f"{traceback.format_exc()}This is a bug, please report it.{where}")
 
@@ -333,9 +340,14 @@ class Progress:
 
 def _fail(run: Run | None, code: int, message: str) -> int:
     log.error("%s", message)
-    if run:
-        run.close("failed")
+    _close(run, "failed")
     return code
+
+
+def _close(run: Run | None, outcome: str) -> None:
+    if run:
+        with contextlib.suppress(OSError):  # a full disk cannot take this either
+            run.close(outcome)
 
 
 class _AboveTheProgressBar(logging.Handler):

@@ -105,7 +105,7 @@ class Trainer:
         )
         self.rejected = run.folder / "rejected.jsonl"
         self.known_rejections = places_in(self.rejected)
-        self.interval = Interval(accelerator, taught=weights.kl > 0)
+        self.interval = Interval(accelerator, weights.kl > 0, self.state.unlogged)
         self.validation: Validation | None = None
         log.info(
             "%s, precision %s, teacher in %s, one encoder for both models: %s",
@@ -141,7 +141,7 @@ class Trainer:
         """
         self._refuse_other_plan(examples)
         every = self.config.checkpoints.every_steps
-        steps = self._micro_batches_of_each_step(examples)
+        steps = self.micro_batches_of_each_step(examples)
         progress = Progress("training", "steps", self.length.max_steps, self.state.step)
         for group in () if self._has_stopped_improving() else progress.over(steps):
             stop = self.train_step(group)
@@ -156,6 +156,7 @@ class Trainer:
             if self.validation and validate:
                 self._validate(self.validation)
             if save:
+                self.state.unlogged = self.interval.sums()
                 self.checkpoints.save(self.state)
             if stop and not last:
                 self._report_cache()
@@ -248,9 +249,10 @@ class Trainer:
         self.accelerator.backward(terms.loss * self.accelerator.num_processes / tokens)
         self.interval.add(terms, batch)
 
-    def _micro_batches_of_each_step(
+    def micro_batches_of_each_step(
         self, examples: Sequence[Example]
     ) -> Iterator[tuple[TrainingBatch, ...]]:
+        """Yield this process's micro-batches of each step that is left, loaded ahead of use."""
         batch, accelerator, seed = self.config.batch, self.accelerator, self.config.seed
         student, data = self.student, self.config.data
         positions = student.model.config.max_target_positions
@@ -298,6 +300,8 @@ class Trainer:
     def _keep_rejections(self, rejections: Iterable[Rejection]) -> None:
         """Say once of each example that its audio, whose header was good, cannot be decoded."""
         for rejection in rejections:
+            if rejection.place not in self.known_rejections:
+                self.known_rejections = places_in(self.rejected)  # the others add to it too
             if rejection.place in self.known_rejections:
                 continue
             self.known_rejections.add(rejection.place)

@@ -204,6 +204,7 @@ class TrainerState:
         best_error_rate: of the student on the dev manifest so far; None: not validated yet.
         validations_since_best: how many found nothing better.
         teacher_error_rate: scored once, since it never changes.
+        unlogged: sums of the steps that no line of the log shows yet (`Interval.sums`).
     """
 
     step: int = 0
@@ -211,6 +212,7 @@ class TrainerState:
     best_error_rate: float | None = None
     validations_since_best: int = 0
     teacher_error_rate: float | None = None
+    unlogged: list[float] | None = None
 
 
 class MovingAverage:

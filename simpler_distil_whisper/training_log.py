@@ -7,6 +7,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,11 +43,21 @@ DASHES = ("solid", "dashed")
 class Interval:
     """What was learnt since the last line of the log, in all processes together."""
 
-    def __init__(self, accelerator: Accelerator, taught: bool) -> None:
-        """Start the first interval; `taught`: the loss has a part of the teacher's."""
+    def __init__(
+        self, accelerator: Accelerator, taught: bool, carried: Sequence[float] | None = None
+    ) -> None:
+        """Start the first interval.
+
+        Args:
+            accelerator: of this process and the others.
+            taught: the loss has a part of the teacher's.
+            carried: what `sums` said in the checkpoint from which the run goes on.
+        """
         self.accelerator = accelerator
         self.taught = taught
         self._restart()
+        if carried is not None:
+            self._carried = torch.tensor(carried, dtype=torch.float64)
 
     def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
         """Count one micro-batch; nothing waits for the device here."""
@@ -59,10 +70,9 @@ class Interval:
 
     def end(self) -> dict[str, float | None]:
         """Return the means per token, and the speed; start the next interval."""
-        terms = torch.stack(self._terms).cpu().double().sum(0)  # not every device has float64
-        own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
-        everyone = self.accelerator.reduce(own.float().to(self.accelerator.device)).tolist()
-        loss, cross_entropy, kl, agreement, tokens, audio_seconds = everyone
+        sums = self._new_sums()
+        loss, cross_entropy, kl, agreement, tokens = (self._carried + sums)[:5].tolist()
+        new_tokens, new_seconds = sums[4:].tolist()
         elapsed = time.perf_counter() - self._started
         values: dict[str, float | None] = {
             "train/loss": loss / max(tokens, 1),
@@ -71,15 +81,30 @@ class Interval:
             "train/agreement": agreement / max(tokens, 1) if self.taught else None,
             "train/grad_norm": float(self._grad_norm),
             "train/learning_rate": self._learning_rate,
-            "train/tokens_per_second": tokens / elapsed,
-            "train/audio_seconds_per_second": audio_seconds / elapsed,
+            "train/tokens_per_second": new_tokens / elapsed,
+            "train/audio_seconds_per_second": new_seconds / elapsed,
         }
         self._restart()
         return values
 
+    def sums(self) -> list[float]:
+        """Return what a checkpoint in the midst of the interval keeps; call it in every process."""
+        sums: list[float] = (self._carried + self._new_sums()).tolist()
+        return sums
+
+    def _new_sums(self) -> torch.Tensor:
+        """Return float64 [6] on the CPU: loss terms, tokens, seconds since this process started."""
+        none = torch.zeros(5, device=self.accelerator.device)
+        terms = torch.stack([none, *self._terms]).cpu().double().sum(0)
+        own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
+        if self.accelerator.num_processes > 1:  # alone, a device need not have float64
+            own = self.accelerator.reduce(own.to(self.accelerator.device)).cpu()
+        return own
+
     def _restart(self) -> None:
         self._terms: list[torch.Tensor] = []
         self._seconds = 0.0
+        self._carried = torch.zeros(6, dtype=torch.float64)
         self._started = time.perf_counter()
 
 

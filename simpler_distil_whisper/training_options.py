@@ -288,6 +288,16 @@ class LoggingOptions(StrictModel):
     tensorboard: bool = Field(True, description="Write logs/ for TensorBoard.")
 
 
+class CheckOptions(StrictModel):
+    """What `--check` does beside what it always does; without effect on a run."""
+
+    learning_rate_range_test: bool = Field(
+        False,
+        description="Try learning rates for about a minute, suggest one, and draw the losses "
+        "beside output_dir, as <output_dir>.learning_rate.png.",
+    )
+
+
 class DistillationConfig(StrictModel):
     """run_distillation.json."""
 
@@ -319,6 +329,7 @@ class DistillationConfig(StrictModel):
     validation: ValidationOptions = ValidationOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()
     logging: LoggingOptions = LoggingOptions()
+    check: CheckOptions = CheckOptions()
 
 
 class RunLength(NamedTuple):

@@ -26,6 +26,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model_folder import ModelFolder
 from simpler_distil_whisper.options import Attention, Dtype, Task
+from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.text import WHISPER_LANGUAGES
 
 # Everything beside weights and configs that makes a folder usable, in any version of transformers
@@ -234,10 +235,18 @@ def save_whisper(
         model: saved in its own dtype as safetensors.
         processor_folder: where tokenizer and feature extractor are copied from, byte for byte.
         folder: its files of the same names are replaced, each at once, others stay.
+
+    Raises:
+        DataError: the weights cannot be written.
     """
     beside = folder / ".writing"
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+    try:
+        model.save_pretrained(beside)
+    except SafetensorError as error:  # no OSError, also where the disk is full
+        raise DataError(
+            f"{folder} cannot be written: {error}: make room, and run the same command again"
+        ) from None
     copy_processor(processor_folder, beside)
     # Last comes config.json, without which nothing takes the folder for a model.
     for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):

@@ -24,7 +24,8 @@ LIGHT = "__init__ config text audio jsonl run options metrics model_folder manif
 LIGHT += " hypotheses report page label_quality packing training_options pruning layer_search"
 HEAVY = "workers devices weights whisper teacher_cache batches losses token_rules decoder search"
 HEAVY += " speculative decoding long_form transcription training_plan augment training_data"
-HEAVY += " layer_scoring teacher training validation training_log trainer"
+HEAVY += " data_checks layer_scoring teacher training validation training_log trainer"
+HEAVY += " learning_rate preflight"
 ORDER = [*LIGHT.split(), *HEAVY.split()]
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {

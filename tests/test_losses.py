@@ -271,8 +271,10 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        given = {each.untyped_storage().data_ptr() for each in tensors}
         for each in result if isinstance(result, list | tuple) else [result]:
             if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in given:
                 self.seen.append(tuple(each.shape))
@@ -288,9 +290,12 @@ def shapes_made(case: dict[str, Tensor], backward: bool = True) -> list[tuple[in
 
 
 def test_the_logits_of_more_than_a_chunk_never_exist() -> None:
-    case = random_case((3 * CHUNK_TOKENS, 17))
-    wide = [shape for shape in shapes_made(case) if VOCABULARY in shape]
-    assert max(math.prod(shape) for shape in wide) == CHUNK_TOKENS * VOCABULARY
+    """Four tensors of a chunk are taken at once, and no more for more tokens."""
+    for tokens in (4 * CHUNK_TOKENS, 9 * CHUNK_TOKENS + 5):
+        shapes = shapes_made(random_case((tokens, 17)))
+        wide = sorted((shape for shape in shapes if VOCABULARY in shape), key=math.prod)
+        assert wide.pop() == (4, CHUNK_TOKENS, VOCABULARY)
+        assert math.prod(wide.pop()) < CHUNK_TOKENS * VOCABULARY
 
 
 def test_a_frozen_head_costs_no_gradient() -> None:

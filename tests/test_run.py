@@ -1,6 +1,8 @@
 """One run of one script: its folder, its log, its signals, its exit code."""
 
+import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +240,8 @@ def test_what_a_user_keeps_in_the_folder_of_a_run_stays(start: Callable[..., int
     [
         (ConfigError("precision: no"), 2, "failed"),
         (DataError("no rows left"), 3, "failed"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 3, "failed"),
+        (OSError(errno.EPERM, "Operation not permitted", "out/x"), 1, "failed"),
         (ZeroDivisionError("a bug"), 1, "failed"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -260,6 +264,19 @@ def test_how_work_ends_decides_the_exit_code(
     assert ("Traceback" in said) == (code == 1)
     if code != 130:
         assert str(error) in Path("out/log.txt").read_text(encoding="utf-8")
+
+
+def test_a_disk_that_cannot_take_the_outcome_either_hides_no_error(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(config: Config, prepared: str, run: Run) -> str:
+        shutil.rmtree(run.folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert start(work) == 3
+    said = capsys.readouterr().err
+    assert "No space left on device: make room, and run the same command again" in said
+    assert "Traceback" not in said
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(
