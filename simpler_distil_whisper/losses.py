@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from simpler_distil_whisper.batches import IGNORE_INDEX
 
-# Tokens whose logits exist at a time: with fewer the matrix products are slow, with more what lies
-# between them leaves a CPU's caches. 64 and 256 take 10 to 25 % longer.
+# Tokens whose logits exist at a time. On a CPU 64 take 12 % longer, whose matrix products are too
+# small, and 256 are no faster.
 CHUNK_TOKENS = 128
 
 

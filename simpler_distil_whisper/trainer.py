@@ -142,6 +142,7 @@ class Trainer:
         self._refuse_other_plan(examples)
         every = self.config.checkpoints.every_steps
         steps = self.micro_batches_of_each_step(examples)
+        self.interval.start_clock()
         progress = Progress("training", "steps", self.length.max_steps, self.state.step)
         for group in () if self._has_stopped_improving() else progress.over(steps):
             stop = self.train_step(group)

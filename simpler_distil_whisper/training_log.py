@@ -59,6 +59,10 @@ class Interval:
         if carried is not None:
             self._carried = torch.tensor(carried, dtype=torch.float64)
 
+    def start_clock(self) -> None:
+        """Leave out of the speed what came before the first step."""
+        self._started = time.perf_counter()
+
     def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
         """Count one micro-batch; nothing waits for the device here."""
         self._terms.append(torch.stack([term.detach().float() for term in terms]))

@@ -1,0 +1,598 @@
+"""What makes a student good: one lever of distillation at a time, on the demo's data.
+
+    python -m benchmarks.recipe --make-dev work/dev                        # 800 clips, once
+    python -m benchmarks.recipe layers objective --dev work/dev/dev.jsonl  # some of the studies
+    python -m benchmarks.recipe huggingface --dev demo_data/test.jsonl     # a report, no choice
+
+Each study trains one student per recipe and seed and prints a row of a Markdown table per recipe.
+What does not change from recipe to recipe is computed once and kept in memory: the frozen encoder's
+states of each view of a clip, and the teacher's decoder states. A step then costs the student's
+decoder alone, as in `run_distillation.py` with a full teacher cache; order, views, loss and
+schedule are that script's. Seconds are processor time of one thread.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import WhisperForConditionalGeneration
+
+from benchmarks import machine
+from simpler_distil_whisper.audio import SAMPLE_RATE, load_audio
+from simpler_distil_whisper.augment import Views
+from simpler_distil_whisper.batches import IGNORE_INDEX, in_batches, log_mel
+from simpler_distil_whisper.decoding import Transcriber
+from simpler_distil_whisper.losses import LossTerms, LossWeights, distillation_loss
+from simpler_distil_whisper.manifest import Columns, Utterance, read_manifest
+from simpler_distil_whisper.metrics import ErrorCounts, Metric, Scorer
+from simpler_distil_whisper.model_folder import read_model_folder
+from simpler_distil_whisper.options import DecodingOptions
+from simpler_distil_whisper.pruning import prune_whisper, spread_layers
+from simpler_distil_whisper.training import MovingAverage, freeze, learning_rate_factor
+from simpler_distil_whisper.training_data import Target, decoder_sequences
+from simpler_distil_whisper.training_options import Augmentation
+from simpler_distil_whisper.training_plan import TrainingPlan, Visit
+from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_libraries
+
+DEMO = Path("demo_data")
+BATCH = 50  # clips encoded or decoded at once
+LONGEST = 40  # new tokens of a hypothesis; no clip of the demo has as many
+SCORING_CLIPS = 100  # by which layers are chosen
+LIVE_STEPS = 5  # of which the fastest counts
+WAVE = {
+    "speed": [0.92, 1.08],
+    "noise_db": [5.0, 25.0],
+    "gain_db": [-6.0, 6.0],
+    "shift_seconds": 0.3,
+}
+MASKS = {"time_masks": 2, "max_time_seconds": 0.15, "frequency_masks": 2, "max_mels": 10}
+KINDS: dict[str, dict[str, Any]] = {
+    "wave": {"waveform": WAVE},
+    "speed": {"waveform": {"speed": WAVE["speed"]}},
+    "noise": {"waveform": {"noise_db": WAVE["noise_db"]}},
+    "wide": {"waveform": {**WAVE, "speed": [0.85, 1.15], "noise_db": [0.0, 25.0]}},
+    "masks": {"spec_augment": MASKS},
+}
+
+
+CE = LossWeights(cross_entropy=1.0, kl=0.0, temperature=1.0)
+KL = LossWeights(cross_entropy=0.0, kl=1.0, temperature=2.0)
+MIXED = LossWeights(cross_entropy=0.8, kl=1.0, temperature=2.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is made. A study changes one or two of these at a time.
+
+    Attributes:
+        layers: the decoder layers that are kept; a number: so many, the best by their score.
+        steps, batch, learning_rate, warmup_steps: of AdamW without weight decay; the rate falls
+            linearly after the warm-up.
+        weights: of cross-entropy and KL, and the temperature.
+        labels: "pseudo" (the teacher's transcripts) or "reference" (what was said).
+        max_error_rate: clips whose pseudo-label is worse are left out; None: none.
+        views, view_kind: how many altered versions of each clip there are, and how they are made.
+        average: decay of a moving average of the weights, which is scored; None: no average.
+        on_policy, sampling: share of steps on what the student itself says for the batch, drawn at
+            this temperature (0: greedily), taught by the teacher's distribution alone.
+        unfrozen, encoder_rate: share of steps, the last ones, in which the encoder learns too, and
+            its learning rate as a share of the decoder's.
+        dropout: in the student's decoder.
+    """
+
+    layers: int | tuple[int, ...] = 2
+    steps: int = 500
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    weights: LossWeights = KL
+    labels: str = "pseudo"
+    max_error_rate: float | None = 0.2
+    views: int = 3
+    view_kind: str = "wave"
+    average: float | None = None
+    on_policy: float = 0.0
+    sampling: float = 0.0
+    unfrozen: float = 0.0
+    encoder_rate: float = 0.1
+    dropout: float = 0.0
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The config section that says the same."""
+        kind = KINDS[self.view_kind] if self.views else {}
+        return Augmentation(views=self.views, **kind)
+
+
+def huggingface(learning_rate: float) -> Recipe:
+    """Return the recipe of huggingface/distil-whisper's training scripts, but for its length.
+
+    Its README trains at 1e-4 after a warm-up of 50 steps; its paper lets the rate fall linearly.
+    """
+    return Recipe(
+        layers=(0, 3),
+        learning_rate=learning_rate,
+        warmup_steps=50,
+        weights=MIXED,
+        max_error_rate=None,
+        views=0,
+    )
+
+
+STUDIES: dict[str, dict[str, Recipe]] = {
+    "layers": {str(kept): Recipe(layers=kept) for kept in ((0, 1), (0, 2), (0, 3), (0, 1, 2))},
+    "objective": {
+        "CE": Recipe(weights=CE),
+        "0.8 CE + 1.0 KL": Recipe(weights=MIXED),
+        "0.2 CE + 1.0 KL": Recipe(weights=KL._replace(cross_entropy=0.2)),
+        "KL": Recipe(),
+        "KL on what people said": Recipe(labels="reference", max_error_rate=None),
+    },
+    "temperature": {
+        f"{t:g}": Recipe(weights=KL._replace(temperature=t)) for t in (1.0, 2.0, 3.0, 4.0, 8.0)
+    },
+    "rate": {f"{rate:g}": Recipe(learning_rate=rate) for rate in (5e-4, 1e-3, 2e-3, 4e-3)},
+    "views": {str(views): Recipe(views=views) for views in (0, 3)},
+    "kinds": {kind: Recipe(view_kind=kind) for kind in KINDS},
+    "steps": {str(steps): Recipe(steps=steps) for steps in (250, 500, 1000, 1500)},
+    "more": {
+        "average of the weights, 0.99": Recipe(average=0.99),
+        "30 % on-policy, greedy": Recipe(on_policy=0.3),
+        "30 % on-policy, sampled": Recipe(on_policy=0.3, sampling=1.0),
+        "encoder unfrozen for the last 20 %": Recipe(unfrozen=0.2),
+        "dropout 0.1": Recipe(dropout=0.1),
+    },
+    "huggingface": {
+        "its recipe, 1e-4": replace(huggingface(1e-4), steps=1000),
+        "its recipe, 1e-3": replace(huggingface(1e-3), steps=1000),
+        "ours": Recipe(steps=1000),
+        "ours without views": Recipe(steps=1000, views=0),
+    },
+}
+
+
+class Score(NamedTuple):
+    """How a student does on clips: error rates, and its mean divergence from the teacher.
+
+    The divergence, per token of what was said and at temperature 1, is the least noisy of them.
+    """
+
+    mandarin: float
+    english: float
+    kl: float
+
+
+@dataclass
+class Heard:
+    """One version of every clip, as both models hear it.
+
+    Attributes:
+        features: float32 [N, M, T]: log-mels.
+        states: float32 [N, E, D]: what the teacher's encoder makes of them.
+        taught: kind of labels -> float32 [N, L, D]: its last decoder states for them.
+    """
+
+    features: Tensor
+    states: Tensor
+    taught: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Material:
+    """A teacher and clips, with everything that does not change from recipe to recipe.
+
+    Attributes:
+        targets: "pseudo" and "reference" -> what the decoder is to learn of each clip.
+        error_rates: of the pseudo-labels.
+    """
+
+    def __init__(self, whisper: Whisper, manifest: Path) -> None:
+        """Read the clips and label them."""
+        self.whisper = whisper
+        self.teacher: WhisperForConditionalGeneration = whisper.model.requires_grad_(False)
+        self.scorer = Scorer(Metric())
+        self.utterances = list(read_manifest(manifest, Columns()).utterances)
+        self.waveforms = [
+            load_audio(one.audio, one.start_seconds, one.duration_seconds)
+            for one in self.utterances
+        ]
+        self._heard: dict[tuple[str, int], Heard] = {}
+        self.clean = self._hear(Augmentation(), 0)
+        labels = self.transcripts(self.teacher, self.clean.states)
+        said = [one.text or "" for one in self.utterances]
+        self.targets = {"pseudo": self._targets(labels), "reference": self._targets(said)}
+        counts = map(self._count, self.utterances, labels)
+        self.error_rates = [one.rate or 0.0 for one in counts]
+
+    def heard(self, augmentation: Augmentation, use: int) -> Heard:
+        """Return the version of each clip that its use number `use` hears."""
+        if not augmentation.views:
+            return self.clean
+        key = (augmentation.model_dump_json(), use % (augmentation.views + 1))
+        if key not in self._heard:
+            # Views of one kind at a time: those of all would not fit into memory.
+            self._heard = {other: one for other, one in self._heard.items() if other[0] == key[0]}
+            self._heard[key] = self._hear(augmentation, use)
+        return self._heard[key]
+
+    @torch.no_grad()
+    def _hear(self, augmentation: Augmentation, use: int) -> Heard:
+        features, encoder = self._features(augmentation, use), self.teacher.model.encoder
+        states = [encoder(part).last_hidden_state for part in features.split(BATCH)]
+        return Heard(features, torch.cat(states))
+
+    def _features(self, augmentation: Augmentation, use: int) -> Tensor:
+        extractor = self.whisper.feature_extractor
+        views, parts = Views(augmentation, float(extractor.chunk_length), seed=0), []
+        for part in in_batches(zip(self.utterances, self.waveforms, strict=True), BATCH):
+            drawn = [
+                views.of(utterance, len(waveform) / SAMPLE_RATE, use, 0)
+                for utterance, waveform in part
+            ]
+            altered = [
+                view.of_waveform(waveform) for view, (_, waveform) in zip(drawn, part, strict=True)
+            ]
+            features = log_mel(altered, extractor)
+            for view, waveform, one in zip(drawn, altered, features, strict=True):
+                view.mask(one, len(waveform))
+            parts.append(features)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def taught(self, heard: Heard, labels: str) -> Tensor:
+        """Return float32 [N, L, D]: the teacher's last decoder states for the labels."""
+        if labels not in heard.taught:
+            inputs, _ = decoder_sequences(self.targets[labels], self.whisper.tokens.end)
+            parts = zip(inputs.split(BATCH), heard.states.split(BATCH), strict=True)
+            heard.taught[labels] = torch.cat([decode(self.teacher, *part) for part in parts])
+        return heard.taught[labels]
+
+    def target(self, language: str, ids: Sequence[int]) -> Target:
+        """Return what the decoder is given and is to learn."""
+        prompt = self.whisper.tokens.prompt(language, "transcribe")
+        return Target([*prompt, *ids], len(prompt))
+
+    def _targets(self, texts: Sequence[str]) -> list[Target]:
+        tokenizer, end = self.whisper.tokenizer, self.whisper.tokens.end
+        return [
+            self.target(
+                one.language or "", [*tokenizer(text, add_special_tokens=False).input_ids, end]
+            )
+            for one, text in zip(self.utterances, texts, strict=True)
+        ]
+
+    def _count(self, utterance: Utterance, text: str) -> ErrorCounts:
+        return self.scorer.count(utterance.text or "", text, utterance.language)
+
+    def transcripts(self, model: WhisperForConditionalGeneration, states: Tensor) -> list[str]:
+        """Return what a model says for encoder states, float [N, E, D], of all clips."""
+        transcribe = transcriber(replace(self.whisper, model=model))
+        languages = [one.language for one in self.utterances]
+        parts = zip(states.split(BATCH), in_batches(languages, BATCH), strict=True)
+        return [one.text for part in parts for one in transcribe.from_encoder_states(*part)]
+
+    @torch.no_grad()
+    def score(self, student: WhisperForConditionalGeneration) -> Score:
+        """Return how a student, in evaluation mode, does on the clean clips."""
+        states = self.clean.states
+        if not same_encoder(student, self.teacher):
+            parts = self.clean.features.split(BATCH)
+            states = torch.cat([student.model.encoder(part).last_hidden_state for part in parts])
+        counts = {"zh": ErrorCounts(), "en": ErrorCounts()}
+        for one, text in zip(self.utterances, self.transcripts(student, states), strict=True):
+            counts[one.language or ""] += self._count(one, text)
+        rates = [counts[language].rate or 0.0 for language in ("zh", "en")]
+        return Score(rates[0], rates[1], self.divergence(student, states))
+
+    @torch.no_grad()
+    def divergence(self, student: WhisperForConditionalGeneration, states: Tensor) -> float:
+        """Return KL(teacher || student) per token of what was said, at temperature 1.
+
+        Args:
+            student: in evaluation mode.
+            states: float [N, E, D]: what its encoder makes of the first N clean clips.
+        """
+        targets = self.targets["reference"][: len(states)]
+        inputs, labels = decoder_sequences(targets, self.whisper.tokens.end)
+        taught = self.taught(self.clean, "reference")[: len(states), : inputs.shape[1]]
+        terms = [
+            self.loss(student, decode(student, *part[:2]), *part[2:], KL._replace(temperature=1.0))
+            for part in zip(
+                *(each.split(BATCH) for each in (inputs, states, taught, labels)), strict=True
+            )
+        ]
+        return float(sum(one.kl for one in terms) / sum(one.tokens for one in terms))
+
+    def loss(
+        self,
+        student: WhisperForConditionalGeneration,
+        said: Tensor,
+        taught: Tensor,
+        labels: Tensor,
+        weights: LossWeights,
+    ) -> LossTerms:
+        """Return the loss of last decoder states, the student's and the teacher's."""
+        heads = student.proj_out.weight, self.teacher.proj_out.weight
+        return distillation_loss(said, heads[0], taught, heads[1], labels, weights)
+
+    def best_layers(self, count: int) -> tuple[int, ...]:
+        """Return the decoder layers with which an untaught student is closest to the teacher."""
+        return min(self.layer_scores(count).items(), key=lambda one: one[1])[0]
+
+    def layer_scores(self, count: int) -> dict[tuple[int, ...], float]:
+        """Return the divergence of an untaught student for each set of so many layers."""
+        sets = itertools.combinations(range(self.teacher.config.decoder_layers), count)
+        states = self.clean.states[:SCORING_CLIPS]
+        return {kept: self.divergence(pruned(self.teacher, kept), states) for kept in sets}
+
+
+class Distillation:
+    """One student in training."""
+
+    def __init__(self, material: Material, recipe: Recipe, seed: int) -> None:
+        """Prune the student, and plan its steps."""
+        self.material, self.recipe, self.seed = material, recipe, seed
+        torch.manual_seed(seed)
+        layers = recipe.layers
+        kept = material.best_layers(layers) if isinstance(layers, int) else layers
+        self.student = pruned(material.teacher, kept)
+        freeze(self.student, encoder=not recipe.unfrozen, decoder=False, embed_positions=False)
+        for module in (self.student.model.decoder, *self.student.model.decoder.layers):
+            module.dropout = recipe.dropout
+        parts = (
+            (self.student.model.decoder, 1.0),
+            (self.student.model.encoder, recipe.encoder_rate),
+        )
+        self.groups: list[dict[str, Any]] = [
+            {"params": [one for one in part.parameters() if one.requires_grad], "share": share}
+            for part, share in parts
+        ]
+        self.trained = [weight for group in self.groups for weight in group["params"]]
+        limit = recipe.max_error_rate
+        self.rows = [
+            row for row, rate in enumerate(material.error_rates) if limit is None or rate <= limit
+        ]
+        self.plan = TrainingPlan([1.0] * len(self.rows), self._length, recipe.batch, True, seed)
+        self.random = random.Random(seed)
+
+    def _length(self, visit: Visit) -> int:
+        target = self.material.targets[self.recipe.labels][self.rows[visit.example]]
+        return len(target.tokens)
+
+    def run(self) -> None:
+        """Train to the end; the student is then what is to be scored."""
+        recipe = self.recipe
+        optimizer = torch.optim.AdamW(self.groups, lr=recipe.learning_rate, weight_decay=0.0)
+        average = MovingAverage(self.trained, recipe.average) if recipe.average else None
+        self.student.train()
+        for step in range(recipe.steps):
+            factor = learning_rate_factor("linear", step, recipe.warmup_steps, recipe.steps)
+            unfrozen = step >= recipe.steps * (1 - recipe.unfrozen)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * factor * group["share"]
+            for weight in self.groups[1]["params"]:
+                weight.requires_grad_(unfrozen)
+            terms = self._terms(self.plan.step(step), unfrozen)
+            (terms.loss / terms.tokens).backward()
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if average:
+                average.update()
+        if average:
+            average.leave_in_place()
+        self.student.eval()
+
+    def _terms(self, visits: Sequence[Visit], unfrozen: bool) -> LossTerms:
+        """Return the loss of one batch."""
+        material, recipe, weights = self.material, self.recipe, self.recipe.weights
+        rows = [self.rows[visit.example] for visit in visits]
+        each = [material.heard(recipe.augmentation, visit.use) for visit in visits]
+        states = torch.stack([heard.states[row] for heard, row in zip(each, rows, strict=True)])
+        own = states
+        if unfrozen:
+            features = [heard.features[row] for heard, row in zip(each, rows, strict=True)]
+            own = self.student.model.encoder(torch.stack(features)).last_hidden_state
+        if self.random.random() < recipe.on_policy:
+            weights = KL._replace(temperature=weights.temperature)
+            inputs, labels = self._own_words(rows, own.detach())
+            with torch.no_grad():
+                taught = decode(material.teacher, inputs, states)
+        else:
+            targets = [material.targets[recipe.labels][row] for row in rows]
+            inputs, labels = decoder_sequences(targets, material.whisper.tokens.end)
+            lessons = [
+                material.taught(heard, recipe.labels)[row, : inputs.shape[1]]
+                for heard, row in zip(each, rows, strict=True)
+            ]
+            taught = torch.stack(lessons)
+        said = decode(self.student, inputs, own)
+        return material.loss(self.student, said, taught, labels, weights)
+
+    def _own_words(self, rows: Sequence[int], states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return decoder inputs and labels of what the student says for a batch by now."""
+        material, end = self.material, self.material.whisper.tokens.end
+        self.student.eval()
+        whisper = replace(material.whisper, model=self.student)
+        speak = transcriber(whisper, self.recipe.sampling, self.random.getrandbits(31))
+        languages = [material.utterances[row].language or "" for row in rows]
+        said = speak.from_encoder_states(states, languages, keys=list(rows))
+        self.student.train()
+        targets = [
+            material.target(language, [*one.token_ids, *([end] if one.complete else [])])
+            for language, one in zip(languages, said, strict=True)
+        ]
+        return decoder_sequences(targets, end)
+
+
+def decode(model: WhisperForConditionalGeneration, inputs: Tensor, states: Tensor) -> Tensor:
+    """Return float [N, L, D]: last decoder states."""
+    decoded: Tensor = model.model.decoder(
+        input_ids=inputs, encoder_hidden_states=states, use_cache=False
+    ).last_hidden_state
+    return decoded
+
+
+def pruned(
+    teacher: WhisperForConditionalGeneration, layers: Sequence[int]
+) -> WhisperForConditionalGeneration:
+    """Return the untaught student with all encoder layers and these of the decoder."""
+    return prune_whisper(teacher, range(teacher.config.encoder_layers), layers)
+
+
+def same_encoder(
+    student: WhisperForConditionalGeneration, teacher: WhisperForConditionalGeneration
+) -> bool:
+    """Return whether the student's encoder is still the teacher's."""
+    pairs = zip(student.model.encoder.parameters(), teacher.model.encoder.parameters(), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def transcriber(whisper: Whisper, temperature: float = 0.0, seed: int = 0) -> Transcriber:
+    """Return what decodes a model's hypotheses, each once."""
+    options = DecodingOptions(max_new_tokens=LONGEST, temperatures=[temperature])
+    return Transcriber(whisper, options, seed)
+
+
+def live_step_seconds(material: Material) -> float:
+    """Return what a step costs as huggingface/distil-whisper's script computes it.
+
+    The shared encoder runs, both decoders see labels padded to all 448 positions, and cross-entropy
+    and KL are made of whole logits.
+    """
+    student = pruned(material.teacher, (0, 3)).train()
+    freeze(student, encoder=True, decoder=False, embed_positions=False)
+    optimizer = torch.optim.AdamW(student.model.decoder.parameters(), lr=1e-3, weight_decay=0.0)
+    short_inputs, short_labels = decoder_sequences(
+        material.targets["pseudo"][:16], material.whisper.tokens.end
+    )
+    room = (0, student.config.max_target_positions - short_inputs.shape[1])
+    inputs = functional.pad(short_inputs, room, value=material.whisper.tokens.end)
+    labels = functional.pad(short_labels, room, value=IGNORE_INDEX)
+    features, seconds = material.clean.features[:16], []
+    for _ in range(LIVE_STEPS):
+        start = time.process_time()
+        with torch.no_grad():
+            states = student.model.encoder(features).last_hidden_state
+            taught = material.teacher.proj_out(decode(material.teacher, inputs, states))
+        said = student.proj_out(decode(student, inputs, states))
+        real = labels >= 0
+        divergence = functional.kl_div(
+            (said / 2).log_softmax(-1), (taught / 2).softmax(-1), reduction="none"
+        ).sum(-1)
+        cross_entropy = functional.cross_entropy(said[real], labels[real])
+        (0.8 * cross_entropy + 4 * divergence[real].mean()).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+class Outcome(NamedTuple):
+    """What one recipe came to with one seed, and what it took without what is computed once."""
+
+    score: Score
+    seconds: float
+
+
+def train(train: Material, dev: Material, recipe: Recipe, seed: int) -> Outcome:
+    """Make one student and score it."""
+    for use in range(recipe.views + 1):
+        train.taught(train.heard(recipe.augmentation, use), recipe.labels)
+    distillation = Distillation(train, recipe, seed)
+    start = time.process_time()
+    distillation.run()
+    seconds = time.process_time() - start
+    return Outcome(dev.score(distillation.student), seconds)
+
+
+def print_row(name: str, outcomes: Sequence[Outcome]) -> None:
+    """Print a row of a table: the means over the seeds, and each seed's error rates."""
+    zh, en, kl = (
+        statistics.mean(each) for each in zip(*(one.score for one in outcomes), strict=True)
+    )
+    seconds = statistics.mean(one.seconds for one in outcomes)
+    seeds = ", ".join(f"{one.score.mandarin:.4f} / {one.score.english:.4f}" for one in outcomes)
+    print(f"| {name} | {zh:.4f} | {en:.4f} | {kl:.4f} | {seeds} | {seconds:.0f} |", flush=True)
+
+
+def print_layers(material: Material) -> None:
+    """Print the score of each set of two and three layers."""
+    print("| kept | KL(teacher to untaught student) |\n|---|---|")
+    for count in (2, 3):
+        for kept, divergence in sorted(
+            material.layer_scores(count).items(), key=lambda one: one[1]
+        ):
+            print(f"| {kept} | {divergence:.3f} |")
+    print(f"\nspread: {tuple(spread_layers(material.teacher.config.decoder_layers, 2))}\n")
+
+
+def make_dev(folder: Path) -> None:
+    """Write 600 Mandarin and 200 English clips of the demo's dev voices and dev sentences."""
+    # They need the synthesizer, which the studies do not.
+    from demo.acoustics import OPUS_COMPRESSION
+    from demo.build import FileKind, write_audio, write_manifest
+    from demo.corpus import draw_clip
+
+    rng = random.Random("dev of the recipe study")
+    languages = ["zh"] * 600 + ["en"] * 200
+    rng.shuffle(languages)
+    opus = FileKind("opus", SAMPLE_RATE, 1)
+    texts, rows = set[str](), []
+    for number, language in enumerate(languages, start=1):
+        clip = draw_clip(language, "dev", rng)
+        while clip.segments[0].text in texts:
+            clip = draw_clip(language, "dev", rng)
+        text = clip.segments[0].text
+        texts.add(text)
+        audio = f"audio/{number:04d}.opus"
+        write_audio(folder / audio, clip.waveform, opus, OPUS_COMPRESSION)
+        rows.append({"audio": audio, "text": text, "language": language, "speaker": clip.speaker})
+    write_manifest(folder / "dev.jsonl", rows)
+
+
+def main() -> None:
+    """Run studies and print their tables."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; none: all")
+    parser.add_argument("--train", type=Path, default=DEMO / "train.jsonl")
+    parser.add_argument("--dev", type=Path, default=DEMO / "dev.jsonl", help="what is scored")
+    parser.add_argument("--seeds", type=int, default=1, help="students of each recipe")
+    parser.add_argument("--make-dev", type=Path, help="only write a larger dev set to this folder")
+    args = parser.parse_args()
+    if unknown := set(args.studies) - set(STUDIES):
+        parser.error(f"no such study: {', '.join(sorted(unknown))}")
+    if args.make_dev:
+        make_dev(args.make_dev)
+        return
+    torch.set_num_threads(1)
+    quieten_libraries()
+    whisper = load_whisper(read_model_folder(DEMO / "teacher", None, "the demo's teacher"))
+    train_clips, dev = Material(whisper, args.train), Material(whisper, args.dev)
+    print("\n".join(f"- {line}" for line in machine.describe(torch.device("cpu"), 1)))
+    print(f"- train: {args.train}, {len(train_clips.utterances)} clips; scored: {args.dev}\n")
+    for study in args.studies or STUDIES:
+        print(f"### {study}\n")
+        if study == "layers":
+            print_layers(train_clips)
+        if study == "huggingface":
+            print(f"a step of its way: {live_step_seconds(train_clips):.2f} s\n")
+        print("| recipe | zh CER | en WER | KL | each seed | seconds |\n|---|---|---|---|---|---|")
+        print_row("teacher", [Outcome(dev.score(whisper.model), 0.0)])
+        for name, recipe in STUDIES[study].items():
+            seeds = range(args.seeds)
+            print_row(name, [train(train_clips, dev, recipe, seed) for seed in seeds])
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
