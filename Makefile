@@ -29,10 +29,11 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The speed of decoding beside that of others; it takes hours on two cores, which must be quiet.
+# The speed of decoding and of a training step beside that of others: hours on two quiet cores.
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark]'
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.distillation_step
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
