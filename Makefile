@@ -18,7 +18,7 @@ compare: .venv/installed
 	$(BIN)/python eval.py demo/compare.json
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
@@ -27,7 +27,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The speed of decoding and of a training step beside that of others: hours on two quiet cores.
 bench: .venv/installed

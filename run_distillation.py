@@ -176,8 +176,10 @@ def assemble(config: DistillationConfig, prepared: Prepared, run: Run) -> "Train
     student = load_whisper(prepared.student, "float32", config.teacher.attention)
     teacher = Teacher(prepared.teacher, config.teacher, accelerator, shared)
     options, computed = config.teacher_cache, computing_dtype(accelerator)
+    if not config.objective.kl_weight:  # nothing will be asked
+        options = options.model_copy(update={"decoder_states": False})
     states, teacher.answers = open_training_caches(
-        options, prepared.teacher, student.feature_extractor, computed, teacher.dtype
+        options, prepared.teacher, student.feature_extractor, computed, teacher.way_of_answering
     )
     if states and not shared:
         log.warning(

@@ -171,7 +171,8 @@ def check_agreement(trainer: Trainer, selection: Selection) -> Agreement | None:
 
 def agreement_of_unpruned(trainer: Trainer, batch: TrainingBatch) -> Agreement:
     """Return how alike the teacher and a student with all its layers are, on the student's road."""
-    with torch.random.fork_rng():  # a run goes the same way whether it was checked or not
+    # Both are made on the CPU.
+    with torch.random.fork_rng(devices=[]):  # a run goes the same way whether it was checked or not
         whole = load_whisper(trainer.teacher.folder, "float32", trainer.config.teacher.attention)
         layers = whole.model.config
         model = prune_whisper(

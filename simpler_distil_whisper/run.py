@@ -157,13 +157,18 @@ class Run:
         """Write down how the run ended: "done", "interrupted", "failed"."""
         self.note(outcome=outcome, ended=_now())
 
-    def stop_if_asked(self) -> None:
-        """Raise `Interrupted` if a stop signal has come; call it where all work so far is saved.
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a stop signal has come.
 
         A launcher that was killed could not pass the signal on to the processes it had started.
         """
         launcher_is_gone = process_count() > 1 and os.getppid() != self._parent
-        if self.stop_signal or launcher_is_gone:
+        return self.stop_signal is not None or launcher_is_gone
+
+    def stop_if_asked(self) -> None:
+        """Raise `Interrupted` if it is asked to stop; call it where all work so far is saved."""
+        if self.asked_to_stop:
             raise Interrupted
 
     @contextlib.contextmanager

@@ -68,6 +68,12 @@ class Teacher:
         return model
 
     @property
+    def way_of_answering(self) -> str:
+        """What decides a last bit of its answers beside weights and input, for the cache's keys."""
+        heard = "the student's encoder" if self.shared_encoder else "its own encoder"
+        return f"{self.dtype} weights on {self.device.type}, {heard}"
+
+    @property
     def loaded(self) -> bool:
         """Whether the model was ever asked."""
         return "model" in self.__dict__

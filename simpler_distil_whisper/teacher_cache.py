@@ -201,7 +201,8 @@ class AnswerCache:
     """The last decoder states of one teacher, of which its output head makes its distributions.
 
     They are a hundredth of the logits, and as exact. Where a row is missing its whole batch is
-    computed: so the states do not depend on which rows an earlier run, killed anywhere, has kept.
+    computed: so the states do not depend on which rows an earlier run of the same batches, killed
+    anywhere, has kept. Other batches can make another last bit; the first to be kept stays.
 
     Attributes:
         dtype: of the states.
@@ -288,7 +289,12 @@ class AnswerCache:
             if row not in stored.missing:
                 states[row, :length] = stored.padded[row, :length]
             elif name := stored.missing[row]:
-                self.store.write(name, states[row, :length].cpu())
+                # It may have been kept since the batch was looked up, which was ahead of its use.
+                late = self.store.read(name)
+                if late is None:
+                    self.store.write(name, states[row, :length].cpu())
+                else:
+                    states[row, :length] = late.to(states.device)
         return states
 
 
@@ -355,7 +361,7 @@ def open_training_caches(
     teacher: ModelFolder,
     extractor: WhisperFeatureExtractor,
     computed: torch.dtype,
-    teacher_dtype: torch.dtype,
+    answering: str,
 ) -> tuple[TeacherCache | None, AnswerCache | None]:
     """Return what a distillation's config names of encoder states and of answers.
 
@@ -364,7 +370,7 @@ def open_training_caches(
         teacher: whose states they are.
         extractor: of its input.
         computed: the dtype in which encoder and student compute; what is kept is no finer.
-        teacher_dtype: that of the teacher's weights.
+        answering: what else decides a last bit of the teacher's answers.
 
     Raises:
         ConfigError: the folder cannot be written, or the dtype would promise too much.
@@ -377,7 +383,7 @@ def open_training_caches(
         states = TeacherCache(store, dtype, teacher, extractor)
     if options.decoder_states:
         heard = states.dtype if states else computed
-        computing = f"{teacher_dtype} weights, {computed} products, {heard} encoder states"
+        computing = f"{answering}, {computed} products, {heard} encoder states"
         answers = AnswerCache(store, dtype, teacher, extractor, computing)
     return states, answers
 

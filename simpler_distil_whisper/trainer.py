@@ -5,6 +5,7 @@ JSONL line to gradient: `TrainingDataset` -> `Trainer.train_step` -> `TeacherAnd
 """
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import math
@@ -126,7 +127,8 @@ class Trainer:
             dev, self.config.data, options.decoding, options.metric, self.accelerator
         )
         if options.score_teacher and self.state.teacher_error_rate is None:
-            score = self.validation.score(self.teacher.load())
+            with _hint_if_memory_ends(self.config, self.state.step):
+                score = self.validation.score(self.teacher.load())
             self.state.teacher_error_rate = score.error_rate
             self._log_score("teacher", score)
 
@@ -161,12 +163,12 @@ class Trainer:
                 self.checkpoints.save(self.state)
             if stop and not last:
                 self._report_cache()
-                self._end_together()
+                self._let_go_of_the_others()
                 raise Interrupted
             if self._has_stopped_improving():
                 break
         self._report_cache()
-        self._end_together()
+        self._let_go_of_the_others()
         self._draw_curves()
         if self.average:
             self.average.leave_in_place()
@@ -181,13 +183,16 @@ class Trainer:
             )
         return stop
 
-    def _end_together(self) -> None:
-        """Wait for the others once more, with nothing to exchange.
+    def _let_go_of_the_others(self) -> None:
+        """Give up what reduces gradients, before the connection to the other processes ends.
 
-        A process that ends right after a reduction can wait forever: gloo's thread wants Python's
-        lock to free the tensor, and who holds it waits for gloo's thread (torch 2.13).
+        As the last to hold the connection it would end it with Python's lock in hand and wait for
+        gloo's thread, which may be waiting for that lock to free a tensor (torch 2.13).
         """
-        self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1:
+            self.models.module = self.accelerator.unwrap_model(self.models.module)
+            self.accelerator.free_memory()
+            gc.collect()
 
     def _report_cache(self) -> None:
         """Say how many rows of this run the cache has spared encoder and teacher."""
@@ -236,7 +241,8 @@ class Trainer:
         limit = self.config.optimizer.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.models.module.parameters(), limit)
         self.interval.end_step(norm, rate)
-        self.optimizer.step()
+        with _hint_if_memory_ends(self.config, self.state.step):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update()
@@ -294,7 +300,7 @@ class Trainer:
     def _tokens_and_stop(self, group: Iterable[TrainingBatch]) -> tuple[int, bool]:
         """Return the label tokens of this step in all processes, and whether one is to stop."""
         own = sum(batch.label_tokens for batch in group)
-        counts = torch.tensor([own, int(self.run.stop_signal is not None)])
+        counts = torch.tensor([own, int(self.run.asked_to_stop)])
         tokens, stop = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
         return max(tokens, 1), stop > 0
 
@@ -332,7 +338,8 @@ class Trainer:
         """Score the student; keep it as `best/` if it is the best so far."""
         self.models.module.eval()
         with self.average.in_place() if self.average else contextlib.nullcontext():
-            score = validation.score(self.student)
+            with _hint_if_memory_ends(self.config, self.state.step):
+                score = validation.score(self.student)
             self._log_score("student", score)
             best, rate = self.state.best_error_rate, score.error_rate
             if rate is not None and (best is None or rate < best):
@@ -366,11 +373,12 @@ def _hint_if_memory_ends(config: DistillationConfig, step: int) -> Iterator[None
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        batch = config.batch
+        batch, (what, *_) = config.batch, [*str(error).splitlines(), type(error).__name__]
         raise ConfigError(
-            f"step {step + 1}: memory does not suffice ({str(error).splitlines()[0]}). The same "
+            f"step {step + 1}: memory does not suffice ({what}). The same "
             f"steps in less of it: batch.micro_batch_size below {batch.micro_batch_size}, with "
             f"batch.gradient_accumulation_steps as much above {batch.gradient_accumulation_steps}; "
             f'or activation_checkpointing true, precision "bf16", a teacher_cache.folder (with '
-            "all in it no teacher is loaded), or another teacher.device"
+            "all in it no teacher is loaded), or another teacher.device. While dev is scored: "
+            "validation.decoding.batch_size"
         ) from None

@@ -430,10 +430,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     def die_in_sixth_step(optimizer: torch.optim.Optimizer) -> None:
         steps.append(1)
         if len(steps) == 6:
-            raise MemoryError
+            raise KeyboardInterrupt
 
     before_each_step(trainer, die_in_sixth_step)
-    with pytest.raises(MemoryError):
+    with pytest.raises(KeyboardInterrupt):
         trainer.train(examples)
     assert_same_run(distil(path), never_stopped)
 
@@ -445,10 +445,10 @@ def test_a_run_that_died_before_any_checkpoint_begins_anew(
     trainer, examples = assemble(path)
 
     def die(optimizer: torch.optim.Optimizer) -> None:
-        raise MemoryError
+        raise KeyboardInterrupt
 
     before_each_step(trainer, die)
-    with pytest.raises(MemoryError):
+    with pytest.raises(KeyboardInterrupt):
         trainer.train(examples)
     assert_same_run(distil(path), never_stopped)
 
@@ -498,41 +498,6 @@ def launch(path: Path, processes: int, script: str = "run_distillation") -> None
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=200,
     )
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path: Path, setting: Setting) -> None:
-    common: dict[str, Any] = {
-        "schedule__max_steps": 6,
-        "optimizer__epsilon": 1e-4,
-        "data__dev_manifest": setting.train,
-        "validation__every_steps": 3,
-        "checkpoints__every_steps": 3,
-    }
-    one = write_config(
-        tmp_path / "one",
-        setting,
-        batch={"micro_batch_size": 2, "gradient_accumulation_steps": 4},
-        **common,
-    )
-    two = write_config(
-        tmp_path / "two",
-        setting,
-        batch={"micro_batch_size": 2, "gradient_accumulation_steps": 2},
-        **common,
-    )
-    launch(one, 1)
-    launch(two, 2)
-    for name in ("loss", "cross_entropy", "kl", "grad_norm", "learning_rate"):
-        curves = [logged(tmp_path / run, f"train/{name}") for run in ("one", "two")]
-        assert len(curves[0]) == 6
-        assert curves[1] == pytest.approx(curves[0], rel=1e-5), name
-    for who in ("teacher", "student"):
-        rates = [logged(tmp_path / run, f"validation/{who}/error_rate") for run in ("one", "two")]
-        assert rates[0] == rates[1]
-    final = [weights_in(tmp_path / run / "final") for run in ("one", "two")]
-    assert largest_difference(*final) < 1e-5
-    assert json.loads((tmp_path / "two" / "run_info.json").read_text())["processes"] == 2
 
 
 @pytest.mark.slow
