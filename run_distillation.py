@@ -176,17 +176,19 @@ def assemble(config: DistillationConfig, prepared: Prepared, run: Run) -> "Train
     student = load_whisper(prepared.student, "float32", config.teacher.attention)
     teacher = Teacher(prepared.teacher, config.teacher, accelerator, shared)
     options, computed = config.teacher_cache, computing_dtype(accelerator)
-    if not config.objective.kl_weight:  # nothing will be asked
-        options = options.model_copy(update={"decoder_states": False})
-    states, teacher.answers = open_training_caches(
-        options, prepared.teacher, student.feature_extractor, computed, teacher.way_of_answering
-    )
-    if states and not shared:
+    if options.folder and options.encoder_states and not shared:
         log.warning(
             "teacher_cache.encoder_states: not used, since the student's encoder is trained or is "
             "another one"
         )
-        states = None
+    of_use = {
+        "encoder_states": options.encoder_states and shared,
+        "decoder_states": options.decoder_states and config.objective.kl_weight > 0,
+    }
+    options = options.model_copy(update=of_use)
+    states, teacher.answers = open_training_caches(
+        options, prepared.teacher, student.feature_extractor, computed, teacher.way_of_answering
+    )
     return Trainer(config, prepared.length, run, accelerator, teacher, student, states)
 
 

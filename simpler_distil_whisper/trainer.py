@@ -30,7 +30,7 @@ from simpler_distil_whisper.training import (
     TrainerState,
     freeze,
     learning_rate_factor,
-    parameter_groups,
+    make_optimizer,
 )
 from simpler_distil_whisper.training_data import Example, Targets, TrainingBatch, TrainingDataset
 from simpler_distil_whisper.training_log import Interval, MetricsLog, draw_curves
@@ -82,14 +82,7 @@ class Trainer:
             objective.cross_entropy_weight, objective.kl_weight, objective.temperature
         )
         self.models = TeacherAndStudent(accelerator, teacher, student, weights, cache)
-        options = config.optimizer
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.models.module, options.weight_decay),
-            lr=options.learning_rate,
-            betas=(options.betas[0], options.betas[1]),
-            eps=options.epsilon,
-            fused=True,
-        )
+        optimizer = make_optimizer(self.models.module, config.optimizer)
         self.models.module, self.optimizer = accelerator.prepare(self.models.module, optimizer)
         self.average: MovingAverage | None = None
         if config.optimizer.average_decay is not None:
@@ -108,12 +101,16 @@ class Trainer:
         self.known_rejections = places_in(self.rejected)
         self.interval = Interval(accelerator, weights.kl > 0, self.state.unlogged)
         self.validation: Validation | None = None
+        self._say_what_was_chosen()
+
+    def _say_what_was_chosen(self) -> None:
+        accelerator, teacher = self.accelerator, self.teacher
         log.info(
             "%s, precision %s, teacher in %s, one encoder for both models: %s",
             *(accelerator.device, accelerator.mixed_precision.replace("no", "float32")),
             *(teacher.dtype, "yes" if teacher.shared_encoder else "no"),
         )
-        run.note(
+        self.run.note(
             device=str(accelerator.device),
             precision=accelerator.mixed_precision,
             teacher_dtype=str(teacher.dtype).removeprefix("torch."),

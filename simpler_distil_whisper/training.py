@@ -24,6 +24,7 @@ from simpler_distil_whisper.run import DataError, write_atomically
 from simpler_distil_whisper.teacher import Teacher
 from simpler_distil_whisper.teacher_cache import TeacherCache
 from simpler_distil_whisper.training_data import TrainingBatch
+from simpler_distil_whisper.training_options import OptimizerOptions
 from simpler_distil_whisper.whisper import Whisper
 
 
@@ -176,6 +177,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
+    """Return the optimizer of a model's trained parameters."""
+    return torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay),
+        lr=options.learning_rate,
+        betas=(options.betas[0], options.betas[1]),
+        eps=options.epsilon,
+        fused=True,
+    )
 
 
 def learning_rate_factor(

@@ -627,16 +627,22 @@ def test_averaged_weights_are_what_is_kept_and_survive_a_stop(
     assert largest_difference(weights_in(distil(path) / "final"), whole) == 0
 
 
-def test_a_run_that_gets_no_better_stops_early(tmp_path: Path, setting: Setting) -> None:
+def never_better(output: Path, setting: Setting, every: int, patience: int) -> Path:
     """With a learning rate that changes no weight the first score stays the best."""
-    path = write_config(
-        tmp_path / "run",
+    patient = {"every_steps": every, "early_stopping_patience": patience}
+    return write_config(
+        output,
         setting,
         data__dev_manifest=setting.train,
         optimizer__learning_rate=1e-12,
         schedule={"max_steps": 50, "epochs": None, "warmup_steps": 0},
-        validation={"every_steps": 2, "early_stopping_patience": 2, "score_teacher": False},
+        validation={**patient, "score_teacher": False},
+        checkpoints={"every_steps": 2},
     )
+
+
+def test_a_run_that_gets_no_better_stops_early(tmp_path: Path, setting: Setting) -> None:
+    path = never_better(tmp_path / "run", setting, every=2, patience=2)
     folder = distil(path)
     assert len(logged(folder, "train/loss")) == 6
     assert len(logged(folder, "validation/student/error_rate")) == 3
@@ -646,15 +652,7 @@ def test_a_run_that_gets_no_better_stops_early(tmp_path: Path, setting: Setting)
 def test_a_run_that_has_stopped_early_is_not_taken_up_again(
     tmp_path: Path, setting: Setting
 ) -> None:
-    path = write_config(
-        tmp_path / "run",
-        setting,
-        data__dev_manifest=setting.train,
-        optimizer__learning_rate=1e-12,
-        schedule={"max_steps": 50, "epochs": None, "warmup_steps": 0},
-        validation={"every_steps": 1, "early_stopping_patience": 1, "score_teacher": False},
-        checkpoints={"every_steps": 2},
-    )
+    path = never_better(tmp_path / "run", setting, every=1, patience=1)
     folder = distil(path)
     assert len(logged(folder, "train/loss")) == 2
     # As if it was killed between its last checkpoint and its end.
