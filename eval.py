@@ -1,22 +1,21 @@
 """Compare one or several systems' hypotheses with the references: CER, WER and their intervals.
 
 Reads hypotheses manifests (JSON Lines), matches the systems' rows by id and writes, over the
-utterances that all systems have, `summary.json`, `utterances.jsonl` (counts and alignment of each
-utterance), `rejected.jsonl` (every row that was not scored, and why) and `report.txt`.
+utterances that all systems have, `report.html` and `report.txt` for people, and `summary.json`,
+`utterances.jsonl` (counts and alignment of each utterance) and `rejected.jsonl` (every row that was
+not scored, and why) for machines. The first system is the baseline that others are compared with.
 """
 
-import contextlib
-import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pydantic import Field, field_validator
 
 from simpler_distil_whisper.config import NonNegativeInt, PositiveInt, StrictModel
+from simpler_distil_whisper.hallucination import HallucinationOptions, KnownPhrases
 from simpler_distil_whisper.hypotheses import (
     Columns,
     Examined,
@@ -25,22 +24,16 @@ from simpler_distil_whisper.hypotheses import (
     examine,
     keep_common_utterances,
     reasons,
+    reference_in,
     refuse_missing_columns,
     usable_rows,
     why_empty,
 )
+from simpler_distil_whisper.intervals import Comparison, Resampling, compare
 from simpler_distil_whisper.jsonl import to_line
-from simpler_distil_whisper.metrics import (
-    Edit,
-    ErrorCounts,
-    Metric,
-    Scorer,
-    align,
-    bootstrap_interval,
-    count_edits,
-    count_errors,
-)
-from simpler_distil_whisper.report import Scores, SystemScores, summarize, text_table
+from simpler_distil_whisper.listing import choose, describe
+from simpler_distil_whisper.metrics import Metric, Scorer
+from simpler_distil_whisper.report import text_table
 from simpler_distil_whisper.run import (
     DataError,
     Progress,
@@ -48,8 +41,32 @@ from simpler_distil_whisper.run import (
     log,
     run_script,
     write_atomically,
+    written_atomically,
 )
-from simpler_distil_whisper.text import Unit
+from simpler_distil_whisper.scoring import Scored, compact, score
+from simpler_distil_whisper.tallies import (
+    NO_REFERENCE,
+    SystemScores,
+    comparison_summary,
+    length_groups,
+)
+from simpler_distil_whisper.utterances import Facts, read_facts
+
+
+class ReportOptions(StrictModel):
+    """The page for a browser."""
+
+    html: bool = Field(default=True, description="Write report.html.")
+    worst_utterances: NonNegativeInt = Field(
+        default=20,
+        description="How many of those with most errors, and of those at which a system and the "
+        "baseline differ most, are listed for each system.",
+    )
+    embed_audio: bool = Field(
+        default=True,
+        description="Put the audio of the listed utterances into the page; others, and all with "
+        "false, are linked to their files.",
+    )
 
 
 class Config(StrictModel):
@@ -62,13 +79,31 @@ class Config(StrictModel):
     group_by: list[Name] = Field(
         default=[], description="Columns for whose values the error rates are also given."
     )
+    hallucination: HallucinationOptions = HallucinationOptions()
     confidence: float = Field(
         default=0.95, gt=0, lt=1, description="Share of the bootstrap samples inside an interval."
     )
     bootstrap_samples: PositiveInt = Field(
-        default=1000, description="Corpora drawn, utterance by utterance, for each interval."
+        default=1000, description="Corpora drawn for each interval and p-value."
+    )
+    bootstrap_block_column: Name | None = Field(
+        default=None,
+        description="Column by which whole blocks of utterances are drawn, such as the speaker or "
+        "the recording, whose errors go together; null draws utterance by utterance.",
     )
     seed: NonNegativeInt = Field(default=0, description="Of the bootstrap.")
+    report: ReportOptions = ReportOptions()
+
+    @property
+    def groups(self) -> list[str]:
+        """The columns by which the utterances are grouped."""
+        speaker = [self.columns.speaker] if self.columns.speaker else []
+        return list(dict.fromkeys([*self.group_by, *speaker]))
+
+    @property
+    def resampling(self) -> Resampling:
+        """How intervals are drawn."""
+        return Resampling(self.confidence, self.bootstrap_samples, self.seed)
 
     @field_validator("hypotheses")
     @classmethod
@@ -83,15 +118,12 @@ def prepare(config: Config) -> list[Examined]:
     """Return, for each system, the lines of the utterances that all systems can be compared on.
 
     Raises:
-        ConfigError: a file cannot be read, or has no column that `columns.language` or `group_by`
-            names.
+        ConfigError: a file cannot be read, or has no column that the config names.
         DataError: no utterance is left.
     """
     references: dict[str, int] = {}
     examined = [examine(system, config.columns, references) for system in config.hypotheses]
-    language = config.columns.language
-    wanted = {"group_by": config.group_by, "columns.language": [language] if language else []}
-    refuse_missing_columns(examined, wanted)
+    refuse_missing_columns(examined[0], columns_of_the_utterances(config))
     keep_common_utterances(examined)
     for one in examined:
         if one.rejected:
@@ -109,6 +141,14 @@ def prepare(config: Config) -> list[Examined]:
     return examined
 
 
+def columns_of_the_utterances(config: Config) -> dict[str, list[str]]:
+    """Return the columns that the first system's file must have, by the key that names them."""
+    keys = ["language", "audio", "start_seconds", "speaker"]
+    named = {f"columns.{key}": getattr(config.columns, key) for key in keys}
+    named["bootstrap_block_column"] = config.bootstrap_block_column
+    return {"group_by": config.group_by} | {key: [name] for key, name in named.items() if name}
+
+
 def work(config: Config, examined: list[Examined], run: Run) -> str:
     """Score every system, write the results and return where they are."""
     rejected = [line for one in examined for line in one.rejected]
@@ -116,98 +156,146 @@ def work(config: Config, examined: list[Examined], run: Run) -> str:
         run.folder / "rejected.jsonl",
         "".join(to_line(row._asdict()) for row in rejected).encode(),
     )
-    interval = functools.partial(
-        bootstrap_interval,
-        confidence=config.confidence,
-        samples=config.bootstrap_samples,
-        seed=config.seed,
-    )
+    facts = read_facts(examined[0], config.columns, config.groups, config.bootstrap_block_column)
     systems = {}
-    with replacing(run.folder / "utterances.jsonl") as file:
+    with written_atomically(run.folder / "utterances.jsonl") as file:
         for one in examined:
-            scores = score_system(one, config, file, run)
-            systems[one.system.name] = summarize(scores, interval)
-    summary = {
-        "unit": config.metric.unit,
-        "confidence": config.confidence,
-        "bootstrap_samples": config.bootstrap_samples,
-        "seed": config.seed,
-        "systems": systems,
-    }
+            systems[one.system.name] = score_system(one, facts, config, file, run)
+    summary = summarize(config, examined, systems, facts)
     content = json.dumps(summary, ensure_ascii=False, indent=2, allow_nan=False)
     write_atomically(run.folder / "summary.json", f"{content}\n".encode())
-    table = text_table(systems)
+    table = text_table(summary)
     write_atomically(run.folder / "report.txt", table.encode())
+    if config.report.html:
+        write_page(config, examined, systems, facts, summary, run)
     print(table, end="", flush=True)
+    page = "report.html to look at, " if config.report.html else ""
     return (
-        f"{run.folder} holds report.txt (this table), summary.json, utterances.jsonl and "
+        f"{run.folder} holds {page}report.txt (this table), summary.json, utterances.jsonl and "
         f"rejected.jsonl ({len(rejected)} rows)."
     )
 
 
-def score_system(one: Examined, config: Config, file: BinaryIO, run: Run) -> SystemScores:
+def score_system(
+    one: Examined, facts: Facts, config: Config, file: BinaryIO, run: Run
+) -> SystemScores:
     """Return a system's scores and write each utterance's counts and alignment into `file`."""
     scorer = Scorer(config.metric)
-    scores = SystemScores(rejected=Counter(row.reason for row in one.rejected))
-    scores.groups = {column: {} for column in config.group_by}
-    columns = config.columns
+    phrases = KnownPhrases(config.hallucination.phrases, scorer)
+    scores = SystemScores(len(one.lines), Counter(row.reason for row in one.rejected))
     progress = Progress(f"scoring {one.system.name}", "utterances", len(one.lines))
     for utterance_id, row in progress.over(usable_rows(one)):
         run.stop_if_asked()
-        reference, hypothesis = row[columns.reference], row[columns.hypothesis]
-        raw = (reference, hypothesis)
-        reference, hypothesis = scorer.normalize(reference), scorer.normalize(hypothesis)
-        language = row.get(columns.language) if columns.language else None
-        unit = scorer.unit(reference, hypothesis, language if isinstance(language, str) else None)
-        edits = align(reference, hypothesis, unit)
-        counts = counts_by_unit(reference, hypothesis, unit, edits)
-        scores.units[unit] += 1
-        scores.normalized.add(unit, counts)
-        scores.raw.add(unit, counts_by_unit(*raw, unit, align(*raw, unit)))
-        for column, groups in scores.groups.items():
-            groups.setdefault(label(row.get(column)), Scores()).add(unit, counts)
-        details = {
-            "id": utterance_id,
-            "system": one.system.name,
-            "unit": unit,
-            "rate": counts[unit].rate,
-            **{name: count.as_dict() for name, count in counts.items()},
-            "reference": reference,
-            "hypothesis": hypothesis,
-            "alignment": compact(edits, unit),
-        }
+        position = facts.positions[utterance_id]
+        reference = reference_in(row, config.columns)
+        hypothesis = row[config.columns.hypothesis]
+        seconds = facts.seconds[position]
+        scored = score(
+            scorer,
+            phrases,
+            reference,
+            hypothesis,
+            facts.languages[position],
+            seconds=seconds if seconds > 0 else None,
+            no_speech_probability=row.get("no_speech_probability"),
+        )
+        groups = {column: labels[position] for column, labels in facts.groups.items()}
+        groups |= length_groups(seconds, scored.chosen.reference_tokens)
+        scores.add(position, scored, groups, facts.blocks and facts.blocks[position])
+        scores.offsets[position] = file.tell()
+        texts = {"reference": reference, "hypothesis": hypothesis}
+        details = {"id": utterance_id, "system": one.system.name, **texts, **details_of(scored)}
         file.write(to_line(details).encode())
     return scores
 
 
-def counts_by_unit(
-    reference: str, hypothesis: str, unit: Unit, edits: list[Edit]
-) -> dict[str, ErrorCounts]:
-    """Return the counts in characters, in words and, from its alignment, in the chosen unit."""
-    counts = {"character": None, "word": None, unit: count_edits(edits)}
+def details_of(scored: Scored) -> dict[str, Any]:
+    """Return what `utterances.jsonl` says of an utterance besides its texts."""
     return {
-        name: known or count_errors(reference, hypothesis, name) for name, known in counts.items()
+        "unit": scored.unit,
+        "rate": scored.chosen.rate,
+        **{name: count.as_dict() for name, count in scored.counts.items()},
+        "alignment": compact(scored.edits, scored.unit),
+        "signs": scored.signs,
     }
 
 
-def compact(edits: Sequence[Edit], unit: Unit) -> list[list[str]]:
-    """Return an alignment as [kind, reference text, hypothesis text] for each run of tokens."""
-    between = "" if unit == "character" else " "
-    return [[e.kind, between.join(e.reference), between.join(e.hypothesis)] for e in edits]
+def summarize(
+    config: Config, examined: list[Examined], systems: dict[str, SystemScores], facts: Facts
+) -> dict[str, Any]:
+    """Return `summary.json`."""
+    baseline, *others = systems
+    return {
+        "unit": config.metric.unit,
+        "confidence": config.confidence,
+        "bootstrap_samples": config.bootstrap_samples,
+        "bootstrap_block_column": config.bootstrap_block_column,
+        "seed": config.seed,
+        "utterances": len(facts.positions),
+        "systems": {
+            one.system.name: {
+                **systems[one.system.name].summary(config.resampling),
+                "speed": speed_beside(one.system.path),
+            }
+            for one in examined
+        },
+        "comparisons": {
+            name: comparison_summary(
+                baseline, compare_systems(systems[baseline], systems[name], facts, config)
+            )
+            for name in others
+        },
+    }
 
 
-def label(value: object) -> str:
-    """Return the name of the group of rows with this value; a row without the column is "null"."""
-    return value if isinstance(value, str) else json.dumps(value)
+def compare_systems(
+    baseline: SystemScores, system: SystemScores, facts: Facts, config: Config
+) -> Comparison:
+    """Return how a system does beside the baseline, on the utterances that have a reference."""
+    known = baseline.errors != NO_REFERENCE
+    return compare(
+        baseline.errors[known],
+        system.errors[known],
+        baseline.tokens[known],
+        facts.blocks and facts.blocks.numbers()[known],
+        config.resampling,
+    )
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write that takes the place of the one at `path` only when it is whole."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as file:
-        yield file
-    beside.replace(path)
+def speed_beside(hypotheses: Path) -> dict[str, Any] | None:
+    """Return how fast and how large the system is, if inference has left its `speed.json` there."""
+    try:
+        found = json.loads((hypotheses.parent / "speed.json").read_bytes())
+        return {key: found.get(key) for key in ("rtfx", "parameters", "model_bytes")}
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def write_page(
+    config: Config,
+    examined: list[Examined],
+    systems: dict[str, SystemScores],
+    facts: Facts,
+    summary: dict[str, Any],
+    run: Run,
+) -> None:
+    """Write `report.html`."""
+    from simpler_distil_whisper.report_page import report_page  # only now: it takes a while
+
+    choice = choose(systems, config.report.worst_utterances)
+    scored = run.folder / "utterances.jsonl"
+    utterances = describe(
+        choice, examined, systems, facts, config.columns, scored, config.report.embed_audio
+    )
+    number = {position: index for index, position in enumerate(choice.shown)}
+    listed = {
+        "worst": {name: [number[p] for p in found] for name, found in choice.worst.items()},
+        "different": {name: [number[p] for p in found] for name, found in choice.different.items()},
+        "utterances_in_all": len(facts.positions),
+        "summary_file": "summary.json",
+        "utterances_file": scored.name,
+    }
+    write_atomically(run.folder / "report.html", report_page(summary, utterances, listed).encode())
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def work(
             for utterance, hypothesis in zip(done.batch.utterances, done.hypotheses, strict=True)
         ]
         results.append(answered, done.batch.rejections)
-    report = speed.report(transcriber)
+    report = speed.report(transcriber) | {"model_bytes": folder.weight_bytes}
     if assistant:
         report |= assistant.report()
     written, rejected = results.finish(manifest.rejections, state.wait_for_everyone)

@@ -1,4 +1,4 @@
-"""Hypotheses files: which rows can be scored, the same utterances for all systems.
+"""Hypotheses files: which rows can be compared, the same utterances for all systems.
 
 Owns the reading and matching of what inference, or another tool, has written; it counts no errors.
 Called by `eval.py`.
@@ -33,12 +33,31 @@ class Columns(StrictModel):
         description="Column of the utterance's id, by which the systems' rows are matched; null "
         "matches them by line number.",
     )
-    reference: Name = Field(default="text", description="Column of the human transcript.")
+    reference: Name | None = Field(
+        default="text",
+        description="Column of the human transcript. Of rows in which it is null, and of all rows "
+        "if this key is null, only the signs of invented text are counted.",
+    )
     hypothesis: Name = Field(default="hypothesis", description="Column of the system's text.")
     language: Name | None = Field(
         default="language",
-        description='Column that decides the unit where metric.unit is "auto"; with null, and in '
-        "rows whose language Whisper does not know, the reference's script decides.",
+        description='Column that decides the unit where metric.unit is "auto", and how texts are '
+        "normalised; with null, and in rows whose language Whisper does not know, the reference's "
+        "script decides.",
+    )
+    audio: Name | None = Field(
+        default=None, description="Column of the audio file, which the report then plays."
+    )
+    start_seconds: Name | None = Field(
+        default=None, description="Column of where in the file the utterance begins."
+    )
+    duration_seconds: Name | None = Field(
+        default=None,
+        description="Column of its length, by which error rates are grouped; where it is missing, "
+        "the audio file's header tells it.",
+    )
+    speaker: Name | None = Field(
+        default=None, description="Column of the speaker, for whom error rates are also given."
     )
 
 
@@ -56,7 +75,7 @@ class Examined:
     """What the first reading of one system's file found.
 
     Attributes:
-        lines: id -> line number of each row that can be scored.
+        lines: id -> line number of each row that can be compared.
         columns: every column that some row has.
     """
 
@@ -89,7 +108,7 @@ def examine(system: Hypotheses, columns: Columns, references: dict[str, int]) ->
             row = parse_row(content)
             found.columns.update(row)
             utterance_id = id_of(row, line, columns)
-            reference = text_in(row, columns.reference)
+            reference = reference_in(row, columns)
             text_in(row, columns.hypothesis)
             if utterance_id in found.lines:
                 raise RowError("its id stands in an earlier row, which is taken")
@@ -101,17 +120,16 @@ def examine(system: Hypotheses, columns: Columns, references: dict[str, int]) ->
     return found
 
 
-def refuse_missing_columns(examined: list[Examined], wanted: dict[str, list[str]]) -> None:
+def refuse_missing_columns(one: Examined, wanted: dict[str, list[str]]) -> None:
     """Raise ConfigError if a file with rows has nowhere a column that a config key names.
 
     Args:
-        examined: the files.
+        one: the file.
         wanted: config key -> the columns that it names.
     """
     problems = [
         f'{key}: no row of {one.system.path} has a column "{column}"; '
         f"columns found: {', '.join(sorted(one.columns))}"
-        for one in examined
         for key, columns in wanted.items()
         for column in columns
         if one.columns and column not in one.columns
@@ -167,6 +185,17 @@ def text_in(row: Row, column: str) -> str:
     if not isinstance(value, str):
         raise RowError(f'column "{column}" is not a string')
     return value
+
+
+def reference_in(row: Row, columns: Columns) -> str | None:
+    """Return what was said; None where nobody has written it down.
+
+    Raises:
+        RowError: there is no such column, or no text in it.
+    """
+    if columns.reference is None or row.get(columns.reference, "") is None:
+        return None
+    return text_in(row, columns.reference)
 
 
 def reasons(rejected: list[Rejected]) -> str:

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from simpler_distil_whisper.audio import AudioError, audio_seconds
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
+from simpler_distil_whisper.hallucination import MAX_NO_SPEECH_PROBABILITY, MAX_REPETITION
 from simpler_distil_whisper.jsonl import Row, placed_lines
 from simpler_distil_whisper.metrics import Scorer, align
 from simpler_distil_whisper.page import render
@@ -36,11 +37,9 @@ SIGN_COLUMNS = (
     "longest_repetition",
 )
 
-# Beyond these a label looks like a failure. The first three are what openai/whisper decodes again.
+# Beyond these a label looks like a failure. Both are where openai/whisper decodes again.
 MAX_COMPRESSION_RATIO = 2.4
 MIN_AVERAGE_LOG_PROBABILITY = -1.0
-MAX_NO_SPEECH_PROBABILITY = 0.6
-MAX_REPETITION = 10  # tokens; what people say twice in a row is shorter
 MAX_SPEED_FACTOR = 4.0  # to the median of the language, either way
 
 STEPS = 50
@@ -109,7 +108,8 @@ def signs_of(
         scorer: normalises both and chooses the unit.
         language: what decides the unit; None lets the script decide.
     """
-    said, wanted = scorer.normalize(hypothesis), scorer.normalize(reference or "")
+    said = scorer.normalize(hypothesis, language)
+    wanted = scorer.normalize(reference or "", language)
     unit = scorer.unit(wanted, said, language)
     return {
         "error_unit": None if reference is None else unit,
@@ -543,7 +543,9 @@ def _shown_row(
     edits = []
     if reference is not None:
         between = "" if unit == "character" else " "
-        said, wanted = scorer.normalize(row[columns.label]), scorer.normalize(reference)
+        language = row.get(columns.language) if columns.language else None
+        said = scorer.normalize(row[columns.label], language)
+        wanted = scorer.normalize(reference, language)
         edits = [
             [edit.kind, between.join(edit.reference), between.join(edit.hypothesis)]
             for edit in align(wanted, said, unit)

@@ -301,7 +301,7 @@ def _check_row(row: Row, folder: str, columns: Columns) -> None:
     _check_seconds(row, columns.duration_seconds)
     if columns.duration_seconds and row.get(columns.duration_seconds) == 0:
         raise RowError(f'"{columns.duration_seconds}" is 0')
-    if _find_audio(audio, folder) is None:
+    if find_audio(audio, folder) is None:
         raise RowError(f'no such file: "{audio}", neither in {folder} nor in the working directory')
 
 
@@ -339,7 +339,7 @@ def _whisper_language(name: str) -> str | ValueError:
         return error
 
 
-def _find_audio(name: str, folder: str) -> str | None:
+def find_audio(name: str, folder: str) -> str | None:
     """Return the path as it is, if absolute; else relative to the manifest or working directory."""
     # Not Path, which alone would take longer than all other checks of a row.
     for path in (os.path.join(folder, name), name):  # noqa: PTH118
@@ -362,7 +362,7 @@ def _utterance(
         json=line.removeprefix(codecs.BOM_UTF8).decode(),
         id=place if identity is None else str(identity),
         # What is gone by now is rejected when its audio is wanted, like damaged audio.
-        audio=Path(_find_audio(audio, folder) or Path(folder, audio)),
+        audio=Path(find_audio(audio, folder) or Path(folder, audio)),
         start_seconds=float(start or 0.0),
         duration_seconds=None if duration is None else float(duration),
         text=row.get(columns.text),

@@ -1,4 +1,4 @@
-"""Error counts, error rates and their intervals.
+"""Error counts and error rates.
 
 Owns the arithmetic of CER and WER: counts are added over utterances and divided once. It reads no
 files and prints nothing. Called by labelling, by validation during training and by `eval.py`.
@@ -7,22 +7,14 @@ files and prints nothing. Called by labelling, by validation during training and
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import jiwer
 from pydantic import Field
-from rapidfuzz.distance import Levenshtein
 
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.text import (
-    TextNormalization,
-    Unit,
-    make_normalizer,
-    tokens,
-    unit_for,
-)
-
-RESAMPLED_CELLS = 2_000_000  # numbers of 8 bytes held at a time by the bootstrap
+from simpler_distil_whisper.normalization import TextNormalization, make_normalizer
+from simpler_distil_whisper.text import Unit, tokens, unit_for
 
 
 class Metric(StrictModel):
@@ -83,11 +75,21 @@ class ErrorCounts:
         }
 
 
+class _AsTokens(jiwer.AbstractTransform):
+    """What jiwer does to texts before it compares them: nothing, they are tokens already."""
+
+    def __call__(self, texts: Any) -> Any:
+        return texts
+
+
+AS_TOKENS = _AsTokens()
+
+
 class Edit(NamedTuple):
     """A run of neighbouring tokens with the same fate.
 
     Attributes:
-        kind: "equal", "replace" (the tokens pair up one to one), "delete" or "insert".
+        kind: "equal", "substitute" (the tokens pair up one to one), "delete" or "insert".
     """
 
     kind: str
@@ -99,7 +101,7 @@ class Scorer:
     """Counts errors as a `Metric` says, on normalised copies of the texts.
 
     Attributes:
-        normalize: makes the copy of one text that is compared.
+        normalize: makes the copy of one text that is compared, given its language if known.
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -115,22 +117,28 @@ class Scorer:
 
     def count(self, reference: str, hypothesis: str, language: str | None = None) -> ErrorCounts:
         """Return the errors of a hypothesis, both texts given as they are."""
-        reference, hypothesis = self.normalize(reference), self.normalize(hypothesis)
+        reference = self.normalize(reference, language)
+        hypothesis = self.normalize(hypothesis, language)
         return count_errors(reference, hypothesis, self.unit(reference, hypothesis, language))
 
 
 def align(reference: str, hypothesis: str, unit: Unit) -> list[Edit]:
     """Return a shortest way from the reference to the hypothesis, as runs of tokens in order."""
     ours, theirs = tokens(reference, unit), tokens(hypothesis, unit)
+    found = jiwer.process_words([ours], [theirs], AS_TOKENS, AS_TOKENS)  # type: ignore[list-item]
     return [
-        Edit(step.tag, ours[step.src_start : step.src_end], theirs[step.dest_start : step.dest_end])
-        for step in Levenshtein.opcodes(ours, theirs)
+        Edit(
+            chunk.type,
+            ours[chunk.ref_start_idx : chunk.ref_end_idx],
+            theirs[chunk.hyp_start_idx : chunk.hyp_end_idx],
+        )
+        for chunk in found.alignments[0]
     ]
 
 
 def count_edits(edits: Iterable[Edit]) -> ErrorCounts:
     """Return the error counts of an alignment."""
-    counts = {"equal": 0, "replace": 0, "delete": 0, "insert": 0}
+    counts = {"equal": 0, "substitute": 0, "delete": 0, "insert": 0}
     for edit in edits:
         counts[edit.kind] += max(len(edit.reference), len(edit.hypothesis))
     return ErrorCounts(*counts.values())
@@ -154,50 +162,3 @@ def total(per_utterance: Iterable[ErrorCounts]) -> ErrorCounts:
         summed[2] += times * counts.deletions
         summed[3] += times * counts.insertions
     return ErrorCounts(*summed)
-
-
-def bootstrap_interval(
-    per_utterance: Iterable[ErrorCounts],
-    confidence: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """Return the percentile bootstrap interval of the corpus error rate over utterances.
-
-    Drawing n utterances with replacement is drawing how often each distinct pair (errors, reference
-    tokens) comes up, which is a multinomial: a million utterances have few distinct pairs. Samples
-    without any reference token have no rate and are left out.
-
-    Args:
-        per_utterance: the counts of each utterance, or a Counter of them.
-        confidence: the share of the samples' rates that lies inside the interval.
-        samples: how many corpora are drawn.
-        seed: the same seed and counts give the same interval, in whatever order they come.
-
-    Returns:
-        The lower and the upper end; None for fewer than two utterances, which tell nothing about
-        how utterances vary, and where no reference has a token.
-    """
-    pairs: Counter[tuple[int, int]] = Counter()
-    for counts, times in Counter(per_utterance).items():
-        pairs[counts.errors, counts.reference_tokens] += times
-    utterances = sum(pairs.values())
-    if utterances < 2 or not any(reference_tokens for _, reference_tokens in pairs):
-        return None
-    distinct = sorted(pairs)
-    values = np.array(distinct, dtype=np.int64)
-    shares = np.array([pairs[pair] for pair in distinct]) / utterances
-    random = np.random.default_rng(seed)
-    rows = max(1, RESAMPLED_CELLS // len(distinct))
-    sums = np.concatenate(
-        [
-            random.multinomial(utterances, shares, size=min(rows, samples - start)) @ values
-            for start in range(0, samples, rows)
-        ]
-    )
-    errors, reference_tokens = sums[sums[:, 1] > 0].T
-    if not len(errors):
-        return None
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(errors / reference_tokens, [tail, 1 - tail])
-    return float(low), float(high)

@@ -55,6 +55,11 @@ class ModelFolder:
         return self.window_frames * SECONDS_PER_FRAME
 
     @property
+    def weight_bytes(self) -> int:
+        """The size of the weights on disk."""
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
+    @property
     def stored_dtype(self) -> Dtype:
         """The dtype of the weights on disk, as config.json states it."""
         stated = self.config.get("dtype") or self.config.get("torch_dtype")

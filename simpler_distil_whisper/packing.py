@@ -167,7 +167,9 @@ def packed_row(
     reference = None if None in references else join_texts(references)
     unit, rate, tokens = parts[0]["error_unit"], None, None
     if reference is not None:
-        counts = count_errors(scorer.normalize(reference), scorer.normalize(label), unit)
+        language = parts[0].get(columns.language) if columns.language else None
+        wanted, said = (scorer.normalize(text, language) for text in (reference, label))
+        counts = count_errors(wanted, said, unit)
         rate, tokens = counts.rate, counts.reference_tokens
     ends = np.cumsum([part["audio_seconds"] for part in parts]).round(6).tolist()
     starts = [0.0, *ends[:-1]]

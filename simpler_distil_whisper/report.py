@@ -1,81 +1,25 @@
-"""The result of an evaluation: one summary as JSON and the same numbers as a table for people.
+"""The result of an evaluation as a table for people, and in sentences.
 
-Owns the shape of `summary.json`. It knows nothing of files and of how errors are counted. Called by
-`eval.py`.
+Owns how `summary.json` reads in a terminal; its numbers are `tallies.py`'s. Called by `eval.py`.
 """
 
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
-
-from simpler_distil_whisper.metrics import ErrorCounts, total
-
-Interval = Callable[[Counter[ErrorCounts]], tuple[float, float] | None]
 
 HEADER = ["system", "group", "utterances", "CER", "WER", "rate", "low", "high", "S", "D", "I"]
 TEXT_COLUMNS = 2
+MOST_VALUES = 20  # of a column in the table; all are in summary.json
 
 
-@dataclass
-class Scores:
-    """How many utterances have which error counts, in the chosen unit and in both usual ones.
-
-    Equal counts are kept once with their number, so that a million utterances need little memory.
-    """
-
-    chosen: Counter[ErrorCounts] = field(default_factory=Counter)
-    character: Counter[ErrorCounts] = field(default_factory=Counter)
-    word: Counter[ErrorCounts] = field(default_factory=Counter)
-
-    def add(self, unit: str, counts: dict[str, ErrorCounts]) -> None:
-        """Add one utterance, its counts given by unit."""
-        self.chosen[counts[unit]] += 1
-        self.character[counts["character"]] += 1
-        self.word[counts["word"]] += 1
-
-
-@dataclass
-class SystemScores:
-    """The scores of one system: of normalised and raw text, and by group.
-
-    Attributes:
-        groups: column -> value of that column -> scores of its utterances, normalised.
-        units: how many utterances were counted in which unit.
-        rejected: how many rows were not scored, by reason.
-    """
-
-    rejected: Counter[str]
-    normalized: Scores = field(default_factory=Scores)
-    raw: Scores = field(default_factory=Scores)
-    groups: dict[str, dict[str, Scores]] = field(default_factory=dict)
-    units: Counter[str] = field(default_factory=Counter)
-
-
-def summarize(system: SystemScores, interval: Interval) -> dict[str, Any]:
-    """Return a system's part of `summary.json`."""
-    return {
-        **_three_rates(system.normalized, interval),
-        "raw": _three_rates(system.raw, interval),
-        "groups": {
-            column: {value: _group(values[value], interval) for value in sorted(values)}
-            for column, values in system.groups.items()
-        },
-        "units": dict(sorted(system.units.items())),
-        "rejected": dict(sorted(system.rejected.items())),
-    }
-
-
-def text_table(systems: dict[str, dict[str, Any]]) -> str:
-    """Return the summaries as an aligned table, with the rejected rows and the units below it."""
+def text_table(summary: dict[str, Any]) -> str:
+    """Return the summary as an aligned table, with what else is worth knowing below it."""
     rows = [HEADER]
-    notes = []
-    for name, summary in systems.items():
-        rows += _system_rows(name, summary)
-        units = " and ".join(f"{count} in {unit}s" for unit, count in summary["units"].items())
-        notes.append(f"{name}: utterances counted: {units}.")
-        notes += [f"{name}: {n} rows rejected: {why}." for why, n in summary["rejected"].items()]
+    notes: list[str] = []
+    for name, system in summary["systems"].items():
+        rows += _system_rows(name, system)
+        notes += _notes(name, system)
+    notes += [_comparison_line(name, one) for name, one in summary["comparisons"].items()]
     widths = [max(_width(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = [_aligned(row, widths) for row in rows]
     legend = (
@@ -85,38 +29,54 @@ def text_table(systems: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, "", legend, *notes]) + "\n"
 
 
-def _rates(tally: Counter[ErrorCounts], interval: Interval) -> dict[str, Any]:
-    counts = total(tally)
-    low, high = interval(tally) or (None, None)
-    return {
-        "rate": counts.rate,
-        "low": low,
-        "high": high,
-        **counts.as_dict(),
-        "reference_tokens": counts.reference_tokens,
-        "utterances": tally.total(),
-    }
+def _notes(name: str, system: dict[str, Any]) -> Iterator[str]:
+    units = " and ".join(f"{count} in {unit}s" for unit, count in system["units"].items())
+    if units:
+        yield f"{name}: utterances counted: {units}."
+    for column, values in system["groups"].items():
+        if len(values) > MOST_VALUES:
+            more = len(values) - MOST_VALUES
+            yield f"{name}: {more} more values of {column} are in summary.json."
+    invented = system["hallucination"]
+    if invented["without_reference"]:
+        yield f"{name}: {invented['without_reference']} utterances have no reference."
+    if invented["any"]["utterances"]:
+        signs = {sign: one["utterances"] for sign, one in invented["signs"].items()}
+        shown = ", ".join(f"{sign.replace('_', ' ')} {n}" for sign, n in signs.items() if n)
+        yield f"{name}: {invented['any']['utterances']} utterances look invented: {shown}."
+    if switch := system["code_switch"]:
+        rates = [_ratio(switch[script]["rate"]) for script in ("han", "latin")]
+        yield (
+            f"{name}: in {switch['utterances']} utterances that switch scripts, CER of the Han "
+            f"characters {rates[0]}, WER of the Latin words {rates[1]}."
+        )
+    for why, count in system["rejected"].items():
+        yield f"{name}: {count} rows rejected: {why}."
 
 
-def _three_rates(scores: Scores, interval: Interval) -> dict[str, Any]:
-    return {
-        "corpus": _rates(scores.chosen, interval),
-        "character": _rates(scores.character, interval),
-        "word": _rates(scores.word, interval),
-    }
+def _comparison_line(name: str, one: dict[str, Any]) -> str:
+    if one["difference"] is None:
+        return f"{name} and {one['baseline']}: no reference has a token to compare."
+    interval = f" ({one['low']:+.4f} to {one['high']:+.4f})" if one["low"] is not None else ""
+    return (
+        f"{name} minus {one['baseline']}: {one['difference']:+.4f}{interval}, "
+        f"p = {one['p_value']:.2g}; better in {one['better']:.1%} of the utterances, worse in "
+        f"{one['worse']:.1%}."
+    )
 
 
-def _group(scores: Scores, interval: Interval) -> dict[str, Any]:
-    rates = _three_rates(scores, interval)
-    return {**rates.pop("corpus"), **rates}
+def _ratio(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.4f}"
 
 
 def _system_rows(name: str, summary: dict[str, Any]) -> Iterator[list[str]]:
     yield _row(name, "all", summary["corpus"], summary)
     yield _row(name, "all, raw text", summary["raw"]["corpus"], summary["raw"])
     for column, values in summary["groups"].items():
+        largest = sorted(values, key=lambda value: -values[value]["utterances"])[:MOST_VALUES]
         for value, group in values.items():
-            yield _row(name, f"{column} {value}", group, group)
+            if value in largest:
+                yield _row(name, f"{column} {value}", group, group)
 
 
 def _row(system: str, group: str, chosen: dict[str, Any], usual: dict[str, Any]) -> list[str]:
@@ -127,7 +87,7 @@ def _row(system: str, group: str, chosen: dict[str, Any], usual: dict[str, Any])
         " ".join(system.split()),
         " ".join(group.split()),
         str(chosen["utterances"]),
-        *("-" if rate is None else f"{rate:.4f}" for rate in rates),
+        *map(_ratio, rates),
         *map(str, edits),
     ]
 

@@ -1,20 +1,17 @@
-"""Text as it is compared: language names, normalisation of copies, characters and words.
+"""Languages and tokens: names of languages, characters and words, repetition, joining.
 
-Owns everything that decides what counts as "the same text"; it never changes a text that is kept.
-Called by the scripts that prompt Whisper for a language and by `metrics.py`.
+Owns what is known of scripts and languages. Called by the scripts that prompt Whisper for a
+language and by whatever counts tokens.
 """
 
 import difflib
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
-
-from simpler_distil_whisper.config import StrictModel
 
 Unit = Literal["auto", "character", "word", "mixed"]
 """What an error rate counts; "auto" becomes "character" or "word" for each utterance."""
@@ -85,37 +82,6 @@ NEVER_SPACED = re.compile(rf"[{HAN_AND_KANA}{OTHER_UNSPACED}]")
 
 LONGEST_NGRAM = 100  # tokens: a loop of longer pieces is hardly one
 
-# Joiners, direction marks, soft hyphens and variation selectors: two texts that differ only in
-# these look the same. Not the zero-width space, which separates words.
-INVISIBLE = re.compile(
-    r"[\u00ad\u034f\u061c\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
-    r"\U000e0000-\U000e0fff]"
-)
-DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-APOSTROPHES = "'\u2018\u2019\u02bc"
-DECIMAL_SIGNS = ".,\u066b"
-
-
-class TextNormalization(StrictModel):
-    """What is made equal before texts are compared; the texts that are kept stay as they are."""
-
-    unicode: Literal["NFC", "NFKC"] | None = Field(
-        default="NFKC",
-        description="Unicode form; NFKC also unifies full-width and half-width, null leaves all.",
-    )
-    lowercase: bool = Field(default=True, description="Compare without regard to case.")
-    remove_punctuation: bool = Field(
-        default=True,
-        description="Turn punctuation and symbols (also % and currency signs) of every script into "
-        "spaces, except apostrophes inside words and decimal signs between digits; 1,000 becomes "
-        "1000; invisible characters go.",
-    )
-    chinese_script: Literal["simplified", "traditional"] | None = Field(
-        default=None,
-        description="Compare Chinese in one script, converted by OpenCC; null converts nothing "
-        "(right for Hokkien and Cantonese written in Han characters).",
-    )
-
 
 def whisper_language(name: str) -> str:
     """Return Whisper's code of a language given as a code, a locale or an English name.
@@ -142,31 +108,6 @@ def whisper_language(name: str) -> str:
     near = difflib.get_close_matches(wanted, names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else '; write a code such as "en" or "zh"'
     raise ValueError(f'"{name}" is no language that Whisper knows{hint}')
-
-
-def make_normalizer(options: TextNormalization) -> Callable[[str], str]:
-    """Return the function that normalises one text; using it twice changes nothing more."""
-    steps: list[Callable[[str], str]] = []
-    if options.remove_punctuation:
-        # Before all else, because what an invisible character keeps apart can compose.
-        steps.append(functools.partial(INVISIBLE.sub, ""))
-    if options.unicode:
-        steps.append(functools.partial(unicodedata.normalize, options.unicode))
-    if options.lowercase:
-        steps.append(str.lower)
-        if options.unicode:
-            steps.append(functools.partial(unicodedata.normalize, options.unicode))
-    if options.chinese_script:
-        steps.append(_chinese_converter(options.chinese_script))
-    if options.remove_punctuation:
-        steps.append(_without_punctuation)
-
-    def normalize(text: str) -> str:
-        for step in steps:
-            text = step(text)
-        return " ".join(text.split())
-
-    return normalize
 
 
 def tokens(text: str, unit: Unit) -> list[str]:
@@ -199,7 +140,7 @@ def unit_for(language: str | None, text: str) -> Unit:
         language: a name or code; where it is None or not one of Whisper's, the script decides.
         text: the reference, looked at only where the language does not decide.
     """
-    code = _code_or_none(language) if language else None
+    code = code_or_none(language) if language else None
     if code:
         return "character" if code in CHARACTER_LANGUAGES else "word"
     # A word against a character, not letters against letters: one English brand name must not
@@ -255,62 +196,9 @@ def _never_spaced(characters: Iterable[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _code_or_none(language: str) -> str | None:
+def code_or_none(language: str) -> str | None:
+    """Return Whisper's code of a language, or None if it knows no such language."""
     try:
         return whisper_language(language)
     except ValueError:
         return None
-
-
-def _chinese_converter(script: Literal["simplified", "traditional"]) -> Callable[[str], str]:
-    import opencc  # here, because few runs need it
-
-    converter = opencc.OpenCC("t2s" if script == "simplified" else "s2t")
-
-    def convert(text: str) -> str:
-        # Twice, because OpenCC goes from 薴 by way of 苧 to 苎.
-        return str(converter.convert(converter.convert(text)))
-
-    return convert
-
-
-class _PunctuationTable(dict[int, str]):
-    """A table for `str.translate` that looks up each character's Unicode category once."""
-
-    def __missing__(self, code_point: int) -> str:
-        character = chr(code_point)
-        if character in APOSTROPHES:
-            replacement = "'"
-        elif character in DECIMAL_SIGNS:
-            replacement = character
-        else:
-            category = unicodedata.category(character)
-            # Me: circles and boxes around other characters. Cc, Cf: control characters.
-            blank = category[0] in "PS" or category in ("Me", "Cc", "Cf")
-            replacement = " " if blank else character
-        self[code_point] = replacement
-        return replacement
-
-
-PUNCTUATION_TO_SPACE = _PunctuationTable()
-
-
-def _without_punctuation(text: str) -> str:
-    text = DIGIT_GROUP_COMMA.sub("", text.translate(PUNCTUATION_TO_SPACE))
-    stray = _stray_signs()
-    found = 1
-    while found:  # one sign that goes can leave the next one without its word
-        text, found = stray.subn(" ", text)
-    return text
-
-
-@functools.cache
-def _stray_signs() -> re.Pattern[str]:
-    """Return what finds apostrophes, decimal signs and combining marks that belong to no word."""
-    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
-    letter = rf"[^\s'{DECIMAL_SIGNS}{UNSPACED}]"
-    return re.compile(
-        rf"(?<!{letter})'|'(?!{letter})"
-        rf"|(?<!\d)[{DECIMAL_SIGNS}]|[{DECIMAL_SIGNS}](?!\d)"
-        rf"|(?<!\S)[{marks}]+"
-    )

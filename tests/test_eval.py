@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 REPOSITORY = Path(__file__).parents[1]
 Row = dict[str, Any]
@@ -19,6 +21,10 @@ ROWS: list[Row] = [
 ]
 
 
+OLD_COLUMNS = ["id", "reference", "hypothesis", "language"]
+NO_PAGE = {"html": False, "worst_utterances": 20, "embed_audio": False}
+
+
 def write_rows(path: Path, rows: list[Row | str]) -> Path:
     """Write rows as JSON Lines; a string stands for itself, whatever it is."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
@@ -29,7 +35,9 @@ def write_rows(path: Path, rows: list[Row | str]) -> Path:
 def config_for(folder: Path, *paths: Path, **keys: Any) -> Row:
     systems = [{"name": path.stem, "path": str(path)} for path in paths]
     shipped = json.loads((REPOSITORY / "eval.json").read_text(encoding="utf-8"))
-    return {**shipped, "output_dir": str(folder / "out"), "hypotheses": systems, **keys}
+    columns = {name: shipped["columns"][name] for name in OLD_COLUMNS}
+    own = {"output_dir": str(folder / "out"), "hypotheses": systems, "columns": columns}
+    return {**shipped, **own, "report": NO_PAGE, **keys}
 
 
 def evaluate(folder: Path, config: Row, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +67,7 @@ def test_summary_of_one_system_by_hand(tmp_path: Path) -> None:
     # zh by character: 5 hits 2 subs, then 2 dels; en by word: 1 hit 1 sub 1 del, then 2 insertions.
     assert counts(one["corpus"]) == (6, 3, 3, 2, 12, 4)
     assert one["corpus"]["rate"] == 8 / 12
-    assert one["corpus"]["low"] <= one["corpus"]["rate"] <= one["corpus"]["high"]
+    assert one["corpus"]["low"] is None  # four utterances tell nothing about how they vary
     assert one["units"] == {"character": 2, "word": 2}
     # Words: "她很…" 1 sub, "hello big world" 1 hit 1 sub 1 del, "你好" 1 del, 2 insertions.
     assert counts(one["word"]) == (1, 2, 2, 2, 5, 4)
@@ -86,13 +94,14 @@ def test_each_utterance_is_listed_with_its_counts_and_alignment(tmp_path: Path) 
         "rate": 2 / 3,
         "character": {"hits": 9, "substitutions": 0, "deletions": 4, "insertions": 0},
         "word": {"hits": 1, "substitutions": 1, "deletions": 1, "insertions": 0},
-        "reference": "hello big world",
+        "reference": "Hello, big world!",
         "hypothesis": "hello word",
         "alignment": found["b"]["alignment"],
+        "signs": [],
     }
     assert found["a"]["alignment"] == [
         ["equal", "她很", "她很"],
-        ["replace", "擔心", "謝的"],
+        ["substitute", "擔心", "謝的"],
         ["equal", "大兒子", "大兒子"],
     ]
     assert found["c"]["alignment"] == [["delete", "你好", ""]]
@@ -133,7 +142,7 @@ BAD_ROWS: list[tuple[Row | str, str]] = [
     ("[1]", "not a JSON object but list"),
     ({"text": "x", "hypothesis": "x"}, 'no column "id"'),
     ({"id": 1.5, "text": "x", "hypothesis": "x"}, 'column "id" is not a string'),
-    ({"id": "n", "text": None, "hypothesis": "x"}, 'column "text" is null'),
+    ({"id": "n", "text": 5, "hypothesis": "x"}, 'column "text" is not a string'),
     ({"id": "m", "hypothesis": "x"}, 'no column "text"'),
     ({"id": "s", "text": "x", "hypothesis": 3}, 'column "hypothesis" is not a string'),
     ({"id": "t", "text": "x"}, 'no column "hypothesis"'),
@@ -213,7 +222,129 @@ def test_mixed_unit_and_other_columns(tmp_path: Path) -> None:
     assert "mixed" in lines_of(tmp_path / "out" / "utterances.jsonl")[0]
 
 
-@pytest.mark.parametrize("rows", [[], [{**ROWS[0], "text": None}], ["nonsense", ""]])
+def many_rows(errors: int, speakers: int = 6) -> list[Row]:
+    """Return 60 rows of ten words, the first so many of which have one word wrong."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    return [
+        {
+            "id": str(number),
+            "text": " ".join(words),
+            "hypothesis": " ".join(["x", *words[1:]] if number < errors else words),
+            "speaker": f"s{number % speakers}",
+        }
+        for number in range(60)
+    ]
+
+
+PLAIN = {"unit": "word", "normalization": {"whisper": None}}
+
+
+def test_systems_are_compared_with_the_first(tmp_path: Path) -> None:
+    paths = [
+        write_rows(tmp_path / f"{name}.jsonl", many_rows(errors))
+        for name, errors in (("base", 30), ("good", 2), ("same", 30))
+    ]
+    columns = {"id": "id", "reference": "text", "hypothesis": "hypothesis", "language": None}
+    keys = {"columns": columns, "metric": PLAIN, "group_by": []}
+    done = evaluate(tmp_path, config_for(tmp_path, *paths, **keys))
+    assert done.returncode == 0, done.stderr
+    found = summary_in(tmp_path)["comparisons"]
+    assert list(found) == ["good", "same"]
+    good = found["good"]
+    assert good["baseline"] == "base"
+    assert good["difference"] == pytest.approx(-28 / 600)
+    assert good["low"] < -28 / 600 < good["high"] < 0
+    assert good["p_value"] < 0.01
+    assert (good["better"], good["worse"], good["equal"]) == (28 / 60, 0, 32 / 60)
+    assert (found["same"]["difference"], found["same"]["p_value"]) == (0, 1)
+    assert "good minus base: -0.0467 (-0.0" in done.stdout
+    assert "better in 46.7% of the utterances, worse in 0.0%." in done.stdout
+
+
+def test_blocks_make_intervals_as_wide_as_the_speakers_differ(tmp_path: Path) -> None:
+    # All errors are those of six of the twelve speakers.
+    path = write_rows(tmp_path / "one.jsonl", sorted(many_rows(30, 12), key=lambda row: row["id"]))
+    rows = lines_of(path)
+    for row in rows:
+        wrong = int(row["speaker"][1:]) < 6
+        row["hypothesis"] = row["text"].replace("one", "x") if wrong else row["text"]
+    path = write_rows(tmp_path / "one.jsonl", rows)
+    columns = {"id": "id", "reference": "text", "hypothesis": "hypothesis", "language": None}
+    widths = []
+    for block in (None, "speaker"):
+        keys = {"columns": columns, "metric": PLAIN, "group_by": []}
+        keys |= {"bootstrap_block_column": block}
+        assert evaluate(tmp_path, config_for(tmp_path, path, **keys)).returncode == 0
+        corpus = summary_in(tmp_path)["systems"]["one"]["corpus"]
+        assert corpus["rate"] == 0.05
+        widths.append(corpus["high"] - corpus["low"])
+    assert widths[1] > 1.7 * widths[0]
+
+
+def test_rows_without_a_reference_are_searched_for_invented_text(tmp_path: Path) -> None:
+    rows: list[Row | str] = [
+        *ROWS,
+        {"id": "e", "text": None, "hypothesis": "la " * 30, "language": "en"},
+        {"id": "f", "text": None, "hypothesis": "Thank you for watching!", "language": "en"},
+    ]
+    path = write_rows(tmp_path / "one.jsonl", rows)
+    keys = {"hallucination": {"phrases": ["thank you for watching"]}}
+    done = evaluate(tmp_path, config_for(tmp_path, path, **keys))
+    assert done.returncode == 0, done.stderr
+    one = summary_in(tmp_path)["systems"]["one"]
+    assert one["corpus"]["utterances"] == 4
+    found = one["hallucination"]
+    assert (found["utterances"], found["without_reference"]) == (6, 2)
+    assert found["phrases"] == {"thank you for watching": 1}
+    signs = {row["id"]: row["signs"] for row in lines_of(tmp_path / "out" / "utterances.jsonl")}
+    assert signs["e"] == ["repetition"]
+    assert signs["f"] == ["known_phrase"]
+    assert signs["d"] == ["output_on_silence"]
+    assert "one: 2 utterances have no reference." in done.stdout
+    assert "3 utterances look invented: repetition 1, output on silence 1, known phrase 1" in (
+        done.stdout
+    )
+    columns = {"id": "id", "reference": None, "hypothesis": "hypothesis", "language": "language"}
+    assert evaluate(tmp_path, config_for(tmp_path, path, columns=columns)).returncode == 0
+    assert summary_in(tmp_path)["systems"]["one"]["corpus"]["rate"] is None
+
+
+def test_what_is_known_of_an_utterance_is_read_from_the_first_system(tmp_path: Path) -> None:
+    audio = tmp_path / "clip.wav"
+    soundfile.write(audio, np.zeros(16_000 * 3), 16_000)
+    rich = [{**row, "audio": "clip.wav", "city": "台北"} for row in ROWS]
+    rich[0]["seconds"] = 11
+    rich[1]["audio"] = "nowhere.wav"
+    bare = [{key: row[key] for key in ("id", "text", "hypothesis")} for row in ROWS]
+    paths = [write_rows(tmp_path / "rich.jsonl", rich), write_rows(tmp_path / "bare.jsonl", bare)]
+    columns = {"audio": "audio", "duration_seconds": "seconds", "language": "language"}
+    config = config_for(tmp_path, *paths, columns=columns, group_by=["city"])
+    done = evaluate(tmp_path, config)
+    assert done.returncode == 0, done.stderr
+    systems = summary_in(tmp_path)["systems"]
+    assert systems["rich"]["corpus"] == systems["bare"]["corpus"]
+    assert systems["rich"]["units"] == systems["bare"]["units"]
+    groups = systems["bare"]["groups"]
+    assert groups["city"]["台北"]["utterances"] == 4
+    lengths = {name: group["utterances"] for name, group in groups["audio length"].items()}
+    assert lengths == {"2 to 5 s": 2, "10 to 20 s": 1}
+    lengths = {name: group["utterances"] for name, group in groups["reference length"].items()}
+    assert lengths == {"0": 1, "1 to 5": 2, "6 to 10": 1}
+
+
+def test_speed_and_size_are_found_beside_the_hypotheses(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "one.jsonl", [*ROWS])
+    speed = {"rtfx": 12.5, "parameters": 100, "model_bytes": 400, "tokens": 7}
+    (tmp_path / "speed.json").write_text(json.dumps(speed))
+    evaluate(tmp_path, config_for(tmp_path, path))
+    found = summary_in(tmp_path)["systems"]["one"]["speed"]
+    assert found == {"rtfx": 12.5, "parameters": 100, "model_bytes": 400}
+    (tmp_path / "speed.json").write_text("[")
+    assert evaluate(tmp_path, config_for(tmp_path, path)).returncode == 0
+    assert summary_in(tmp_path)["systems"]["one"]["speed"] is None
+
+
+@pytest.mark.parametrize("rows", [[], [{**ROWS[0], "text": 1}], ["nonsense", ""]])
 def test_nothing_to_compare_is_a_data_error_that_writes_nothing(
     tmp_path: Path, rows: list[Row | str]
 ) -> None:
@@ -289,7 +420,8 @@ def test_it_loads_neither_torch_nor_transformers(tmp_path: Path, seed: object, c
 
 def test_the_shipped_config_names_every_key_and_runs(tmp_path: Path) -> None:
     (tmp_path / "outputs" / "inference").mkdir(parents=True)
-    write_rows(tmp_path / "outputs" / "inference" / "hypotheses.jsonl", [*ROWS])
+    rows = [{**row, "audio": "none.wav", "speaker": "x"} for row in ROWS]
+    write_rows(tmp_path / "outputs" / "inference" / "hypotheses.jsonl", rows)
     command = [sys.executable, str(REPOSITORY / "eval.py"), str(REPOSITORY / "eval.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

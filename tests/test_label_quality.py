@@ -108,7 +108,7 @@ def test_rows_hours_and_rates_by_hand(tmp_path: Path) -> None:
     assert [row["line"] for row in quality["worst_rows"]] == [3, 2]
     assert quality["worst_rows"][1]["alignment"] == [
         ["equal", "a b c", "a b c"],
-        ["replace", "d", "e"],
+        ["substitute", "d", "e"],
     ]
 
 

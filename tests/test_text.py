@@ -1,6 +1,4 @@
-"""Language names, normalisation and tokens."""
-
-import functools
+"""Language names and tokens."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,28 +7,11 @@ from hypothesis import strategies as st
 from simpler_distil_whisper.text import (
     LONGEST_NGRAM,
     WHISPER_LANGUAGES,
-    TextNormalization,
     join_texts,
     longest_repetition,
-    make_normalizer,
     tokens,
     unit_for,
     whisper_language,
-)
-
-NORMALIZATIONS = st.builds(
-    TextNormalization,
-    unicode=st.sampled_from(["NFKC", "NFC", None]),
-    lowercase=st.booleans(),
-    remove_punctuation=st.booleans(),
-    chinese_script=st.sampled_from([None, "simplified", "traditional"]),
-)
-NORMALIZER = functools.cache(make_normalizer)  # OpenCC takes its time to start
-# Arbitrary text seldom puts two signs side by side that disturb each other: this alphabet does.
-AWKWARD_TEXT = st.text(
-    alphabet="aEßİΣ12 ٣.,،٫''’ʼ´¨%…。、\u3000\u0301\u0338\u0358\u0e31\u0947\u200b\u200c\u200d\ufe0f"
-    "\u20e3\u00ad\u0345½㈱①ｶﾞ가ᄀ\u1161干后薴苧苎臺发\U00020000好がか\u3099❤=\t\n",
-    max_size=12,
 )
 
 
@@ -82,69 +63,6 @@ def test_a_misspelt_language_is_answered_with_the_nearest_name() -> None:
         whisper_language("Englsh")
     with pytest.raises(ValueError, match="no language that Whisper knows"):
         whisper_language("")
-
-
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("我要 order 一個 iPhone 15、謝謝…", "我要 order 一個 iphone 15 謝謝"),
-        ("（Ｈｅｌｌｏ），１２３！", "hello 123"),
-        ("  a\t b\u3000c\n", "a b c"),
-        ("Don’t touch the dogs' 'rock ’n’ roll'!", "don't touch the dogs rock n roll"),
-        ("他說'好'嗎", "他說 好 嗎"),
-        ("25.5%, 1,000,000 and 3,14.", "25.5 1000000 and 3,14"),
-        ("U.S.A.", "u s a"),
-        ("well-known_name", "well known name"),
-        ("कैसे हैं?", "कैसे हैं"),
-        ("ที่นี่ดี!", "ที่นี่ดี"),
-        ("tsia̍h-pn̄g o͘", "tsia̍h pn̄g o͘"),
-        ("e\u0301te\u0301", "été"),
-        ("❤️ 1️⃣ 好\U000e0100", "1 好"),
-        ("a´b ¨c", "a b c"),
-        ("می\u200cخواهم", "میخواهم"),
-        ("ភាសា\u200bខ្មែរ", "ភាសា ខ្មែរ"),
-        ("", ""),
-        ("。。。", ""),
-    ],
-)
-def test_default_normalisation(text: str, normal: str) -> None:
-    assert make_normalizer(TextNormalization())(text) == normal
-
-
-def test_each_step_of_the_normalisation_can_be_left_out() -> None:
-    nothing = TextNormalization(unicode=None, lowercase=False, remove_punctuation=False)
-    assert make_normalizer(nothing)(" Ａ,  b’s\u00adX 。") == "Ａ, b’s\u00adX 。"
-    form = nothing.model_copy(update={"unicode": "NFC"})
-    assert make_normalizer(form)("Ａe\u0301.") == "Ａé."
-    case = nothing.model_copy(update={"lowercase": True})
-    assert make_normalizer(case)("ＡB.") == "ａb."
-    signs = nothing.model_copy(update={"remove_punctuation": True})
-    assert make_normalizer(signs)("Ａ，B") == "Ａ B"
-
-
-def test_chinese_is_compared_in_one_script_only_if_asked() -> None:
-    assert make_normalizer(TextNormalization())("臺灣国语") == "臺灣国语"
-    simplified = make_normalizer(TextNormalization(chinese_script="simplified"))
-    traditional = make_normalizer(TextNormalization(chinese_script="traditional"))
-    assert simplified("臺灣國語，薴") == "台湾国语 苎"
-    assert traditional("头发发现 ABC") == "頭髮發現 abc"
-
-
-@settings(deadline=None)
-@given(NORMALIZATIONS, st.one_of(st.text(), AWKWARD_TEXT))
-def test_normalising_twice_changes_nothing_more(options: TextNormalization, text: str) -> None:
-    normalize = NORMALIZER(options)
-    once = normalize(text)
-    assert normalize(once) == once
-    assert once == " ".join(once.split())
-
-
-@settings(deadline=None)
-@given(st.text(alphabet=st.characters(categories=["L", "N"]), min_size=1))
-def test_no_letter_and_no_digit_is_lost(text: str) -> None:
-    keep_form = TextNormalization(unicode=None, lowercase=False)
-    kept = "".join(c for c in make_normalizer(keep_form)(text) if c not in " '")
-    assert kept == text.replace("\u02bc", "")
 
 
 def test_tokens_of_each_unit() -> None:
