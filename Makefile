@@ -31,13 +31,13 @@ check: .venv/installed
 
 # The speed of decoding and of a training step beside that of others: hours on two quiet cores.
 bench: .venv/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export]'
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.distillation_step
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,export]'
 	touch $@
 
 clean:

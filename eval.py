@@ -164,7 +164,7 @@ def work(config: Config, examined: list[Examined], run: Run) -> str:
     summary = summarize(config, examined, systems, facts)
     content = json.dumps(summary, ensure_ascii=False, indent=2, allow_nan=False)
     write_atomically(run.folder / "summary.json", f"{content}\n".encode())
-    table = text_table(summary)
+    table = text_table(summary, config.group_by)
     write_atomically(run.folder / "report.txt", table.encode())
     if config.report.html:
         write_page(config, examined, systems, facts, summary, run)
@@ -291,6 +291,7 @@ def write_page(
     listed = {
         "worst": {name: [number[p] for p in found] for name, found in choice.worst.items()},
         "different": {name: [number[p] for p in found] for name, found in choice.different.items()},
+        "shown": len(choice.shown),
         "utterances_in_all": len(facts.positions),
         "summary_file": "summary.json",
         "utterances_file": scored.name,

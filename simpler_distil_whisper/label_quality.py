@@ -11,7 +11,6 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.hallucination import MAX_NO_SPEECH_PROBABILITY, MAX_REPETITION
 from simpler_distil_whisper.jsonl import Row, placed_lines
 from simpler_distil_whisper.metrics import Scorer, align
-from simpler_distil_whisper.page import render
+from simpler_distil_whisper.page import render, stacks
 from simpler_distil_whisper.run import write_atomically
 from simpler_distil_whisper.text import longest_repetition, tokens
 
@@ -52,7 +51,6 @@ FEW_ROWS = 100  # whose rates say little about a threshold
 RATE_EDGES = np.round(np.linspace(0, 1, 21), 2)
 MAX_GROUPS = 10_000  # values of a column that are told apart; later ones are counted together
 OTHER_VALUES = "(other values)"
-LONGEST_RUN = 60  # tokens of one kind in a row that the page shows
 
 # What the distributions show: column -> edges of its bins; the outer bins hold all beyond them.
 DISTRIBUTIONS = {
@@ -383,7 +381,7 @@ def write_label_quality(folder: Path, summary: dict[str, Any]) -> None:
             rows - kept
             for rows, kept in zip(histogram["rows"], histogram["rows_kept"], strict=True)
         ],
-        stacks=_stacks,
+        stacks=stacks,
     )
     write_atomically(folder / "label_quality.html", page.encode())
 
@@ -563,21 +561,6 @@ def _shown_row(
         "label": row[columns.label],
         "alignment": edits,
     }
-
-
-def _stacks(row: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield kind, reference token and label token of each place of a row's alignment.
-
-    Of what goes on and on, such as a loop, the page shows the beginning.
-    """
-    for kind, reference, label in row["alignment"]:
-        ours, theirs = tokens(reference, row["unit"]), tokens(label, row["unit"])
-        pairs = list(zip_longest(ours, theirs, fillvalue=""))
-        for our, their in pairs[:LONGEST_RUN]:
-            yield kind, our, their
-        if (more := len(pairs) - LONGEST_RUN) > 0:
-            rest = f"… {more} more"
-            yield kind, rest if reference else "", rest if label else ""
 
 
 def _kind_of(reason: str, audio: str) -> str:

@@ -1,20 +1,40 @@
 """Reports for the eye: one self-contained HTML page, filled from a template.
 
 Owns how numbers look on a page; the templates beside it own style, charts and words. It knows
-nothing of what is reported. Called by `label_quality.py`.
+nothing of what is reported. Called by `label_quality.py` and `report_page.py`.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import jinja2
 
+from simpler_distil_whisper.text import Unit, tokens
+
 TEMPLATES = Path(__file__).parent / "templates"
+LONGEST_RUN = 60  # tokens of one kind in a row that a page shows
 
 
 def render(template: str, **values: object) -> str:
     """Return the page that a template makes of these values, each of them escaped."""
     return _environment().get_template(template).render(**values)
+
+
+def stacks(alignment: Sequence[Sequence[str]], unit: Unit) -> Iterator[tuple[str, str, str]]:
+    """Yield kind, reference token and hypothesis token of each place of an alignment.
+
+    Of what goes on and on, such as a loop, the page shows the beginning.
+    """
+    for kind, reference, hypothesis in alignment:
+        ours, theirs = tokens(reference, unit), tokens(hypothesis, unit)
+        pairs = list(zip_longest(ours, theirs, fillvalue=""))
+        for our, their in pairs[:LONGEST_RUN]:
+            yield kind, our, their
+        if (more := len(pairs) - LONGEST_RUN) > 0:
+            rest = f"… {more} more"
+            yield kind, rest if reference else "", rest if hypothesis else ""
 
 
 @functools.cache

@@ -4,7 +4,7 @@ Owns how `summary.json` reads in a terminal; its numbers are `tallies.py`'s. Cal
 """
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 HEADER = ["system", "group", "utterances", "CER", "WER", "rate", "low", "high", "S", "D", "I"]
@@ -12,13 +12,18 @@ TEXT_COLUMNS = 2
 MOST_VALUES = 20  # of a column in the table; all are in summary.json
 
 
-def text_table(summary: dict[str, Any]) -> str:
-    """Return the summary as an aligned table, with what else is worth knowing below it."""
+def text_table(summary: dict[str, Any], columns: Sequence[str]) -> str:
+    """Return the summary as an aligned table, with what else is worth knowing below it.
+
+    Args:
+        summary: summary.json.
+        columns: the groups to show; others, such as lengths, are for the page.
+    """
     rows = [HEADER]
     notes: list[str] = []
     for name, system in summary["systems"].items():
-        rows += _system_rows(name, system)
-        notes += _notes(name, system)
+        rows += _system_rows(name, system, columns)
+        notes += _notes(name, system, columns)
     notes += [_comparison_line(name, one) for name, one in summary["comparisons"].items()]
     widths = [max(_width(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = [_aligned(row, widths) for row in rows]
@@ -29,13 +34,12 @@ def text_table(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", legend, *notes]) + "\n"
 
 
-def _notes(name: str, system: dict[str, Any]) -> Iterator[str]:
+def _notes(name: str, system: dict[str, Any], columns: Sequence[str]) -> Iterator[str]:
     units = " and ".join(f"{count} in {unit}s" for unit, count in system["units"].items())
     if units:
         yield f"{name}: utterances counted: {units}."
-    for column, values in system["groups"].items():
-        if len(values) > MOST_VALUES:
-            more = len(values) - MOST_VALUES
+    for column in columns:
+        if (more := len(system["groups"].get(column, {})) - MOST_VALUES) > 0:
             yield f"{name}: {more} more values of {column} are in summary.json."
     invented = system["hallucination"]
     if invented["without_reference"]:
@@ -69,10 +73,11 @@ def _ratio(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.4f}"
 
 
-def _system_rows(name: str, summary: dict[str, Any]) -> Iterator[list[str]]:
+def _system_rows(name: str, summary: dict[str, Any], columns: Sequence[str]) -> Iterator[list[str]]:
     yield _row(name, "all", summary["corpus"], summary)
     yield _row(name, "all, raw text", summary["raw"]["corpus"], summary["raw"])
-    for column, values in summary["groups"].items():
+    for column in columns:
+        values = summary["groups"].get(column, {})
         largest = sorted(values, key=lambda value: -values[value]["utterances"])[:MOST_VALUES]
         for value, group in values.items():
             if value in largest:
