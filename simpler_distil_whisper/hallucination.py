@@ -4,6 +4,7 @@ Owns the limits beyond which a text looks invented; it counts no errors. Called 
 by `label_quality.py` for the limits that labels share.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from pydantic import Field
@@ -82,8 +83,7 @@ def signs_in(
         no_speech_probability: the decoder's own, if known; looked at only without a reference.
     """
     said, wanted = len(hypothesis), None if reference is None else len(reference)
-    repeated = longest_repetition(hypothesis)
-    found = {"repetition": repeated > max(MAX_REPETITION, longest_repetition(reference or []))}
+    found = {"repetition": _loops(hypothesis, reference or [])}
     if wanted is None or counts is None:
         silent = (no_speech_probability or 0) > MAX_NO_SPEECH_PROBABILITY
     else:
@@ -94,6 +94,16 @@ def signs_in(
     found["output_on_silence"] = silent and said > 0
     found["speed"] = bool(seconds) and said / seconds > MAX_SPEED[unit] if seconds else False
     return [sign for sign in SIGNS if found.get(sign)]
+
+
+def _loops(hypothesis: Sequence[str], reference: Sequence[str]) -> bool:
+    """Return whether a text repeats itself for long, and for longer than what was said."""
+    # A loop cannot be longer than all tokens that occur twice, which are soon counted.
+    again = sum(times for times in Counter(hypothesis).values() if times > 1)
+    if again <= MAX_REPETITION:
+        return False
+    repeated = longest_repetition(hypothesis)
+    return repeated > MAX_REPETITION and repeated > longest_repetition(reference)
 
 
 def _holds(text: str, phrase: str) -> bool:

@@ -1,6 +1,7 @@
 """The evaluation script as its user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,54 @@ def test_speed_and_size_are_found_beside_the_hypotheses(tmp_path: Path) -> None:
     (tmp_path / "speed.json").write_text("[")
     assert evaluate(tmp_path, config_for(tmp_path, path)).returncode == 0
     assert summary_in(tmp_path)["systems"]["one"]["speed"] is None
+
+
+def page_data(folder: Path) -> Row:
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return {**json.loads(found[1]), "page": page}
+
+
+def test_the_page_shows_the_same_utterances_whatever_order_the_files_have(tmp_path: Path) -> None:
+    first = [{**row, "audio": "clip.wav", "start": 0.5, "seconds": 1} for row in many_rows(0)]
+    first[7]["audio"] = "gone.wav"
+    second = [{**row} for row in many_rows(0)]
+    second[7]["hypothesis"] = "x y z"
+    second[9]["hypothesis"] = "x"
+    second.reverse()
+    soundfile.write(tmp_path / "clip.wav", np.zeros(32_000), 16_000)
+    paths = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in (("a", first), ("b", second))]
+    columns = {"language": None, "audio": "audio", "start_seconds": "start"}
+    columns |= {"duration_seconds": "seconds"}
+    keys: Row = {"columns": columns, "metric": PLAIN, "group_by": []}
+    for embed in (True, False):
+        keys["report"] = {"html": True, "worst_utterances": 2, "embed_audio": embed}
+        done = evaluate(tmp_path, config_for(tmp_path, *paths, **keys))
+        assert done.returncode == 0, done.stderr
+        found = page_data(tmp_path)
+        by_id = {row["id"]: row for row in found["utterances"]}
+        assert len(by_id) == 60
+        assert [heard["errors"] for heard in by_id["7"]["systems"]] == [0, 10]
+        assert [heard["errors"] for heard in by_id["9"]["systems"]] == [0, 10]
+        assert by_id["3"]["audio"] == "../clip.wav#t=0.5,1.5"
+        assert by_id["7"]["audio"] is None
+        assert by_id["9"]["seconds"] == 1
+        assert ("data:audio/mpeg;base64," in found["page"]) == embed
+        cards = re.findall(r'<article class="row" id="u(\d+)">', found["page"])
+        assert sorted(cards) == ["7", "9"]
+
+
+def test_a_transcript_cannot_change_the_page(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    path = write_rows(tmp_path / "one.jsonl", [{**ROWS[0], "hypothesis": evil}, *ROWS[1:]])
+    report = {"html": True, "worst_utterances": 4, "embed_audio": True}
+    done = evaluate(tmp_path, config_for(tmp_path, path, report=report))
+    assert done.returncode == 0, done.stderr
+    found = page_data(tmp_path)
+    assert "<script>alert" not in found["page"]
+    assert "<img" not in found["page"]
+    assert found["utterances"][0]["systems"][0]["hypothesis"] == evil
 
 
 @pytest.mark.parametrize("rows", [[], [{**ROWS[0], "text": 1}], ["nonsense", ""]])

@@ -181,7 +181,9 @@ def test_blocks_are_resampled_whole() -> None:
     ],
 )
 def test_95_percent_intervals_hold_the_truth_so_often(draw: coverage.Draw, units: int) -> None:
-    assert 0.93 <= coverage.share_that_hold(draw, units, evaluations=1500) <= 0.97
+    ours, usual = coverage.share_that_hold(draw, units, evaluations=1500)
+    assert 0.93 <= ours <= 0.97
+    assert usual < ours + 0.01
 
 
 @pytest.mark.slow
