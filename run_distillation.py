@@ -136,8 +136,9 @@ def check(config: DistillationConfig, prepared: Prepared) -> None:
 
 def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     """Load both models, train the student, write `final/`."""
+    from simpler_distil_whisper.model_card import ModelCard, facts_of
     from simpler_distil_whisper.preflight import check_at_start
-    from simpler_distil_whisper.whisper import quieten_libraries, save_whisper
+    from simpler_distil_whisper.whisper import quieten_libraries
 
     quieten_libraries()
     if is_main_process():
@@ -147,6 +148,10 @@ def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
             write_atomically(rejected, "".join(lines).encode())
         run.note(filters=prepared.selection.report)
     trainer = assemble(config, prepared, run)
+    facts = facts_of(
+        config, prepared.teacher, prepared.student, prepared.selection, prepared.length
+    )
+    trainer.card = ModelCard(facts, run.folder / "metrics.jsonl")
     if not trainer.state.step:
         check_at_start(trainer, prepared.selection, prepared.dev)
     if prepared.dev:
@@ -154,7 +159,7 @@ def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     trainer.train(prepared.selection.examples)
     final = run.folder / "final"
     if is_main_process():
-        save_whisper(trainer.student.model, trainer.student.processor_folder, final)
+        trainer.save_student(final)
     trainer.accelerator.end_training()
     return (
         f"{final}: the distilled model.\nNext: python offline_inference.py offline_inference.json"

@@ -1,7 +1,8 @@
-"""Reports for the eye: one self-contained HTML page, filled from a template.
+"""Reports for the eye: self-contained HTML pages and Markdown, filled from templates.
 
 Owns how numbers look on a page; the templates beside it own style, charts and words. It knows
-nothing of what is reported. Called by `label_quality.py` and `report_page.py`.
+nothing of what is reported. Called by `label_quality.py`,
+`report_page.py` and `model_card.py`.
 """
 
 import functools
@@ -46,8 +47,14 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count, "percent": percent, "hours": hours, "number": number}
+    filters = (count, percent, hours, number, cell)
+    environment.filters |= {one.__name__: one for one in filters}
     return environment
+
+
+def cell(text: str) -> str:
+    """Return a text as it can stand in a table of Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def count(value: int) -> str:

@@ -104,7 +104,7 @@ class Run:
             "ended": None,
             "processes": process_count(),
             "git_commit": _git_commit(),
-            "versions": _versions(),
+            "versions": package_versions(),
             "config": config.model_dump(mode="json"),
         }
         self._save_info()
@@ -407,7 +407,8 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return Python's version and those of the packages that results depend on."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.devices import leave_a_core_to_audio, out_of_memory
 from simpler_distil_whisper.losses import LossWeights
 from simpler_distil_whisper.manifest import Manifest, Rejection
+from simpler_distil_whisper.model_card import ModelCard
 from simpler_distil_whisper.row_results import places_in, rejection_line
 from simpler_distil_whisper.run import DataError, Interrupted, Progress, Run, log
 from simpler_distil_whisper.teacher import Teacher
@@ -46,6 +48,7 @@ class Trainer:
 
     Attributes:
         state: the optimizer steps done, and the best score so far.
+        card: what is written into the model folders beside the model.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Trainer:
         self.known_rejections = places_in(self.rejected)
         self.interval = Interval(accelerator, weights.kl > 0, self.state.unlogged)
         self.validation: Validation | None = None
+        self.card: ModelCard | None = None
         self._say_what_was_chosen()
 
     def _say_what_was_chosen(self) -> None:
@@ -169,6 +173,11 @@ class Trainer:
         self._draw_curves()
         if self.average:
             self.average.leave_in_place()
+
+    def save_student(self, folder: Path) -> None:
+        """Write the student as it is as a complete model folder, with its card if it has one."""
+        documents = self.card.documents(self.state.step) if self.card else {}
+        save_whisper(self.student.model, self.student.processor_folder, folder, documents)
 
     def _has_stopped_improving(self) -> bool:
         patience = self.config.validation.early_stopping_patience
@@ -342,8 +351,7 @@ class Trainer:
             if rate is not None and (best is None or rate < best):
                 self.state.best_error_rate, self.state.validations_since_best = rate, 0
                 if self.config.checkpoints.keep_best and self.accelerator.is_main_process:
-                    best_folder = self.run.folder / "best"
-                    save_whisper(self.student.model, self.student.processor_folder, best_folder)
+                    self.save_student(self.run.folder / "best")
             else:
                 self.state.validations_since_best += 1
         self._draw_curves()

@@ -4,6 +4,7 @@ Owns the dev rows and what a person said in them; the error rate is that of the 
 over all processes. Called by `run_distillation.py`.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from accelerate.utils import gather_object
 
 from simpler_distil_whisper.batches import SpeechDataset, in_batches
 from simpler_distil_whisper.decoding import Transcriber
+from simpler_distil_whisper.intervals import bootstrap_interval
 from simpler_distil_whisper.manifest import DataLimits, Manifest, Utterance
 from simpler_distil_whisper.metrics import ErrorCounts, Metric, Scorer, total
 from simpler_distil_whisper.options import DecodingLimits, DecodingOptions
@@ -26,24 +28,29 @@ class Score:
     """How a model did on the dev manifest.
 
     Attributes:
-        counts: language -> error counts of its utterances, in the metric's unit.
+        counts: language -> error counts of each of its utterances, in the metric's unit.
         examples: some references with their hypotheses.
     """
 
-    counts: dict[str, ErrorCounts]
+    counts: dict[str, Counter[ErrorCounts]]
     examples: list[tuple[str, str]]
 
     @property
     def error_rate(self) -> float | None:
         """Return the corpus error rate over all languages; None if no reference has a token."""
-        return total(self.counts.values()).rate
+        return total(self._everyone).rate
+
+    @property
+    def _everyone(self) -> Counter[ErrorCounts]:
+        return sum(self.counts.values(), Counter())
 
     def values(self, prefix: str) -> dict[str, float | None]:
-        """Return the rates by name, for the log."""
-        rates = {f"{prefix}error_rate": self.error_rate}
+        """Return the rates by name, and the interval of all languages together, for the log."""
+        low, high = bootstrap_interval(self._everyone) or (None, None)
+        rates = {f"{prefix}error_rate": self.error_rate, f"{prefix}low": low, f"{prefix}high": high}
         if len(self.counts) > 1:
             for language, counts in sorted(self.counts.items()):
-                rates[f"{prefix}error_rate/{language}"] = counts.rate
+                rates[f"{prefix}error_rate/{language}"] = total(counts).rate
         return rates
 
 
@@ -115,8 +122,8 @@ def _reference(utterance: Utterance, column: str) -> str | None:
     return reference if isinstance(reference, str) else None
 
 
-def _by_language(counted: Iterable[tuple[str, ErrorCounts]]) -> dict[str, ErrorCounts]:
-    counts: dict[str, ErrorCounts] = {}
+def _by_language(counted: Iterable[tuple[str, ErrorCounts]]) -> dict[str, Counter[ErrorCounts]]:
+    counts: dict[str, Counter[ErrorCounts]] = {}
     for language, of_utterance in counted:
-        counts[language] = counts.get(language, ErrorCounts()) + of_utterance
+        counts.setdefault(language, Counter())[of_utterance] += 1
     return counts

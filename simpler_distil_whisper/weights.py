@@ -1,10 +1,12 @@
 """Single tensors of a model folder, read without building the model.
 
 Owns what can be known of a model's weights from its files: which they are, whether two encoders are
-the same, the output head. Called by `teacher_cache.py`, `teacher.py` and `run_distillation.py`.
+the same, the output head, how many there are. Called by `teacher_cache.py`, `teacher.py`,
+`model_card.py` and `run_distillation.py`.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +88,19 @@ def output_head(folder: ModelFolder) -> Tensor:
     if name not in found:
         raise ConfigError(f"{folder.path}: holds no {name}")
     return read_tensor(found[name], name)
+
+
+def parameter_count(folder: ModelFolder) -> int:
+    """Return how many parameters a model has; those that head and embedding share count once."""
+    tied = folder.config.get("tie_word_embeddings") is not False
+    total = 0
+    for name, path in tensors_in(folder.path, "").items():
+        if tied and name == "proj_out.weight":
+            continue
+        with safe_open(path, "pt") as file:
+            stored = name if name in set(file.keys()) else f"model.{name}"
+            total += math.prod(file.get_slice(stored).get_shape())
+    return total
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

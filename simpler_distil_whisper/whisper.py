@@ -8,8 +8,10 @@ import copy
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import transformers
@@ -227,7 +229,10 @@ def mended_generation_config(
 
 
 def save_whisper(
-    model: WhisperForConditionalGeneration, processor_folder: Path, folder: Path
+    model: WhisperForConditionalGeneration,
+    processor_folder: Path,
+    folder: Path,
+    documents: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write a complete model folder, so that a kill leaves no half of one that could be loaded.
 
@@ -235,6 +240,7 @@ def save_whisper(
         model: saved in its own dtype as safetensors.
         processor_folder: where tokenizer and feature extractor are copied from, byte for byte.
         folder: its files of the same names are replaced, each at once, others stay.
+        documents: file name -> content of what is to lie beside the model.
 
     Raises:
         DataError: the weights cannot be written.
@@ -248,6 +254,8 @@ def save_whisper(
             f"{folder} cannot be written: {error}: make room, and run the same command again"
         ) from None
     copy_processor(processor_folder, beside)
+    for name, content in documents.items():
+        (beside / name).write_bytes(content)
     # Last comes config.json, without which nothing takes the folder for a model.
     for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)

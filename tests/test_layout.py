@@ -25,7 +25,7 @@ LIGHT += " row_results hallucination hypotheses utterances scoring intervals tal
 LIGHT += " report_page listing label_quality packing training_options pruning layer_search"
 HEAVY = "workers devices weights whisper teacher_cache batches losses token_rules decoder search"
 HEAVY += " speculative decoding long_form transcription training_plan augment training_data"
-HEAVY += " data_checks layer_scoring teacher training validation training_log trainer"
+HEAVY += " data_checks layer_scoring teacher training validation training_log model_card trainer"
 HEAVY += " learning_rate preflight evaluate_metric"
 ORDER = [*LIGHT.split(), *HEAVY.split()]
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
