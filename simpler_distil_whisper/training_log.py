@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,9 @@ from simpler_distil_whisper.jsonl import Row
 from simpler_distil_whisper.losses import LossTerms
 from simpler_distil_whisper.run import write_atomically
 from simpler_distil_whisper.training_data import TrainingBatch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # One drawing each: title, unit of the upward axis, name in metrics.jsonl -> name in the legend.
 DRAWINGS: list[tuple[str, str, dict[str, str]]] = [
@@ -36,8 +40,16 @@ DRAWINGS: list[tuple[str, str, dict[str, str]]] = [
     ),
     ("Learning rate", "", {"train/learning_rate": "learning rate"}),
 ]
-COLOURS = ("#0b6bcb", "#c2571a")  # told apart by the colour-blind too, as are the dashes
+COLOURS = ("#1f6fb2", "#b3420a")  # of the pages' style.css; for the colour-blind there are dashes
 DASHES = ("solid", "dashed")
+INK, SOFT, LINE = "#1b1f24", "#59636e", "#d5dae0"
+STYLE = {
+    **{"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 12},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE},
+    **{"axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True},
+    **{"text.color": INK, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT},
+    **{"legend.frameon": False, "lines.linewidth": 1.8},
+}
 
 
 class Interval:
@@ -158,29 +170,40 @@ class MetricsLog:
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draw what `metrics.jsonl` says over the steps, as PNG."""
-    from matplotlib.figure import Figure  # it takes a second to import, and is not always needed
+    import matplotlib as mpl  # it takes a second to import, and is not always needed
+    from matplotlib.figure import Figure
 
     rows = [row for line in metrics.read_text(encoding="utf-8").splitlines() if (row := _row(line))]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, (title, unit, names) in zip(figure.subplots(2, 2).flat, DRAWINGS, strict=True):
-        for (name, label), colour, dash in zip(names.items(), COLOURS, DASHES, strict=False):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            if "teacher" in name:  # it does not learn
-                axes.axhline(values[-1], label=label, color=colour, linestyle=dash)
-            else:
-                few = "o" if len(points) < 50 else None
-                axes.plot(steps, values, label=label, color=colour, ls=dash, marker=few, ms=3)
-        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        for axes, drawing in zip(figure.subplots(2, 2).flat, DRAWINGS, strict=True):
+            _draw(axes, rows, *drawing)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
     write_atomically(picture, buffer.getvalue())
+
+
+def _draw(axes: "Axes", rows: Sequence[Row], title: str, unit: str, names: dict[str, str]) -> None:
+    for (name, label), colour, dash in zip(names.items(), COLOURS, DASHES, strict=False):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        if "teacher" in name:  # it does not learn
+            axes.axhline(values[-1], label=label, color=colour, linestyle=dash)
+            continue
+        few = "o" if len(points) < 50 else None
+        axes.plot(steps, values, label=label, color=colour, ls=dash, marker=few, ms=4)
+        ends = name.replace("error_rate", "low"), name.replace("error_rate", "high")
+        spans = [(row["step"], *(row[end] for end in ends)) for row in rows if row.get(ends[1])]
+        if spans and "error_rate" in name:
+            steps, low, high = zip(*spans, strict=True)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+    axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, max((row["step"] for row in rows), default=1) or 1)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
 
 
 def _row(line: str) -> Row | None:
