@@ -11,10 +11,11 @@ demo: .venv/installed
 		echo "== python $$step.py $$step.json"; $(BIN)/python $$step.py $$step.json; \
 	done
 
-# Teacher, pruned student and distilled student on the same test set, after `make demo`.
+# Teacher, pruned, distilled and exported student in one report, after `make demo`.
 compare: .venv/installed
 	$(BIN)/python offline_inference.py demo/inference_teacher.json
 	$(BIN)/python offline_inference.py demo/inference_pruned.json
+	$(BIN)/python -m simpler_distil_whisper.export export.json
 	$(BIN)/python eval.py demo/compare.json
 
 test: .venv/installed

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +43,7 @@ DRAWINGS: list[tuple[str, str, dict[str, str]]] = [
 COLOURS = ("#1f6fb2", "#b3420a")  # of the pages' style.css; for the colour-blind there are dashes
 DASHES = ("solid", "dashed")
 INK, SOFT, LINE = "#1b1f24", "#59636e", "#d5dae0"
-STYLE = {
+STYLE: dict[Any, Any] = {
     **{"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 12},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE},
     **{"axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True},
