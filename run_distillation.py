@@ -148,8 +148,9 @@ def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
             write_atomically(rejected, "".join(lines).encode())
         run.note(filters=prepared.selection.report)
     trainer = assemble(config, prepared, run)
+    precision = trainer.accelerator.mixed_precision.replace("no", "float32")
     facts = facts_of(
-        config, prepared.teacher, prepared.student, prepared.selection, prepared.length
+        config, prepared.teacher, prepared.student, prepared.selection, prepared.length, precision
     )
     trainer.card = ModelCard(facts, run.folder / "metrics.jsonl")
     if not trainer.state.step:

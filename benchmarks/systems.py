@@ -8,7 +8,6 @@ is left out, and the table says why.
 import functools
 import importlib
 import importlib.util
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.machine import computes_in_bfloat16
 from simpler_distil_whisper.decoding import Transcriber
+from simpler_distil_whisper.export_formats import openai_name
 from simpler_distil_whisper.model_folder import read_model_folder
 from simpler_distil_whisper.options import Attention, DecodingOptions, Dtype
 from simpler_distil_whisper.whisper import Whisper, load_tokenizer, load_whisper, special_tokens
@@ -204,7 +204,7 @@ def _load_openai(model: Model) -> Decode:
         n_text_layer=config.decoder_layers,
     )
     copy = openai.model.Whisper(dimensions).eval()
-    weights = {_openai_name(name): value for name, value in whisper.model.state_dict().items()}
+    weights = {openai_name(name): value for name, value in whisper.model.state_dict().items()}
     weights.pop("proj_out.weight")  # it is the embedding of the tokens
     copy.load_state_dict(weights)
 
@@ -220,34 +220,6 @@ def _load_openai(model: Model) -> Decode:
         return [list(result.tokens) for result in openai.decode(copy, features, options)]
 
     return decode
-
-
-OPENAI_NAMES = (  # transformers' name -> openai's, one after the other
-    (r"^model\.", ""),
-    (r"\.layers\.", ".blocks."),
-    (r"\.embed_tokens\.", ".token_embedding."),
-    (r"encoder\.embed_positions\.weight", "encoder.positional_embedding"),
-    (r"decoder\.embed_positions\.weight", "decoder.positional_embedding"),
-    (r"\.self_attn_layer_norm\.", ".attn_ln."),
-    (r"\.encoder_attn_layer_norm\.", ".cross_attn_ln."),
-    (r"\.final_layer_norm\.", ".mlp_ln."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.encoder_attn\.", ".cross_attn."),
-    (r"\.q_proj\.", ".query."),
-    (r"\.k_proj\.", ".key."),
-    (r"\.v_proj\.", ".value."),
-    (r"\.out_proj\.", ".out."),
-    (r"\.fc1\.", ".mlp.0."),
-    (r"\.fc2\.", ".mlp.2."),
-    (r"encoder\.layer_norm\.", "encoder.ln_post."),
-    (r"decoder\.layer_norm\.", "decoder.ln."),
-)
-
-
-def _openai_name(name: str) -> str:
-    for pattern, replacement in OPENAI_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _peer(package: str) -> Any:

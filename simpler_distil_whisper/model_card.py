@@ -20,7 +20,7 @@ from simpler_distil_whisper.training_options import DistillationConfig, RunLengt
 from simpler_distil_whisper.weights import parameter_count
 
 SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
-RECIPE = ("objective", "freeze", "optimizer", "schedule", "augmentation", "precision", "seed")
+RECIPE = ("objective", "freeze", "optimizer", "schedule", "augmentation", "seed")
 FILTERS = (
     *("max_error_rate", "min_duration_seconds", "max_duration_seconds", "max_label_tokens"),
     *("task", "timestamp_probability", "previous_text_probability"),
@@ -55,6 +55,7 @@ def facts_of(
     student: ModelFolder,
     selection: Selection,
     length: RunLength,
+    precision: str,
 ) -> dict[str, Any]:
     """Return what is known of a run before its first step."""
     settings = config.model_dump(mode="json")
@@ -62,8 +63,8 @@ def facts_of(
         code_or_none(example.utterance.language or "") or "unknown"
         for example in selection.examples
     )
-    if config.data.language:
-        languages[code_or_none(config.data.language) or "unknown"] += languages.pop("unknown", 0)
+    if config.data.language and "unknown" in languages:
+        languages[code_or_none(config.data.language) or "unknown"] += languages.pop("unknown")
     left_out = {kind: found for kind, found in selection.report.items() if kind != "kept"}
     return {
         "teacher": {"name": teacher.path.resolve().name, **_size(teacher)},
@@ -78,9 +79,11 @@ def facts_of(
         },
         "recipe": {
             **{name: settings[name] for name in RECIPE},
+            "precision": precision,
             "utterances_per_step": length.step_size,
         },
         "dev_metric": settings["validation"]["metric"],
+        "dev_decoding": settings["validation"]["decoding"],
         "versions": {"simpler_distil_whisper": __version__, **package_versions()},
     }
 
@@ -111,5 +114,5 @@ def _layer_map(student: Path) -> dict[str, list[int]] | None:
     try:
         found = json.loads((student / "layer_map.json").read_bytes())
         return {part: found[part] for part in ("encoder", "decoder")}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -7,14 +7,14 @@ Called by `metrics.py`.
 import functools
 import re
 import unicodedata
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.text import UNSPACED, UNSPACED_CHARACTER, code_or_none
+from simpler_distil_whisper.numerals import with_digits
+from simpler_distil_whisper.text import HAN_AND_KANA, OTHER_UNSPACED, UNSPACED, code_or_none
 
 Step = Callable[[str], str]
 
@@ -27,8 +27,9 @@ INVISIBLE = re.compile(
 DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 APOSTROPHES = "'\u2018\u2019\u02bc"
 DECIMAL_SIGNS = ".,\u066b"
-HAN_NUMERALS = "〇零一二三四五六七八九十百千万萬亿億两兩廿卅壹贰貳叁參肆伍陆陸柒捌玖拾佰仟"
-HAN_POINT = re.compile(rf"(?<=[{HAN_NUMERALS}])點(?=[{HAN_NUMERALS}])")
+# Of scripts with spaces around words. Korean is one: a filler can be a syllable of a word there.
+SPACED_CHARACTER = rf"[^\s{HAN_AND_KANA}{OTHER_UNSPACED}]"
+BESIDES_PUBLISHED = [r"\bkinda\b", r"\bsorta\b", r"\bdunno\b", r"\bcause\b"]
 
 
 class TextNormalization(StrictModel):
@@ -61,12 +62,12 @@ class TextNormalization(StrictModel):
     fillers: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description='Words and phrases to leave out, such as "um" or "嗯": whole words in scripts '
-        "with spaces, anywhere in others. The last step.",
+        "with spaces, anywhere in others. They are looked for after all other steps.",
     )
     numerals: bool = Field(
         default=False,
         description="Write numbers in Han characters, and the digits of all scripts, as 0-9, so "
-        "that 二十三 is 23.",
+        "that 二十三 is 23; before Whisper's normalisers.",
     )
 
 
@@ -79,7 +80,7 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
     own = _own_steps(options)
     english = [*_conversions_alone(options), _whisper_english]
     basic = [*_conversions_alone(options), _whisper_basic]
-    without_fillers = _filler_remover(options)
+    fillers = _filler_pattern(options)
 
     def normalize(text: str, language: str | None = None) -> str:
         steps = own
@@ -87,9 +88,11 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
             steps = basic
         elif options.whisper == "english" or (options.whisper == "auto" and is_english(language)):
             steps = english
-        for step in steps:
-            text = step(text)
-        return without_fillers(" ".join(text.split()))
+        text = _in_turn(steps, text)
+        while fillers and (rest := fillers.sub(" ", text)) != text:
+            # What one leaves can be the words of another, or a sign that has lost its word.
+            text = _in_turn(own if steps is own else [], rest)
+        return text
 
     return normalize
 
@@ -97,6 +100,12 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
 def is_english(language: str | None) -> bool:
     """Return whether a name or code is that of English."""
     return language is not None and code_or_none(language) == "en"
+
+
+def _in_turn(steps: Sequence[Step], text: str) -> str:
+    for step in steps:
+        text = step(text)
+    return " ".join(text.split())
 
 
 def _own_steps(options: TextNormalization) -> list[Step]:
@@ -110,27 +119,27 @@ def _own_steps(options: TextNormalization) -> list[Step]:
         steps.append(str.lower)
         if options.unicode:
             steps.append(functools.partial(unicodedata.normalize, options.unicode))
-    steps += _conversions(options)
-    if options.remove_punctuation:
-        steps.append(_without_punctuation)
-    return steps
-
-
-def _conversions(options: TextNormalization) -> list[Step]:
-    steps: list[Step] = []
-    if options.chinese_script:
-        steps.append(_chinese_converter(options.chinese_script))
+    script = _script_conversion(options)
+    punctuation: list[Step] = [_without_punctuation] if options.remove_punctuation else []
+    steps += script + punctuation
     if options.numerals:
-        steps.append(_with_digits)
+        # Both again: 一干 keeps its 干 where 1干 does not, and 百分之五 has become 5%.
+        steps += [with_digits, *script, *punctuation]
     return steps
 
 
 def _conversions_alone(options: TextNormalization) -> list[Step]:
-    """Return the conversions with the Unicode form that they need; nothing where none is wanted."""
-    conversions = _conversions(options)
-    if not conversions or options.unicode is None:
-        return conversions
-    return [functools.partial(unicodedata.normalize, options.unicode), *conversions]
+    """Return what goes before Whisper's normalisers, with the Unicode form that it needs."""
+    conversions = _script_conversion(options)
+    if options.numerals:
+        conversions.append(with_digits)
+    if conversions and options.unicode:
+        conversions.insert(0, functools.partial(unicodedata.normalize, options.unicode))
+    return conversions
+
+
+def _script_conversion(options: TextNormalization) -> list[Step]:
+    return [_chinese_converter(options.chinese_script)] if options.chinese_script else []
 
 
 @functools.cache
@@ -139,55 +148,44 @@ def _whisper_normalizers() -> tuple[Step, Step]:
     from whisper_normalizer.basic import BasicTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer
 
-    return EnglishTextNormalizer(), BasicTextNormalizer()
+    english = EnglishTextNormalizer()
+    # The package's own: as published, a cause stays a cause.
+    for pattern in BESIDES_PUBLISHED:
+        english.replacers.pop(pattern, None)
+    return english, BasicTextNormalizer()
 
 
 def _whisper_english(text: str) -> str:
-    return _whisper_normalizers()[0](text)
+    english, basic = _whisper_normalizers()
+    try:
+        return english(text)
+    except AssertionError:  # a number of more digits than Python reads, from a loop
+        return basic(text)
 
 
 def _whisper_basic(text: str) -> str:
     return _whisper_normalizers()[1](text)
 
 
-def _filler_remover(options: TextNormalization) -> Step:
-    """Return what takes the fillers out of a text whose words are one space apart."""
+def _filler_pattern(options: TextNormalization) -> re.Pattern[str] | None:
+    """Return what finds the fillers in a normalised text; None where there are none."""
     if not options.fillers:
-        return str
+        return None
     plain = make_normalizer(options.model_copy(update={"fillers": []}))
     # As English rows have them and as others do.
-    found = {plain(filler, language) for filler in options.fillers for language in (None, "en")}
+    fillers = {plain(filler, language) for filler in options.fillers for language in (None, "en")}
     # The longest first, or its beginning would go alone.
-    fillers = sorted(found - {""}, key=lambda filler: (-len(filler), filler))
-    if not fillers:
-        return str
-    pattern = re.compile("|".join(map(_filler_pattern, fillers)))
-
-    def remove(text: str) -> str:
-        times = 1
-        while times:  # what one leaves can be the words of another
-            text, times = pattern.subn(" ", text)
-            text = " ".join(text.split())
-        return text
-
-    return remove
+    ordered = sorted(fillers - {""}, key=lambda filler: (-len(filler), filler))
+    return re.compile("|".join(map(_whole_words, ordered))) if ordered else None
 
 
-def _filler_pattern(filler: str) -> str:
-    escaped = re.escape(filler)
-    return escaped if UNSPACED_CHARACTER.search(filler) else rf"(?<!\S){escaped}(?!\S)"
+def _whole_words(filler: str) -> str:
+    before = rf"(?<!{SPACED_CHARACTER})" if re.match(SPACED_CHARACTER, filler) else ""
+    after = rf"(?!{SPACED_CHARACTER})" if re.match(SPACED_CHARACTER, filler[-1]) else ""
+    return before + re.escape(filler) + after
 
 
-def _with_digits(text: str) -> str:
-    """Return the text with numbers in Han characters, and all decimal digits, as 0-9."""
-    import cn2an  # here, because few runs need it
-
-    text = HAN_POINT.sub("点", text.translate(DIGITS)).replace("卅", "三十")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about 万一, which is no number and stays
-        return str(cn2an.transform(text, "cn2an"))
-
-
+@functools.cache
 def _chinese_converter(script: Literal["simplified", "traditional"]) -> Callable[[str], str]:
     import opencc  # here, because few runs need it
 
@@ -198,18 +196,6 @@ def _chinese_converter(script: Literal["simplified", "traditional"]) -> Callable
         return str(converter.convert(converter.convert(text)))
 
     return convert
-
-
-class _DigitTable(dict[int, str]):
-    """A table for `str.translate` that makes the decimal digits of every script those of ASCII."""
-
-    def __missing__(self, code_point: int) -> str:
-        value = unicodedata.decimal(chr(code_point), None)
-        self[code_point] = chr(code_point) if value is None else str(value)
-        return self[code_point]
-
-
-DIGITS = _DigitTable()
 
 
 class _PunctuationTable(dict[int, str]):

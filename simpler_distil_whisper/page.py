@@ -6,6 +6,7 @@ nothing of what is reported. Called by `label_quality.py`,
 """
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -53,8 +54,8 @@ def _environment() -> jinja2.Environment:
 
 
 def cell(text: str) -> str:
-    """Return a text as it can stand in a table of Markdown."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Return a text as it can stand in a table of Markdown, nothing in it being markup."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
 
 
 def count(value: int) -> str:

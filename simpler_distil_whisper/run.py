@@ -28,9 +28,9 @@ from simpler_distil_whisper.config import Config, ConfigError, defaults_used, de
 log = logging.getLogger("simpler_distil_whisper")
 
 USAGE = """\
-Usage: python {name}.py CONFIG.json            do the work
-       python {name}.py CONFIG.json --check    check config, files, rows and model; do no work
-       python {name}.py --help                 this text
+Usage: {command} CONFIG.json            do the work
+       {command} CONFIG.json --check    check config, files, rows and model; do no work
+       {command} --help                 this text
 
 Keys of the config (a path is relative to the working directory):
 {keys}
@@ -203,6 +203,7 @@ def run_script(
     *,
     check: Callable[[Config, Prepared], None] | None = None,
     overwrite: bool = False,
+    command: str | None = None,
 ) -> int:
     """Run one script from its command line and return its exit code.
 
@@ -216,14 +217,17 @@ def run_script(
         work: does the work and returns the closing words: what was written, what to run next.
         check: what `--check` does after `prepare`, if more; it leaves `output_dir` alone.
         overwrite: a new run in the same folder replaces its own results (for work of seconds).
+        command: how it is called, if not as a script.
     """
+    command = command or f"python {name}.py"
     arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
     _log_to_stderr()
     if "--help" in arguments or "-h" in arguments:
-        print(f"{(purpose or '').strip()}\n\n{USAGE.format(name=name, keys=describe(model))}")
+        usage = USAGE.format(command=command, keys=describe(model))
+        print(f"{(purpose or '').strip()}\n\n{usage}")
         return 0
     if len(arguments) != 1:
-        print(f"Usage: python {name}.py CONFIG.json [--check], or --help", file=sys.stderr)
+        print(f"Usage: {command} CONFIG.json [--check], or --help", file=sys.stderr)
         return 2
     path = Path(arguments[0])
     run: Run | None = None

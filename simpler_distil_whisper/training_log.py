@@ -193,7 +193,9 @@ def _draw(axes: "Axes", rows: Sequence[Row], title: str, unit: str, names: dict[
             axes.axhline(values[-1], label=label, color=colour, linestyle=dash)
             continue
         few = "o" if len(points) < 50 else None
-        axes.plot(steps, values, label=label, color=colour, ls=dash, marker=few, ms=4)
+        axes.plot(
+            steps, values, label=label, color=colour, ls=dash, marker=few, ms=4, clip_on=False
+        )
         ends = name.replace("error_rate", "low"), name.replace("error_rate", "high")
         spans = [(row["step"], *(row[end] for end in ends)) for row in rows if row.get(ends[1])]
         if spans and "error_rate" in name:

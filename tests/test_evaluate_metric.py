@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,15 @@ from conftest import REPOSITORY
 
 from simpler_distil_whisper.metrics import ErrorCounts, Metric, Scorer, total
 
-REFERENCES = ["她很擔心大兒子。", "Hello, big world!", "", "你好", "twenty one dogs"]
-PREDICTIONS = ["她很謝的大兒子", "hello word", "thank you", "", "21 dogs"]
+DRAWN = random.Random(0)
+ALPHABET = "ab 你好嗎。,\U00020000\u0358"
+REFERENCES, PREDICTIONS = (
+    by_hand + ["".join(DRAWN.choices(ALPHABET, k=DRAWN.randrange(12))) for _ in range(300)]
+    for by_hand in (
+        ["她很擔心大兒子。", "Hello, big world!", "", "你好", "twenty one dogs"],
+        ["她很謝的大兒子", "hello word", "thank you", "", "21 dogs"],
+    )
+)
 
 PROGRAM = """
 import json, sys
@@ -23,14 +31,16 @@ import evaluate
 references, predictions = json.loads(sys.argv[1])
 metric = ErrorRate(Metric(unit="character"), language="en")
 whole = metric.compute(predictions=predictions, references=references)
-for start in (0, 2, 4):
-    part = slice(start, start + 2)
+for start in range(0, len(references), 100):
+    part = slice(start, start + 100)
     metric.add_batch(predictions=predictions[part], references=references[part])
 batched = metric.compute()
 metric.add(prediction="a", reference="b")
 both = evaluate.combine([ErrorRate(), ErrorRate(Metric(unit="character"))])
 combined = both.compute(predictions=["a b"], references=["a c"])
-print(json.dumps([whole, batched, metric.compute(), combined]))
+single = metric.compute()
+nothing = metric.compute(predictions=[], references=[])
+print(json.dumps([whole, batched, single, nothing, combined]))
 """
 
 
@@ -52,11 +62,12 @@ def test_evaluate_gives_the_same_numbers_without_network_and_files(tmp_path: Pat
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    whole, batched, single, combined = json.loads(done.stdout.splitlines()[-1])
+    whole, batched, single, nothing, combined = json.loads(done.stdout.splitlines()[-1])
     scorer = Scorer(Metric(unit="character"))
-    counts = total(map(scorer.count, REFERENCES, PREDICTIONS, ["en"] * 5))
+    counts = total(map(scorer.count, REFERENCES, PREDICTIONS, ["en"] * len(REFERENCES)))
     assert whole == batched == expected(counts)
     assert single == expected(ErrorCounts(substitutions=1))
+    assert nothing == expected(ErrorCounts())
     assert {1 / 2} == {rate for name, rate in combined.items() if name.endswith("error_rate")}
     assert [path for path in home.rglob("*") if path.is_file()] == []
 

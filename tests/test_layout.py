@@ -20,13 +20,14 @@ SCRIPTS = [
 ]
 # In reading order: a module imports only modules that stand before it. Those of the first line
 # need neither torch nor transformers, so that a script can check everything before it loads them.
-LIGHT = "__init__ config text normalization audio jsonl run options metrics model_folder manifest"
-LIGHT += " row_results hallucination hypotheses utterances scoring intervals tallies report page"
-LIGHT += " report_page listing label_quality packing training_options pruning layer_search"
+LIGHT = "__init__ config text numerals normalization audio jsonl run options metrics"
+LIGHT += " model_folder export_targets manifest row_results hallucination hypotheses"
+LIGHT += " utterances scoring intervals tallies report page report_page listing label_quality"
+LIGHT += " packing training_options pruning layer_search"
 HEAVY = "workers devices weights whisper teacher_cache batches losses token_rules decoder search"
 HEAVY += " speculative decoding long_form transcription training_plan augment training_data"
 HEAVY += " data_checks layer_scoring teacher training validation training_log model_card trainer"
-HEAVY += " learning_rate preflight evaluate_metric"
+HEAVY += " learning_rate preflight evaluate_metric export_verification export_formats export"
 ORDER = [*LIGHT.split(), *HEAVY.split()]
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
@@ -34,7 +35,8 @@ PURE = {
     "config": set(),
     "audio": set(),
     "text": set(),
-    "normalization": {"config", "text"},
+    "numerals": set(),
+    "normalization": {"config", "numerals", "text"},
     "pruning": set(),
     "layer_search": {"pruning"},
     "metrics": {"config", "normalization", "text"},

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from distilling import Setting, distil, logged, make_setting, write_config
 from tiny import read_rows, write_rows
 
 from simpler_distil_whisper.intervals import bootstrap_interval
-from simpler_distil_whisper.metrics import ErrorCounts
+from simpler_distil_whisper.metrics import ErrorCounts, Metric
 from simpler_distil_whisper.model_card import scores_at
 from simpler_distil_whisper.model_folder import read_model_folder
 from simpler_distil_whisper.page import render
@@ -125,6 +125,31 @@ def test_strange_names_break_no_table_and_bring_no_markup(folder: Path) -> None:
     assert "<script>" not in card
     assert "a\\|b &lt;script&gt;" in card
     assert "| x\\|y | 1 |" in card
+
+
+@pytest.mark.parametrize("scores", [{"error_rate": 0.5, "low": None}, {"error_rate": 0.5}])
+def test_a_score_without_an_interval_is_shown_without(
+    folder: Path, scores: dict[str, float | None]
+) -> None:
+    facts = facts_in(folder / "final")
+    facts["dev"]["teacher"] = scores
+    assert "| teacher | 50.00\u202f% | – |" in render("model_card.md", **facts)
+
+
+@pytest.mark.parametrize("unit", get_args(Metric.model_fields["unit"].annotation))
+def test_the_unit_of_the_metric_is_said_in_words(folder: Path, unit: str) -> None:
+    facts = facts_in(folder / "final")
+    facts["dev_metric"]["unit"] = unit
+    card = render("model_card.md", **facts)
+    assert re.search(r"counted in\n(characters|words)", card)
+
+
+def test_a_default_language_that_no_row_needs_is_not_claimed(
+    setting: Setting, tmp_path: Path
+) -> None:
+    changes = {"data__language": "ja", "schedule__max_steps": 1}
+    out = distil(write_config(tmp_path / "named", setting, **changes))
+    assert facts_in(out / "final")["data"]["languages"] == {"en": 7, "zh": 1}
 
 
 def test_parameters_are_counted_as_transformers_counts_them(setting: Setting) -> None:

@@ -23,12 +23,15 @@ CONFIG_CLASSES = {
     "run_distillation": "DistillationConfig",
     "offline_inference": "Config",
     "eval": "Config",
+    "export": "Config",
 }
+MODULES = {"export": "simpler_distil_whisper.export"}
 DEMO = REPOSITORY / "demo_data"
 
 
 def config_class(script: str) -> type[StrictModel]:
-    found: type[StrictModel] = getattr(importlib.import_module(script), CONFIG_CLASSES[script])
+    module = importlib.import_module(MODULES.get(script, script))
+    found: type[StrictModel] = getattr(module, CONFIG_CLASSES[script])
     return found
 
 
