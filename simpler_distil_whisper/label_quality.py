@@ -32,7 +32,7 @@ Flags = npt.NDArray[np.bool_]
 
 # Columns that `signs_of` adds to a labelled row.
 SIGN_COLUMNS = (
-    *("error_unit", "reference_tokens", "audio_seconds", "tokens_per_second"),
+    *("error_unit", "error_language", "reference_tokens", "audio_seconds", "tokens_per_second"),
     "longest_repetition",
 )
 
@@ -111,6 +111,7 @@ def signs_of(
     unit = scorer.unit(wanted, said, language)
     return {
         "error_unit": None if reference is None else unit,
+        "error_language": language,  # not the one that the model may have detected
         "reference_tokens": None if reference is None else len(tokens(wanted, unit)),
         "audio_seconds": round(seconds, 6),
         "tokens_per_second": round(tokens_said / seconds, 4),
@@ -541,9 +542,8 @@ def _shown_row(
     edits = []
     if reference is not None:
         between = "" if unit == "character" else " "
-        language = row.get(columns.language) if columns.language else None
-        said = scorer.normalize(row[columns.label], language)
-        wanted = scorer.normalize(reference, language)
+        said = scorer.normalize(row[columns.label], row["error_language"])
+        wanted = scorer.normalize(reference, row["error_language"])
         edits = [
             [edit.kind, between.join(edit.reference), between.join(edit.hypothesis)]
             for edit in align(wanted, said, unit)

@@ -167,7 +167,7 @@ def packed_row(
     reference = None if None in references else join_texts(references)
     unit, rate, tokens = parts[0]["error_unit"], None, None
     if reference is not None:
-        language = parts[0].get(columns.language) if columns.language else None
+        language = parts[0]["error_language"]
         wanted, said = (scorer.normalize(text, language) for text in (reference, label))
         counts = count_errors(wanted, said, unit)
         rate, tokens = counts.rate, counts.reference_tokens
@@ -181,6 +181,7 @@ def packed_row(
         columns.reference: reference,
         columns.error_rate: None if rate is None else round(rate, 6),
         "error_unit": unit,
+        "error_language": parts[0]["error_language"],
         "reference_tokens": tokens,
         "audio_seconds": ends[-1],
         "segments": [
@@ -280,7 +281,7 @@ def _group(row: Row, columns: LabelColumns, group_by: Sequence[str]) -> str | No
     if None in values:
         return None
     language = row.get(columns.language) if columns.language else None
-    return json.dumps([language, row["error_unit"], *values])
+    return json.dumps([language, row["error_unit"], row["error_language"], *values])
 
 
 def _segments(part: Row, start: float, columns: LabelColumns) -> list[Row]:

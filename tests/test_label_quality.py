@@ -66,6 +66,7 @@ def test_the_signs_of_a_row_by_hand() -> None:
     signs = signs_of("No, no, NO! Yes.", 9, 2.0, "No no yes", SCORER, "en")
     assert signs == {
         "error_unit": "word",
+        "error_language": "en",
         "reference_tokens": 3,
         "audio_seconds": 2.0,
         "tokens_per_second": 4.5,

@@ -46,6 +46,7 @@ def label(seconds: float = 10.0, **fields: object) -> dict[str, Any]:
         "origin_text": "hello there",
         "cer/wer": 0.0,
         "error_unit": "word",
+        "error_language": None,
         "audio_seconds": seconds,
         "tokens_per_second": 2.0,
         "speaker": "x",
@@ -164,6 +165,7 @@ def test_the_row_of_a_pack_by_hand() -> None:
         "origin_text": "你好我要 order两个",
         "cer/wer": 0.181818,  # 2 of 11, not the mean of 0 and 2 of 9
         "error_unit": "character",
+        "error_language": None,
         "reference_tokens": 11,
         "audio_seconds": 5.5,
         "segments": [
