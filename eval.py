@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from pydantic import Field, field_validator
 
 from simpler_distil_whisper.config import NonNegativeInt, PositiveInt, StrictModel
@@ -230,6 +231,7 @@ def summarize(
         "confidence": config.confidence,
         "bootstrap_samples": config.bootstrap_samples,
         "bootstrap_block_column": config.bootstrap_block_column,
+        "blocks": len(np.unique(facts.blocks.numbers())) if facts.blocks else None,
         "seed": config.seed,
         "utterances": len(facts.positions),
         "systems": {

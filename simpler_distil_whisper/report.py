@@ -9,6 +9,12 @@ from typing import Any
 
 HEADER = ["system", "group", "utterances", "CER", "WER", "rate", "low", "high", "S", "D", "I"]
 TEXT_COLUMNS = 2
+UNIT_NAMES = {
+    "character": "characters",
+    "word": "words",
+    "mixed": "Han characters and words of other scripts",
+}
+FEW_BLOCKS = 10  # with which intervals hold the truth less often than they say
 MOST_VALUES = 20  # of a column in the table; all are in summary.json
 
 
@@ -25,6 +31,7 @@ def text_table(summary: dict[str, Any], columns: Sequence[str]) -> str:
         rows += _system_rows(name, system, columns)
         notes += _notes(name, system, columns)
     notes += [_comparison_line(name, one) for name, one in summary["comparisons"].items()]
+    notes += _block_notes(summary)
     widths = [max(_width(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = [_aligned(row, widths) for row in rows]
     legend = (
@@ -35,7 +42,7 @@ def text_table(summary: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def _notes(name: str, system: dict[str, Any], columns: Sequence[str]) -> Iterator[str]:
-    units = " and ".join(f"{count} in {unit}s" for unit, count in system["units"].items())
+    units = " and ".join(f"{n} in {UNIT_NAMES[unit]}" for unit, n in system["units"].items())
     if units:
         yield f"{name}: utterances counted: {units}."
     for column in columns:
@@ -56,6 +63,17 @@ def _notes(name: str, system: dict[str, Any], columns: Sequence[str]) -> Iterato
         )
     for why, count in system["rejected"].items():
         yield f"{name}: {count} rows rejected: {why}."
+
+
+def _block_notes(summary: dict[str, Any]) -> Iterator[str]:
+    if summary["blocks"] is None:
+        return
+    yield (
+        f"Intervals are drawn over {summary['blocks']} blocks of utterances with the same "
+        f"{summary['bootstrap_block_column']}."
+    )
+    if summary["blocks"] < FEW_BLOCKS:
+        yield f"With fewer than {FEW_BLOCKS} blocks they are somewhat too narrow."
 
 
 def _comparison_line(name: str, one: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from simpler_distil_whisper.page import TEMPLATES, count, percent, render, stacks
+from simpler_distil_whisper.report import FEW_BLOCKS, UNIT_NAMES
 
 MOST_VALUES = 15  # of a column in a chart
 BEYOND = 2  # times the largest rate: as far as an axis goes
@@ -94,6 +95,8 @@ def report_page(
         cards=list(cards(utterances, listed, list(systems))),
         listed=listed,
         sign_names=SIGN_NAMES,
+        unit_names=UNIT_NAMES,
+        few_blocks=FEW_BLOCKS,
         data=embedded_json(search_data(utterances, list(systems))),
         script=script,
         script_source=f"'sha256-{digest}'",

@@ -279,6 +279,7 @@ def test_blocks_make_intervals_as_wide_as_the_speakers_differ(tmp_path: Path) ->
         corpus = summary_in(tmp_path)["systems"]["one"]["corpus"]
         assert corpus["rate"] == 0.05
         widths.append(corpus["high"] - corpus["low"])
+        assert summary_in(tmp_path)["blocks"] == (12 if block else None)
     assert widths[1] > 1.7 * widths[0]
 
 

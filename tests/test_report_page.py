@@ -72,6 +72,7 @@ def summary_of(systems: Row, comparisons: Row | None = None) -> Row:
         "confidence": 0.95,
         "bootstrap_samples": 1000,
         "bootstrap_block_column": None,
+        "blocks": None,
         "seed": 0,
         "utterances": 10,
         "systems": systems,
