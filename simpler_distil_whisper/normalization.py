@@ -75,7 +75,7 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
     """Return the function that normalises one text, given the language it is in, if known.
 
     Its own steps change nothing when they are used again. Whisper's English normaliser is kept as
-    published, and can: it reads "one oh one" as "101", but "1 0 1" as it is.
+    published, and can: it reads "double oh seven" as "007", and that as "7".
     """
     own = _own_steps(options)
     english = [*_conversions_alone(options), _whisper_english]
