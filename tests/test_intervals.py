@@ -172,16 +172,13 @@ def test_blocks_are_resampled_whole() -> None:
 @pytest.mark.parametrize(
     ("draw", "units"),
     [
-        (coverage.careful, 100),
-        (coverage.careful, 1000),
-        (coverage.inventive, 100),
-        (coverage.inventive, 1000),
+        (coverage.careful, 300),
+        (coverage.inventive, 300),
         (coverage.speakers, 20),
-        (coverage.speakers, 50),
     ],
 )
 def test_95_percent_intervals_hold_the_truth_so_often(draw: coverage.Draw, units: int) -> None:
-    ours, usual = coverage.share_that_hold(draw, units, evaluations=1500)
+    ours, usual = coverage.share_that_hold(draw, units, evaluations=1000)
     assert 0.93 <= ours <= 0.97
     assert usual < ours + 0.01
 
@@ -189,7 +186,7 @@ def test_95_percent_intervals_hold_the_truth_so_often(draw: coverage.Draw, units
 @pytest.mark.slow
 @pytest.mark.parametrize("draw", [coverage.swapped, coverage.worse])
 def test_intervals_of_differences_hold_the_truth_so_often(draw: coverage.Draw) -> None:
-    held, significant = coverage.differences_that_hold(draw, 500, evaluations=1500)
+    held, significant = coverage.differences_that_hold(draw, 500, evaluations=1000)
     assert 0.93 <= held <= 0.97
     if draw is coverage.swapped:
         assert 0.035 <= significant <= 0.065

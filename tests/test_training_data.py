@@ -535,7 +535,13 @@ def test_a_packed_row_that_fills_the_window_is_learnt_with_its_times(
         segments="segments",
     )
     parts: list[Row] = [
-        {"audio": "a.wav", "text": text, "origin_text": text, "error_unit": "word"}
+        {
+            "audio": "a.wav",
+            "text": text,
+            "origin_text": text,
+            "error_unit": "word",
+            "error_language": None,
+        }
         | {"audio_seconds": 1.0, "language": "en"}
         for text in ("Hi", "there")
     ]
