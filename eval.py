@@ -162,7 +162,7 @@ def work(config: Config, examined: list[Examined], run: Run) -> str:
     with written_atomically(run.folder / "utterances.jsonl") as file:
         for one in examined:
             systems[one.system.name] = score_system(one, facts, config, file, run)
-    summary = summarize(config, examined, systems, facts)
+    summary = summarize(config, systems, facts)
     content = json.dumps(summary, ensure_ascii=False, indent=2, allow_nan=False)
     write_atomically(run.folder / "summary.json", f"{content}\n".encode())
     table = text_table(summary, config.group_by)
@@ -221,9 +221,7 @@ def details_of(scored: Scored) -> dict[str, Any]:
     }
 
 
-def summarize(
-    config: Config, examined: list[Examined], systems: dict[str, SystemScores], facts: Facts
-) -> dict[str, Any]:
+def summarize(config: Config, systems: dict[str, SystemScores], facts: Facts) -> dict[str, Any]:
     """Return `summary.json`."""
     baseline, *others = systems
     return {
@@ -234,13 +232,7 @@ def summarize(
         "blocks": len(np.unique(facts.blocks.numbers())) if facts.blocks else None,
         "seed": config.seed,
         "utterances": len(facts.positions),
-        "systems": {
-            one.system.name: {
-                **systems[one.system.name].summary(config.resampling),
-                "speed": speed_beside(one.system.path),
-            }
-            for one in examined
-        },
+        "systems": {name: one.summary(config.resampling) for name, one in systems.items()},
         "comparisons": {
             name: comparison_summary(
                 baseline, compare_systems(systems[baseline], systems[name], facts, config)
@@ -298,7 +290,11 @@ def write_page(
         "summary_file": "summary.json",
         "utterances_file": scored.name,
     }
-    write_atomically(run.folder / "report.html", report_page(summary, utterances, listed).encode())
+    # Not in summary.json, which is the same whenever it is made; how fast inference was is not.
+    speeds = {one.system.name: speed_beside(one.system.path) for one in examined}
+    with_speed = {name: {**one, "speed": speeds[name]} for name, one in summary["systems"].items()}
+    page = report_page({**summary, "systems": with_speed}, utterances, listed)
+    write_atomically(run.folder / "report.html", page.encode())
 
 
 if __name__ == "__main__":
