@@ -34,13 +34,17 @@ SIGN_NAMES = {
 
 
 class Mark(NamedTuple):
-    """One system's dot and interval, places in percent of the axis; an interval may be missing."""
+    """One system's dot and interval, places in percent of the axis; an interval may be missing.
+
+    What reaches beyond the axis is `cut` off there: "cut-left", "cut-right", both or "".
+    """
 
     system: int
     value: str
     at: float
     low: float | None
     high: float | None
+    cut: str
 
 
 class Line(NamedTuple):
@@ -58,7 +62,7 @@ class Chart:
     Attributes:
         lines: from top to bottom.
         ticks: place in percent and text of each tick of the axis.
-        stretched: whether the axis is that of square roots, which spreads what is near 0.
+        stretched: whether places go by square roots, which spreads what is near 0.
         hidden: how many lines are not drawn.
     """
 
@@ -127,18 +131,18 @@ def rate_chart(lines: Sequence[tuple[str, Mapping[str, Any]]], hidden: int = 0) 
     stretched = bool(rates) and max(rates) > STRETCH * min(rates)
 
     def place(rate: float) -> float:
-        share = min(rate / top, 1.0)
+        share = rate / top
         return float(round(100 * (math.sqrt(share) if stretched else share), 2))
 
     drawn = []
     for label, by_system in lines:
         marks = [
-            _mark(index, one, place)
+            _mark(index, _with_interval(percent(one["rate"], 2), one), one["rate"], one, place)
             for index, one in enumerate(by_system.values())
             if one and one["rate"] is not None
         ]
         utterances = max((one["utterances"] for one in by_system.values() if one), default=0)
-        drawn.append(Line(label, f"{count(utterances)} utterances", marks))
+        drawn.append(Line(label, _utterances(utterances), marks))
     return Chart(drawn, _ticks(0.0, top, place), stretched, hidden)
 
 
@@ -151,20 +155,25 @@ def difference_chart(comparisons: Mapping[str, Any], names: Sequence[str]) -> Ch
     ]
     reach = max([*(min(one[-1], BEYOND * one[-2:][0]) for one in ends), 0.001])
 
+    sizes = [abs(one["difference"]) for one in known.values() if one["difference"]]
+    stretched = bool(sizes) and max(sizes) > STRETCH * min(sizes)
+
     def place(difference: float) -> float:
-        return float(round(50 + 50 * max(-1.0, min(difference / reach, 1.0)), 2))
+        share = abs(difference) / reach
+        side = math.copysign(math.sqrt(share) if stretched else share, difference)
+        return float(round(50 + 50 * side, 2))
 
     lines = []
     for name, one in known.items():
-        low, high = (None if one[key] is None else place(one[key]) for key in ("low", "high"))
         value = points(one["difference"])
-        if low is not None:
+        if one["low"] is not None:
             value += f" ({points(one['low'])} to {points(one['high'])})"
-        mark = Mark(names.index(name), value, place(one["difference"]), low, high)
+        mark = _mark(names.index(name), value, one["difference"], one, place)
         shares = f"better in {percent(one['better'])}, worse in {percent(one['worse'])}"
         lines.append(Line(name, shares, [mark]))
-    ticks = [(50.0 * (1 + side), points(side * reach)) for side in (-1, 0, 1)]
-    return Chart(lines, ticks)
+    half = reach * (0.25 if stretched else 0.5)
+    ticks = [(place(value), _in_short(value)) for value in (-reach, -half, 0.0, half, reach)]
+    return Chart(lines, ticks, stretched)
 
 
 def group_charts(systems: Mapping[str, Any]) -> Iterator[tuple[str, Chart]]:
@@ -239,12 +248,27 @@ def search_data(utterances: Sequence[Mapping[str, Any]], names: Sequence[str]) -
     return {"systems": list(names), "signs": SIGN_NAMES, "utterances": rows}
 
 
-def _mark(index: int, one: Mapping[str, Any], place: Place) -> Mark:
-    low, high = (None if one[key] is None else place(one[key]) for key in ("low", "high"))
-    value = percent(one["rate"], 2)
-    if one["low"] is not None:
-        value += f" ({100 * one['low']:.2f} to {100 * one['high']:.2f})"
-    return Mark(index, value, place(one["rate"]), low, high)
+def _mark(system: int, value: str, middle: float, one: Mapping[str, Any], place: Place) -> Mark:
+    if one["low"] is None:
+        return Mark(system, value, place(middle), None, None, "")
+    low, high = place(one["low"]), place(one["high"])
+    cut = " ".join(["cut-left"] * (low < 0) + ["cut-right"] * (high > 100))
+    return Mark(system, value, place(middle), max(low, 0.0), min(high, 100.0), cut)
+
+
+def _with_interval(rate: str, one: Mapping[str, Any]) -> str:
+    if one["low"] is None:
+        return rate
+    return f"{rate} ({100 * one['low']:.2f} to {100 * one['high']:.2f})"
+
+
+def _utterances(number: int) -> str:
+    return f"{count(number)} utterance{'s' if number != 1 else ''}"
+
+
+def _in_short(difference: float) -> str:
+    """Return a difference in percentage points as it stands below an axis."""
+    return f"{100 * difference:+.3g}".replace("-", "\u2212") if difference else "0"
 
 
 def _ticks(low: float, high: float, place: Place) -> list[tuple[float, str]]:

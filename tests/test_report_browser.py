@@ -39,6 +39,9 @@ PLAY = """audio => new Promise((heard, failed) => {
 })"""
 
 
+LONG = "a value of a group that is so long that it fits nowhere, on no screen and on no paper"
+
+
 class Opened:
     """A page in the browser, and all that it complained of or asked for."""
 
@@ -73,7 +76,7 @@ def rows() -> list[Row]:
             {**first, "errors": 1, "rate": 0.1},
             {**second, "errors": number, "rate": number / 10, "signs": signs},
         ]
-        one["groups"] = {"language": "zh" if number % 2 else "en"}
+        one["groups"] = {"language": "zh" if number % 2 else "en", "region": LONG}
         made.append(one)
     made[3]["reference"] = NASTY
     made[3]["systems"][0]["hypothesis"] = NASTY
@@ -85,10 +88,11 @@ def rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    groups = {"language": {"en": rates(0.1), "zh": rates(0.2)}}
+    groups = {"language": {"en": rates(0.1), "zh": rates(0.2)}, "region": {LONG: rates(0.1)}}
+    groups["region"]["x" * 99] = rates(1.0, width=1)
     systems = {
         "base": system(0.1, groups),
-        "一個名字很長很長很長的系統 with a long name": system(0.2, groups),
+        "一個名字很長很長很長的系統 with a long name": system(2.0, groups),
     }
     second = list(systems)[1]
     page = report_page(
@@ -182,11 +186,20 @@ def test_dark_and_light(browser: Any, path: Path, settings: Row) -> None:
 def test_a_phone_does_not_scroll_sideways(browser: Any, path: Path) -> None:
     page = Opened(browser, path, viewport={"width": 360, "height": 700}).page
     page.locator("button.open").first.click()
+    page.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
-def test_it_prints(browser: Any, path: Path) -> None:
-    assert Opened(browser, path).page.pdf().startswith(b"%PDF")
+def test_an_id_stands_on_one_line_beside_long_names(opened: Opened) -> None:
+    box = opened.page.locator("button.open").first.bounding_box()
+    assert box["height"] < 40
+
+
+def test_it_prints_and_nothing_runs_off_the_paper(browser: Any, path: Path) -> None:
+    page = Opened(browser, path, viewport={"width": 720, "height": 1000}).page
+    assert page.pdf().startswith(b"%PDF")
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") == 720
 
 
 def test_without_script_all_but_the_table_is_there(browser: Any, path: Path) -> None:
@@ -197,6 +210,7 @@ def test_without_script_all_but_the_table_is_there(browser: Any, path: Path) -> 
     assert "All utterances" not in text
 
 
+@pytest.mark.slow
 def test_10_000_utterances_of_three_systems_stay_quick(browser: Any, tmp_path: Path) -> None:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs"]
     many = []

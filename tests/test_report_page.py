@@ -127,10 +127,14 @@ def test_embedded_json_reads_back_and_ends_no_element() -> None:
 def test_whatever_is_missing_the_page_is_made(rate: float | None) -> None:
     one = system(rate)
     one["corpus"]["low"] = one["corpus"]["high"] = None
+    one["code_switch"] = {"utterances": 1, "han": one["corpus"], "latin": rates(None)}
+    one["groups"] = {"language": {"en": rates(rate, utterances=1), "zh": rates(rate)}}
     unknown = utterance("x", reference=None, seconds=None)
     unknown["systems"] = [{**unknown["systems"][0], "rate": None, "signs": ["repetition"]}]
     page = report_page(summary_of({"only": one}), [unknown], listed(worst={"only": [0]}))
     assert "only" in page
+    assert "1 utterance<" in page
+    assert "– to –" not in page
     assert "None" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert report_page(summary_of({"only": one}), [], listed())
 
@@ -174,7 +178,7 @@ def test_axes_spread_what_is_near_0_only_if_they_must() -> None:
     # An interval that reaches far beyond all rates is cut off at the end of the axis.
     wide = {**rates(0.1), "high": 9.0}
     cut = rate_chart([("all", {"a": wide})]).lines[0].marks[0]
-    assert (cut.at, cut.high) == (50.0, 100.0)
+    assert (cut.at, cut.high, cut.cut) == (50.0, 100.0, "cut-right")
     assert cut.value.endswith("to 900.00)")
 
 
@@ -187,7 +191,20 @@ def test_differences_lie_around_0() -> None:
     assert [line.label for line in chart.lines] == ["better"]
     mark = chart.lines[0].marks[0]
     assert (mark.system, mark.low, mark.at, mark.high) == (1, 0.0, 25.0, 75.0)
-    assert [text for _, text in chart.ticks] == ["\u22122.00", "0.00", "+2.00"]
+    assert chart.ticks == [
+        *((0.0, "\u22122"), (25.0, "\u22121"), (50.0, "0")),
+        *((75.0, "+1"), (100.0, "+2")),
+    ]
+
+
+def test_a_small_difference_is_seen_beside_a_large_one() -> None:
+    found = {"close": comparison(0.01, 0.0025, 0.04, 0.01), "far": comparison(0.6, 0.4, 3.0, 0.01)}
+    chart = difference_chart(found, ["base", "close", "far"])
+    assert chart.stretched
+    close, far = (line.marks[0] for line in chart.lines)
+    assert close.at == pytest.approx(50 + 50 * (0.01 / 1.2) ** 0.5, abs=0.01)
+    assert (close.cut, far.cut, far.high) == ("", "cut-right", 100.0)
+    assert chart.ticks[3] == (75.0, "+30")
 
 
 @pytest.mark.parametrize(
