@@ -376,6 +376,7 @@ def test_the_scripts_run_on_real_speech(real_speech: Path, chain: Path) -> None:
     for step, key in (("run_pseudo_labelling", "teacher"), ("offline_inference", "model")):
         configs[step] |= {"data": data, "decoding": decoding, key: {"path": "wide"}}
     configs["create_student_model"]["teacher"] = {"path": "wide"}
+    configs["create_student_model"]["layer_scoring"]["columns"] = columns
     configs["run_distillation"] |= {"teacher": {"path": "wide"}}
     configs["run_distillation"]["data"] |= {"dev_manifest": "real.jsonl", "columns": columns}
     configs["run_distillation"]["schedule"]["max_steps"] = 3
