@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import Field, field_validator
 
-from simpler_distil_whisper.config import NonNegativeInt, PositiveInt, StrictModel
+from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.hallucination import HallucinationOptions, KnownPhrases
 from simpler_distil_whisper.hypotheses import (
     Columns,
@@ -84,8 +84,8 @@ class Config(StrictModel):
     confidence: float = Field(
         default=0.95, gt=0, lt=1, description="Share of the bootstrap samples inside an interval."
     )
-    bootstrap_samples: PositiveInt = Field(
-        default=1000, description="Corpora drawn for each interval and p-value."
+    bootstrap_samples: int = Field(
+        default=1000, ge=100, description="Corpora drawn for each interval and p-value."
     )
     bootstrap_block_column: Name | None = Field(
         default=None,
@@ -126,6 +126,11 @@ def prepare(config: Config) -> list[Examined]:
     examined = [examine(system, config.columns, references) for system in config.hypotheses]
     refuse_missing_columns(examined[0], columns_of_the_utterances(config))
     keep_common_utterances(examined)
+    if not examined[0].lines:
+        raise DataError(
+            "No utterance can be compared. "
+            + "\n".join(f"{one.system.path}: {why_empty(one)}" for one in examined)
+        )
     for one in examined:
         if one.rejected:
             log.warning(
@@ -133,11 +138,9 @@ def prepare(config: Config) -> list[Examined]:
                 *(one.system.name, len(one.rejected), len(one.rejected) + len(one.lines)),
                 reasons(one.rejected),
             )
-    if not examined[0].lines:
-        raise DataError(
-            "No utterance can be compared. "
-            + "\n".join(f"{one.system.path}: {why_empty(one)}" for one in examined)
-        )
+    lengths = config.columns.duration_seconds
+    if lengths and lengths not in examined[0].columns:
+        log.info('No row has a column "%s": lengths are those of the audio files.', lengths)
     log.info("%d utterances to compare.", len(examined[0].lines))
     return examined
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import ConfigError, StrictModel
 from simpler_distil_whisper.jsonl import Row, RowError, numbered_lines, parse_row
@@ -59,6 +59,15 @@ class Columns(StrictModel):
     speaker: Name | None = Field(
         default=None, description="Column of the speaker, for whom error rates are also given."
     )
+
+    @model_validator(mode="after")
+    def _texts_differ(self) -> "Columns":
+        if self.reference == self.hypothesis:
+            raise ValueError(
+                f'reference and hypothesis are both "{self.hypothesis}": a text compared with '
+                "itself has no errors"
+            )
+        return self
 
 
 class Rejected(NamedTuple):

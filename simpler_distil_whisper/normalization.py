@@ -48,8 +48,9 @@ class TextNormalization(StrictModel):
     )
     chinese_script: Literal["simplified", "traditional"] | None = Field(
         default=None,
-        description="Compare Chinese in one script, converted by OpenCC; null converts nothing "
-        "(right for Hokkien and Cantonese written in Han characters).",
+        description="Compare Chinese in one script, converted by OpenCC in all rows but those in "
+        "Japanese and Korean; null converts nothing (right for Hokkien and Cantonese in Han "
+        "characters).",
     )
     whisper: Literal["auto", "english", "basic"] | None = Field(
         default="auto",
@@ -77,12 +78,18 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
     Its own steps change nothing when they are used again. Whisper's English normaliser is kept as
     published, and can: it reads "double oh seven" as "007", and that as "7".
     """
+    # Japanese 驚 and 飛 are not Chinese in another script.
+    with_own_han = options.chinese_script and make_normalizer(
+        options.model_copy(update={"chinese_script": None})
+    )
     own = _own_steps(options)
     english = [*_conversions_alone(options), _whisper_english]
     basic = [*_conversions_alone(options), _whisper_basic]
     fillers = _filler_pattern(options)
 
     def normalize(text: str, language: str | None = None) -> str:
+        if with_own_han and language and code_or_none(language) in ("ja", "ko"):
+            return with_own_han(text, language)
         steps = own
         if options.whisper == "basic":
             steps = basic

@@ -36,7 +36,8 @@ def text_table(summary: dict[str, Any], columns: Sequence[str]) -> str:
     lines = [_aligned(row, widths) for row in rows]
     legend = (
         "CER, WER: errors per reference character, per reference word. rate: in each utterance's "
-        "unit, with its interval.\nS, D, I: substitutions, deletions, insertions behind the rate."
+        "unit, with its interval;\nof fewer than five utterances or blocks there is none. S, D, I: "
+        "substitutions, deletions, insertions behind it."
     )
     return "\n".join([*lines, "", legend, *notes]) + "\n"
 

@@ -18,6 +18,7 @@ from simpler_distil_whisper.report import FEW_BLOCKS, UNIT_NAMES
 
 MOST_VALUES = 15  # of a column in a chart
 BEYOND = 2  # times the largest rate: as far as an axis goes
+SMALL_P = 0.01
 STRETCH = 8  # the largest rate to the smallest, beyond which small ones would all lie at 0
 TICKS = (0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
 
@@ -211,7 +212,10 @@ def verdict(name: str, one: Mapping[str, Any], summary: Mapping[str, Any]) -> st
     confidence = f"{summary['confidence']:.0%}".replace("%", "\u202f%")
     interval = f"{confidence} interval {points(one['low'])} to {points(one['high'])}"
     chance = one["low"] <= 0 <= one["high"]
-    meaning = "chance alone can do that" if chance else "chance alone hardly does that"
+    meaning = "chance alone can do that"
+    if not chance:
+        often = "hardly" if one["p_value"] <= SMALL_P else "seldom"
+        meaning = f"chance alone {often} does that"
     least = 1 / (summary["bootstrap_samples"] + 1)
     p_value = f"p {'≤' if one['p_value'] <= least else '='} {one['p_value']:.2g}"
     return f"{seen} ({interval}, {p_value}): {meaning}."

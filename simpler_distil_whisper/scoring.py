@@ -20,7 +20,8 @@ from simpler_distil_whisper.text import HAN_AND_KANA, Unit, tokens
 
 Counts = dict[str, ErrorCounts]
 
-HAN = re.compile(rf"[{HAN_AND_KANA}]")
+HAN_OR_KANA = re.compile(rf"[{HAN_AND_KANA}]")
+KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u31f0-\u31ff]")
 LATIN = re.compile(r"[a-z\u00c0-\u024f\u1e00-\u1eff]", re.IGNORECASE)
 
 
@@ -114,14 +115,14 @@ def _counts(reference: str, hypothesis: str, unit: Unit, edits: list[Edit]) -> C
 
 
 def _by_script(reference: str, hypothesis: str) -> tuple[ErrorCounts, ErrorCounts] | None:
-    """Return the errors of the Han characters (and kana) alone and of the Latin words alone.
+    """Return the errors of the Han characters alone and of the Latin words alone.
 
     Each script is taken out of both texts and compared by itself, so that no alignment across
-    scripts has to be divided. None unless the reference has both.
+    scripts has to be divided. None unless the reference has both, and for Japanese.
     """
-    if not (HAN.search(reference) and LATIN.search(reference)):
+    if not (HAN_OR_KANA.search(reference) and LATIN.search(reference)) or KANA.search(reference):
         return None
     texts = [tokens(text, "mixed") for text in (reference, hypothesis)]
-    han = [" ".join(token for token in text if HAN.match(token)) for text in texts]
+    han = [" ".join(token for token in text if HAN_OR_KANA.match(token)) for text in texts]
     latin = [" ".join(token for token in text if LATIN.search(token)) for text in texts]
     return count_errors(han[0], han[1], "character"), count_errors(latin[0], latin[1], "word")

@@ -27,7 +27,10 @@ SECONDS = (2, 5, 10, 20, 30)
 TOKENS = (5, 10, 20, 50)
 LENGTHS = {
     AUDIO_LENGTH: ["under 2 s", "2 to 5 s", "5 to 10 s", "10 to 20 s", "20 to 30 s", "from 30 s"],
-    REFERENCE_LENGTH: ["0", "1 to 5", "6 to 10", "11 to 20", "21 to 50", "over 50"],
+    REFERENCE_LENGTH: [
+        *("no token", "1 to 5 tokens", "6 to 10 tokens", "11 to 20 tokens", "21 to 50 tokens"),
+        "over 50 tokens",
+    ],
 }
 
 

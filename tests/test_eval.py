@@ -331,7 +331,7 @@ def test_what_is_known_of_an_utterance_is_read_from_the_first_system(tmp_path: P
     lengths = {name: group["utterances"] for name, group in groups["audio length"].items()}
     assert lengths == {"2 to 5 s": 2, "10 to 20 s": 1}
     lengths = {name: group["utterances"] for name, group in groups["reference length"].items()}
-    assert lengths == {"0": 1, "1 to 5": 2, "6 to 10": 1}
+    assert lengths == {"no token": 1, "1 to 5 tokens": 2, "6 to 10 tokens": 1}
 
 
 def test_speed_and_size_are_found_beside_the_hypotheses(tmp_path: Path) -> None:

@@ -101,3 +101,4 @@ def test_each_script_of_a_switched_utterance_is_compared_by_itself() -> None:
     assert latin == ErrorCounts(hits=1, substitutions=1)
     assert scored("我要吃飯", "我要 rice", "zh").switched is None
     assert scored("order it", "叫它", "en").switched is None
+    assert scored("Kポップの曲", "Kポップの曲", "ja").switched is None

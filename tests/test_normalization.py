@@ -163,6 +163,13 @@ def test_conversions_and_fillers_go_with_whispers_normalisers() -> None:
     assert basic("Ｔhe 臺二十!", "zh") == "the 台20"
 
 
+def test_the_characters_of_japanese_are_left_alone() -> None:
+    simplified = make_normalizer(TextNormalization(chinese_script="simplified"))
+    assert simplified("驚いた議会", "ja") == "驚いた議会"
+    for chinese in ("zh-TW", "yue", "hokkien", "en", None):
+        assert simplified("驚", chinese) == "惊"
+
+
 def test_hokkien_survives() -> None:
     normalize = make_normalizer(TextNormalization())
     for text in ("\U00020c96\U0002a6d6人", "tsia\u030dh-pn\u0304g o\u0358", "拍\U00030edd"):

@@ -212,6 +212,7 @@ def test_a_small_difference_is_seen_beside_a_large_one() -> None:
     [
         (comparison(0.0042, -0.001, 0.0095, 0.14), "chance alone can do that"),
         (comparison(-0.05, -0.08, -0.02, 1 / 1001), "chance alone hardly does that"),
+        (comparison(-0.05, -0.08, -0.001, 0.04), "chance alone seldom does that"),
         (comparison(0.0, -0.01, 0.01, 1.0), "distilled makes as many errors as base"),
         (comparison(0.1, None, None, 0.5), "too few utterances to say whether by chance"),
         (comparison(None, None, None, 1.0), "no reference has a token"),

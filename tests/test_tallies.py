@@ -101,11 +101,11 @@ def test_most_frequent_confusions() -> None:
 @pytest.mark.parametrize(
     ("seconds", "tokens", "groups"),
     [
-        (1.99, 0, {AUDIO_LENGTH: "under 2 s", REFERENCE_LENGTH: "0"}),
-        (2.0, 1, {AUDIO_LENGTH: "2 to 5 s", REFERENCE_LENGTH: "1 to 5"}),
-        (29.9, 5, {AUDIO_LENGTH: "20 to 30 s", REFERENCE_LENGTH: "1 to 5"}),
-        (30.0, 6, {AUDIO_LENGTH: "from 30 s", REFERENCE_LENGTH: "6 to 10"}),
-        (float("nan"), 51, {REFERENCE_LENGTH: "over 50"}),
+        (1.99, 0, {AUDIO_LENGTH: "under 2 s", REFERENCE_LENGTH: "no token"}),
+        (2.0, 1, {AUDIO_LENGTH: "2 to 5 s", REFERENCE_LENGTH: "1 to 5 tokens"}),
+        (29.9, 5, {AUDIO_LENGTH: "20 to 30 s", REFERENCE_LENGTH: "1 to 5 tokens"}),
+        (30.0, 6, {AUDIO_LENGTH: "from 30 s", REFERENCE_LENGTH: "6 to 10 tokens"}),
+        (float("nan"), 51, {REFERENCE_LENGTH: "over 50 tokens"}),
     ],
 )
 def test_lengths(seconds: float, tokens: int, groups: dict[str, str]) -> None:
@@ -119,7 +119,12 @@ def test_lengths_are_in_order_and_other_groups_by_name() -> None:
         groups = length_groups(3.0, length) | {"speaker": "abcd"[3 - position]}
         scores.add(position, scored, groups, None)
     groups = scores.summary(FAST)["groups"]
-    assert list(groups[REFERENCE_LENGTH]) == ["0", "1 to 5", "11 to 20", "over 50"]
+    assert list(groups[REFERENCE_LENGTH]) == [
+        "no token",
+        "1 to 5 tokens",
+        "11 to 20 tokens",
+        "over 50 tokens",
+    ]
     assert list(groups["speaker"]) == ["a", "b", "c", "d"]
 
 
