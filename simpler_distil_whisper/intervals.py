@@ -158,6 +158,8 @@ def compare(
     if interval:
         # Few utterances with large differences are where resampling is too sure of itself.
         interval = min(interval[0], not_rejected[0]), max(interval[1], not_rejected[1])
+        if not np.isfinite(interval).all():  # so few that the test cannot reject anything
+            interval = None
     return Comparison(float(differences.sum() / reference_tokens.sum()), interval, p_value, *signs)
 
 
@@ -202,8 +204,11 @@ def _toss(pairs: Counter[tuple[int, int]], resampling: Resampling) -> tuple[floa
     as_extreme = np.count_nonzero(np.abs(signed[:, 0]) >= abs(seen[0]))
     with np.errstate(divide="ignore", invalid="ignore"):  # where all signs are alike
         ends = np.stack([(seen - signed).T, (seen + signed).T])
-        ends = np.nan_to_num(ends[:, 0] / ends[:, 1], nan=seen[0] / seen[1])
-    low = np.quantile(ends.min(axis=0), 1 - resampling.confidence, method="lower")
-    high = np.quantile(ends.max(axis=0), resampling.confidence, method="higher")
+        ends = ends[:, 0] / ends[:, 1]
+    # 0 / 0 is a toss that is as extreme whatever x is.
+    lowest = np.where(np.isnan(ends), -np.inf, ends).min(axis=0)
+    highest = np.where(np.isnan(ends), np.inf, ends).max(axis=0)
+    low = np.quantile(lowest, 1 - resampling.confidence, method="lower")
+    high = np.quantile(highest, resampling.confidence, method="higher")
     p_value = (as_extreme + 1) / (resampling.samples + 1)
     return float(p_value), (float(low), float(high))

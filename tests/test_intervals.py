@@ -144,6 +144,16 @@ def test_what_the_test_does_not_reject_is_in_the_interval(rows: list[tuple[int, 
             assert found.interval[0] <= 0 <= found.interval[1]
 
 
+def test_where_no_difference_can_be_rejected_there_is_no_interval() -> None:
+    found = compare(*arrays([0] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]))
+    assert (found.difference, found.p_value, found.interval) == (1.0, 1.0, None)
+    # Of five utterances all signs are alike in 2 of 32 tosses, of seven in 2 of 128.
+    for number, known in ((5, False), (7, True)):
+        counts = np.arange(number)
+        found = compare(counts, counts + 1 + counts % 2, counts + 9)
+        assert (found.interval is not None) == known
+
+
 def test_turning_the_systems_round_turns_the_difference_round() -> None:
     random = np.random.default_rng(5)
     one, other = random.integers(0, 5, (2, 200))
