@@ -25,6 +25,7 @@ from simpler_distil_whisper.jsonl import Row, placed_lines
 from simpler_distil_whisper.metrics import Scorer, align
 from simpler_distil_whisper.page import render, stacks
 from simpler_distil_whisper.run import write_atomically
+from simpler_distil_whisper.scoring import compact
 from simpler_distil_whisper.text import longest_repetition, tokens
 
 Numbers = npt.NDArray[np.float64]
@@ -541,13 +542,9 @@ def _shown_row(
     unit, reference = row["error_unit"], row[columns.reference]
     edits = []
     if reference is not None:
-        between = "" if unit == "character" else " "
         said = scorer.normalize(row[columns.label], row["error_language"])
         wanted = scorer.normalize(reference, row["error_language"])
-        edits = [
-            [edit.kind, between.join(edit.reference), between.join(edit.hypothesis)]
-            for edit in align(wanted, said, unit)
-        ]
+        edits = compact(align(wanted, said, unit), unit)
     return {
         "line": int(index) + 1,
         "id": row.get(columns.id) if columns.id else None,

@@ -6,6 +6,7 @@ by `eval.py`.
 
 import base64
 import io
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import soundfile
 from simpler_distil_whisper.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.hypotheses import Columns, Examined
 from simpler_distil_whisper.jsonl import Row, numbered_lines, parse_row
+from simpler_distil_whisper.metrics import ErrorCounts
 from simpler_distil_whisper.tallies import SystemScores, length_groups
 from simpler_distil_whisper.utterances import Clip, Facts, clip_of
 
@@ -42,12 +44,6 @@ class Choice:
     worst: dict[str, Positions]
     different: dict[str, Positions]
 
-    @property
-    def listed(self) -> set[int]:
-        """Return those that are shown with their audio."""
-        lists = [*self.worst.values(), *self.different.values()]
-        return {position for positions in lists for position in positions}
-
 
 def choose(systems: Mapping[str, SystemScores], number: int) -> Choice:
     """Return which utterances to show.
@@ -60,10 +56,10 @@ def choose(systems: Mapping[str, SystemScores], number: int) -> Choice:
     errors = {name: scores.errors for name, scores in systems.items()}
     worst = {name: _largest(errors[name], number) for name in systems}
     different = {name: _largest(np.abs(errors[name] - errors[baseline]), number) for name in others}
-    choice = Choice([], worst, different)
+    listed = itertools.chain(*worst.values(), *different.values())
     most = np.max(list(errors.values()), axis=0)
     rest = np.argsort(-most, kind="stable")[:MOST_UTTERANCES].tolist()
-    shown = list(dict.fromkeys([*choice.listed, *rest]))[:MOST_UTTERANCES]
+    shown = list(dict.fromkeys([*listed, *rest]))[:MOST_UTTERANCES]
     return Choice(sorted(shown), worst, different)
 
 
@@ -98,14 +94,16 @@ def describe(
             position: [read(int(scores.offsets[position])) for scores in systems.values()]
             for position in choice.shown
         }
+    with_audio = set(itertools.chain(*choice.worst.values(), *choice.different.values()))
+    baseline = next(iter(systems.values()))
     described = []
     for position in choice.shown:
         clip = clip_of(rows[position], columns, examined[0].system.path.parent)
-        embed = embed_audio and position in choice.listed
+        embed = embed_audio and position in with_audio
         described.append(
             {
                 "id": found[position][0]["id"],
-                "groups": _groups_of(position, facts, next(iter(systems.values()))),
+                "groups": _groups_of(position, facts, baseline),
                 "reference": found[position][0]["reference"],
                 "seconds": _known(facts.seconds[position]),
                 "audio": clip and (_embedded(clip) if embed else _link(clip, scored.parent)),
@@ -138,12 +136,12 @@ def _groups_of(position: int, facts: Facts, baseline: SystemScores) -> dict[str,
 
 
 def _of_system(row: Row) -> dict[str, Any]:
-    counts = row.get(row["unit"])
+    counts = ErrorCounts(**row.get(row["unit"], {}))  # none without a reference
     return {
         "hypothesis": row["hypothesis"],
         "rate": row["rate"],
-        "errors": sum(counts[kind] for kind in counts if kind != "hits") if counts else 0,
-        "tokens": counts["hits"] + counts["substitutions"] + counts["deletions"] if counts else 0,
+        "errors": counts.errors,
+        "tokens": counts.reference_tokens,
         "unit": row["unit"],
         "alignment": row["alignment"],
         "signs": row["signs"],
