@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field, field_validator
 
-from simpler_distil_whisper.audio import AudioError
 from simpler_distil_whisper.config import ConfigError, PositiveInt, StrictModel
-from simpler_distil_whisper.layer_search import ScoredLayers, describe_search, search_layers
-from simpler_distil_whisper.manifest import Columns, read_manifest, reject
-from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.options import Task, whisper_code
-from simpler_distil_whisper.pruning import chosen_layers, prune_whisper
+from simpler_distil_whisper.data.audio import AudioError
+from simpler_distil_whisper.data.manifest import Columns, read_manifest, reject
+from simpler_distil_whisper.layers.search import ScoredLayers, describe_search, search_layers
+from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.model.options import Task, whisper_code
+from simpler_distil_whisper.model.pruning import chosen_layers, prune_whisper
 from simpler_distil_whisper.run import (
     DataError,
     Run,
@@ -32,7 +32,7 @@ from simpler_distil_whisper.run import (
 )
 
 if TYPE_CHECKING:
-    from simpler_distil_whisper.layer_scoring import Labelled
+    from simpler_distil_whisper.layers.scoring import Labelled
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -144,7 +144,7 @@ def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Labelled]"
     teacher.check_language(options.language, "layer_scoring.language")
     assert options.manifest is not None
     manifest = read_manifest(options.manifest, options.columns, languages=teacher.row_languages)
-    from simpler_distil_whisper.layer_scoring import Labeller  # which takes seconds
+    from simpler_distil_whisper.layers.scoring import Labeller  # which takes seconds
 
     label = Labeller(teacher, options.language, options.task)
     labelled: list[Labelled] = []
@@ -182,7 +182,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         return ""
     import torch
 
-    from simpler_distil_whisper.whisper import load_whisper, quieten_libraries, save_whisper
+    from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries, save_whisper
 
     quieten_libraries()
     folder, layer_map, labelled = prepared
@@ -217,8 +217,8 @@ def best_layers(config: Config, prepared: Prepared, run: Run) -> list[int]:
     """Return the decoder layers that score best; write and show the scores."""
     import torch
 
-    from simpler_distil_whisper.layer_scoring import LayerScorer
-    from simpler_distil_whisper.whisper import load_whisper
+    from simpler_distil_whisper.layers.scoring import LayerScorer
+    from simpler_distil_whisper.model.whisper import load_whisper
 
     folder, layer_map, labelled = prepared
     device = "cuda" if torch.cuda.is_available() else "cpu"

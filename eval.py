@@ -16,8 +16,11 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
-from simpler_distil_whisper.hallucination import HallucinationOptions, KnownPhrases
-from simpler_distil_whisper.hypotheses import (
+from simpler_distil_whisper.data.jsonl import to_line
+from simpler_distil_whisper.evaluation.examples import choose, describe
+from simpler_distil_whisper.evaluation.facts import Facts, read_facts
+from simpler_distil_whisper.evaluation.hallucination import HallucinationOptions, KnownPhrases
+from simpler_distil_whisper.evaluation.hypotheses import (
     Columns,
     Examined,
     Hypotheses,
@@ -30,11 +33,16 @@ from simpler_distil_whisper.hypotheses import (
     usable_rows,
     why_empty,
 )
-from simpler_distil_whisper.intervals import Comparison, Resampling, compare
-from simpler_distil_whisper.jsonl import to_line
-from simpler_distil_whisper.listing import choose, describe
-from simpler_distil_whisper.metrics import Metric, Scorer
-from simpler_distil_whisper.report import text_table
+from simpler_distil_whisper.evaluation.intervals import Comparison, Resampling, compare
+from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
+from simpler_distil_whisper.evaluation.scoring import Scored, compact, score
+from simpler_distil_whisper.evaluation.tallies import (
+    NO_REFERENCE,
+    SystemScores,
+    comparison_summary,
+    length_groups,
+)
+from simpler_distil_whisper.evaluation.text_report import text_table
 from simpler_distil_whisper.run import (
     DataError,
     Progress,
@@ -44,14 +52,6 @@ from simpler_distil_whisper.run import (
     write_atomically,
     written_atomically,
 )
-from simpler_distil_whisper.scoring import Scored, compact, score
-from simpler_distil_whisper.tallies import (
-    NO_REFERENCE,
-    SystemScores,
-    comparison_summary,
-    length_groups,
-)
-from simpler_distil_whisper.utterances import Facts, read_facts
 
 
 class ReportOptions(StrictModel):
@@ -277,7 +277,9 @@ def write_page(
     run: Run,
 ) -> None:
     """Write `report.html`."""
-    from simpler_distil_whisper.report_page import report_page  # only now: it takes a while
+    from simpler_distil_whisper.evaluation.html_report import (
+        report_page,  # only now: it takes a while
+    )
 
     choice = choose(systems, config.report.worst_utterances)
     scored = run.folder / "utterances.jsonl"

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
-from simpler_distil_whisper.jsonl import Row
-from simpler_distil_whisper.manifest import Manifest, ManifestData, Utterance, read_manifest
-from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.options import DecodingOptions, ModelOptions
-from simpler_distil_whisper.row_results import RowResults
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.manifest import Manifest, ManifestData, Utterance, read_manifest
+from simpler_distil_whisper.data.results import RowResults
+from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
 from simpler_distil_whisper.run import Run, run_script, write_atomically
 
 if TYPE_CHECKING:
-    from simpler_distil_whisper.decoding import Hypothesis
+    from simpler_distil_whisper.decoding.transcriber import Hypothesis
 
 
 class AssistantOptions(StrictModel):
@@ -102,16 +102,16 @@ def work(
     config: Config, prepared: tuple[ModelFolder, ModelFolder | None, Manifest], run: Run
 ) -> str:
     """Write `hypotheses.jsonl`, `rejected.jsonl` and `speed.json`."""
-    from simpler_distil_whisper.decoding import Transcriber
-    from simpler_distil_whisper.devices import join_processes
-    from simpler_distil_whisper.speculative import Assistant
-    from simpler_distil_whisper.transcription import (
+    from simpler_distil_whisper.decoding.speculative import Assistant
+    from simpler_distil_whisper.decoding.transcriber import Transcriber
+    from simpler_distil_whisper.decoding.transcription import (
         Speed,
         load_for_decoding,
         transcribe_manifest,
         warm_up,
     )
-    from simpler_distil_whisper.whisper import load_whisper
+    from simpler_distil_whisper.model.devices import join_processes
+    from simpler_distil_whisper.model.whisper import load_whisper
 
     folder, assistant_folder, manifest = prepared
     state = join_processes()

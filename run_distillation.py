@@ -10,9 +10,9 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.manifest import Manifest, read_manifest
-from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.row_results import rejection_line
+from simpler_distil_whisper.data.manifest import Manifest, read_manifest
+from simpler_distil_whisper.data.results import rejection_line
+from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.run import (
     DataError,
     Run,
@@ -22,11 +22,11 @@ from simpler_distil_whisper.run import (
     run_script,
     write_atomically,
 )
-from simpler_distil_whisper.training_options import DistillationConfig, RunLength
+from simpler_distil_whisper.training.options import DistillationConfig, RunLength
 
 if TYPE_CHECKING:
-    from simpler_distil_whisper.trainer import Trainer
-    from simpler_distil_whisper.training_data import Selection
+    from simpler_distil_whisper.training.dataset import Selection
+    from simpler_distil_whisper.training.trainer import Trainer
 
 
 class Prepared(NamedTuple):
@@ -77,8 +77,8 @@ def select_examples(
     config: DistillationConfig, student: ModelFolder, manifests: list[Manifest]
 ) -> "Selection":
     """Return the training examples, having said how many rows and hours each filter dropped."""
-    from simpler_distil_whisper.training_data import UNREADABLE, ExampleFilter
-    from simpler_distil_whisper.whisper import load_tokenizer, special_tokens
+    from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
+    from simpler_distil_whisper.training.dataset import UNREADABLE, ExampleFilter
 
     tokenizer = load_tokenizer(student)
     tokens = special_tokens(tokenizer, student)
@@ -121,8 +121,8 @@ def run_length(config: DistillationConfig, epoch_size: float) -> RunLength:
 
 def check(config: DistillationConfig, prepared: Prepared) -> None:
     """Rehearse the run for a few steps, and say what is wrong and what it will cost."""
-    from simpler_distil_whisper.preflight import check_thoroughly, rehearsal
-    from simpler_distil_whisper.whisper import quieten_libraries
+    from simpler_distil_whisper.model.whisper import quieten_libraries
+    from simpler_distil_whisper.training.preflight import check_thoroughly, rehearsal
 
     if process_count() > 1:
         log.info("No step is rehearsed by several processes: for that, leave the launcher out.")
@@ -136,9 +136,9 @@ def check(config: DistillationConfig, prepared: Prepared) -> None:
 
 def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
     """Load both models, train the student, write `final/`."""
-    from simpler_distil_whisper.model_card import ModelCard, facts_of
-    from simpler_distil_whisper.preflight import check_at_start
-    from simpler_distil_whisper.whisper import quieten_libraries
+    from simpler_distil_whisper.model.whisper import quieten_libraries
+    from simpler_distil_whisper.training.model_card import ModelCard, facts_of
+    from simpler_distil_whisper.training.preflight import check_at_start
 
     quieten_libraries()
     if is_main_process():
@@ -169,13 +169,13 @@ def work(config: DistillationConfig, prepared: Prepared, run: Run) -> str:
 
 def assemble(config: DistillationConfig, prepared: Prepared, run: Run) -> "Trainer":
     """Return the trainer, with the teacher and the student, each with its part of the cache."""
-    from simpler_distil_whisper.devices import make_accelerator
-    from simpler_distil_whisper.teacher import Teacher
-    from simpler_distil_whisper.teacher_cache import open_training_caches
-    from simpler_distil_whisper.trainer import Trainer
-    from simpler_distil_whisper.training import computing_dtype
-    from simpler_distil_whisper.weights import encoders_are_equal
-    from simpler_distil_whisper.whisper import load_whisper
+    from simpler_distil_whisper.model.devices import make_accelerator
+    from simpler_distil_whisper.model.teacher_cache import open_training_caches
+    from simpler_distil_whisper.model.weights import encoders_are_equal
+    from simpler_distil_whisper.model.whisper import load_whisper
+    from simpler_distil_whisper.training.models import computing_dtype
+    from simpler_distil_whisper.training.teacher import Teacher
+    from simpler_distil_whisper.training.trainer import Trainer
 
     accelerator = make_accelerator(config.precision, config.seed)
     shared = config.freeze.encoder and encoders_are_equal(prepared.student, prepared.teacher)

@@ -17,8 +17,25 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeInt, StrictModel
-from simpler_distil_whisper.jsonl import Row
-from simpler_distil_whisper.label_quality import (
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.manifest import (
+    Columns,
+    Manifest,
+    ManifestData,
+    Utterance,
+    read_manifest,
+)
+from simpler_distil_whisper.data.results import RowResults
+from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
+from simpler_distil_whisper.labels.packing import (
+    PACKED_LABELS,
+    PackLimits,
+    PackOptions,
+    plan_packs,
+    write_audio,
+    write_packs,
+)
+from simpler_distil_whisper.labels.quality import (
     SIGN_COLUMNS,
     LabelColumns,
     QualityOptions,
@@ -27,29 +44,12 @@ from simpler_distil_whisper.label_quality import (
     summarize_rejected,
     write_label_quality,
 )
-from simpler_distil_whisper.manifest import (
-    Columns,
-    Manifest,
-    ManifestData,
-    Utterance,
-    read_manifest,
-)
-from simpler_distil_whisper.metrics import Metric, Scorer
-from simpler_distil_whisper.model_folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.options import CacheOptions, DecodingOptions, ModelOptions
-from simpler_distil_whisper.packing import (
-    PACKED_LABELS,
-    PackLimits,
-    PackOptions,
-    plan_packs,
-    write_audio,
-    write_packs,
-)
-from simpler_distil_whisper.row_results import RowResults
+from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.model.options import CacheOptions, DecodingOptions, ModelOptions
 from simpler_distil_whisper.run import Run, is_main_process, log, run_script
 
 if TYPE_CHECKING:
-    from simpler_distil_whisper.decoding import Hypothesis
+    from simpler_distil_whisper.decoding.transcriber import Hypothesis
 
 SEGMENTS = "segments"
 PROMPT_TOKENS = 4  # start, language, task and <|notimestamps|>
@@ -163,13 +163,13 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
 
 def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
     """Write `pseudo_labels.jsonl` and `rejected.jsonl`."""
-    from simpler_distil_whisper.decoding import Transcriber
-    from simpler_distil_whisper.devices import join_processes
-    from simpler_distil_whisper.teacher_cache import open_teacher_cache
-    from simpler_distil_whisper.transcription import (
+    from simpler_distil_whisper.decoding.transcriber import Transcriber
+    from simpler_distil_whisper.decoding.transcription import (
         load_for_decoding,
         transcribe_manifest,
     )
+    from simpler_distil_whisper.model.devices import join_processes
+    from simpler_distil_whisper.model.teacher_cache import open_teacher_cache
 
     folder, manifest = prepared
     state = join_processes()

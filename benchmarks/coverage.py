@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.intervals import Resampling, compare, ratio_interval
+from simpler_distil_whisper.evaluation.intervals import Resampling, compare, ratio_interval
 
 Integers = npt.NDArray[np.int64]
 Draw = Callable[[np.random.Generator, int], Integers]

@@ -36,9 +36,9 @@ from benchmarks.systems import (
     Unavailable,
     all_systems,
 )
-from simpler_distil_whisper.audio import SAMPLE_RATE, load_audio
-from simpler_distil_whisper.batches import log_mel
-from simpler_distil_whisper.whisper import quieten_libraries
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
+from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.model.whisper import quieten_libraries
 
 TOKENS = 60
 WINDOW_SECONDS = 30.0

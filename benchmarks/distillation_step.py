@@ -31,17 +31,17 @@ from transformers.modeling_outputs import BaseModelOutput
 import run_distillation
 from benchmarks import machine
 from benchmarks.random_whispers import END, SHAPES, Shape, write_random_whisper
-from simpler_distil_whisper.batches import IGNORE_INDEX
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.devices import make_accelerator, torch_dtype
-from simpler_distil_whisper.losses import LossWeights, distillation_loss
-from simpler_distil_whisper.model_folder import read_model_folder
-from simpler_distil_whisper.pruning import prune_whisper
+from simpler_distil_whisper.decoding.batches import IGNORE_INDEX
+from simpler_distil_whisper.model.devices import make_accelerator, torch_dtype
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.pruning import prune_whisper
+from simpler_distil_whisper.model.teacher_cache import StoredAnswers, StoredStates
+from simpler_distil_whisper.model.whisper import quieten_libraries, save_whisper
 from simpler_distil_whisper.run import Run
-from simpler_distil_whisper.teacher_cache import StoredAnswers, StoredStates
-from simpler_distil_whisper.training_data import Selection, TrainingBatch
-from simpler_distil_whisper.training_options import DistillationConfig, RunLength
-from simpler_distil_whisper.whisper import quieten_libraries, save_whisper
+from simpler_distil_whisper.training.dataset import Selection, TrainingBatch
+from simpler_distil_whisper.training.losses import LossWeights, distillation_loss
+from simpler_distil_whisper.training.options import DistillationConfig, RunLength
 
 POSITIONS = 448  # of Whisper's decoder, to which distil-whisper's script pads all labels
 FRAMES, STATES = 3000, 1500  # of a window of 30 s: of the log-mel and of the encoder

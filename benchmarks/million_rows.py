@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from simpler_distil_whisper.manifest import Columns, DataLimits, Manifest, read_manifest
-from simpler_distil_whisper.row_results import RowResults
+from simpler_distil_whisper.data.manifest import Columns, DataLimits, Manifest, read_manifest
+from simpler_distil_whisper.data.results import RowResults
 
 CLIPS, SIXTEEN_KHZ, BATCH = 8, 16_000, 16
 TEXT = "我要 order 一個 iPhone 十五, thank you very much 謝謝"
@@ -76,7 +76,7 @@ def stage_label(folder: Path) -> Iterator[str]:
 
 def stage_continue(folder: Path) -> Iterator[str]:
     """Go on: index, what is done, the first batch that is not."""
-    from simpler_distil_whisper.transcription import own_batches
+    from simpler_distil_whisper.decoding.transcription import own_batches
 
     yield "read"
     manifest, results = read(folder), RowResults(folder, "answers.jsonl")

@@ -19,7 +19,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from simpler_distil_whisper.text import WHISPER_LANGUAGES
+from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
 END = 50_257  # the first special token of every multilingual Whisper
 NEVER = -100.0  # a logit below all others, and small enough for bfloat16 and int8

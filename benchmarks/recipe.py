@@ -27,22 +27,22 @@ from torch.nn import functional
 from transformers import WhisperForConditionalGeneration
 
 from benchmarks import machine
-from simpler_distil_whisper.audio import SAMPLE_RATE, load_audio
-from simpler_distil_whisper.augment import Views
-from simpler_distil_whisper.batches import IGNORE_INDEX, in_batches, log_mel
-from simpler_distil_whisper.decoding import Transcriber
-from simpler_distil_whisper.losses import LossTerms, LossWeights, distillation_loss
-from simpler_distil_whisper.manifest import Columns, Utterance, read_manifest
-from simpler_distil_whisper.metrics import ErrorCounts, Metric, Scorer
-from simpler_distil_whisper.model_folder import read_model_folder
-from simpler_distil_whisper.normalization import TextNormalization
-from simpler_distil_whisper.options import DecodingOptions
-from simpler_distil_whisper.pruning import prune_whisper, spread_layers
-from simpler_distil_whisper.training import MovingAverage, freeze, learning_rate_factor
-from simpler_distil_whisper.training_data import Target, decoder_sequences
-from simpler_distil_whisper.training_options import Augmentation
-from simpler_distil_whisper.training_plan import TrainingPlan, Visit
-from simpler_distil_whisper.whisper import Whisper, load_whisper, quieten_libraries
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
+from simpler_distil_whisper.data.manifest import Columns, Utterance, read_manifest
+from simpler_distil_whisper.decoding.batches import IGNORE_INDEX, in_batches, log_mel
+from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Metric, Scorer
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.pruning import prune_whisper, spread_layers
+from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
+from simpler_distil_whisper.text.normalization import TextNormalization
+from simpler_distil_whisper.training.augment import Views
+from simpler_distil_whisper.training.dataset import Target, decoder_sequences
+from simpler_distil_whisper.training.losses import LossTerms, LossWeights, distillation_loss
+from simpler_distil_whisper.training.models import MovingAverage, freeze, learning_rate_factor
+from simpler_distil_whisper.training.options import Augmentation
+from simpler_distil_whisper.training.plan import TrainingPlan, Visit
 
 DEMO = Path("demo_data")
 BATCH = 50  # clips encoded or decoded at once

@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import computes_in_bfloat16
-from simpler_distil_whisper.decoding import Transcriber
-from simpler_distil_whisper.export_formats import openai_name
-from simpler_distil_whisper.model_folder import read_model_folder
-from simpler_distil_whisper.options import Attention, DecodingOptions, Dtype
-from simpler_distil_whisper.whisper import Whisper, load_tokenizer, load_whisper, special_tokens
+from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.export.formats import openai_name
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.options import Attention, DecodingOptions, Dtype
+from simpler_distil_whisper.model.whisper import (
+    Whisper,
+    load_tokenizer,
+    load_whisper,
+    special_tokens,
+)
 
 OURS, HUGGING_FACE = "this decoder", "HF generate"
 CTRANSLATE2, OPENAI = "CTranslate2", "openai-whisper"

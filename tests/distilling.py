@@ -11,13 +11,13 @@ from tiny import make_model_folder, read_rows, write_rows, write_tone
 
 import run_distillation
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.model_folder import read_model_folder
-from simpler_distil_whisper.pruning import prune_whisper
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.pruning import prune_whisper
+from simpler_distil_whisper.model.whisper import load_whisper, save_whisper
 from simpler_distil_whisper.run import Run
-from simpler_distil_whisper.trainer import Trainer
-from simpler_distil_whisper.training_data import Example
-from simpler_distil_whisper.training_options import DistillationConfig
-from simpler_distil_whisper.whisper import load_whisper, save_whisper
+from simpler_distil_whisper.training.dataset import Example
+from simpler_distil_whisper.training.options import DistillationConfig
+from simpler_distil_whisper.training.trainer import Trainer
 
 LANGUAGES = ["en", "zh", "ja"]
 

@@ -18,12 +18,12 @@ from transformers import (
     pipeline,
 )
 
-from simpler_distil_whisper.audio import load_audio
-from simpler_distil_whisper.batches import log_mel
-from simpler_distil_whisper.decoding import Transcriber
-from simpler_distil_whisper.model_folder import read_model_folder
-from simpler_distil_whisper.options import DecodingOptions
-from simpler_distil_whisper.whisper import load_whisper
+from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.whisper import load_whisper
 
 CLIPS = 4
 LIMIT = 60

@@ -25,7 +25,7 @@ from simpler_distil_whisper.config import (
     key_paths,
     load_config,
 )
-from simpler_distil_whisper.training_options import DistillationConfig
+from simpler_distil_whisper.training.options import DistillationConfig
 
 SCRIPTS = [
     "run_pseudo_labelling",

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from tiny import read_rows
 
 from simpler_distil_whisper.config import StrictModel, key_paths, load_config
-from simpler_distil_whisper.manifest import Columns, read_manifest
+from simpler_distil_whisper.data.manifest import Columns, read_manifest
 
 CONFIG_CLASSES = {
     "run_pseudo_labelling": "Config",
@@ -25,7 +25,7 @@ CONFIG_CLASSES = {
     "eval": "Config",
     "export": "Config",
 }
-MODULES = {"export": "simpler_distil_whisper.export"}
+MODULES = {"export": "simpler_distil_whisper.export.__main__"}
 DEMO = REPOSITORY / "demo_data"
 
 

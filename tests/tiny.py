@@ -16,7 +16,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from simpler_distil_whisper.text import WHISPER_LANGUAGES
+from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
 SIXTEEN_KHZ = 16_000
 

@@ -1,0 +1,370 @@
+"""Manifests: audio lists as JSON lines, read with a reason for every row that is not usable.
+
+Owns the type `Utterance`, the columns of a manifest and the limits of what is used. Called by all
+scripts but eval.py.
+"""
+
+import codecs
+import functools
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+from pydantic import Field, model_validator
+
+from simpler_distil_whisper.config import (
+    ConfigError,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    StrictModel,
+)
+from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
+from simpler_distil_whisper.run import (
+    DataError,
+    log,
+)
+from simpler_distil_whisper.text.languages import whisper_language
+
+
+class Columns(StrictModel):
+    """Which key of a row holds what."""
+
+    id: str | None = Field("id", description="The row's id, for logs; null: the line number.")
+    audio: str = Field("audio", description="Path of the audio file.")
+    text: str = Field("text", description="Transcript; a row may lack it where none is needed.")
+    language: str | None = Field(
+        "language", description="Language of the row; null: no such column."
+    )
+    start_seconds: str | None = Field("start_seconds", description="Where a part of a file begins.")
+    duration_seconds: str | None = Field("duration_seconds", description="How long the part is.")
+
+
+class DataLimits(StrictModel):
+    """Which utterances are used; part of the `data` section of three scripts."""
+
+    min_duration_seconds: NonNegativeFloat = Field(0.1, description="Shorter audio is rejected.")
+    max_duration_seconds: PositiveFloat | None = Field(
+        None,
+        description="Longer audio is rejected; null: what is longer than the model's window is, "
+        "unless decoding.long_form takes it.",
+    )
+    max_utterances: PositiveInt | None = Field(
+        None, description="Take only the first so many rows."
+    )
+    max_bad_fraction: Ratio = Field(
+        0.1, description="End with exit code 3 when a larger share of the rows is unusable."
+    )
+    num_workers: NonNegativeInt = Field(
+        1, description="Processes that decode audio ahead of the model; 0: the model's own process."
+    )
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> "DataLimits":
+        low, high = self.min_duration_seconds, self.max_duration_seconds
+        if high is not None and low >= high:
+            raise ValueError(f"min_duration_seconds {low} is not below max_duration_seconds {high}")
+        return self
+
+
+class ManifestData(DataLimits):
+    """The `data` section of the scripts that answer row by row."""
+
+    manifest: Path = Field(description="JSON lines, one utterance each.")
+    columns: Columns = Columns()
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One usable row of a manifest: an audio file, or a part of one, with what is known of it.
+
+    Attributes:
+        number: position among the rows, from 0.
+        place: "train.jsonl:17", for messages.
+        json: the row, as it stands in the manifest.
+        audio: path of the file, found.
+        start_seconds: where the part begins.
+        duration_seconds: length of the part; None: to the end of the file.
+        text: the transcript, verbatim; None: there is none.
+        language: code that Whisper knows, such as "zh"; None: the row does not say.
+    """
+
+    number: int
+    place: str
+    json: str
+    id: str
+    audio: Path
+    start_seconds: float
+    duration_seconds: float | None
+    text: str | None
+    language: str | None
+
+    @property
+    def row(self) -> Row:
+        """The row as a dictionary, with all its fields."""
+        row: Row = json.loads(self.json)
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A row that is not used, and why; `row` is what stands in the manifest."""
+
+    number: int
+    place: str
+    reason: str
+    row: object
+
+
+def reject(utterance: Utterance, reason: str) -> Rejection:
+    """Return that a row, usable as it stands, has turned out not to be."""
+    return Rejection(utterance.number, utterance.place, reason, utterance.row)
+
+
+class Utterances(Sequence[Utterance]):
+    """The usable rows of a manifest, in order; each is read from the file when it is asked for.
+
+    Kept is only where each row stands, so that a million rows take 24 megabytes.
+
+    Attributes:
+        numbers: of each utterance, its position among all rows.
+    """
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        """Begin without rows; remember which file this is, to notice when it changes.
+
+        Raises:
+            ConfigError: the file cannot be read, or not more than once.
+        """
+        self.path = path
+        self.columns = columns
+        self.numbers = array("q")
+        self._lines = array("q")
+        self._offsets = array("q")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"manifest: {path} cannot be read: it is not an ordinary file")
+        self._version = self._version_now() if path.exists() else None
+
+    def append(self, number: int, line: int, offset: int) -> None:
+        """Add the row that stands in a line of the file, from 1, and begins at a byte, from 0."""
+        self.numbers.append(number)
+        self._lines.append(line)
+        self._offsets.append(offset)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Utterance: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Utterance]: ...
+
+    def __getitem__(self, index: int | slice) -> Utterance | list[Utterance]:
+        """Return one utterance, or a list of them.
+
+        Raises:
+            DataError: the manifest is no longer the file that was checked.
+        """
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return list(self._read(chosen))
+        return next(self._read([chosen]))
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return self._read(range(len(self)))
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if the manifest is no longer the file that was checked."""
+        if self._version_now() != self._version:
+            raise DataError(f"{self.path} has changed while this run reads it: start the run again")
+
+    def _read(self, indices: Iterable[int]) -> Iterator[Utterance]:
+        self.check_unchanged()
+        folder = str(self.path.parent)
+        with self.path.open("rb") as file:
+            for index in indices:
+                file.seek(self._offsets[index])
+                line = file.readline().strip()
+                number, place = self.numbers[index], f"{self.path}:{self._lines[index]}"
+                yield _utterance(parse_row(line), line, number, place, folder, self.columns)
+
+    def _version_now(self) -> tuple[int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The rows of one manifest, each either usable or rejected."""
+
+    path: Path
+    utterances: Utterances
+    rejections: list[Rejection]
+    sha256: str
+
+    @property
+    def row_count(self) -> int:
+        """How many rows were read."""
+        return len(self.utterances) + len(self.rejections)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all rows and of which are rejected: another one is another manifest."""
+        return self.sha256
+
+    def check(self, max_bad_fraction: float) -> "Manifest":
+        """Return the manifest itself, having said what is unusable.
+
+        Raises:
+            DataError: more than `max_bad_fraction` of the rows is unusable, or all rows are.
+        """
+        summary = f"{self.path}: {self.row_count} rows, {len(self.rejections)} unusable"
+        log.info("%s", summary)
+        examples = "".join(f"\n  {r.place}: {r.reason}" for r in self.rejections[:5])
+        too_many = len(self.rejections) > max_bad_fraction * self.row_count
+        if too_many or not self.utterances:
+            raise DataError(
+                f"{summary}, data.max_bad_fraction is {max_bad_fraction:g}. The first:{examples}"
+            )
+        return self
+
+
+def read_manifest(
+    path: Path,
+    columns: Columns,
+    *,
+    max_utterances: int | None = None,
+    languages: Collection[str] | None = None,
+    new_fields: Collection[str] = (),
+) -> Manifest:
+    """Return the rows of a manifest, each checked but its audio not opened.
+
+    Args:
+        path: the manifest.
+        columns: which key holds what.
+        max_utterances: take only the first so many rows.
+        languages: codes that a row may name; None: all of Whisper's.
+        new_fields: fields that the run adds; a row that has one already is rejected, since it would
+            be lost.
+
+    Raises:
+        ConfigError: the manifest cannot be read.
+        DataError: it has no rows, or changes while it is read.
+    """
+    utterances = Utterances(path, columns)
+    folder, taken = str(path.parent), frozenset(new_fields)
+    rejections: list[Rejection] = []
+    digest = hashlib.sha256()
+    for number, (line_number, offset, line) in enumerate(placed_lines(path, "manifest")):
+        if max_utterances is not None and number >= max_utterances:
+            log.info("%s: only the first %d rows are used (max_utterances)", path, max_utterances)
+            break
+        digest.update(b"%d %s\n" % (line_number, line))
+        row: Row | None = None
+        try:
+            row = parse_row(line)
+            _check_row(row, folder, columns)
+            _check_language(row, columns, languages)
+            if not taken.isdisjoint(row):
+                names = sorted(taken.intersection(row))
+                raise RowError(f"has {names} already: rename them, or choose other output_columns")
+            utterances.append(number, line_number, offset)
+        except ValueError as error:
+            digest.update(b"rejected\n")
+            content = line.decode(errors="replace") if row is None else row
+            rejections.append(Rejection(number, f"{path}:{line_number}", str(error), content))
+    utterances.check_unchanged()
+    if not utterances and not rejections:
+        raise DataError(f"{path}: the manifest has no rows")
+    return Manifest(path, utterances, rejections, digest.hexdigest())
+
+
+def _check_row(row: Row, folder: str, columns: Columns) -> None:
+    """Raise ValueError, whose text says why, if the row is unusable."""
+    audio = row.get(columns.audio)
+    if not isinstance(audio, str) or not audio:
+        raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
+    text = row.get(columns.text)
+    if text is not None and not isinstance(text, str):
+        raise RowError(f'"{columns.text}" is not a string: {text!r}')
+    _check_seconds(row, columns.start_seconds)
+    _check_seconds(row, columns.duration_seconds)
+    if columns.duration_seconds and row.get(columns.duration_seconds) == 0:
+        raise RowError(f'"{columns.duration_seconds}" is 0')
+    if find_audio(audio, folder) is None:
+        raise RowError(f'no such file: "{audio}", neither in {folder} nor in the working directory')
+
+
+def _check_seconds(row: Row, column: str | None) -> None:
+    value = row.get(column) if column else None
+    if value is None:
+        return
+    # bool is an int.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise RowError(f'"{column}" is not a time in seconds: {value!r}')
+
+
+def _check_language(row: Row, columns: Columns, known: Collection[str] | None) -> None:
+    language = _language(row, columns)
+    if language is not None and known is not None and language not in known:
+        raise RowError(f'the model has no token for the language "{language}"')
+
+
+def _language(row: Row, columns: Columns) -> str | None:
+    name = row.get(columns.language) if columns.language else None
+    if name is None:
+        return None
+    code = _whisper_language(str(name))
+    if isinstance(code, ValueError):
+        raise code
+    return code
+
+
+@functools.lru_cache(maxsize=1000)
+def _whisper_language(name: str) -> str | ValueError:
+    """Look a name up once, not once per row: to find similar names takes a millisecond."""
+    try:
+        return whisper_language(name)
+    except ValueError as error:
+        return error
+
+
+def find_audio(name: str, folder: str) -> str | None:
+    """Return the path as it is, if absolute; else relative to the manifest or working directory."""
+    # Not Path, which alone would take longer than all other checks of a row.
+    for path in (os.path.join(folder, name), name):  # noqa: PTH118
+        if os.path.exists(path):  # noqa: PTH110
+            return path
+    return None
+
+
+def _utterance(
+    row: Row, line: bytes, number: int, place: str, folder: str, columns: Columns
+) -> Utterance:
+    """Return a row that has been checked as an utterance."""
+    identity = row.get(columns.id) if columns.id else None
+    start = row.get(columns.start_seconds) if columns.start_seconds else None
+    duration = row.get(columns.duration_seconds) if columns.duration_seconds else None
+    audio = row[columns.audio]
+    return Utterance(
+        number=number,
+        place=place,
+        json=line.removeprefix(codecs.BOM_UTF8).decode(),
+        id=place if identity is None else str(identity),
+        # What is gone by now is rejected when its audio is wanted, like damaged audio.
+        audio=Path(find_audio(audio, folder) or Path(folder, audio)),
+        start_seconds=float(start or 0.0),
+        duration_seconds=None if duration is None else float(duration),
+        text=row.get(columns.text),
+        language=_language(row, columns),
+    )

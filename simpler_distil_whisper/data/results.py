@@ -1,0 +1,263 @@
+"""The answers of a run that answers row by row, kept so that a kill loses none.
+
+Owns the parts to which each process appends what it has finished, and the files into which they are
+put in the manifest's order at the end. Called by labelling and inference; training writes its
+rejections in the same form.
+"""
+
+import contextlib
+import heapq
+import json
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.data.jsonl import Row, to_line
+from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance
+from simpler_distil_whisper.run import (
+    DataError,
+    is_main_process,
+    process_rank,
+    written_atomically,
+)
+
+if sys.platform != "win32":
+    import fcntl
+
+
+class RowResults:
+    """The answers of a run, row by row: flushed as they come, in the manifest's order at the end.
+
+    Each process appends what it has finished to two files of its own in `parts/`, one of answers
+    and one of rejections. A killed run loses at most the batch under way; the next one, with any
+    number of processes, goes on from `done`. `finish` puts the rows in order into `name`, those
+    without an answer into `rejected.jsonl`, and removes the parts: while `name` is not there, the
+    parts are all there is, and once it is, nothing else is needed.
+
+    Attributes:
+        done: bool [rows of the manifest]: which of them have an answer or a rejection.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Remember where the results are; `belong_to` opens them."""
+        self._answers = folder / name
+        self._rejected = folder / "rejected.jsonl"
+        self._folder = folder / "parts"
+        self._manifest_hash = b""
+        self._counted: dict[Path, tuple[int, int]] = {}
+        self.done = np.zeros(0, dtype=bool)
+
+    def belong_to(self, manifest: Manifest) -> None:
+        """Read what an earlier run has left, and open this process's own parts.
+
+        Raises:
+            ConfigError: the results were begun with another manifest, whose rows had these numbers,
+                or another run is at work in the same folder.
+        """
+        self._manifest_hash = manifest.fingerprint().encode()
+        self.done = np.full(manifest.row_count, self._merged())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._folder / f"{process_rank()}.lock")
+        for part in [*self._parts("answers"), *self._parts("rejected")]:
+            if part.manifest_hash not in (b"", self._manifest_hash):
+                raise ConfigError(
+                    f"output_dir: {self._folder.parent} holds answers to other rows than those "
+                    f'that {manifest.path} has now: restore it, or choose another "output_dir"'
+                )
+            self.done[part.numbers] = True
+        self._own = {kind: self._open_own(kind) for kind in ("answers", "rejected")}
+
+    def append(
+        self, answers: Iterable[tuple[Utterance, Row]], rejected: Iterable[Rejection]
+    ) -> None:
+        """Keep the answers of one batch; once this returns, a kill does not lose them."""
+        self._append("answers", [(one.number, to_line(row)) for one, row in answers])
+        self._append("rejected", [(one.number, rejection_line(one)) for one in rejected])
+
+    @property
+    def rejected_parts(self) -> str:
+        """Where the reasons stand until `finish`."""
+        return str(self._folder / "*.rejected")
+
+    def rejected_so_far(self) -> int:
+        """Return how many rows all processes have rejected, in earlier runs and in this one."""
+        for path in self._folder.glob("*.rejected"):
+            end, lines = self._counted.get(path, (0, -1))  # the first line is no row
+            with path.open("rb") as file:
+                file.seek(end)
+                new = file.read()
+            self._counted[path] = (end + len(new), lines + new.count(b"\n"))
+        return sum(max(0, lines) for _, lines in self._counted.values())
+
+    def finish(
+        self, unread: Iterable[Rejection], wait_for_everyone: Callable[[], None]
+    ) -> tuple[int, int]:
+        """Write the ordered files and remove the parts; return how many rows went into each.
+
+        Args:
+            unread: rows that were rejected when the manifest was read.
+            wait_for_everyone: returns when every process has come here.
+
+        Raises:
+            DataError: the answer to some row is missing.
+        """
+        for file in self._own.values():
+            file.close()
+        wait_for_everyone()
+        counts = (0, 0)
+        if is_main_process():
+            if not self._merged():
+                self._merge([(one.number, rejection_line(one).encode()) for one in unread])
+            counts = (_count_lines(self._answers), _count_lines(self._rejected))
+            self._check_all_there(sum(counts))
+            for path in self._folder.iterdir():
+                path.unlink()
+            self._folder.rmdir()
+        wait_for_everyone()
+        return counts
+
+    def _merged(self) -> bool:
+        """Return whether an earlier run was stopped after its results had been put in order."""
+        return self._answers.exists()
+
+    def _parts(self, kind: str) -> list["_Part"]:
+        return [_read_part(path) for path in sorted(self._folder.glob(f"*.{kind}"))]
+
+    def _open_own(self, kind: str) -> BinaryIO:
+        path = self._folder / f"{process_rank()}.{kind}"
+        file = path.open("ab")
+        part = _read_part(path)
+        file.truncate(part.end)  # a kill can tear the last line
+        if not part.manifest_hash:
+            file.write(self._manifest_hash + b"\n")
+            file.flush()
+        return file
+
+    def _append(self, kind: str, lines: list[tuple[int, str]]) -> None:
+        # The rest of a batch that was torn by a kill was computed again with what had been kept.
+        new = [f"{number}\t{line}" for number, line in lines if not self.done[number]]
+        if new:
+            self._own[kind].write("".join(new).encode())
+            self._own[kind].flush()
+            os.fsync(self._own[kind].fileno())
+            self.done[[number for number, _ in lines]] = True
+
+    def _merge(self, unread: list[tuple[int, bytes]]) -> None:
+        answers, rejected = (_RowsInParts(self._parts(kind)) for kind in ("answers", "rejected"))
+        self._check_all_there(len(answers) + len(rejected) + len(unread))
+        with written_atomically(self._rejected) as file:
+            file.writelines(line for _, line in heapq.merge(rejected, unread))
+        with written_atomically(self._answers) as file:
+            file.writelines(line for _, line in answers)
+
+    def _check_all_there(self, found: int) -> None:
+        if found != len(self.done):
+            raise DataError(
+                f"{self._folder.parent}: of {len(self.done)} rows {found} are accounted for; do "
+                "all processes write to one shared output_dir?"
+            )
+
+
+class _Part(NamedTuple):
+    """What stands in one part: a hash of the manifest, then for each row its number and its line.
+
+    Attributes:
+        manifest_hash: empty if the process was killed before it had written any.
+        numbers: int64 [rows]
+        offsets: int64 [rows]: where the line of each row begins, in bytes.
+        end: where the last whole line ends.
+    """
+
+    path: Path
+    manifest_hash: bytes
+    numbers: np.ndarray
+    offsets: np.ndarray
+    end: int
+
+
+def _read_part(path: Path) -> _Part:
+    numbers, offsets = array("q"), array("q")
+    with path.open("rb") as file:
+        first = file.readline()
+        end = len(first) if first.endswith(b"\n") else 0
+        for line in file:
+            number, tab, _ = line.partition(b"\t")
+            if not (number.isdigit() and tab and line.endswith(b"\n")):
+                break
+            numbers.append(int(number))
+            offsets.append(end + len(number) + len(tab))
+            end += len(line)
+    return _Part(path, first.strip() if end else b"", _int64(numbers), _int64(offsets), end)
+
+
+def _int64(*parts: "array[int] | np.ndarray") -> np.ndarray:
+    return np.concatenate([np.array(part, dtype=np.int64) for part in parts] or [np.zeros(0, int)])
+
+
+class _RowsInParts:
+    """Number and line of every row that stands in some parts, in the order of the numbers."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        """Find out where each line stands: 24 bytes a row, however long the lines are."""
+        self._paths = [part.path for part in parts]
+        which = [np.full(len(part.numbers), place) for place, part in enumerate(parts)]
+        self._numbers, first = np.unique(
+            _int64(*(part.numbers for part in parts)), return_index=True
+        )
+        self._which = _int64(*which)[first]
+        self._offsets = _int64(*(part.offsets for part in parts))[first]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(path.open("rb")) for path in self._paths]
+            for number, which, offset in zip(
+                self._numbers, self._which, self._offsets, strict=True
+            ):
+                files[which].seek(offset)
+                yield int(number), files[which].readline()
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Return a file that only one process can hold; the lock ends with that process.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    file = path.open("ab")
+    if sys.platform != "win32":
+        try:
+            # Unlike those of flock, these locks do not pass to the workers, which outlive a kill.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"output_dir: another run is at work in {path.parent.parent}; end it, or wait "
+                "until it has ended"
+            ) from None
+    return file
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def places_in(path: Path) -> set[str]:
+    """Return the places of the rows that a `rejected.jsonl` accounts for; none if it is absent."""
+    if not path.exists():
+        return set()
+    with path.open("rb") as file:
+        return {json.loads(line)["place"] for line in file if line.endswith(b"\n")}
+
+
+def rejection_line(rejection: Rejection) -> str:
+    """Return the line of `rejected.jsonl` that accounts for one row."""
+    return to_line({"place": rejection.place, "reason": rejection.reason, "row": rejection.row})

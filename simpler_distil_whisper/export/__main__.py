@@ -1,0 +1,317 @@
+"""Turn a model folder into what other programs run, and find out whether it still says the same.
+
+Writes a folder for each of the variants, with "float32" beside "int8" for example, and transcribes
+the same clips with the model itself and with each of them, in the program that it is made for.
+`exports.md` (a table for people) and `exports.json` say what each variant costs: size, error rate
+with its interval, how many texts are the same as the model's, speed. In `verification/` each has
+its `hypotheses.jsonl` and `speed.json`, which eval.py can compare with those of other systems.
+
+A folder is called `<variant>.unverified` until its clips have been compared. A float32 export that
+says something else than the model keeps this name, and the run ends with exit code 3.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pydantic import Field, field_validator
+
+from simpler_distil_whisper.config import ConfigError, PositiveInt, Ratio, StrictModel
+from simpler_distil_whisper.data.manifest import (
+    Columns,
+    Manifest,
+    Rejection,
+    Utterance,
+    read_manifest,
+)
+from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
+from simpler_distil_whisper.export.targets import (
+    Format,
+    refuse_missing_packages,
+    why_not_faster_whisper,
+    why_not_openai,
+)
+from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.model.options import DecodingOptions, Task, whisper_code
+from simpler_distil_whisper.run import (
+    DataError,
+    Run,
+    is_main_process,
+    log,
+    run_script,
+    write_atomically,
+)
+
+if TYPE_CHECKING:
+    from simpler_distil_whisper.export.verification import Heard, Report, System
+    from simpler_distil_whisper.model.whisper import Whisper
+
+Quantization = Literal[
+    "float32",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int8_float32",
+    "int8_float16",
+    "int8_bfloat16",
+    "int16",
+]
+
+OPENAI_QUANTIZATIONS = ("float32", "float16")
+ORIGINAL = "original"  # what tables call the model itself
+
+
+class Model(StrictModel):
+    """The model that is exported."""
+
+    path: Path = Field(description="Hugging Face model folder, such as outputs/distillation/final.")
+    processor: Path | None = Field(
+        None, description="Folder of tokenizer and feature extractor; null: the model's own."
+    )
+
+
+class Variant(StrictModel):
+    """One export of the model."""
+
+    format: Format = Field(
+        description="ctranslate2: a folder for faster-whisper and CTranslate2; openai: a model.pt "
+        "for openai-whisper, with the same weights as safetensors beside it."
+    )
+    quantization: Quantization = Field(
+        description="What the weights are kept in; openai: float32 or float16."
+    )
+
+    @property
+    def name(self) -> str:
+        """What its folder and the tables call it."""
+        return f"{self.format}-{self.quantization}"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded, so that it must say what the model says."""
+        return self.quantization == "float32"
+
+
+class Verification(StrictModel):
+    """The clips on which exports are compared with the model: greedy, without timestamps."""
+
+    manifest: Path = Field(description="JSON lines, one clip each; none longer than the window.")
+    columns: Columns = Columns()
+    language: str | None = Field(
+        None, description="Language of the rows that name none; null: the model detects it."
+    )
+    task: Task = Field("transcribe", description="translate: into English.")
+    max_utterances: PositiveInt | None = Field(
+        100, description="Take only the first so many rows; null: all."
+    )
+    max_different_fraction: Ratio = Field(
+        0.02,
+        description="In more than this share of the clips a float32 export must not say anything "
+        "else than the model; rounding may tip a balance. Quantised exports are only measured.",
+    )
+
+    _code = field_validator("language")(whisper_code)
+
+
+class Config(StrictModel):
+    """export.json."""
+
+    output_dir: Path = Field(description="Folder that this run makes.")
+    model: Model
+    variants: list[Variant] = Field(min_length=1, description="The exports to make.")
+    verification: Verification
+    metric: Metric = Metric()
+
+    @field_validator("variants")
+    @classmethod
+    def _each_once_and_possible(cls, variants: list[Variant]) -> list[Variant]:
+        names = [variant.name for variant in variants]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"these stand twice: {', '.join(twice)}")
+        for one in variants:
+            if one.format == "openai" and one.quantization not in OPENAI_QUANTIZATIONS:
+                known = " or ".join(OPENAI_QUANTIZATIONS)
+                raise ValueError(f"openai-whisper takes {known}, not {one.quantization}")
+        return variants
+
+
+class Prepared(NamedTuple):
+    """What `prepare` has found and checked."""
+
+    folder: ModelFolder
+    manifest: Manifest
+
+
+def prepare(config: Config) -> Prepared:
+    """Return the model's folder and the rows to verify on, having refused what cannot be made."""
+    folder = read_model_folder(config.model.path, config.model.processor, "model")
+    options = config.verification
+    folder.check_language(options.language, "verification.language")
+    formats = dict.fromkeys(variant.format for variant in config.variants)
+    for one in formats:
+        refuse_missing_packages(one)
+    if "openai" in formats and (reasons := list(why_not_openai(folder))):
+        raise ConfigError(
+            f"variants: {folder.path} cannot become a model of openai-whisper: "
+            + "; ".join(reasons)
+        )
+    if "ctranslate2" in formats and (reason := why_not_faster_whisper(folder)):
+        log.warning("What is exported is for CTranslate2 itself, not faster-whisper: %s", reason)
+    manifest = read_manifest(
+        options.manifest,
+        options.columns,
+        max_utterances=options.max_utterances,
+        languages=folder.row_languages,
+        new_fields=["hypothesis"],
+    )
+    if not manifest.utterances:
+        raise DataError(f"{options.manifest}: no row can be used{examples(manifest.rejections)}")
+    if "openai" in formats:
+        from simpler_distil_whisper.export.formats import check_openai_vocabulary  # takes seconds
+
+        check_openai_vocabulary(folder)
+    return Prepared(folder, manifest)
+
+
+def work(config: Config, prepared: Prepared, run: Run) -> str:
+    """Write and verify every variant; write the tables."""
+    if not is_main_process():  # there is nothing to share
+        return ""
+    from simpler_distil_whisper.export.formats import original_system
+    from simpler_distil_whisper.export.verification import compare, transcribe
+    from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries
+
+    quieten_libraries()
+    folder, options = prepared.folder, config.verification
+    whisper = load_whisper(folder)
+    clips = clips_to_compare(prepared)
+    decoding = DecodingOptions(language=options.language, task=options.task)
+    system = original_system(whisper, folder, decoding)
+    heard = transcribe(ORIGINAL, system, clips, [clip.language for clip in clips], run)
+    original = system, heard
+    scorer = Scorer(config.metric)
+    reports = {ORIGINAL: compare(system, heard, original, clips, scorer, None)}
+    keep_hypotheses(ORIGINAL, original, clips, config, whisper, run)
+    for variant in config.variants:
+        run.stop_if_asked()
+        verified = run.folder / variant.name
+        target = run.folder / f"{variant.name}.unverified"
+        for left in (verified, target):  # by an earlier run of this config that did not finish
+            if left.exists():
+                shutil.rmtree(left)
+        system = write(variant, whisper, folder, target, options.task)
+        # Every variant is told the language that the model has heard, if the row does not say.
+        languages = [answer.language for answer in original[1].answers]
+        heard = transcribe(variant.name, system, clips, languages, run)
+        limit = options.max_different_fraction if variant.is_exact else None
+        report = compare(system, heard, original, clips, scorer, limit)
+        keep_hypotheses(variant.name, (system, heard), clips, config, whisper, run)
+        reports[variant.name] = report
+        same = f"{report.identical} of {report.clips} texts are the model's"
+        log.info("%s, heard by %s: %s", variant.name, report.library, same)
+        if report.verified is not False:
+            target.replace(verified)
+    return conclude(config, prepared, clips, reports, run)
+
+
+def clips_to_compare(prepared: Prepared) -> list[Utterance]:
+    """Return the usable clips, having said which are not, and why."""
+    from simpler_distil_whisper.export.verification import usable_clips
+
+    folder, manifest = prepared
+    clips, unusable = usable_clips(manifest.utterances, folder.window_seconds)
+    unusable = [*manifest.rejections, *unusable]
+    if not clips:
+        raise DataError(f"{manifest.path}: no row can be used{examples(unusable)}")
+    if unusable:
+        log.warning("%d rows are of no use%s", len(unusable), examples(unusable))
+    log.info("%d clips to compare on.", len(clips))
+    return clips
+
+
+def examples(unusable: list[Rejection]) -> str:
+    """Return the first reasons, as the end of a message."""
+    return ". The first reasons:" + "".join(f"\n  {r.place}: {r.reason}" for r in unusable[:5])
+
+
+def write(
+    variant: Variant, whisper: "Whisper", folder: ModelFolder, target: Path, task: Task
+) -> "System":
+    """Write one variant and return it loaded by the program that it is made for."""
+    from simpler_distil_whisper.export.formats import (
+        ctranslate2_system,
+        openai_system,
+        write_ctranslate2,
+        write_openai,
+    )
+
+    if variant.format == "openai":
+        write_openai(whisper, "float16" if variant.quantization == "float16" else "float32", target)
+        return openai_system(whisper, target, task)
+    write_ctranslate2(whisper, folder, variant.quantization, target)
+    return ctranslate2_system(whisper, folder, target, task)
+
+
+def keep_hypotheses(
+    name: str,
+    system: "tuple[System, Heard]",
+    clips: list[Utterance],
+    config: Config,
+    whisper: "Whisper",
+    run: Run,
+) -> None:
+    """Write what a system heard, for eval.py."""
+    from simpler_distil_whisper.export.verification import write_hypotheses
+
+    loaded, heard = system
+    folder = run.folder / "verification" / name
+    parameters = whisper.model.num_parameters()
+    write_hypotheses(folder, clips, heard, loaded, config.verification.columns, parameters)
+
+
+def conclude(
+    config: Config,
+    prepared: Prepared,
+    clips: list[Utterance],
+    reports: "dict[str, Report]",
+    run: Run,
+) -> str:
+    """Write and show the tables; return the closing words.
+
+    Raises:
+        DataError: a float32 export does not say what the model says.
+    """
+    from simpler_distil_whisper.export.verification import as_json, as_table
+
+    facts = {
+        "model": str(config.model.path),
+        "manifest": str(config.verification.manifest),
+        "clips": len(clips),
+        "unusable_rows": prepared.manifest.row_count - len(clips),
+        "max_different_fraction": config.verification.max_different_fraction,
+    }
+    write_atomically(run.folder / "exports.json", as_json(reports, facts).encode())
+    table = as_table(reports)
+    write_atomically(run.folder / "exports.md", table.encode())
+    print(table, end="", flush=True)
+    wrong = [name for name, report in reports.items() if report.verified is False]
+    if wrong:
+        counts = ", ".join(
+            f"{name} in {reports[name].clips - reports[name].identical} of {len(clips)} clips"
+            for name in wrong
+        )
+        raise DataError(
+            f"Not what the model says: {counts}; verification.max_different_fraction is "
+            f"{config.verification.max_different_fraction:g}. Do not use {run.folder}/"
+            f"{wrong[0]}.unverified. The texts are in {run.folder / 'verification'}."
+        )
+    return (
+        f"{run.folder} holds {', '.join(v.name for v in config.variants)}; exports.md (this table) "
+        "and exports.json; verification, whose hypotheses eval.py compares."
+    )
+
+
+if __name__ == "__main__":
+    command = "python -m simpler_distil_whisper.export"
+    sys.exit(run_script("export", __doc__, Config, prepare, work, command=command))

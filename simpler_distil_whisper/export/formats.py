@@ -1,0 +1,273 @@
+"""A Whisper's weights in the layouts of other programs, and these programs at work on them.
+
+Owns what is known of CTranslate2, faster-whisper and openai-whisper, which are imported only when
+they are wanted; whether they say what they should is for `export_verification.py` to find out.
+Called by `export.py`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers.decoders import ByteLevel
+from torch.nn import functional
+
+from simpler_distil_whisper import __version__
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.data.audio import SAMPLE_RATE
+from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.export.targets import FEWEST_MULTILINGUAL_TOKENS, why_not_faster_whisper
+from simpler_distil_whisper.export.verification import Answer, System
+from simpler_distil_whisper.model.devices import torch_dtype
+from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.options import DecodingOptions, Dtype, Task
+from simpler_distil_whisper.model.whisper import (
+    Whisper,
+    copy_processor,
+    load_tokenizer,
+    special_tokens,
+)
+
+OPENAI_TOKENS_BUT_LANGUAGES = 51_765  # one more where there are several languages
+OTHER_NAMES = {("<|nocaptions|>", "<|nospeech|>")}  # of tokens in Hugging Face's early folders
+
+OPENAI_NAMES = (  # transformers' name -> openai's, one after the other
+    (r"^model\.", ""),
+    (r"\.layers\.", ".blocks."),
+    (r"\.embed_tokens\.", ".token_embedding."),
+    (r"\.embed_positions\.weight", ".positional_embedding"),
+    (r"\.self_attn_layer_norm\.", ".attn_ln."),
+    (r"\.encoder_attn_layer_norm\.", ".cross_attn_ln."),
+    (r"\.final_layer_norm\.", ".mlp_ln."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.encoder_attn\.", ".cross_attn."),
+    (r"\.q_proj\.", ".query."),
+    (r"\.k_proj\.", ".key."),
+    (r"\.v_proj\.", ".value."),
+    (r"\.out_proj\.", ".out."),
+    (r"\.fc1\.", ".mlp.0."),
+    (r"\.fc2\.", ".mlp.2."),
+    (r"^encoder\.layer_norm\.", "encoder.ln_post."),
+    (r"^decoder\.layer_norm\.", "decoder.ln."),
+)
+
+
+def original_system(whisper: Whisper, folder: ModelFolder, options: DecodingOptions) -> System:
+    """Return the model itself, decoded by this project."""
+    transcriber = Transcriber(whisper, options)
+
+    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
+        heard = transcriber(log_mel(waveforms, whisper.feature_extractor), languages)
+        return [Answer(h.text.strip(), h.language, h.tokens) for h in heard]
+
+    return System(
+        f"this project {__version__}",
+        str(whisper.model.dtype).removeprefix("torch."),
+        transcriber.batch_size,
+        folder.weight_bytes,
+        listen,
+    )
+
+
+def write_ctranslate2(
+    whisper: Whisper, folder: ModelFolder, quantization: str, target: Path
+) -> None:
+    """Write the folder that CTranslate2 and faster-whisper load."""
+    from ctranslate2.converters import TransformersConverter
+
+    class Converter(TransformersConverter):  # type: ignore[misc]
+        """Takes the model as loaded here: in float32, complete, its tokenizer from anywhere."""
+
+        def load_model(self, *arguments: object, **options: object) -> object:
+            return whisper.model
+
+        def load_tokenizer(self, *arguments: object, **options: object) -> object:
+            return whisper.tokenizer
+
+    Converter(str(folder.path)).convert(str(target), quantization=quantization)
+    # Without tokenizer.json faster-whisper would download one; without preprocessor_config.json it
+    # would compute 80 mels, whatever the model takes.
+    copy_processor(folder.processor, target)
+    if not (target / "tokenizer.json").exists():
+        whisper.tokenizer.save_pretrained(target)
+
+
+def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task: Task) -> System:
+    """Return an exported folder in faster-whisper, or in CTranslate2 where that cannot take it."""
+    import ctranslate2
+
+    # Where it computes in something else than it keeps, it would warn; the table says it.
+    ctranslate2.set_log_level(logging.ERROR)
+    if why_not_faster_whisper(folder):
+        return _bare_ctranslate2(whisper, target, task)
+    import faster_whisper
+
+    model = faster_whisper.WhisperModel(
+        str(target), device="cpu", cpu_threads=torch.get_num_threads(), local_files_only=True
+    )
+    window = round(folder.window_seconds * SAMPLE_RATE)
+    options: dict[str, Any] = {
+        **{"task": task, "beam_size": 1, "temperature": 0.0, "without_timestamps": True},
+        **{"compression_ratio_threshold": None, "log_prob_threshold": None},
+        **{"no_speech_threshold": None, "condition_on_previous_text": False},
+        **{"suppress_tokens": never_said(whisper), "suppress_blank": _suppresses_blank(whisper)},
+    }
+
+    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
+        answers = []
+        for waveform, language in zip(waveforms, languages, strict=True):
+            # It would fill the window with zeros of the log-mel, which are no silence.
+            padded = np.pad(waveform, (0, window - len(waveform)))
+            segments, info = model.transcribe(padded, language=language, **options)
+            said = list(segments)
+            text = "".join(segment.text for segment in said).strip()
+            tokens = sum(len(segment.tokens) for segment in said)
+            answers.append(Answer(text, info.language, tokens))
+        return answers
+
+    return System(
+        _with_version("faster-whisper"),
+        model.model.compute_type,
+        1,
+        (target / "model.bin").stat().st_size,
+        listen,
+    )
+
+
+def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:
+    """Return the engine beneath faster-whisper, with this project's log-mels and prompts."""
+    import ctranslate2
+
+    engine = ctranslate2.models.Whisper(
+        str(target), device="cpu", intra_threads=torch.get_num_threads()
+    )
+    transcriber = Transcriber(whisper, DecodingOptions())
+    never = never_said(whisper)
+
+    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
+        mels = log_mel(waveforms, whisper.feature_extractor).numpy()
+        results = engine.generate(
+            ctranslate2.StorageView.from_array(np.ascontiguousarray(mels)),
+            [whisper.tokens.prompt(language, task) for language in languages],
+            beam_size=1,
+            # It stops at half of this, as openai/whisper's model has context before the text.
+            max_length=2 * transcriber.max_new_tokens,
+            suppress_tokens=never,
+            suppress_blank=_suppresses_blank(whisper),
+        )
+        rows = [result.sequences_ids[0] for result in results]
+        return [
+            Answer(transcriber.text_of(row).strip(), language or "en", len(row))
+            for row, language in zip(rows, languages, strict=True)
+        ]
+
+    return System(
+        _with_version("ctranslate2"),
+        engine.compute_type,
+        transcriber.batch_size,
+        (target / "model.bin").stat().st_size,
+        listen,
+    )
+
+
+def write_openai(whisper: Whisper, quantization: Dtype, target: Path) -> None:
+    """Write `model.pt`, which `whisper.load_model` takes, and the same as `model.safetensors`."""
+    dtype = torch_dtype(quantization, torch.device("cpu"))
+    config, weights = whisper.model.config, whisper.model.state_dict()
+    weights.pop("proj_out.weight")  # it is the embedding of the tokens
+    named = {openai_name(key): value.to(dtype).contiguous() for key, value in weights.items()}
+    dims = {
+        "n_mels": config.num_mel_bins,
+        "n_audio_ctx": config.max_source_positions,
+        "n_audio_state": config.d_model,
+        "n_audio_head": config.encoder_attention_heads,
+        "n_audio_layer": config.encoder_layers,
+        "n_vocab": config.vocab_size,
+        "n_text_ctx": config.max_target_positions,
+        "n_text_state": config.d_model,
+        "n_text_head": config.decoder_attention_heads,
+        "n_text_layer": config.decoder_layers,
+    }
+    target.mkdir()
+    torch.save({"dims": dims, "model_state_dict": named}, target / "model.pt")
+    save_file(named, target / "model.safetensors", metadata={"dims": json.dumps(dims)})
+
+
+def openai_name(name: str) -> str:
+    """Return what openai-whisper calls a weight that transformers calls so."""
+    for pattern, replacement in OPENAI_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def check_openai_vocabulary(folder: ModelFolder) -> None:
+    """Raise ConfigError if a token is not what openai-whisper, which has its own, takes it for."""
+    from whisper.tokenizer import get_tokenizer
+
+    multilingual = folder.config["vocab_size"] >= FEWEST_MULTILINGUAL_TOKENS
+    # Of its languages it counts as many as make the vocabulary that large.
+    languages = folder.config["vocab_size"] - OPENAI_TOKENS_BUT_LANGUAGES - multilingual
+    theirs = get_tokenizer(multilingual, num_languages=languages).encoding
+    tokenizer, decoder = load_tokenizer(folder), ByteLevel()
+    end = special_tokens(tokenizer, folder).end
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    for id, token in enumerate(tokens):
+        text = token if id >= end else decoder.decode([token])
+        expected = theirs.decode([id]) if id < theirs.n_vocab else "no token"
+        if text != expected and (text, expected) not in OTHER_NAMES:
+            raise ConfigError(
+                f"variants: {folder.processor}: token {id} is {text!r}; openai-whisper has "
+                f"OpenAI's own vocabulary built in, where it is {expected!r}"
+            )
+
+
+def openai_system(whisper: Whisper, target: Path, task: Task) -> System:
+    """Return an exported `model.pt` in openai-whisper."""
+    import whisper as openai
+
+    model = openai.load_model(str(target / "model.pt"), device="cpu")
+    options = openai.DecodingOptions(
+        task=task,
+        without_timestamps=True,
+        suppress_tokens=never_said(whisper),
+        suppress_blank=_suppresses_blank(whisper),
+        fp16=False,
+    )
+
+    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
+        answers = []
+        for waveform, language in zip(waveforms, languages, strict=True):
+            samples = torch.from_numpy(waveform)
+            missing = openai.audio.N_SAMPLES - len(samples)
+            mel = openai.log_mel_spectrogram(
+                functional.pad(samples, (0, missing)), model.dims.n_mels
+            )
+            result = openai.decode(model, mel, dataclasses.replace(options, language=language))
+            answers.append(Answer(result.text.strip(), result.language, len(result.tokens)))
+        return answers
+
+    weights = (target / "model.pt").stat().st_size
+    return System(_with_version("openai-whisper"), "float32", 1, weights, listen)
+
+
+def never_said(whisper: Whisper) -> list[int]:
+    """Return the tokens that this project's decoder never says, as a list for another one."""
+    stated = whisper.model.generation_config.suppress_tokens or ()
+    return sorted({*whisper.tokens.control, *stated} - {whisper.tokens.end})
+
+
+def _suppresses_blank(whisper: Whisper) -> bool:
+    return bool(whisper.model.generation_config.begin_suppress_tokens)
+
+
+def _with_version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"

@@ -1,0 +1,310 @@
+"""Several short labelled utterances in one window, as one row with one audio file.
+
+Owns which labels may be packed, which of them go together, and the rows and files that this makes.
+A student that learns from full windows does not learn that speech ends after a few words. Called by
+`run_pseudo_labelling.py`.
+"""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+from pydantic import Field
+
+from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
+from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
+from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
+from simpler_distil_whisper.labels.quality import LabelColumns
+from simpler_distil_whisper.run import (
+    DataError,
+    Progress,
+    Run,
+    partial_path,
+    process_count,
+    process_rank,
+    written_atomically,
+)
+from simpler_distil_whisper.text.languages import join_texts
+
+Integers = npt.NDArray[np.int64]
+
+PACKED_LABELS = "packed_labels.jsonl"
+PACKS_IN_HAND = 32  # between two looks whether to stop
+FILES_IN_A_FOLDER = 1000
+SECONDS_OF_ROUNDING = 1e-5
+
+
+class PackOptions(StrictModel):
+    """Utterances of one speaker joined into windows; the labels one by one are written anyway."""
+
+    enabled: bool = Field(
+        False, description="Also write packed_labels.jsonl and the audio files that it names."
+    )
+    max_seconds: PositiveFloat | None = Field(
+        None, description="Longest audio of a pack; null: the model's window."
+    )
+    max_error_rate: Ratio | None = Field(
+        0.1,
+        description="Labels with a higher error rate, or with none, enter no pack; null: all do.",
+    )
+    group_by: list[str] | None = Field(
+        None,
+        description="Columns whose values the parts of a pack share, such as that of a recording; "
+        "null: the speaker's. A row without such a value is a pack of its own.",
+    )
+
+
+@dataclass(frozen=True)
+class PackLimits:
+    """What a pack may hold: what run_distillation.py would refuse must not come about.
+
+    Attributes:
+        seconds: of audio.
+        tokens: of text and, for each part, its two timestamps.
+        error_rate: of each part; None: any, or none.
+    """
+
+    seconds: float
+    tokens: int
+    error_rate: float | None
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Which rows form which pack, about 16 bytes a row.
+
+    Attributes:
+        offsets: int64 [parts]: where each part's row begins in the labelled manifest, pack by pack.
+        starts: int64 [packs + 1]: where each pack begins among the offsets.
+        left_out: reason -> how many rows are in no pack.
+    """
+
+    offsets: Integers
+    starts: Integers
+    left_out: Counter[str]
+
+    def __len__(self) -> int:
+        """Return how many packs there are."""
+        return len(self.starts) - 1
+
+    def parts(self, labels: Path, number: int) -> list[Row]:
+        """Return the labelled rows of one pack, in order."""
+        rows = []
+        with labels.open("rb") as file:
+            for offset in self.offsets[self.starts[number] : self.starts[number + 1]]:
+                file.seek(offset)
+                rows.append(json.loads(file.readline()))
+        return rows
+
+
+def plan_packs(
+    labels: Path, columns: LabelColumns, group_by: Sequence[str], limits: PackLimits
+) -> PackPlan:
+    """Return which rows form which pack; within a group they stay in the manifest's order.
+
+    Each row joins the pack that its group has open, or opens the next one if it does not fit in.
+
+    Args:
+        labels: the labelled manifest.
+        columns: which key of a row holds what.
+        group_by: columns whose values the parts of a pack share; they always share the language.
+        limits: what a pack may hold.
+    """
+    offsets, packs, left_out = array("q"), array("q"), Counter[str]()
+    open_packs: dict[str | None, tuple[int, float, int]] = {}
+    count = 0
+    for _, offset, line in placed_lines(labels, "output_dir"):
+        row = json.loads(line)
+        if reason := _why_left_out(row, columns, limits):
+            left_out[reason] += 1
+            continue
+        group = _group(row, columns, group_by)
+        number, seconds, tokens = open_packs.get(group, (-1, limits.seconds, limits.tokens))
+        seconds, tokens = seconds + row["audio_seconds"], tokens + _tokens(row)
+        if seconds > limits.seconds + SECONDS_OF_ROUNDING or tokens > limits.tokens:
+            number, seconds, tokens = count, row["audio_seconds"], _tokens(row)
+            count += 1
+        if group is not None:
+            open_packs[group] = (number, seconds, tokens)
+        offsets.append(offset)
+        packs.append(number)
+    of_packs = np.array(packs, np.int64)
+    order = np.argsort(of_packs, kind="stable")
+    starts = np.searchsorted(of_packs[order], np.arange(count + 1))
+    return PackPlan(np.array(offsets, np.int64)[order], starts, left_out)
+
+
+def packed_row(
+    parts: Sequence[Row],
+    number: int,
+    columns: LabelColumns,
+    shared: Sequence[str],
+    scorer: Scorer,
+) -> Row:
+    """Return the row of one pack: a labelled row like others, with `segments` and `parts`.
+
+    `segments` are the sentences with their times in the packed audio: those that the teacher has
+    timed, else each part as one. `parts` says of each part where it comes from. The error rate is
+    that of the joined texts, so that every token counts the same.
+
+    Args:
+        parts: the labelled rows, in order.
+        number: of the pack.
+        columns: which key of a row holds what.
+        shared: columns whose value is the same in all parts.
+        scorer: the one that has counted the error rates.
+    """
+    label = join_texts([part[columns.label] for part in parts])
+    references = [part[columns.reference] for part in parts]
+    reference = None if None in references else join_texts(references)
+    unit, rate, tokens = parts[0]["error_unit"], None, None
+    if reference is not None:
+        language = parts[0]["error_language"]
+        wanted, said = (scorer.normalize(text, language) for text in (reference, label))
+        counts = count_errors(wanted, said, unit)
+        rate, tokens = counts.rate, counts.reference_tokens
+    ends = np.cumsum([part["audio_seconds"] for part in parts]).round(6).tolist()
+    starts = [0.0, *ends[:-1]]
+    return {
+        **({columns.id: f"pack-{number:06d}"} if columns.id else {}),
+        columns.audio: str(audio_path(number)),
+        columns.label: label,
+        **{name: parts[0].get(name) for name in shared},
+        columns.reference: reference,
+        columns.error_rate: None if rate is None else round(rate, 6),
+        "error_unit": unit,
+        "error_language": parts[0]["error_language"],
+        "reference_tokens": tokens,
+        "audio_seconds": ends[-1],
+        "segments": [
+            segment
+            for start, part in zip(starts, parts, strict=True)
+            for segment in _segments(part, start, columns)
+        ],
+        "parts": [_origin(part, start, columns) for start, part in zip(starts, parts, strict=True)],
+    }
+
+
+def audio_path(number: int) -> Path:
+    """Return the audio file of a pack, relative to the folder of `packed_labels.jsonl`."""
+    return Path("packed", "audio", f"{number // FILES_IN_A_FOLDER:03d}", f"{number:06d}.flac")
+
+
+def write_packs(
+    labels: Path,
+    plan: PackPlan,
+    columns: LabelColumns,
+    shared: Sequence[str],
+    scorer: Scorer,
+) -> None:
+    """Write `packed_labels.jsonl` beside the labels, once the audio of all packs is there."""
+    with written_atomically(labels.with_name(PACKED_LABELS)) as file:
+        for number in range(len(plan)):
+            parts = plan.parts(labels, number)
+            file.write(to_line(packed_row(parts, number, columns, shared, scorer)).encode())
+
+
+def write_audio(
+    labels: Path, plan: PackPlan, columns: LabelColumns, workers: int, run: Run
+) -> None:
+    """Write this process's share of the audio files; those that an earlier run has written stay.
+
+    Raises:
+        DataError: the audio of a part cannot be read any more.
+        Interrupted: a stop signal came.
+    """
+    own = range(process_rank(), len(plan), process_count())
+    todo = [number for number in own if not (labels.parent / audio_path(number)).exists()]
+
+    def write(number: int) -> None:
+        _write_audio(labels.parent / audio_path(number), plan.parts(labels, number), columns)
+
+    progress = Progress("packing", "packs", len(own), len(own) - len(todo))
+    # Threads do, because decoding and encoding leave Python's lock to each other.
+    with progress, ThreadPoolExecutor(max(workers, 1)) as pool:
+        for start in range(0, len(todo), PACKS_IN_HAND):
+            run.stop_if_asked()
+            some = todo[start : start + PACKS_IN_HAND]
+            list(pool.map(write, some))
+            progress.advance(len(some))
+        run.stop_if_asked()
+
+
+def _write_audio(path: Path, parts: Sequence[Row], columns: LabelColumns) -> None:
+    """Write the audio of all parts, one after the other, as 16 kHz mono FLAC."""
+    waveforms = []
+    for part in parts:
+        start = (columns.start_seconds and part.get(columns.start_seconds)) or 0.0
+        duration = columns.duration_seconds and part.get(columns.duration_seconds)
+        try:
+            waveforms.append(load_audio(Path(part[columns.audio]), start, duration or None))
+        except AudioError as error:
+            raise DataError(
+                f"{part[columns.audio]}: {error}. It was readable when it was labelled; run the "
+                "same command again once it is there"
+            ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = partial_path(path)
+    soundfile.write(beside, np.concatenate(waveforms), SAMPLE_RATE, "PCM_16", format="FLAC")
+    beside.replace(path)
+
+
+def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | None:
+    rate = row[columns.error_rate]
+    if not row[columns.label].strip():
+        return "no text"
+    if limits.error_rate is not None and rate is None:
+        return "no error rate"
+    if limits.error_rate is not None and rate > limits.error_rate:
+        return "error rate above pack.max_error_rate"
+    if row["audio_seconds"] > limits.seconds + SECONDS_OF_ROUNDING:
+        return "longer than a pack"
+    return None
+
+
+def _tokens(row: Row) -> int:
+    """Return how many tokens the label takes, with a timestamp before it and one behind it."""
+    return round(float(row["tokens_per_second"]) * float(row["audio_seconds"])) + 2
+
+
+def _group(row: Row, columns: LabelColumns, group_by: Sequence[str]) -> str | None:
+    """Return what rows share that may go together; None for a row that goes with no other."""
+    values = [row.get(column) for column in group_by]
+    if None in values:
+        return None
+    language = row.get(columns.language) if columns.language else None
+    return json.dumps([language, row["error_unit"], row["error_language"], *values])
+
+
+def _segments(part: Row, start: float, columns: LabelColumns) -> list[Row]:
+    """Return the sentences of a part, with times from the beginning of the pack."""
+    whole = {"start_seconds": 0.0, "end_seconds": None, "text": part[columns.label]}
+    timed = part.get(columns.segments) if columns.segments else None
+    seconds = part["audio_seconds"]
+    segments = []
+    for segment in timed or [whole]:
+        end = seconds if segment["end_seconds"] is None else min(segment["end_seconds"], seconds)
+        segments.append(
+            {
+                "start_seconds": round(start + segment["start_seconds"], 3),
+                "end_seconds": round(start + end, 3),
+                "text": segment["text"],
+            }
+        )
+    return segments
+
+
+def _origin(part: Row, start: float, columns: LabelColumns) -> Row:
+    """Return where a part of a pack comes from and where in the pack it begins."""
+    names = [columns.id, columns.audio, columns.start_seconds, columns.duration_seconds]
+    names += [columns.error_rate, "audio_seconds"]
+    known = {name: part[name] for name in names if name is not None and name in part}
+    return {**known, "offset_seconds": start}

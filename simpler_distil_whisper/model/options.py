@@ -1,0 +1,135 @@
+"""Config sections that several scripts share and whose parts import torch.
+
+They stand here, apart from those parts, so that a script can check its config, and answer `--help`,
+without waiting for that import.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from simpler_distil_whisper.config import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    StrictModel,
+)
+from simpler_distil_whisper.text.languages import whisper_language
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Task = Literal["transcribe", "translate"]
+
+
+def whisper_code(language: str | None) -> str | None:
+    """Return Whisper's code for a language, however a config names it; None stays None."""
+    return None if language is None else whisper_language(language)
+
+
+class ModelOptions(StrictModel):
+    """A Whisper that is run, not trained: the teacher, or the model of offline inference."""
+
+    path: Path = Field(description="Hugging Face model folder.")
+    processor: Path | None = Field(
+        None, description="Folder of tokenizer and feature extractor; null: the model's own."
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="auto: bfloat16 on GPUs that have it, else float16; on CPUs float32, but "
+        "bfloat16 to decode where the CPU computes in it.",
+    )
+    attention: Attention = Field(
+        "auto", description="Attention implementation; auto: sdpa, in bfloat16 on CPUs eager."
+    )
+
+
+class DecodingLimits(StrictModel):
+    """How much is decoded at once and at most."""
+
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Utterances decoded at once, per process; auto: what suits the device."
+    )
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="Longest hypothesis; null: half of the model's positions (real: 224)."
+    )
+
+
+class DecodingOptions(DecodingLimits):
+    """How hypotheses are made."""
+
+    language: str | None = Field(
+        None, description="Language of the rows that name none; null: the model detects it."
+    )
+    task: Task = Field("transcribe", description="translate: into English.")
+    timestamps: bool = Field(
+        False, description="Let the model say when each sentence begins and ends."
+    )
+    prompt: str | None = Field(
+        None, description="Text that the model takes for what was said before: names, spelling."
+    )
+    num_beams: PositiveInt = Field(1, description="Beams of the beam search; 1: greedy.")
+    temperatures: list[NonNegativeFloat] = Field(
+        [0.0],
+        min_length=1,
+        description="The first decodes everything; a hypothesis that fails the next two "
+        "thresholds is sampled again at the next one, as openai/whisper does with 0, 0.2 ... 1.",
+    )
+    compression_ratio_threshold: PositiveFloat | None = Field(
+        2.4, description="Text that compresses better is a loop and is sampled again; null: never."
+    )
+    log_probability_threshold: float | None = Field(
+        -1.0, description="An average log-probability below is sampled again; null: never."
+    )
+    no_speech_threshold: Ratio | None = Field(
+        0.6,
+        description="Above it, and below log_probability_threshold, is silence: not sampled again, "
+        "and left out of a long recording; null: nothing is.",
+    )
+    long_form: Literal["reject", "sequential", "chunked"] = Field(
+        "reject",
+        description="What becomes of audio longer than the model's window. sequential: windows "
+        "that begin where the last sentence ended; chunked: overlapping windows, all at once.",
+    )
+    condition_on_previous_text: bool = Field(
+        True, description="In sequential long form, tell each window what was said before it."
+    )
+
+    _code = field_validator("language")(whisper_code)
+
+    @property
+    def with_segments(self) -> bool:
+        """Whether the hypotheses come with segments."""
+        return self.timestamps or self.long_form != "reject"
+
+    @model_validator(mode="after")
+    def _temperatures_rise(self) -> "DecodingOptions":
+        if self.temperatures != sorted(set(self.temperatures)):
+            raise ValueError(f"temperatures {self.temperatures} do not rise")
+        if self.num_beams > 1 and self.temperatures[0] > 0:
+            raise ValueError("num_beams is of no use unless the first of temperatures is 0")
+        return self
+
+
+class CacheOptions(StrictModel):
+    """Where what the teacher has computed is kept, for all runs and processes that name it."""
+
+    folder: Path | None = Field(None, description="Any folder, shared or not; null: no cache.")
+    dtype: Dtype = Field(
+        "auto", description="Of what is kept; auto: that in which the encoder computes."
+    )
+    max_gigabytes: PositiveFloat = Field(
+        50.0, description="Nothing is added beyond; what is there stays in use."
+    )
+
+
+class TeacherCacheOptions(CacheOptions):
+    """What distillation takes from the cache, and adds to it where it is missing."""
+
+    encoder_states: bool = Field(
+        True, description="Those of the encoder that both models share; float16: 3.8 MB per 30 s."
+    )
+    decoder_states: bool = Field(
+        True, description="The teacher's answers to the labels; with all there it is not loaded."
+    )

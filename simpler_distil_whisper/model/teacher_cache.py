@@ -1,0 +1,547 @@
+"""What the teacher has computed, kept on disk so that no later epoch or run computes it again.
+
+Owns the keys, which are made of contents and never of names, and the store: checked when read,
+bounded in size, shared by any number of processes. Called where rows are loaded (`look_up`, in
+worker processes) and where the teacher runs (`complete`).
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import WhisperFeatureExtractor
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.model.devices import torch_dtype
+from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.options import CacheOptions, TeacherCacheOptions
+from simpler_distil_whisper.model.weights import (
+    DECODER_SETTINGS,
+    ENCODER_SETTINGS,
+    bytes_of,
+    digest_of_weights,
+)
+from simpler_distil_whisper.run import log
+
+# Raise it whenever decoding, resampling or log-mels come to give other values: what was kept before
+# then no longer is what would be computed.
+FEATURE_RECIPE = 1
+FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
+
+TENSOR = "states"  # the name of the one tensor in each file
+SECONDS_OF_A_WRITE = 86_400  # a file that has been in the writing for longer has lost its writer
+
+
+@dataclass(frozen=True)
+class StoredStates:
+    """The encoder states of a batch, as far as the cache has them.
+
+    Attributes:
+        found: float [F, E, D], in the cache's dtype: of the rows that are not missing, in order.
+        missing: row -> name under which its states are to be kept; None: they are not.
+    """
+
+    found: Tensor
+    missing: dict[int, str | None]
+
+    def keep(self, rows: Sequence[int]) -> "StoredStates":
+        """Return the same of some rows, in rising order, which are numbered anew."""
+        total = len(self.found) + len(self.missing)
+        place = {row: n for n, row in enumerate(r for r in range(total) if r not in self.missing)}
+        return StoredStates(
+            self.found[[place[row] for row in rows if row in place]],
+            {new: self.missing[row] for new, row in enumerate(rows) if row in self.missing},
+        )
+
+    def to(self, device: torch.device) -> "StoredStates":
+        """Return the same on a device."""
+        return replace(self, found=self.found.to(device, non_blocking=True))
+
+
+def joined_states(parts: Sequence[StoredStates]) -> StoredStates | None:
+    """Return the rows of several batches as one; None if there are no batches."""
+    if not parts:
+        return None
+    missing: dict[int, str | None] = {}
+    first = 0
+    for part in parts:
+        missing |= {first + row: name for row, name in part.missing.items()}
+        first += len(part.found) + len(part.missing)
+    return StoredStates(torch.cat([part.found for part in parts]), missing)
+
+
+class TeacherCache:
+    """The encoder states of one teacher.
+
+    A run with a cache always goes on from states in the cache's dtype, found or not, and every row
+    is encoded alone: so they depend neither on what else is in the batch nor on what was found.
+
+    Attributes:
+        dtype: of the states.
+        found: rows that `complete` did not have to encode.
+        computed: rows that it did.
+    """
+
+    def __init__(
+        self,
+        store: "TensorStore",
+        dtype: torch.dtype,
+        teacher: ModelFolder,
+        extractor: WhisperFeatureExtractor,
+    ) -> None:
+        """Work out which states in the store are those of this teacher.
+
+        Args:
+            store: where they are kept.
+            dtype: in which they are kept.
+            teacher: whose encoder they come from.
+            extractor: what made the encoder's input.
+        """
+        self.store = store
+        self.dtype = dtype
+        self.found = self.computed = 0
+        self.shape = (teacher.config["max_source_positions"], teacher.config["d_model"])
+        facts = {
+            "encoder_weights": digest_of_weights(teacher.path, "encoder."),
+            **_facts_of_hearing(teacher, extractor),
+            "dtype": str(dtype),
+        }
+        self.group = f"encoder_states/{_digest(facts)}"
+        store.describe(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+
+    def name(self, utterance: Utterance, view: str | None = "") -> str | None:
+        """Return what the states of a view of an utterance are called.
+
+        Args:
+            utterance: whose audio it is.
+            view: all that was done to the audio; empty: nothing; None: what is done but once.
+
+        Returns:
+            None if they are not to be kept, or the file cannot be read.
+        """
+        heard = _heard(utterance, view)
+        return f"{self.group}/{_digest(heard)}" if heard else None
+
+    def look_up(
+        self, utterances: Sequence[Utterance], views: Sequence[str | None] | None = None
+    ) -> StoredStates:
+        """Return what is there of the states of some utterances, or of one view of each."""
+        found: list[Tensor] = []
+        missing: dict[int, str | None] = {}
+        for row, utterance in enumerate(utterances):
+            name = self.name(utterance, views[row] if views else "")
+            states = self.store.read(name) if name else None
+            if states is None:
+                missing[row] = name
+            else:
+                found.append(states)
+        none = torch.empty(0, *self.shape, dtype=self.dtype)
+        return StoredStates(torch.stack(found) if found else none, missing)
+
+    @torch.no_grad()
+    def complete(self, stored: StoredStates, input_features: Tensor, encoder: nn.Module) -> Tensor:
+        """Return the states of all rows, having encoded and kept the missing ones.
+
+        Args:
+            stored: what `look_up` has found, on the encoder's device.
+            input_features: float [N, M, T]: log-mels of the missing rows, in order.
+            encoder: the teacher's, in evaluation mode.
+
+        Returns:
+            float [B, E, D] in the cache's dtype.
+        """
+        found, missing = stored.found, stored.missing
+        rows = range(len(found) + len(missing))
+        states = found.new_empty(len(rows), *self.shape)
+        states[[row for row in rows if row not in missing]] = found
+        self.found += len(found)
+        self.computed += len(missing)
+        dtype = next(encoder.parameters()).dtype
+        for (row, name), features in zip(missing.items(), input_features, strict=True):
+            states[row] = encoder(features[None].to(dtype)).last_hidden_state[0]
+            if name:
+                self.store.write(name, states[row].cpu())
+        return states
+
+
+@dataclass(frozen=True)
+class StoredAnswers:
+    """The teacher's last decoder states for a batch, as far as the cache has them.
+
+    Attributes:
+        padded: float [B, L, D], in the cache's dtype: zeros for missing rows and after a row's end;
+            empty if all rows are missing.
+        lengths: how many states each row has.
+        missing: row -> name under which its states are to be kept; None: they are not.
+    """
+
+    padded: Tensor
+    lengths: list[int]
+    missing: dict[int, str | None]
+
+    def to(self, device: torch.device) -> "StoredAnswers":
+        """Return the same on a device."""
+        return replace(self, padded=self.padded.to(device, non_blocking=True))
+
+
+class AnswerCache:
+    """The last decoder states of one teacher, of which its output head makes its distributions.
+
+    They are a hundredth of the logits, and as exact. Where a row is missing its whole batch is
+    computed: so the states do not depend on which rows an earlier run of the same batches, killed
+    anywhere, has kept. Other batches can make another last bit; the first to be kept stays.
+
+    Attributes:
+        dtype: of the states.
+        found: rows that needed no teacher.
+        computed: rows that did.
+    """
+
+    def __init__(
+        self,
+        store: "TensorStore",
+        dtype: torch.dtype,
+        teacher: ModelFolder,
+        extractor: WhisperFeatureExtractor,
+        computing: str,
+    ) -> None:
+        """Work out which states in the store are those of this teacher.
+
+        Args:
+            store: where they are kept.
+            dtype: in which they are kept.
+            teacher: whose decoder they come from.
+            extractor: what made the encoder's input.
+            computing: the dtypes in which the teacher computes, by which the states differ.
+        """
+        self.store = store
+        self.dtype = dtype
+        self.found = self.computed = 0
+        self.width: int = teacher.config["d_model"]
+        facts = {
+            "weights": digest_of_weights(teacher.path),
+            **_facts_of_hearing(teacher, extractor),
+            "decoder": {name: teacher.config.get(name) for name in DECODER_SETTINGS},
+            "computing": computing,
+            "dtype": str(dtype),
+        }
+        self.group = f"decoder_states/{_digest(facts)}"
+        store.describe(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+
+    def look_up(
+        self,
+        utterances: Sequence[Utterance],
+        views: Sequence[str | None],
+        sequences: Sequence[Sequence[int]],
+    ) -> StoredAnswers:
+        """Return what is there of the states of one view of each utterance.
+
+        Args:
+            utterances: whose audio the teacher hears.
+            views: as in `TeacherCache.name`.
+            sequences: what the decoder is given, without padding.
+        """
+        found: dict[int, Tensor] = {}
+        missing: dict[int, str | None] = {}
+        for row, (utterance, view, ids) in enumerate(
+            zip(utterances, views, sequences, strict=True)
+        ):
+            heard = _heard(utterance, view)
+            name = f"{self.group}/{_digest([*heard, list(ids)])}" if heard else None
+            states = self.store.read(name) if name else None
+            if states is None:
+                missing[row] = name
+            else:
+                found[row] = states
+        lengths = [len(ids) for ids in sequences]
+        padded = torch.zeros(len(lengths) if found else 0, max(lengths), self.width).to(self.dtype)
+        for row, states in found.items():
+            padded[row, : lengths[row]] = states
+        return StoredAnswers(padded, lengths, missing)
+
+    def complete(self, stored: StoredAnswers, answer: Callable[[], Tensor]) -> Tensor:
+        """Return float [B, L, D] in the cache's dtype, having kept what was missing.
+
+        Args:
+            stored: what `look_up` has found.
+            answer: computes the states of the whole batch, float [B, L, D]; called if a row is
+                missing.
+        """
+        self.found += len(stored.lengths) - len(stored.missing)
+        self.computed += len(stored.missing)
+        if not stored.missing:
+            return stored.padded
+        states = answer().to(self.dtype)
+        for row, length in enumerate(stored.lengths):
+            if row not in stored.missing:
+                states[row, :length] = stored.padded[row, :length]
+            elif name := stored.missing[row]:
+                # It may have been kept since the batch was looked up, which was ahead of its use.
+                late = self.store.read(name)
+                if late is None:
+                    self.store.write(name, states[row, :length].cpu())
+                else:
+                    states[row, :length] = late.to(states.device)
+        return states
+
+
+def open_store(options: CacheOptions) -> "TensorStore | None":
+    """Return the store that a config names; None if it names none.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    if options.folder is None:
+        return None
+    try:
+        store = TensorStore(options.folder, round(options.max_gigabytes * 1e9))
+        used = store.used()
+    except OSError as error:
+        raise ConfigError(
+            f"teacher_cache.folder: {options.folder} cannot be written: {error}"
+        ) from None
+    log.info(
+        "teacher cache %s: %.3f of %g GB used", options.folder, used / 1e9, options.max_gigabytes
+    )
+    return store
+
+
+def dtype_of_states(options: CacheOptions, computed: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a config keeps what was computed in another.
+
+    Raises:
+        ConfigError: it would promise too much.
+    """
+    dtype = computed if options.dtype == "auto" else torch_dtype(options.dtype, torch.device("cpu"))
+    if torch.finfo(dtype).eps < torch.finfo(computed).eps:
+        raise ConfigError(
+            f'teacher_cache.dtype: "{options.dtype}" is finer than {computed}, in which the '
+            'teacher computes: choose "auto"'
+        )
+    return dtype
+
+
+def open_teacher_cache(
+    options: CacheOptions,
+    teacher: ModelFolder,
+    extractor: WhisperFeatureExtractor,
+    computed: torch.dtype,
+) -> TeacherCache | None:
+    """Return the cache of encoder states that a config names; None if it names none.
+
+    Args:
+        options: the config's section.
+        teacher: whose encoder is run.
+        extractor: of its input.
+        computed: the dtype in which the encoder computes; what is kept is no finer.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the dtype would promise too much.
+    """
+    if (store := open_store(options)) is None:
+        return None
+    return TeacherCache(store, dtype_of_states(options, computed), teacher, extractor)
+
+
+def open_training_caches(
+    options: TeacherCacheOptions,
+    teacher: ModelFolder,
+    extractor: WhisperFeatureExtractor,
+    computed: torch.dtype,
+    answering: str,
+) -> tuple[TeacherCache | None, AnswerCache | None]:
+    """Return what a distillation's config names of encoder states and of answers.
+
+    Args:
+        options: the config's section.
+        teacher: whose states they are.
+        extractor: of its input.
+        computed: the dtype in which encoder and student compute; what is kept is no finer.
+        answering: what else decides a last bit of the teacher's answers.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the dtype would promise too much.
+    """
+    if (store := open_store(options)) is None:
+        return None, None
+    dtype = dtype_of_states(options, computed)
+    states = answers = None
+    if options.encoder_states:
+        states = TeacherCache(store, dtype, teacher, extractor)
+    if options.decoder_states:
+        heard = states.dtype if states else computed
+        computing = f"{answering}, {computed} products, {heard} encoder states"
+        answers = AnswerCache(store, dtype, teacher, extractor, computing)
+    return states, answers
+
+
+def audio_digest(path: Path) -> str:
+    """Return a hash of a file's bytes; a file that is cut into many parts is read but once.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    facts = path.stat()
+    return _digest_of_file(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _digest_of_file(path: Path, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class TensorStore:
+    """Named tensors on disk, one file each: bounded in size, checked when read.
+
+    Any number of processes may read and write one store at once. A name is "kind/group/key"; the
+    sizes of a group's files stand in its list, so that nobody has to look at a million of them. A
+    group that is no longer wanted can be deleted as a folder.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Open or make a store.
+
+        Raises:
+            OSError: the folder cannot be made or written.
+        """
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._writing = folder / "writing"
+        self._full = False
+        self._sums: dict[Path, tuple[int, int]] = {}  # list of sizes -> bytes read of it, their sum
+        self._writing.mkdir(parents=True, exist_ok=True)
+        self._remove_what_was_never_finished()
+
+    def read(self, name: str) -> Tensor | None:
+        """Return a tensor exactly as it was written; None if it is not there or damaged."""
+        path = self._path(name)
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(TENSOR)
+                if file.metadata() == _label(name, tensor):
+                    return tensor
+            problem = "its checksum is not that of its content"
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError) as error:
+            problem = str(error)
+        log.warning("%s: damaged (%s): not used, computed again", path, problem)
+        return None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Keep a contiguous CPU tensor, unless the store is full; what is full is said once."""
+        path = self._path(name)
+        content = save({TENSOR: tensor}, metadata=_label(name, tensor))
+        try:
+            # What is there is damaged, or another process was faster: to replace it adds nothing.
+            if not path.exists() and self._is_full(len(content)):
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._written_beside(content) as beside:
+                if not path.exists():
+                    # Before the file: a kill between the two leaves room unused, not overused.
+                    with (path.parents[1] / "sizes.txt").open("ab") as sizes:
+                        sizes.write(b"%d\n" % len(content))
+                beside.replace(path)
+        except OSError as error:
+            self._stop_adding(f"cannot be written ({error})")
+
+    def used(self) -> int:
+        """Return the bytes that all processes together have written."""
+        lists = list(self.folder.glob("*/*/sizes.txt"))
+        self._sums = {path: self._sums.get(path, (0, 0)) for path in lists}
+        for path in lists:
+            offset, total = self._sums[path]
+            with path.open("rb") as file:
+                file.seek(offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            total += sum(int(size) for size in whole.split() if size.isdigit())
+            self._sums[path] = (offset + len(whole) + len(newline), total)
+        return sum(total for _, total in self._sums.values())
+
+    def describe(self, group: str, facts: dict[str, object]) -> None:
+        """Put into a group's folder, for people, what its tensors are."""
+        path = self.folder / group / "about.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._written_beside(json.dumps(facts, indent=2).encode()) as beside:
+                beside.replace(path)
+
+    def _path(self, name: str) -> Path:
+        group, _, key = name.rpartition("/")
+        return self.folder / group / key[:2] / f"{key}.safetensors"
+
+    def _is_full(self, more: int) -> bool:
+        if not self._full and self.used() + more > self.max_bytes:
+            self._stop_adding(f"is full (teacher_cache.max_gigabytes {self.max_bytes / 1e9:g})")
+        return self._full
+
+    def _stop_adding(self, why: str) -> None:
+        if not self._full:
+            log.warning("teacher cache %s %s: what is missing is not added", self.folder, why)
+        self._full = True
+
+    @contextlib.contextmanager
+    def _written_beside(self, content: bytes) -> Iterator[Path]:
+        """Write a file under a name of its own, which is to be moved to its place as a whole."""
+        beside = self._writing / uuid.uuid4().hex
+        try:
+            # Nothing waits for the disk: what a power failure leaves torn is damaged when read.
+            beside.write_bytes(content)
+            yield beside
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _remove_what_was_never_finished(self) -> None:
+        for path in self._writing.iterdir():
+            with contextlib.suppress(OSError):  # another process may be doing the same
+                if path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
+                    path.unlink()
+
+
+def _label(name: str, tensor: Tensor) -> dict[str, str]:
+    """Return what a file says of itself, by which damage, or another's name, shows."""
+    checksum = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    return {"name": name, "crc32": f"{zlib.crc32(bytes_of(tensor), checksum):08x}"}
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _facts_of_hearing(
+    teacher: ModelFolder, extractor: WhisperFeatureExtractor
+) -> dict[str, object]:
+    return {
+        "encoder": {name: teacher.config.get(name) for name in ENCODER_SETTINGS},
+        "features": {name: getattr(extractor, name, None) for name in FEATURE_SETTINGS},
+        "feature_recipe": FEATURE_RECIPE,
+    }
+
+
+def _heard(utterance: Utterance, view: str | None) -> list[object] | None:
+    """Return all that decides what is heard; None if it is not known, or never heard again."""
+    if view is None:
+        return None
+    try:
+        audio = audio_digest(utterance.audio)
+    except OSError:
+        return None
+    part = [audio, utterance.start_seconds, utterance.duration_seconds]
+    return [*part, view] if view else part

@@ -1,0 +1,320 @@
+"""Loading, mending and saving Whisper model folders.
+
+The only module that knows the quirks of transformers' Whisper: dtypes, generation configs, special
+tokens, which files make a folder complete. Called by the scripts and by `pruning.py`.
+"""
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
+from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.options import Attention, Dtype, Task
+from simpler_distil_whisper.run import DataError
+from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
+
+# Everything beside weights and configs that makes a folder usable, in any version of transformers
+# and in CTranslate2: copied byte for byte, since no later version writes all of them.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "normalizer.json",
+)
+
+
+TIME_STEP = 0.02  # seconds from one timestamp to the next
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids that mean something, looked up by name: their numbers differ between models.
+
+    Attributes:
+        languages: code such as "zh" -> id; empty for an English-only model.
+        no_speech: `<|nospeech|>`; None where the tokenizer has none.
+        previous: `<|startofprev|>`, before the text that came before; None where there is none.
+        timestamps: ids of `<|0.00|>`, `<|0.02|>`, ... up to the window's length.
+        control: all ids that never are text: the others here, tasks and timestamps.
+    """
+
+    start: int
+    end: int
+    no_timestamps: int
+    transcribe: int | None
+    translate: int | None
+    no_speech: int | None
+    previous: int | None
+    timestamps: range
+    languages: dict[str, int]
+    control: tuple[int, ...]
+
+    def prompt(self, language: str | None, task: Task, timestamps: bool = False) -> list[int]:
+        """Return the ids that the decoder is given before the text: `<|sot|>`, language, task, ...
+
+        Raises:
+            ConfigError: the model has no token for the language or the task.
+        """
+        last = [] if timestamps else [self.no_timestamps]
+        if not self.languages:
+            if language not in (None, "en") or task == "translate":
+                raise ConfigError(f"an English-only model cannot {task} {language}")
+            return [self.start, *last]
+        task_id = self.transcribe if task == "transcribe" else self.translate
+        if language not in self.languages or task_id is None:
+            raise ConfigError(f'the model has no token to {task} "{language}"')
+        return [self.start, self.languages[language], task_id, *last]
+
+
+@dataclass(frozen=True)
+class Whisper:
+    """A loaded model with its tokenizer, feature extractor and special tokens.
+
+    Attributes:
+        processor_folder: where the two came from, byte for byte what a saved copy needs.
+    """
+
+    model: WhisperForConditionalGeneration
+    tokenizer: WhisperTokenizer
+    feature_extractor: WhisperFeatureExtractor
+    tokens: SpecialTokens
+    processor_folder: Path
+
+    @property
+    def window_seconds(self) -> float:
+        """The longest audio that fits into `input_features`."""
+        return float(self.feature_extractor.chunk_length)
+
+    @torch.no_grad()  # not inference_mode, of which training could not go on
+    def encode(self, features: Tensor) -> Tensor:
+        """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T], of any dtype.
+
+        Some windows at a time, so that what an encoder layer needs does not grow with the batch.
+        """
+        model = self.model
+        groups = torch.split(features, encoder_batch_size(model.device) or len(features))
+        states = [
+            model.model.encoder(group.to(model.device, model.dtype)).last_hidden_state
+            for group in groups
+        ]
+        return torch.cat(states)
+
+
+def load_whisper(
+    folder: ModelFolder,
+    dtype: Dtype | torch.dtype = "float32",
+    attention: Attention = "auto",
+    device: torch.device | str = "cpu",
+) -> Whisper:
+    """Return the model of a folder in evaluation mode, whatever dtype its weights have on disk.
+
+    Raises:
+        ConfigError: weights are missing, or the attention implementation is not installed.
+    """
+    device = torch.device(device)
+    if isinstance(dtype, str):
+        dtype = torch_dtype(dtype, device)
+    # transformers 5 would take the checkpoint's dtype: a float16 file would train in float16.
+    try:
+        model, report = WhisperForConditionalGeneration.from_pretrained(
+            folder.path,
+            dtype=dtype,
+            attn_implementation=suitable_attention(attention, device, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder.path}: cannot be loaded: {error}") from error
+    # What is missing would be left at random values with no more than a warning.
+    if missing := sorted(set(report["missing_keys"]) - {"proj_out.weight"}):
+        raise ConfigError(f"{folder.path}: weights are missing: {', '.join(missing[:5])} ...")
+    tokenizer = load_tokenizer(folder)
+    extractor = WhisperFeatureExtractor.from_pretrained(folder.processor, local_files_only=True)
+    tokens = special_tokens(tokenizer, folder)
+    _check_processor(folder, model, tokenizer, extractor, tokens)
+    model.generation_config = mended_generation_config(model, tokens)
+    return Whisper(model.to(device).eval(), tokenizer, extractor, tokens, folder.processor)
+
+
+def load_tokenizer(folder: ModelFolder) -> WhisperTokenizer:
+    """Return the tokenizer of a model folder."""
+    return WhisperTokenizer.from_pretrained(folder.processor, local_files_only=True)
+
+
+def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialTokens:
+    """Return the ids of a tokenizer's special tokens.
+
+    Raises:
+        ConfigError: one without which no Whisper can be run is missing.
+    """
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    try:
+        start = vocabulary["<|startoftranscript|>"]
+        end = vocabulary["<|endoftext|>"]
+        no_timestamps = vocabulary["<|notimestamps|>"]
+    except KeyError as error:
+        raise ConfigError(f"{folder.processor}: the tokenizer has no token {error}") from None
+    every_language = {code: vocabulary.get(f"<|{code}|>") for code in WHISPER_LANGUAGES}
+    # Timestamps, and in large vocabularies the padding after them, follow <|notimestamps|>.
+    control = {id for text, id in vocabulary.items() if text.startswith("<|") and id >= end}
+    control |= set(range(no_timestamps, folder.config["vocab_size"]))
+    times = range(no_timestamps + 1, no_timestamps + 2 + round(folder.window_seconds / TIME_STEP))
+    return SpecialTokens(
+        start=start,
+        end=end,
+        no_timestamps=no_timestamps,
+        transcribe=vocabulary.get("<|transcribe|>"),
+        translate=vocabulary.get("<|translate|>"),
+        no_speech=vocabulary.get("<|nospeech|>", vocabulary.get("<|nocaptions|>")),
+        previous=vocabulary.get("<|startofprev|>"),
+        timestamps=times if times.stop <= folder.config["vocab_size"] else range(0),
+        languages={
+            code: id
+            for code, id in every_language.items()
+            if id is not None and code in folder.languages
+        },
+        control=tuple(sorted(control - {end})),
+    )
+
+
+def mended_generation_config(
+    model: WhisperForConditionalGeneration, tokens: SpecialTokens
+) -> GenerationConfig:
+    """Return the model's generation config, complete and without forced ids, as a copy.
+
+    A folder without `generation_config.json`, or one saved by an early version, lacks the ids by
+    which `generate(language=...)` works; and forced ids, which old checkpoints carry, would
+    silently win over the language asked for.
+    """
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
+    config._from_model_config = False  # else transformers drops what is added here when it reloads
+    config.forced_decoder_ids = None
+    if hasattr(model.config, "forced_decoder_ids"):
+        model.config.forced_decoder_ids = None
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if getattr(config, name, None) is None:
+            setattr(config, name, getattr(model.config, name, None))
+    config.decoder_start_token_id = tokens.start
+    config.no_timestamps_token_id = tokens.no_timestamps
+    config.is_multilingual = bool(tokens.languages)
+    if tokens.languages:
+        config.lang_to_id = {f"<|{code}|>": id for code, id in tokens.languages.items()}
+        tasks = {"transcribe": tokens.transcribe, "translate": tokens.translate}
+        config.task_to_id = {task: id for task, id in tasks.items() if id is not None}
+    return config
+
+
+def save_whisper(
+    model: WhisperForConditionalGeneration,
+    processor_folder: Path,
+    folder: Path,
+    documents: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Write a complete model folder, so that a kill leaves no half of one that could be loaded.
+
+    Args:
+        model: saved in its own dtype as safetensors.
+        processor_folder: where tokenizer and feature extractor are copied from, byte for byte.
+        folder: its files of the same names are replaced, each at once, others stay.
+        documents: file name -> content of what is to lie beside the model.
+
+    Raises:
+        DataError: the weights cannot be written.
+    """
+    beside = folder / ".writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        model.save_pretrained(beside)
+    except SafetensorError as error:  # no OSError, also where the disk is full
+        raise DataError(
+            f"{folder} cannot be written: {error}: make room, and run the same command again"
+        ) from None
+    copy_processor(processor_folder, beside)
+    for name, content in documents.items():
+        (beside / name).write_bytes(content)
+    # Last comes config.json, without which nothing takes the folder for a model.
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
+    beside.rmdir()
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy the files of tokenizer and feature extractor into a model folder."""
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "preprocessor_config.json").exists():
+        # transformers 5 saves processor_config.json alone; faster-whisper, which does not know it,
+        # would then assume 80 mels for a large-v3.
+        WhisperFeatureExtractor.from_pretrained(source, local_files_only=True).save_pretrained(
+            folder
+        )
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries' progress bars and advice to their own users out of our log."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning per worker process
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_processor(
+    folder: ModelFolder,
+    model: WhisperForConditionalGeneration,
+    tokenizer: WhisperTokenizer,
+    extractor: WhisperFeatureExtractor,
+    tokens: SpecialTokens,
+) -> None:
+    """Raise ConfigError if tokenizer or feature extractor belong to another Whisper."""
+    config = model.config
+    if extractor.feature_size != config.num_mel_bins:
+        raise ConfigError(
+            f"{folder.processor}: makes {extractor.feature_size} mel bins, {folder.path} takes "
+            f"{config.num_mel_bins}; set the processor of the right model"
+        )
+    if extractor.chunk_length != folder.window_seconds:
+        raise ConfigError(
+            f"{folder.processor}: makes windows of {extractor.chunk_length} s, {folder.path} takes "
+            f"{folder.window_seconds:g} s; set the processor of the right model"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"{folder.processor}: has {len(tokenizer)} tokens, {folder.path} knows "
+            f"{config.vocab_size}; set the processor of the right model"
+        )
+    # The same size is not the same vocabulary: large-v3 has one language and so one token more.
+    stated = model.generation_config
+    for name, ours, theirs in (
+        ("<|startoftranscript|>", tokens.start, stated.decoder_start_token_id),
+        ("<|notimestamps|>", tokens.no_timestamps, getattr(stated, "no_timestamps_token_id", None)),
+    ):
+        if (folder.path / "generation_config.json").is_file() and theirs not in (None, ours):
+            raise ConfigError(
+                f"{folder.processor}: its {name} is token {ours}, that of {folder.path} is "
+                f"{theirs}; set the processor of the right model"
+            )

@@ -1,0 +1,252 @@
+"""Text as it is compared: what is made equal in the copies that errors are counted on.
+
+Owns everything that decides what counts as "the same text"; it never changes a text that is kept.
+Called by `metrics.py`.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.text.languages import (
+    HAN_AND_KANA,
+    OTHER_UNSPACED,
+    UNSPACED,
+    code_or_none,
+)
+from simpler_distil_whisper.text.numerals import with_digits
+
+Step = Callable[[str], str]
+
+# Joiners, direction marks, soft hyphens and variation selectors: two texts that differ only in
+# these look the same. Not the zero-width space, which separates words.
+INVISIBLE = re.compile(
+    r"[\u00ad\u034f\u061c\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+    r"\U000e0000-\U000e0fff]"
+)
+DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+APOSTROPHES = "'\u2018\u2019\u02bc"
+DECIMAL_SIGNS = ".,\u066b"
+# Of scripts with spaces around words. Korean is one: a filler can be a syllable of a word there.
+SPACED_CHARACTER = rf"[^\s{HAN_AND_KANA}{OTHER_UNSPACED}]"
+BESIDES_PUBLISHED = [r"\bkinda\b", r"\bsorta\b", r"\bdunno\b", r"\bcause\b"]
+
+
+class TextNormalization(StrictModel):
+    """What is made equal before texts are compared; the texts that are kept stay as they are."""
+
+    unicode: Literal["NFC", "NFKC"] | None = Field(
+        default="NFKC",
+        description="Unicode form; NFKC also unifies full-width and half-width, null leaves all.",
+    )
+    lowercase: bool = Field(default=True, description="Compare without regard to case.")
+    remove_punctuation: bool = Field(
+        default=True,
+        description="Turn punctuation and symbols (also % and currency signs) of every script into "
+        "spaces, except apostrophes inside words and decimal signs between digits; 1,000 becomes "
+        "1000; invisible characters go.",
+    )
+    chinese_script: Literal["simplified", "traditional"] | None = Field(
+        default=None,
+        description="Compare Chinese in one script, converted by OpenCC in all rows but those in "
+        "Japanese and Korean; null converts nothing (right for Hokkien and Cantonese in Han "
+        "characters).",
+    )
+    whisper: Literal["auto", "english", "basic"] | None = Field(
+        default="auto",
+        description="Whisper's published normalisers, in place of the three steps above: "
+        '"english" and "basic" for all rows, to compare with published figures; "auto" the English '
+        "one (numbers, contractions, American spelling) for rows in English, the three steps above "
+        "for all others and where no language is named, since the basic one destroys the vowel "
+        "signs of Thai and Indic scripts; null never.",
+    )
+    fillers: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description='Words and phrases to leave out, such as "um" or "嗯": whole words in scripts '
+        "with spaces, anywhere in others. They are looked for after all other steps.",
+    )
+    numerals: bool = Field(
+        default=False,
+        description="Write numbers in Han characters, and the digits of all scripts, as 0-9, so "
+        "that 二十三 is 23; before Whisper's normalisers.",
+    )
+
+
+def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], str]:
+    """Return the function that normalises one text, given the language it is in, if known.
+
+    Its own steps change nothing when they are used again. Whisper's English normaliser is kept as
+    published, and can: it reads "double oh seven" as "007", and that as "7".
+    """
+    # Japanese 驚 and 飛 are not Chinese in another script.
+    with_own_han = options.chinese_script and make_normalizer(
+        options.model_copy(update={"chinese_script": None})
+    )
+    own = _own_steps(options)
+    english = [*_conversions_alone(options), _whisper_english]
+    basic = [*_conversions_alone(options), _whisper_basic]
+    fillers = _filler_pattern(options)
+
+    def normalize(text: str, language: str | None = None) -> str:
+        if with_own_han and language and code_or_none(language) in ("ja", "ko"):
+            return with_own_han(text, language)
+        steps = own
+        if options.whisper == "basic":
+            steps = basic
+        elif options.whisper == "english" or (options.whisper == "auto" and is_english(language)):
+            steps = english
+        text = _in_turn(steps, text)
+        while fillers and (rest := fillers.sub(" ", text)) != text:
+            # What one leaves can be the words of another, or a sign that has lost its word.
+            text = _in_turn(own if steps is own else [], rest)
+        return text
+
+    return normalize
+
+
+def is_english(language: str | None) -> bool:
+    """Return whether a name or code is that of English."""
+    return language is not None and code_or_none(language) == "en"
+
+
+def _in_turn(steps: Sequence[Step], text: str) -> str:
+    for step in steps:
+        text = step(text)
+    return " ".join(text.split())
+
+
+def _own_steps(options: TextNormalization) -> list[Step]:
+    steps: list[Step] = []
+    if options.remove_punctuation:
+        # Before all else, because what an invisible character keeps apart can compose.
+        steps.append(functools.partial(INVISIBLE.sub, ""))
+    if options.unicode:
+        steps.append(functools.partial(unicodedata.normalize, options.unicode))
+    if options.lowercase:
+        steps.append(str.lower)
+        if options.unicode:
+            steps.append(functools.partial(unicodedata.normalize, options.unicode))
+    script = _script_conversion(options)
+    punctuation: list[Step] = [_without_punctuation] if options.remove_punctuation else []
+    steps += script + punctuation
+    if options.numerals:
+        # Both again: 一干 keeps its 干 where 1干 does not, and 百分之五 has become 5%.
+        steps += [with_digits, *script, *punctuation]
+    return steps
+
+
+def _conversions_alone(options: TextNormalization) -> list[Step]:
+    """Return what goes before Whisper's normalisers, with the Unicode form that it needs."""
+    conversions = _script_conversion(options)
+    if options.numerals:
+        conversions.append(with_digits)
+    if conversions and options.unicode:
+        conversions.insert(0, functools.partial(unicodedata.normalize, options.unicode))
+    return conversions
+
+
+def _script_conversion(options: TextNormalization) -> list[Step]:
+    return [_chinese_converter(options.chinese_script)] if options.chinese_script else []
+
+
+@functools.cache
+def _whisper_normalizers() -> tuple[Step, Step]:
+    # Here, because most runs need neither.
+    from whisper_normalizer.basic import BasicTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    english = EnglishTextNormalizer()
+    # The package's own: as published, a cause stays a cause.
+    for pattern in BESIDES_PUBLISHED:
+        english.replacers.pop(pattern, None)
+    return english, BasicTextNormalizer()
+
+
+def _whisper_english(text: str) -> str:
+    english, basic = _whisper_normalizers()
+    try:
+        return english(text)
+    except AssertionError:  # a number of more digits than Python reads, from a loop
+        return basic(text)
+
+
+def _whisper_basic(text: str) -> str:
+    return _whisper_normalizers()[1](text)
+
+
+def _filler_pattern(options: TextNormalization) -> re.Pattern[str] | None:
+    """Return what finds the fillers in a normalised text; None where there are none."""
+    if not options.fillers:
+        return None
+    plain = make_normalizer(options.model_copy(update={"fillers": []}))
+    # As English rows have them and as others do.
+    fillers = {plain(filler, language) for filler in options.fillers for language in (None, "en")}
+    # The longest first, or its beginning would go alone.
+    ordered = sorted(fillers - {""}, key=lambda filler: (-len(filler), filler))
+    return re.compile("|".join(map(_whole_words, ordered))) if ordered else None
+
+
+def _whole_words(filler: str) -> str:
+    before = rf"(?<!{SPACED_CHARACTER})" if re.match(SPACED_CHARACTER, filler) else ""
+    after = rf"(?!{SPACED_CHARACTER})" if re.match(SPACED_CHARACTER, filler[-1]) else ""
+    return before + re.escape(filler) + after
+
+
+@functools.cache
+def _chinese_converter(script: Literal["simplified", "traditional"]) -> Callable[[str], str]:
+    import opencc  # here, because few runs need it
+
+    converter = opencc.OpenCC("t2s" if script == "simplified" else "s2t")
+
+    def convert(text: str) -> str:
+        # Twice, because OpenCC goes from 薴 by way of 苧 to 苎.
+        return str(converter.convert(converter.convert(text)))
+
+    return convert
+
+
+class _PunctuationTable(dict[int, str]):
+    """A table for `str.translate` that looks up each character's Unicode category once."""
+
+    def __missing__(self, code_point: int) -> str:
+        character = chr(code_point)
+        if character in APOSTROPHES:
+            replacement = "'"
+        elif character in DECIMAL_SIGNS:
+            replacement = character
+        else:
+            category = unicodedata.category(character)
+            # Me: circles and boxes around other characters. Cc, Cf: control characters.
+            blank = category[0] in "PS" or category in ("Me", "Cc", "Cf")
+            replacement = " " if blank else character
+        self[code_point] = replacement
+        return replacement
+
+
+PUNCTUATION_TO_SPACE = _PunctuationTable()
+
+
+def _without_punctuation(text: str) -> str:
+    text = DIGIT_GROUP_COMMA.sub("", text.translate(PUNCTUATION_TO_SPACE))
+    stray = _stray_signs()
+    found = 1
+    while found:  # one sign that goes can leave the next one without its word
+        text, found = stray.subn(" ", text)
+    return text
+
+
+@functools.cache
+def _stray_signs() -> re.Pattern[str]:
+    """Return what finds apostrophes, decimal signs and combining marks that belong to no word."""
+    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
+    letter = rf"[^\s'{DECIMAL_SIGNS}{UNSPACED}]"
+    return re.compile(
+        rf"(?<!{letter})'|'(?!{letter})"
+        rf"|(?<!\d)[{DECIMAL_SIGNS}]|[{DECIMAL_SIGNS}](?!\d)"
+        rf"|(?<!\S)[{marks}]+"
+    )

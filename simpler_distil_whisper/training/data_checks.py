@@ -1,0 +1,234 @@
+"""What can be wrong with the rows of a run although each of them is usable.
+
+Owns the checks that need no model, only its tokenizer: too little audio, labels that their tokens
+do not give back, a dev set that the teacher has written or that is trained on. Called by
+`preflight.py`.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.manifest import Manifest, Utterance
+from simpler_distil_whisper.model.teacher_cache import audio_digest
+from simpler_distil_whisper.model.whisper import Whisper
+from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.training.augment import View
+from simpler_distil_whisper.training.dataset import Example, Selection, Targets
+from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
+from simpler_distil_whisper.training.plan import Visit
+
+FEW_HOURS = 25
+# Published sizes of filtered data against error rates, for the deepest cut; from the statistics
+# beside https://huggingface.co/kotoba-tech/kotoba-whisper-v1.0 (CER on Japanese Common Voice 8).
+EVIDENCE_OF_HOURS = (
+    "kotoba-whisper, which keeps 2 of large-v3's 32 decoder layers, came to a CER of 94 % from 2 "
+    "hours, 30 % from 25, 10.9 % from 251 and 9.4 % from 1,253 hours; its teacher has 8.5 %"
+)
+LABELS_READ_BACK = 200
+# What labelling writes beside a label, whatever its columns are called.
+SIGNS_OF_A_LABEL = ("average_log_probability", "compression_ratio")
+SHARED_SECONDS = 0.05  # times in manifests are rounded: less in common is none
+BYTES_COMPARED = 4_000_000_000  # of files that have the size of a dev file
+
+
+def check_data(
+    selection: Selection, dev: Manifest | None, data: TrainingData, student: Whisper
+) -> dict[str, int | float]:
+    """Warn of what looks wrong; return what was counted, by name.
+
+    Raises:
+        DataError: too many labels are not what their tokens say.
+    """
+    counted: dict[str, int | float] = {
+        "hours": check_hours(selection),
+        "labels_not_given_back": check_labels(selection.examples, data, student),
+    }
+    if dev:
+        counted["dev_rows_with_labels_for_references"] = check_references(dev, data.columns)
+        counted["train_rows_heard_in_dev"] = check_shared_audio(selection.examples, dev)
+    return counted
+
+
+def check_hours(selection: Selection) -> float:
+    """Return how many hours are trained on; warn if that is little by published experience."""
+    hours = selection.report["kept"]["hours"]
+    if hours < FEW_HOURS:
+        log.warning(
+            "only %.2f h of audio are trained on. What is published for large teachers: %s. A "
+            "smaller teacher, or a student that keeps more layers, needs less: judge by the error "
+            "rate on dev",
+            *(hours, EVIDENCE_OF_HOURS),
+        )
+    return hours
+
+
+def check_labels(examples: Sequence[Example], data: TrainingData, student: Whisper) -> int:
+    """Return for how many of some rows the tokens to be learnt do not give back the text.
+
+    Raises:
+        DataError: more than `data.max_bad_fraction` of them.
+    """
+    drawn = ("timestamp_probability", "previous_text_probability")
+    never = {name: 0.0 for name in drawn}
+    always = {name: 1.0 for name in drawn if getattr(data, name)}
+    positions = student.model.config.max_target_positions
+    kinds = [
+        Targets(examples, data.model_copy(update=never | fixed), student.tokens, positions, seed=0)
+        for fixed in ({}, always)
+    ]
+    some = range(0, len(examples), math.ceil(len(examples) / LABELS_READ_BACK))
+    found = [[_misreading(targets, number, student) for targets in kinds] for number in some]
+    problems = [plain or full for plain, full in found if plain or full]
+    if not problems:
+        log.info("the tokens of %d labels, those looked at, give back their text", len(some))
+        return 0
+    message = (
+        f"the tokens of {len(problems)} of {len(some)} rows do not give back their text, so that "
+        f"something else would be learnt: the tokenizer in {student.processor_folder} "
+        f"(student.processor) changes it or lacks what stands in it. The first:"
+        + "".join(f"\n  {problem}" for problem in problems[:3])
+    )
+    if len(problems) > data.max_bad_fraction * len(some):
+        raise DataError(message)
+    log.warning("%s", message)
+    return len(problems)
+
+
+def _misreading(targets: Targets, number: int, student: Whisper) -> str | None:
+    """Return what an example's tokens say instead of what the row says; None: they say the same."""
+    utterance, tokens = targets.examples[number].utterance, student.tokens
+    target = targets.target(Visit(number, position=0, use=0), View())
+    given = target.tokens[: target.prompt_length]
+    learnt = target.tokens[target.prompt_length : -1]  # without the end token
+    words = [id for id in learnt if id not in tokens.timestamps]
+    label, said = utterance.text or "", _text_of(words, student)
+    if len(words) < len(learnt):  # between sentences with times there may be a space or none
+        label, said = "".join(label.split()), "".join(said.split())
+    if said != label:
+        return f'{utterance.place}: "{label}" comes back as "{said}"'
+    if given[0] == tokens.previous:
+        past = utterance.row[targets.data.columns.previous_text]
+        said = _text_of(given[1 : given.index(tokens.start)], student)
+        # It may begin within a character of several tokens.
+        if not past.endswith(said.lstrip("\N{REPLACEMENT CHARACTER}")):
+            return f'{utterance.place}: previous text "{past}" comes back as "{said}"'
+    return None
+
+
+def _text_of(ids: Sequence[int], student: Whisper) -> str:
+    return str(student.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def check_references(dev: Manifest, columns: TrainingColumns) -> int:
+    """Return how many dev rows would be scored against what a teacher has written; warn of them.
+
+    A labelled row keeps what a person said beside the label, or null: where that column is not
+    found, the label itself would be taken for it.
+    """
+    places = [
+        utterance.place
+        for utterance in dev.utterances
+        if _is_labelled(row := utterance.row)
+        and (columns.reference not in row or columns.reference == columns.text)
+    ]
+    if places:
+        log.warning(
+            'data.dev_manifest: %d of %d rows hold what labelling writes, but no "%s": the student '
+            'would be scored against the teacher\'s own "%s". Name in data.columns.reference what '
+            "a person said, or take the rows from before labelling. The first: %s",
+            *(len(places), len(dev.utterances), columns.reference, columns.text),
+            ", ".join(places[:3]),
+        )
+    return len(places)
+
+
+def _is_labelled(row: Row) -> bool:
+    return all(name in row for name in SIGNS_OF_A_LABEL)
+
+
+class Shared(NamedTuple):
+    """A training row and a dev row in which the same is heard."""
+
+    train: str
+    dev: str
+
+
+def check_shared_audio(examples: Sequence[Example], dev: Manifest) -> int:
+    """Return how many training rows are heard in dev too; warn of them."""
+    shared = list(shared_audio([example.utterance for example in examples], dev.utterances))
+    if shared:
+        log.warning(
+            "%d training rows are heard in data.dev_manifest too, so that its error rate says "
+            "little of what is new to the student; take them out of either. The first:%s",
+            len(shared),
+            "".join(f"\n  {train} and {dev}" for train, dev in shared[:3]),
+        )
+    return len(shared)
+
+
+def shared_audio(train: Sequence[Utterance], dev: Iterable[Utterance]) -> Iterator[Shared]:
+    """Yield each training row that shares some audio with a dev row: the same file or a copy."""
+    in_file: dict[str, list[Utterance]] = {}
+    for utterance in dev:
+        in_file.setdefault(os.path.realpath(utterance.audio), []).append(utterance)
+    files = {utterance.audio: os.path.realpath(utterance.audio) for utterance in train}
+    copies = _copies(set(files.values()) - in_file.keys(), in_file.keys())
+    for utterance in train:
+        file = files[utterance.audio]
+        for other in in_file.get(copies.get(file, file), ()):
+            if _seconds_shared(utterance, other) > SHARED_SECONDS:
+                yield Shared(utterance.place, other.place)
+                break
+
+
+def _seconds_shared(one: Utterance, other: Utterance) -> float:
+    """Return how long two parts of a file overlap, below 0 if they do not."""
+    parts = [(each.start_seconds, each.duration_seconds or math.inf) for each in (one, other)]
+    end = min(start + duration for start, duration in parts)
+    return end - max(start for start, _ in parts)
+
+
+def _copies(files: Iterable[str], originals: Iterable[str]) -> dict[str, str]:
+    """Return file -> original for the files that hold the same bytes as one of the originals.
+
+    Only files of equal size are read, and of those no more than can be read in some seconds.
+    """
+    by_size: dict[int, list[str]] = {}
+    for original in originals:
+        by_size.setdefault(_size(original), []).append(original)
+    sizes = {file: _size(file) for file in sorted(files)}
+    candidates = {file: size for file, size in sizes.items() if size and size in by_size}
+    copies: dict[str, str] = {}
+    to_read = BYTES_COMPARED
+    for number, (file, size) in enumerate(candidates.items()):
+        to_read -= size
+        if to_read < 0:
+            log.info(
+                "%d of %d files as large as a dev file were compared with it; the others are many",
+                *(number, len(candidates)),
+            )
+            break
+        digest = _digest(file)
+        same = [one for one in by_size[size] if digest and _digest(one) == digest]
+        if same:
+            copies[file] = same[0]
+    return copies
+
+
+def _size(file: str) -> int:
+    """Return a file's size in bytes; 0 if it is gone, which is said where its audio is wanted."""
+    try:
+        return Path(file).stat().st_size
+    except OSError:
+        return 0
+
+
+def _digest(file: str) -> str | None:
+    try:
+        return audio_digest(Path(file))
+    except OSError:
+        return None

@@ -1,0 +1,216 @@
+"""What a training run says of itself: means over the last steps, `metrics.jsonl`, the curves.
+
+Called by `trainer.py`.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.run import write_atomically
+from simpler_distil_whisper.training.dataset import TrainingBatch
+from simpler_distil_whisper.training.losses import LossTerms
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# One drawing each: title, unit of the upward axis, name in metrics.jsonl -> name in the legend.
+DRAWINGS: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "Error rate on dev",
+        "error rate",
+        {
+            "validation/student/error_rate": "student",
+            "validation/teacher/error_rate": "teacher",
+        },
+    ),
+    ("Loss", "per token", {"train/kl": "KL (times T²)", "train/cross_entropy": "cross-entropy"}),
+    (
+        "Tokens whose likeliest is the teacher's too",
+        "share",
+        {"train/agreement": "student in training"},
+    ),
+    ("Learning rate", "", {"train/learning_rate": "learning rate"}),
+]
+COLOURS = ("#1f6fb2", "#b3420a")  # of the pages' style.css; for the colour-blind there are dashes
+DASHES = ("solid", "dashed")
+INK, SOFT, LINE = "#1b1f24", "#59636e", "#d5dae0"
+STYLE: dict[Any, Any] = {
+    **{"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 12},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE},
+    **{"axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True},
+    **{"text.color": INK, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT},
+    **{"legend.frameon": False, "lines.linewidth": 1.8},
+}
+
+
+class Interval:
+    """What was learnt since the last line of the log, in all processes together."""
+
+    def __init__(
+        self, accelerator: Accelerator, taught: bool, carried: Sequence[float] | None = None
+    ) -> None:
+        """Start the first interval.
+
+        Args:
+            accelerator: of this process and the others.
+            taught: the loss has a part of the teacher's.
+            carried: what `sums` said in the checkpoint from which the run goes on.
+        """
+        self.accelerator = accelerator
+        self.taught = taught
+        self._restart()
+        if carried is not None:
+            self._carried = torch.tensor(carried, dtype=torch.float64)
+
+    def start_clock(self) -> None:
+        """Leave out of the speed what came before the first step."""
+        self._started = time.perf_counter()
+
+    def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
+        """Count one micro-batch; nothing waits for the device here."""
+        self._terms.append(torch.stack([term.detach().float() for term in terms]))
+        self._seconds += batch.seconds
+
+    def end_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Keep what belongs to a step as a whole; the log shows the last one's."""
+        self._grad_norm, self._learning_rate = grad_norm, learning_rate
+
+    def end(self) -> dict[str, float | None]:
+        """Return the means per token, and the speed; start the next interval."""
+        sums = self._new_sums()
+        loss, cross_entropy, kl, agreement, tokens = (self._carried + sums)[:5].tolist()
+        new_tokens, new_seconds = sums[4:].tolist()
+        elapsed = time.perf_counter() - self._started
+        values: dict[str, float | None] = {
+            "train/loss": loss / max(tokens, 1),
+            "train/cross_entropy": cross_entropy / max(tokens, 1),
+            "train/kl": kl / max(tokens, 1),
+            "train/agreement": agreement / max(tokens, 1) if self.taught else None,
+            "train/grad_norm": float(self._grad_norm),
+            "train/learning_rate": self._learning_rate,
+            "train/tokens_per_second": new_tokens / elapsed,
+            "train/audio_seconds_per_second": new_seconds / elapsed,
+        }
+        self._restart()
+        return values
+
+    def sums(self) -> list[float]:
+        """Return what a checkpoint in the midst of the interval keeps; call it in every process."""
+        sums: list[float] = (self._carried + self._new_sums()).tolist()
+        return sums
+
+    def _new_sums(self) -> torch.Tensor:
+        """Return float64 [6] on the CPU: loss terms, tokens, seconds since this process started."""
+        none = torch.zeros(5, device=self.accelerator.device)
+        terms = torch.stack([none, *self._terms]).cpu().double().sum(0)
+        own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
+        if self.accelerator.num_processes > 1:  # alone, a device need not have float64
+            own = self.accelerator.reduce(own.to(self.accelerator.device)).cpu()
+        return own
+
+    def _restart(self) -> None:
+        self._terms: list[torch.Tensor] = []
+        self._seconds = 0.0
+        self._carried = torch.zeros(6, dtype=torch.float64)
+        self._started = time.perf_counter()
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one object per line, and the same numbers for TensorBoard if wanted.
+
+    A run that resumes from a step first takes back what was logged after it.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool, enabled: bool) -> None:
+        """Open both for a run that goes on after `first_step`; `enabled`: in the main process."""
+        self._path = folder / "metrics.jsonl"
+        self._writer = None
+        self._enabled = enabled
+        if not enabled:
+            return
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # From step 0 a run begins anew, and scores the teacher anew.
+            kept = [
+                line
+                for line in lines
+                if first_step and (row := _row(line)) and row["step"] <= first_step
+            ]
+            write_atomically(self._path, "".join(kept).encode())
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
+
+    def log(self, step: int, values: dict[str, float | None]) -> None:
+        """Append the values of one step; None, and what JSON has no number for, is kept as null."""
+        if not self._enabled:
+            return
+        # A step that the gradient scaler of fp16 skips has an infinite norm.
+        values = {
+            name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer:
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw what `metrics.jsonl` says over the steps, as PNG."""
+    import matplotlib as mpl  # it takes a second to import, and is not always needed
+    from matplotlib.figure import Figure
+
+    rows = [row for line in metrics.read_text(encoding="utf-8").splitlines() if (row := _row(line))]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        for axes, drawing in zip(figure.subplots(2, 2).flat, DRAWINGS, strict=True):
+            _draw(axes, rows, *drawing)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(picture, buffer.getvalue())
+
+
+def _draw(axes: "Axes", rows: Sequence[Row], title: str, unit: str, names: dict[str, str]) -> None:
+    for (name, label), colour, dash in zip(names.items(), COLOURS, DASHES, strict=False):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        if "teacher" in name:  # it does not learn
+            axes.axhline(values[-1], label=label, color=colour, linestyle=dash)
+            continue
+        few = "o" if len(points) < 50 else None
+        axes.plot(
+            steps, values, label=label, color=colour, ls=dash, marker=few, ms=4, clip_on=False
+        )
+        ends = name.replace("error_rate", "low"), name.replace("error_rate", "high")
+        spans = [(row["step"], *(row[end] for end in ends)) for row in rows if row.get(ends[1])]
+        if spans and "error_rate" in name:
+            steps, low, high = zip(*spans, strict=True)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+    axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, max((row["step"] for row in rows), default=1) or 1)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row: Row = json.loads(line)
+        return row
+    except ValueError:  # a kill can tear the last line
+        return None

@@ -1,0 +1,118 @@
+"""What a distilled model is and where it comes from, for people (`README.md`) and for machines.
+
+Owns what goes into a model folder beside the model. Such folders are handed on, so it holds no
+path and nothing of the manifests but how much they are. Called by `run_distillation.py` and, when a
+folder is written, by `trainer.py`.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from simpler_distil_whisper import __version__
+from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.weights import parameter_count
+from simpler_distil_whisper.pages import render
+from simpler_distil_whisper.run import package_versions
+from simpler_distil_whisper.text.languages import code_or_none
+from simpler_distil_whisper.training.dataset import Selection
+from simpler_distil_whisper.training.options import DistillationConfig, RunLength
+
+SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
+RECIPE = ("objective", "freeze", "optimizer", "schedule", "augmentation", "seed")
+FILTERS = (
+    *("max_error_rate", "min_duration_seconds", "max_duration_seconds", "max_label_tokens"),
+    *("task", "timestamp_probability", "previous_text_probability"),
+)
+
+
+class ModelCard:
+    """The two documents of a model folder."""
+
+    def __init__(self, facts: dict[str, Any], metrics: Path) -> None:
+        """Keep what does not change during the run.
+
+        Args:
+            facts: as `facts_of` returns them.
+            metrics: the run's metrics.jsonl, which has the scores.
+        """
+        self._facts, self._metrics = facts, metrics
+
+    def documents(self, step: int) -> dict[str, bytes]:
+        """Return file name -> content for the model as it is after so many steps."""
+        facts = {**self._facts, "steps": step, "dev": scores_at(self._metrics, step)}
+        text = json.dumps(facts, ensure_ascii=False, indent=2, allow_nan=False)
+        return {
+            "distillation.json": f"{text}\n".encode(),
+            "README.md": render("model_card.md", **facts).encode(),
+        }
+
+
+def facts_of(
+    config: DistillationConfig,
+    teacher: ModelFolder,
+    student: ModelFolder,
+    selection: Selection,
+    length: RunLength,
+    precision: str,
+) -> dict[str, Any]:
+    """Return what is known of a run before its first step."""
+    settings = config.model_dump(mode="json")
+    languages = Counter(
+        code_or_none(example.utterance.language or "") or "unknown"
+        for example in selection.examples
+    )
+    if config.data.language and "unknown" in languages:
+        languages[code_or_none(config.data.language) or "unknown"] += languages.pop("unknown")
+    left_out = {kind: found for kind, found in selection.report.items() if kind != "kept"}
+    return {
+        "teacher": {"name": teacher.path.resolve().name, **_size(teacher)},
+        "student": {**_size(student), "layer_map": _layer_map(student.path)},
+        "window_seconds": student.window_seconds,
+        "data": {
+            "manifests": len(config.data.train_manifests),
+            **selection.report["kept"],
+            "languages": dict(sorted(languages.items())),
+            "left_out": left_out,
+            "filters": {name: settings["data"][name] for name in FILTERS},
+        },
+        "recipe": {
+            **{name: settings[name] for name in RECIPE},
+            "precision": precision,
+            "utterances_per_step": length.step_size,
+        },
+        "dev_metric": settings["validation"]["metric"],
+        "dev_decoding": settings["validation"]["decoding"],
+        "versions": {"simpler_distil_whisper": __version__, **package_versions()},
+    }
+
+
+def scores_at(metrics: Path, step: int) -> dict[str, Any] | None:
+    """Return the scores on dev after a step, of student and teacher; None if it was not scored."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    student = [_scores(row, "student") for row in rows if row["step"] == step]
+    teacher = [_scores(row, "teacher") for row in rows]
+    found = [scores for scores in student if scores]
+    if not found:
+        return None
+    return {"student": found[-1], "teacher": next(filter(None, reversed(teacher)), None)}
+
+
+def _scores(row: dict[str, Any], who: str) -> dict[str, Any]:
+    prefix = f"validation/{who}/"
+    return {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}
+
+
+def _size(folder: ModelFolder) -> dict[str, Any]:
+    shape = {name: folder.config[name] for name in SHAPE}
+    return {**shape, "parameters": parameter_count(folder)}
+
+
+def _layer_map(student: Path) -> dict[str, list[int]] | None:
+    """Return which teacher layers the student began from; None where nothing says so."""
+    try:
+        found = json.loads((student / "layer_map.json").read_bytes())
+        return {part: found[part] for part in ("encoder", "decoder")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,329 @@
+"""The config of distillation: every section of run_distillation.json.
+
+It stands here, apart from the loop that obeys it, so that a script can check its config without
+waiting for torch. Called by `run_distillation.py` and `trainer.py`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from simpler_distil_whisper.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    StrictModel,
+)
+from simpler_distil_whisper.data.manifest import Columns, DataLimits
+from simpler_distil_whisper.evaluation.metrics import Metric
+from simpler_distil_whisper.model.options import (
+    DecodingLimits,
+    ModelOptions,
+    Task,
+    TeacherCacheOptions,
+    whisper_code,
+)
+
+
+class TrainingColumns(Columns):
+    """Which key of a labelled row holds what."""
+
+    text: str = Field("text", description="The label: what the student learns to say.")
+    reference: str = Field(
+        "origin_text", description="What a person said; dev rows without it are scored on text."
+    )
+    error_rate: str = Field("cer/wer", description="Error rate of the label.")
+    segments: str = Field(
+        "segments", description="The label's sentences with their times, as labelling writes them."
+    )
+    previous_text: str = Field(
+        "previous_text", description="What was said before in the same recording; optional."
+    )
+
+
+class TrainingData(DataLimits):
+    """The `data` section of run_distillation.json; the limits hold for training rows alone."""
+
+    train_manifests: list[Path] = Field(
+        min_length=1, description="Labelled manifests: pseudo_labels.jsonl of one or several runs."
+    )
+    train_weights: list[PositiveFloat] | None = Field(
+        None,
+        description="How often an epoch uses the rows of each train manifest: 2 twice, 0.5 every "
+        "other epoch; null: once.",
+    )
+    dev_manifest: Path | None = Field(None, description="For validation; null: none.")
+    columns: TrainingColumns = TrainingColumns()
+    max_error_rate: Ratio | None = Field(
+        None, description="Rows with a higher error rate are not used; null: all rows are."
+    )
+    max_label_tokens: PositiveInt | None = Field(
+        None, description="Rows with a longer label are not used; null: what the decoder can hold."
+    )
+    language: str | None = Field(None, description="Language of the rows that name none.")
+    task: Task = Field("transcribe", description="What the labels are.")
+    timestamp_probability: Ratio = Field(
+        0.0, description="Share of the uses of a row with segments at which it is learnt with them."
+    )
+    previous_text_probability: Ratio = Field(
+        0.0, description="Share of the uses of a row with previous text at which it is given it."
+    )
+
+    _code = field_validator("language")(whisper_code)
+
+    @model_validator(mode="after")
+    def _a_weight_per_manifest(self) -> "TrainingData":
+        manifests, weights = len(self.train_manifests), self.train_weights
+        if weights is not None and len(weights) != manifests:
+            raise ValueError(
+                f"train_weights has {len(weights)} weights, but there are {manifests} "
+                "train_manifests: name one for each, or null"
+            )
+        return self
+
+
+class TeacherOptions(ModelOptions):
+    """The model that teaches; it is not loaded as long as all it is asked is in the cache."""
+
+    device: str | None = Field(
+        None,
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description='"cpu" or "cuda:1", say, where the student leaves it no room; null: beside it.',
+    )
+
+
+class StudentOptions(StrictModel):
+    """The model that is trained, in float32 whatever its weights on disk are."""
+
+    path: Path = Field(description="Model folder, as create_student_model.py writes it.")
+    processor: Path | None = Field(
+        None, description="Folder of tokenizer and feature extractor; null: the student's own."
+    )
+
+
+class Objective(StrictModel):
+    """loss = cross_entropy_weight * CE + kl_weight * T² * KL(teacher || student), per token."""
+
+    cross_entropy_weight: NonNegativeFloat = Field(0.8, description="Of the labels.")
+    kl_weight: NonNegativeFloat = Field(1.0, description="Of the teacher's distribution.")
+    temperature: PositiveFloat = Field(2.0, description="T of both distributions in KL.")
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "Objective":
+        if self.cross_entropy_weight == self.kl_weight == 0:
+            raise ValueError("cross_entropy_weight and kl_weight are both 0: nothing to learn")
+        return self
+
+
+class Freeze(StrictModel):
+    """What is not trained."""
+
+    encoder: bool = Field(True, description="A frozen encoder equal to the teacher's runs once.")
+    decoder: bool = Field(False, description="All of the decoder, token embedding included.")
+    embed_positions: bool = Field(False, description="The decoder's position embedding.")
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> "Freeze":
+        if self.encoder and self.decoder:
+            raise ValueError("encoder and decoder are both frozen: nothing to train")
+        return self
+
+
+class OptimizerOptions(StrictModel):
+    """AdamW."""
+
+    learning_rate: PositiveFloat = Field(1e-4, description="The highest, after the warm-up.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Decay of the two moments."
+    )
+    epsilon: PositiveFloat = Field(1e-8, description="Added to the second moment's root.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Not on biases and layer norms.")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="null: gradients are not clipped.")
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Score and save a moving average of the weights, of which this share stays at "
+        "each step; null: the weights themselves.",
+    )
+
+
+class Schedule(StrictModel):
+    """How long, and how the learning rate goes."""
+
+    kind: Literal["linear", "cosine", "constant"] = Field("linear", description="After warm-up.")
+    warmup_steps: NonNegativeInt = Field(500, description="Optimizer steps of linear rise.")
+    epochs: PositiveFloat | None = Field(8.0, description="Passes over the kept rows.")
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; null: from epochs.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Schedule":
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("set exactly one of epochs and max_steps, the other one to null")
+        return self
+
+
+class BatchOptions(StrictModel):
+    """How an optimizer step is cut up."""
+
+    micro_batch_size: PositiveInt = Field(16, description="Utterances at once, per process.")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="Micro-batches per optimizer step, per process."
+    )
+    length_bucketing: bool = Field(True, description="Labels of similar length in one step.")
+
+
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class WaveformOptions(StrictModel):
+    """What a view does to the sound: [lowest, highest], or null where it does nothing."""
+
+    speed: Bounds | None = Field(
+        None, description="Factor of tempo and pitch, 0.5 to 2; a clip never outgrows the window."
+    )
+    noise_db: Bounds | None = Field(None, description="Speech over added noise, in decibels.")
+    gain_db: Bounds | None = Field(None, description="Louder or softer, in decibels.")
+    shift_seconds: PositiveFloat | None = Field(
+        None, description="Silence before the clip, at most; as much as the window has room for."
+    )
+
+    @model_validator(mode="after")
+    def _lowest_first(self) -> "WaveformOptions":
+        for name in ("speed", "noise_db", "gain_db"):
+            bounds = getattr(self, name)
+            if bounds and bounds[0] > bounds[1]:
+                raise ValueError(f"{name} {bounds}: the lowest value stands first")
+        if self.speed and not 0.5 <= self.speed[0] <= self.speed[1] <= 2:
+            raise ValueError(f"speed {self.speed}: must lie within 0.5 and 2")
+        return self
+
+    @property
+    def switched_on(self) -> bool:
+        """Whether any of it is done."""
+        return any(value is not None for _, value in self)
+
+
+class SpecAugmentOptions(StrictModel):
+    """Stretches of time and bands of frequency that a view silences (Park et al. 2019).
+
+    Together the stretches take no more than half of the speech, the bands half of the mels.
+    """
+
+    time_masks: NonNegativeInt = Field(0, description="How many stretches of time.")
+    max_time_seconds: PositiveFloat = Field(0.5, description="The longest.")
+    frequency_masks: NonNegativeInt = Field(0, description="How many bands of frequency.")
+    max_mels: PositiveInt = Field(20, description="The widest, in mel bins.")
+
+    @property
+    def switched_on(self) -> bool:
+        """Whether any of it is done."""
+        return bool(self.time_masks or self.frequency_masks)
+
+
+class Augmentation(StrictModel):
+    """Altered versions of the clips, which teacher and student hear alike."""
+
+    views: NonNegativeInt | None = Field(
+        0,
+        description="Altered versions of each clip, always the same ones, so that a cache keeps "
+        "them; epochs use the clip and its views in turn. null: a new one at every use.",
+    )
+    waveform: WaveformOptions = WaveformOptions()
+    spec_augment: SpecAugmentOptions = SpecAugmentOptions()
+
+    @model_validator(mode="after")
+    def _views_of_something(self) -> "Augmentation":
+        switched_on = self.waveform.switched_on or self.spec_augment.switched_on
+        if switched_on and self.views == 0:
+            raise ValueError(
+                "views is 0, so no clip would be altered: set views to 1 or more, or to null, or "
+                "switch waveform and spec_augment off"
+            )
+        if not switched_on and self.views != 0:
+            raise ValueError(
+                f"views is {'null' if self.views is None else self.views}, but nothing in waveform "
+                "and spec_augment is switched on: every view would be the clip itself"
+            )
+        return self
+
+
+class ValidationOptions(StrictModel):
+    """Scoring the student on the dev manifest, against what a person said."""
+
+    every_steps: PositiveInt | None = Field(None, description="null: after each epoch.")
+    max_utterances: PositiveInt | None = Field(None, description="Only the first so many rows.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many validations that found nothing better; null: never."
+    )
+    score_teacher: bool = Field(True, description="Once, before training, to compare with.")
+    decoding: DecodingLimits = DecodingLimits()
+    metric: Metric = Metric()
+
+
+class CheckpointOptions(StrictModel):
+    """What a stopped run continues from."""
+
+    every_steps: PositiveInt = Field(500, description="Optimizer steps between checkpoints.")
+    keep_last: PositiveInt = Field(2, description="Older ones are removed.")
+    keep_best: bool = Field(True, description="Keep the best student on dev as best/.")
+
+
+class LoggingOptions(StrictModel):
+    """What is written down on the way."""
+
+    every_steps: PositiveInt = Field(10, description="Optimizer steps averaged into one line.")
+    tensorboard: bool = Field(True, description="Write logs/ for TensorBoard.")
+
+
+class CheckOptions(StrictModel):
+    """What `--check` does beside what it always does; without effect on a run."""
+
+    learning_rate_range_test: bool = Field(
+        False,
+        description="Try learning rates for about a minute, suggest one, and draw the losses "
+        "beside output_dir, as <output_dir>.learning_rate.png.",
+    )
+
+
+class DistillationConfig(StrictModel):
+    """run_distillation.json."""
+
+    output_dir: Path = Field(description="Folder that this run makes.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
+    )
+    seed: NonNegativeInt = Field(0, description="Of the order of the examples and of dropout.")
+    teacher: TeacherOptions
+    student: StudentOptions
+    data: TrainingData
+    objective: Objective = Objective()
+    freeze: Freeze = Freeze()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: Schedule = Schedule()
+    batch: BatchOptions = BatchOptions()
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Of the computing; weights stay float32. auto: bf16 on GPUs that have it.",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute the student's layers twice rather than keep all they computed."
+    )
+    compile: bool = Field(
+        False, description="torch.compile the student's decoder: minutes at first, then faster."
+    )
+    augmentation: Augmentation = Augmentation()
+    teacher_cache: TeacherCacheOptions = TeacherCacheOptions()
+    validation: ValidationOptions = ValidationOptions()
+    checkpoints: CheckpointOptions = CheckpointOptions()
+    logging: LoggingOptions = LoggingOptions()
+    check: CheckOptions = CheckOptions()
+
+
+class RunLength(NamedTuple):
+    """How long a run is, in optimizer steps, once the examples are counted."""
+
+    step_size: int
+    max_steps: int
+    validate_every: int

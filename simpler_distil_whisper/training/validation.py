@@ -1,0 +1,129 @@
+"""Scoring a model on the dev manifest while it is trained.
+
+Owns the dev rows and what a person said in them; the error rate is that of the whole corpus, summed
+over all processes. Called by `run_distillation.py`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance
+from simpler_distil_whisper.data.workers import load_ahead
+from simpler_distil_whisper.decoding.batches import SpeechDataset, in_batches
+from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
+from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Metric, Scorer, total
+from simpler_distil_whisper.model.options import DecodingLimits, DecodingOptions
+from simpler_distil_whisper.model.whisper import Whisper
+from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.training.options import TrainingData
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on the dev manifest.
+
+    Attributes:
+        counts: language -> error counts of each of its utterances, in the metric's unit.
+        examples: some references with their hypotheses.
+    """
+
+    counts: dict[str, Counter[ErrorCounts]]
+    examples: list[tuple[str, str]]
+
+    @property
+    def error_rate(self) -> float | None:
+        """Return the corpus error rate over all languages; None if no reference has a token."""
+        return total(self._everyone).rate
+
+    @property
+    def _everyone(self) -> Counter[ErrorCounts]:
+        return sum(self.counts.values(), Counter())
+
+    def values(self, prefix: str) -> dict[str, float | None]:
+        """Return the rates by name, and the interval of all languages together, for the log."""
+        low, high = bootstrap_interval(self._everyone) or (None, None)
+        rates = {f"{prefix}error_rate": self.error_rate, f"{prefix}low": low, f"{prefix}high": high}
+        if len(self.counts) > 1:
+            for language, counts in sorted(self.counts.items()):
+                rates[f"{prefix}error_rate/{language}"] = total(counts).rate
+        return rates
+
+
+class Validation:
+    """The dev utterances with their references; no training filter touches them."""
+
+    def __init__(
+        self,
+        dev: Manifest,
+        data: TrainingData,
+        limits: DecodingLimits,
+        metric: Metric,
+        accelerator: Accelerator,
+    ) -> None:
+        """Find the reference of each row.
+
+        Raises:
+            DataError: no row has one.
+        """
+        self.references = {
+            utterance.number: reference
+            for utterance in dev.utterances
+            if (reference := _reference(utterance, data.columns.reference)) is not None
+        }
+        if missing := len(dev.utterances) - len(self.references):
+            log.warning("%s: %d rows have no reference and are not scored", dev.path, missing)
+        if not self.references:
+            raise DataError(f"{dev.path}: no row says what was said, so nothing can be scored")
+        self.utterances = [u for u in dev.utterances if u.number in self.references]
+        self.decoding = DecodingOptions(
+            language=data.language, task=data.task, **limits.model_dump()
+        )
+        self.limits = DataLimits(min_duration_seconds=0.0, num_workers=data.num_workers)
+        self.scorer = Scorer(metric)
+        self.accelerator = accelerator
+
+    def score(self, whisper: Whisper) -> Score:
+        """Return the error counts of a model; call it in every process."""
+        transcriber = Transcriber(whisper, self.decoding)
+        batches = list(in_batches(self.utterances, transcriber.batch_size))
+        own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        dataset = SpeechDataset(own, whisper.feature_extractor, self.limits)
+        counted: list[tuple[str, ErrorCounts]] = []
+        examples: list[tuple[str, str]] = []
+        with self.accelerator.autocast():
+            for batch in load_ahead(dataset, self.limits.num_workers):
+                for rejection in batch.rejections:
+                    log.warning("not scored: %s: %s", rejection.place, rejection.reason)
+                if batch.input_features is None:
+                    continue
+                languages = [utterance.language for utterance in batch.utterances]
+                hypotheses = transcriber(batch.input_features, languages)
+                for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):
+                    reference = self.references[utterance.number]
+                    # Not the language that the model detected: the unit must not depend on it.
+                    language = utterance.language or self.decoding.language
+                    counts = self.scorer.count(reference, hypothesis.text, language)
+                    counted.append((language or "unknown", counts))
+                    examples.append((reference, hypothesis.text.strip()))
+        return Score(_by_language(gather_object(counted)), examples[:3])
+
+
+def _reference(utterance: Utterance, column: str) -> str | None:
+    """Return what a person said: a labelled row keeps it beside the label, another row is it."""
+    row = utterance.row
+    if column not in row:
+        return utterance.text
+    reference = row[column]
+    return reference if isinstance(reference, str) else None
+
+
+def _by_language(counted: Iterable[tuple[str, ErrorCounts]]) -> dict[str, Counter[ErrorCounts]]:
+    counts: dict[str, Counter[ErrorCounts]] = {}
+    for language, of_utterance in counted:
+        counts.setdefault(language, Counter())[of_utterance] += 1
+    return counts

@@ -1,0 +1,300 @@
+"""Utterances become log-mels in the manifest's order; what cannot be decoded says why."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import write_rows, write_tone
+from transformers import WhisperFeatureExtractor
+
+from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance, read_manifest
+from simpler_distil_whisper.data.workers import Died, ahead, load_ahead
+from simpler_distil_whisper.decoding.batches import (
+    SpeechBatch,
+    SpeechDataset,
+    SpeechReader,
+    halved,
+    in_batches,
+    joined,
+    log_mel,
+    longest_first,
+    speech_batches,
+    windows_by_length,
+)
+
+WINDOW = 2
+
+
+@pytest.fixture(scope="module")
+def extractor() -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
+
+
+def utterances(folder: Path, *rows: dict[str, Any]) -> list[Utterance]:
+    manifest = read_manifest(write_rows(folder / "m.jsonl", list(rows)), Columns())
+    assert manifest.rejections == []
+    return list(manifest.utterances)
+
+
+def clips(folder: Path, *seconds: float) -> list[Utterance]:
+    for number, length in enumerate(seconds):
+        write_tone(folder / f"{number}.wav", length, seed=number)
+    return utterances(folder, *({"audio": f"{number}.wav"} for number in range(len(seconds))))
+
+
+@pytest.mark.parametrize("mels", [80, 128])
+def test_log_mels_are_what_transformers_makes_of_the_samples(tmp_path: Path, mels: int) -> None:
+    extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=WINDOW)
+    batch = SpeechDataset([clips(tmp_path, 0.5, 2.0, 1.3)], extractor, DataLimits())[0]
+    assert batch.input_features is not None
+    assert batch.input_features.shape == (3, mels, WINDOW * 100)
+    assert batch.input_features.dtype == torch.float32
+    assert batch.seconds == [0.5, 2.0, 1.3]
+    for number, features in enumerate(batch.input_features):
+        samples, _ = soundfile.read(tmp_path / f"{number}.wav", dtype="float32")
+        alone = extractor(samples, sampling_rate=16_000, return_tensors="np").input_features[0]
+        np.testing.assert_allclose(features.numpy(), alone, rtol=0, atol=1e-5)
+
+
+def test_an_utterances_log_mel_depends_on_no_other_utterance(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    everyone = clips(tmp_path, 0.5, 2.0, 1.3)
+    together = SpeechDataset([everyone], extractor, DataLimits())[0].input_features
+    alone = SpeechDataset([[one] for one in everyone], extractor, DataLimits())
+    assert together is not None
+    for number in range(3):
+        assert torch.equal(together[number : number + 1], alone[number].input_features)
+
+
+def test_parts_of_a_file_are_cut_out(tmp_path: Path, extractor: WhisperFeatureExtractor) -> None:
+    write_tone(tmp_path / "long.wav", 6.0)
+    row = {"audio": "long.wav", "start_seconds": 3.5, "duration_seconds": 1.5}
+    batch = SpeechDataset([utterances(tmp_path, row)], extractor, DataLimits())[0]
+    samples, _ = soundfile.read(tmp_path / "long.wav", dtype="float32")
+    assert batch.seconds == [1.5]
+    assert torch.equal(batch.input_features, log_mel([samples[56_000:80_000]], extractor))
+
+
+def test_what_cannot_be_used_is_rejected_and_the_others_are_not(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    lengths = {"short": 0.05, "a": 0.1, "b": 2.0, "long": 2.01, "c": 1.0}
+    for name, seconds in lengths.items():
+        write_tone(tmp_path / f"{name}.wav", seconds)
+    (tmp_path / "text.wav").write_text("no audio", encoding="utf-8")
+    names = ["short", "a", "text", "b", "long", "c", "gone"]
+    (tmp_path / "gone.wav").touch()
+    rows = utterances(tmp_path, *({"audio": f"{name}.wav", "n": name} for name in names))
+    (tmp_path / "gone.wav").unlink()
+    batch = SpeechDataset([rows], extractor, DataLimits())[0]
+    assert [one.row["n"] for one in batch.utterances] == ["a", "b", "c"]
+    assert batch.seconds == [0.1, 2.0, 1.0]
+    assert batch.input_features is not None
+    assert len(batch.input_features) == 3
+    reasons = {one.row["n"]: one.reason for one in batch.rejections}  # type: ignore[index]
+    assert list(reasons) == ["short", "text", "long", "gone"]
+    for name, why in zip(
+        reasons,
+        ["too short: 0.050 s", "cannot be decoded", "too long: 2.010", "no such"],
+        strict=True,
+    ):
+        assert reasons[name].startswith(f"{tmp_path / name}.wav: {why}")
+    assert [one.number for one in batch.rejections] == [0, 2, 4, 6]
+    assert [one.place for one in batch.rejections] == [
+        f"{tmp_path}/m.jsonl:{n}" for n in (1, 3, 5, 7)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("maximum", "used"), [(None, [0.5, 1.0, 2.0]), (1.0, [0.5, 1.0]), (30.0, [0.5, 1.0, 2.0])]
+)
+def test_no_limit_of_the_config_is_wider_than_the_models_window(
+    tmp_path: Path, extractor: WhisperFeatureExtractor, maximum: float | None, used: list[float]
+) -> None:
+    limits = DataLimits(max_duration_seconds=maximum)
+    batch = SpeechDataset([clips(tmp_path, 0.5, 1.0, 2.0, 2.5)], extractor, limits)[0]
+    assert batch.seconds == used
+    assert len(batch.rejections) == 4 - len(used)
+
+
+def test_a_batch_without_a_usable_utterance_has_no_features(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    batch = SpeechDataset([clips(tmp_path, 2.5, 3.0)], extractor, DataLimits())[0]
+    assert (batch.utterances, batch.input_features, batch.seconds) == ([], None, [])
+    assert len(batch.rejections) == 2
+
+
+@given(st.lists(st.integers(), max_size=30), st.integers(1, 8))
+def test_batches_are_the_items_in_order(items: list[int], size: int) -> None:
+    batches = list(in_batches(iter(items), size))
+    assert [item for batch in batches for item in batch] == items
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert all(0 < len(batch) <= size for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_neither_the_order_nor_a_bit(
+    tmp_path: Path, extractor: WhisperFeatureExtractor, workers: int
+) -> None:
+    rows = clips(tmp_path, 1.9, 0.2, 2.5, 1.0, 0.7)
+    dataset = SpeechDataset([[row] for row in rows], extractor, DataLimits())
+    own = list(load_ahead(dataset, 0))
+    theirs = list(load_ahead(dataset, workers))
+    assert [batch.utterances for batch in own] == [[] if row is rows[2] else [row] for row in rows]
+    for one, other in zip(own, theirs, strict=True):
+        assert one.utterances == other.utterances
+        assert one.rejections == other.rejections
+        assert (one.input_features is None) == (other.input_features is None)
+        if one.input_features is not None:
+            assert torch.equal(one.input_features, other.input_features)
+
+
+def test_ctrl_c_leaves_the_workers_alone(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    rows = clips(tmp_path, *[0.5] * 8)
+    before = set(multiprocessing.active_children())
+    batches = iter(load_ahead(SpeechDataset([[row] for row in rows], extractor, DataLimits()), 1))
+    found = [next(batches)]
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGINT)
+    found += batches
+    assert [batch.utterances for batch in found] == [[row] for row in rows]
+
+
+def test_a_worker_can_be_ended_although_the_script_handles_the_signal(
+    extractor: WhisperFeatureExtractor,
+) -> None:
+    become_worker = load_ahead(SpeechDataset([], extractor, DataLimits()), 1).worker_init_fn
+    assert become_worker is not None
+    ready, tell = multiprocessing.Pipe(duplex=False)
+
+    def work() -> None:
+        become_worker(0)
+        tell.send("ready")
+        time.sleep(60)
+
+    # Forked like a worker, with the script's handlers; torch watches over its workers' deaths.
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        worker.start()
+        assert ready.recv() == "ready"
+        worker.terminate()
+        worker.join(timeout=10)
+        assert worker.exitcode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        worker.kill()
+
+
+def test_a_batch_halved_and_joined_is_the_batch(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    batch = SpeechReader(extractor, DataLimits())(clips(tmp_path, 0.5, 2.5, 1.9, 0.2))
+    first, second = halved(batch)
+    assert [len(half.utterances) for half in (first, second)] == [1, 2]
+    again = joined([first, second])
+    assert again.utterances == batch.utterances
+    assert again.seconds == batch.seconds == [0.5, 1.9, 0.2]
+    assert again.rejections == batch.rejections != []
+    assert again.input_features is not None
+    assert batch.input_features is not None
+    assert torch.equal(again.input_features, batch.input_features)
+
+
+def test_the_longest_come_first_and_equals_stay_in_order(tmp_path: Path) -> None:
+    for name, seconds in {"a": 0.5, "b": 2.0, "c": 1.0}.items():
+        write_tone(tmp_path / f"{name}.wav", seconds)
+    (tmp_path / "broken.wav").write_text("no audio")
+    rows = utterances(
+        tmp_path,
+        {"audio": "a.wav"},
+        {"audio": "broken.wav"},
+        {"audio": "c.wav", "duration_seconds": 0.5},
+        {"audio": "b.wav", "start_seconds": 0.7},
+        {"audio": "c.wav"},
+        {"audio": "broken.wav", "duration_seconds": 1.1},  # what a row says needs no file
+        {"audio": "c.wav"},
+    )
+    by_length = [one.number for one, _ in longest_first(rows)]
+    assert by_length == [3, 5, 4, 6, 0, 2, 1]
+    for workers in (0, 2):
+        windows = list(windows_by_length([rows, rows[:2]], workers))
+        assert [[one.number for one, _ in window] for window in windows] == [by_length, [0, 1]]
+
+
+def die_at_three(item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item * item
+
+
+def test_what_is_computed_ahead_comes_in_order_and_survives_a_death() -> None:
+    assert list(ahead(die_at_three, [0, 1, 2], 0)) == [0, 1, 4]
+    assert list(ahead(die_at_three, [5, 4, 6], 2)) == [25, 16, 36]
+    assert list(ahead(die_at_three, [], 1)) == []
+    before = signal.getsignal(signal.SIGCHLD)
+    found = list(ahead(die_at_three, iter([1, 3, 2, 5]), 1, prefetch=1))
+    assert [one for one in found if not isinstance(one, Died)] == [1, 4, 25]
+    assert isinstance(found[1], Died)
+    assert found[1].item == 3
+    assert "exited unexpectedly" in found[1].reason
+    # Else the next death would interrupt the script wherever it is.
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+def fail(item: int) -> int:
+    raise RuntimeError(f"a bug at {item}")
+
+
+def test_an_error_in_a_worker_is_no_death() -> None:
+    with pytest.raises(RuntimeError, match="a bug at 7"):
+        list(ahead(fail, [7], 1))
+
+
+class DeadlyReader(SpeechReader):
+    """Dies at the file deadly.wav, as a library with a bug does at damaged audio."""
+
+    def __call__(self, utterances: Sequence[Utterance]) -> SpeechBatch:
+        if any(utterance.audio.name == "deadly.wav" for utterance in utterances):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(utterances)
+
+
+# The dead worker's half of a connection is torch's to close.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_that_kills_its_worker_is_rejected_and_no_other(
+    tmp_path: Path, extractor: WhisperFeatureExtractor, workers: int
+) -> None:
+    rows = clips(tmp_path, *[0.3 + 0.1 * number for number in range(12)])
+    write_tone(tmp_path / "deadly.wav", 1.0)
+    (deadly,) = utterances(tmp_path, {"audio": "deadly.wav"})
+    batches = [rows[:4], [*rows[4:6], deadly, *rows[6:8]], rows[8:]]
+    read = DeadlyReader(extractor, DataLimits())
+    found = list(speech_batches(iter(batches), read, workers))
+    assert [batch.utterances for batch in found] == [rows[:4], rows[4:8], rows[8:]]
+    for batch in found:
+        expected = SpeechReader(extractor, DataLimits())(batch.utterances)
+        assert batch.seconds == expected.seconds
+        assert batch.input_features is not None
+        assert expected.input_features is not None
+        assert torch.equal(batch.input_features, expected.input_features)
+    (rejection,) = [one for batch in found for one in batch.rejections]
+    assert rejection.place == deadly.place
+    assert "deadly.wav: a process that decodes it dies" in rejection.reason

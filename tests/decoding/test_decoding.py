@@ -1,0 +1,469 @@
+"""The batched decoder against transformers' own `generate` and against a full forward pass."""
+
+import copy
+import dataclasses
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_corpus, make_model_folder, read_rows
+from torch import Tensor
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.decoding.search import drawn
+from simpler_distil_whisper.decoding.transcriber import (
+    Hypothesis,
+    Segment,
+    Transcriber,
+    compression_ratio,
+)
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.whisper import Whisper, load_whisper
+
+UTTERANCES = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
+    """A model that says 96 to 224 tokens, different ones to each utterance."""
+    return multilingual(tmp_path_factory.mktemp("model"), seed=53)
+
+
+def multilingual(folder: Path, **layout: object) -> Whisper:
+    path = make_model_folder(folder, languages=["en", "zh", "ja"], talkative=True, **layout)
+    return load_whisper(read_model_folder(path, None, "model"))
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
+    path = make_model_folder(
+        tmp_path_factory.mktemp("model"), english_only=True, seed=4, talkative=True
+    )
+    return load_whisper(read_model_folder(path, None, "model"))
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory, whisper: Whisper) -> Tensor:
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = read_rows(make_corpus(folder, UTTERANCES))
+    waveforms = [load_audio(folder / row["audio"]) for row in rows]
+    return log_mel(waveforms, whisper.feature_extractor)
+
+
+def transcribe(
+    whisper: Whisper, features: Tensor, languages: list[str | None], **options: object
+) -> list[Hypothesis]:
+    return Transcriber(whisper, DecodingOptions(**options))(features, languages)
+
+
+def never_text(whisper: Whisper) -> list[int]:
+    """What greedy decoding must not choose: the model's own list, and special tokens but end."""
+    special = set(range(whisper.tokens.start, len(whisper.tokenizer)))
+    return sorted(special | set(whisper.model.generation_config.suppress_tokens))
+
+
+def generated_tokens(
+    whisper: Whisper,
+    features: Tensor,
+    languages: list[str | None],
+    max_new_tokens: int,
+    *,
+    beams: int = 1,
+    timestamps: bool = False,
+) -> list[list[int]]:
+    """The oracle: `generate`, one pass, with nothing but text and timestamps to choose from."""
+    settings = copy.deepcopy(whisper.model.generation_config)
+    times = set(whisper.tokens.timestamps) if timestamps else set()
+    settings.suppress_tokens = sorted(set(never_text(whisper)) - times)
+    spoken = {"language": [f"<|{code}|>" for code in languages], "task": "transcribe"}
+    ids = whisper.model.generate(
+        features,
+        generation_config=settings,
+        max_new_tokens=max_new_tokens,
+        force_unique_generate_call=True,
+        do_sample=False,
+        num_beams=beams,
+        return_timestamps=timestamps,
+        **(spoken if whisper.tokens.languages else {}),
+    )
+    end, times = whisper.tokens.end, whisper.tokens.timestamps
+    return [[id for id in row if id < end or id in times] for row in ids.tolist()]
+
+
+def generated_texts(
+    whisper: Whisper, features: Tensor, languages: list[str | None], max_new_tokens: int
+) -> list[str]:
+    tokens = generated_tokens(whisper, features, languages, max_new_tokens)
+    return whisper.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("limit", [1, 30, 224])
+def test_same_text_as_generate(whisper: Whisper, features: Tensor, limit: int) -> None:
+    languages = ["zh", "en", "ja", "zh", "en", "ja", "zh", "en"]
+    ours = transcribe(whisper, features, languages, max_new_tokens=limit)
+    assert [h.text for h in ours] == generated_texts(whisper, features, languages, limit)
+    if limit == 224:
+        lengths = [h.tokens for h in ours]
+        assert min(lengths) < 110 < max(lengths), "neither all short nor all at the limit"
+        assert len({h.text for h in ours}) > UTTERANCES / 2
+
+
+def test_same_text_as_generate_for_an_english_only_model(
+    english: Whisper, features: Tensor
+) -> None:
+    ours = transcribe(english, features, [None] * UTTERANCES, max_new_tokens=60)
+    theirs = generated_texts(english, features, [None] * UTTERANCES, 60)
+    assert [h.text for h in ours] == theirs
+    assert {h.language for h in ours} == {"en"}
+    assert len(set(theirs)) > 1
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+@pytest.mark.parametrize("beams", [1, 2, 5])
+def test_same_tokens_as_generate_with_beams_and_timestamps(
+    whisper: Whisper, features: Tensor, beams: int, timestamps: bool
+) -> None:
+    languages = ["zh", "en", "ja", "zh", "en", "ja", "zh", "en"]
+    expected = generated_tokens(
+        whisper, features, languages, 100, beams=beams, timestamps=timestamps
+    )
+    heard = transcribe(
+        whisper, features, languages, max_new_tokens=100, num_beams=beams, timestamps=timestamps
+    )
+    assert [list(h.token_ids) for h in heard] == expected
+    assert len({h.token_ids for h in heard}) > 4
+    said = {id in whisper.tokens.timestamps for h in heard for id in h.token_ids}
+    assert said == ({True, False} if timestamps else {False})
+
+
+def test_a_prompt_is_what_was_said_before(whisper: Whisper, features: Tensor) -> None:
+    settings = copy.deepcopy(whisper.model.generation_config)
+    settings.suppress_tokens = never_text(whisper)
+    ids = whisper.model.generate(
+        features,
+        generation_config=settings,
+        prompt_ids=whisper.tokenizer.get_prompt_ids("Taipei, tea", return_tensors="pt"),
+        language="zh",
+        task="transcribe",
+        max_new_tokens=60,
+        force_unique_generate_call=True,
+        do_sample=False,
+    )
+    expected = [row[row.index(whisper.tokens.start) :] for row in ids.tolist()]
+    expected = [[id for id in row if id < whisper.tokens.end] for row in expected]
+    languages = ["zh"] * UTTERANCES
+    heard = transcribe(whisper, features, languages, max_new_tokens=60, prompt="Taipei, tea ")
+    assert [list(h.token_ids) for h in heard] == expected
+    without = transcribe(whisper, features, languages, max_new_tokens=60)
+    assert [h.text for h in heard] != [h.text for h in without]
+
+
+def test_each_row_has_its_own_past(whisper: Whisper, features: Tensor) -> None:
+    """Prompts of different lengths in one batch, one of them longer than the model remembers."""
+    transcriber = Transcriber(whisper, DecodingOptions(language="zh"))
+    states = transcriber.encode(features[:4])
+    pasts = [[], [65], list(range(40, 90)), [66, 67] * 200]
+    together = transcriber.from_encoder_states(states, [None] * 4, previous=pasts)
+    for row, past in enumerate(pasts):
+        one = states[row : row + 1]
+        alone = transcriber.from_encoder_states(one, [None], previous=[past])[0]
+        assert together[row].token_ids == alone.token_ids
+        assert together[row].average_log_probability == pytest.approx(
+            alone.average_log_probability, abs=1e-5
+        )
+        assert together[row].no_speech_probability == pytest.approx(
+            alone.no_speech_probability, rel=1e-4
+        )
+    cut = transcriber.from_encoder_states(states[3:], [None], previous=[[66, 67] * 111 + [66]])
+    assert cut[0].token_ids != together[3].token_ids
+    kept = transcriber.from_encoder_states(states[3:], [None], previous=[([66, 67] * 112)[1:]])
+    assert kept[0].token_ids == together[3].token_ids
+
+
+def test_a_prompt_must_be_text(whisper: Whisper) -> None:
+    with pytest.raises(ConfigError, match=r"decoding.prompt: <\|endoftext\|>"):
+        Transcriber(whisper, DecodingOptions(prompt="a<|endoftext|>b"))
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0, -torch.inf]])
+    randoms = torch.linspace(0, 1, 100_001)[:-1]
+    tokens = drawn(logits.expand(len(randoms), -1), randoms)
+    shares = tokens.bincount(minlength=5) / len(randoms)
+    assert shares == pytest.approx(logits.softmax(-1)[0], abs=2e-5)
+    assert drawn(logits, torch.tensor([0.0])).tolist() == [0], "not what is impossible"
+    assert drawn(logits, torch.tensor([1.0])).tolist() == [3]
+
+
+def test_an_utterances_luck_is_its_own(whisper: Whisper, features: Tensor) -> None:
+    options = DecodingOptions(temperatures=[1.0], max_new_tokens=30)
+    languages, keys = ["zh"] * UTTERANCES, list(range(UTTERANCES))
+    together = Transcriber(whisper, options, seed=5)(features, languages, keys)
+    backwards = Transcriber(whisper, options, seed=5)(features.flip(0), languages, keys[::-1])
+    assert [h.text for h in backwards[::-1]] == [h.text for h in together]
+    other_seed = Transcriber(whisper, options, seed=6)(features, languages, keys)
+    assert all(a.text != b.text for a, b in zip(together, other_seed, strict=True))
+    same_audio = Transcriber(whisper, options, seed=5)(features[[0] * 8], languages, keys)
+    assert len({h.text for h in same_audio}) == UTTERANCES
+    assert {h.temperature for h in together} == {1.0}
+
+
+def test_only_what_fails_is_drawn_again(whisper: Whisper, features: Tensor) -> None:
+    languages, keys = ["zh"] * UTTERANCES, list(range(UTTERANCES))
+    greedy = transcribe(whisper, features, languages, max_new_tokens=40)
+    threshold = sorted(h.average_log_probability for h in greedy)[UTTERANCES // 2]
+    options = {
+        "temperatures": [0.0, 0.5, 1.0],
+        "log_probability_threshold": threshold,
+        "compression_ratio_threshold": None,
+        "no_speech_threshold": None,
+        "max_new_tokens": 40,
+    }
+    heard = Transcriber(whisper, DecodingOptions(**options))(features, languages, keys)
+    for before, after in zip(greedy, heard, strict=True):
+        if before.average_log_probability >= threshold:
+            assert after == before
+        else:
+            assert after.temperature > 0 and after.text != before.text
+    assert {h.temperature for h in heard} >= {0.0, 1.0}
+    # What is probably silence is left as it is.
+    options["no_speech_threshold"] = 0.0
+    assert Transcriber(whisper, DecodingOptions(**options))(features, languages, keys) == greedy
+
+
+def test_loops_are_drawn_again(whisper: Whisper, features: Tensor) -> None:
+    languages = ["zh"] * UTTERANCES
+    ratios = [h.compression_ratio for h in transcribe(whisper, features, languages)]
+    limit = sorted(set(ratios))[-2]
+    heard = transcribe(
+        whisper,
+        features,
+        languages,
+        temperatures=[0.0, 0.9],
+        compression_ratio_threshold=limit,
+        log_probability_threshold=None,
+    )
+    again = [h.temperature > 0 for h in heard]
+    assert again == [ratio > limit for ratio in ratios]
+    assert any(again) and not all(again)
+
+
+def test_sentences_stand_between_their_timestamps(whisper: Whisper, features: Tensor) -> None:
+    transcriber = Transcriber(whisper, DecodingOptions())
+    time = whisper.tokens.timestamps.start
+    a, b = (whisper.tokenizer(c, add_special_tokens=False).input_ids[0] for c in "ab")
+    said = [time, a, a, time + 25, time + 30, b, time + 61, time + 70, a]
+    assert transcriber.segments_of(said) == [
+        Segment(0.0, 0.5, "aa"),
+        Segment(0.6, 1.22, "b"),
+        Segment(1.4, None, "a"),
+    ]
+    assert transcriber.segments_of([time, a, time + 5, time + 5]) == [Segment(0.0, 0.1, "a")]
+    assert transcriber.segments_of([a, b]) == []
+    for hypothesis in transcribe(whisper, features, ["zh"] * UTTERANCES, timestamps=True):
+        assert "".join(segment.text for segment in hypothesis.segments) == hypothesis.text
+        times = [s.start_seconds for s in hypothesis.segments]
+        assert times == sorted(times) and max(times) <= 2.0
+
+
+def test_the_languages_of_the_rows_decide(whisper: Whisper, features: Tensor) -> None:
+    codes = ["zh", "en", "ja"]
+    mixed = transcribe(whisper, features[[0, 0, 0]], codes, language="en", max_new_tokens=30)
+    alone = [transcribe(whisper, features[:1], [code], max_new_tokens=30)[0].text for code in codes]
+    assert [h.text for h in mixed] == alone
+    assert [h.language for h in mixed] == codes
+    assert len(set(alone)) == 3, "the model must care for the language"
+
+
+def test_the_option_is_for_rows_that_name_no_language(whisper: Whisper, features: Tensor) -> None:
+    heard = transcribe(whisper, features[:2], [None, "zh"], language="ja", max_new_tokens=5)
+    assert [h.language for h in heard] == ["ja", "zh"]
+
+
+def test_detects_the_same_languages_as_generate(tmp_path: Path, features: Tensor) -> None:
+    whisper = multilingual(tmp_path, seed=37)
+    # Louder or softer features make the random model hear different languages.
+    features = torch.cat([features, -features, 4 * features, features.flip(-1)])
+    ids = whisper.model.detect_language(features)
+    names = {id: code for code, id in whisper.tokens.languages.items()}
+    theirs = [names[id] for id in ids.flatten().tolist()]
+    ours = transcribe(whisper, features, [None] * len(features), max_new_tokens=20)
+    assert [h.language for h in ours] == theirs
+    assert len(set(theirs)) > 1
+    told = transcribe(whisper, features, theirs, max_new_tokens=20)
+    assert [h.text for h in ours] == [h.text for h in told]
+
+
+def test_neither_batch_size_nor_order_nor_neighbours_matter(
+    whisper: Whisper, features: Tensor
+) -> None:
+    languages = ["zh", "en"] * (UTTERANCES // 2)
+    together = transcribe(whisper, features, languages)
+    alone = [
+        transcribe(whisper, features[row : row + 1], [languages[row]])[0]
+        for row in range(UTTERANCES)
+    ]
+    backwards = transcribe(whisper, features.flip(0), languages[::-1])[::-1]
+    silence = torch.full_like(features[:1], features.min())
+    padded = transcribe(whisper, torch.cat([silence, features]), ["ja", *languages])[1:]
+    for other in (alone, backwards, padded):
+        assert [h.text for h in other] == [h.text for h in together]
+        for mine, its in zip(together, other, strict=True):
+            assert mine.complete == its.complete
+            assert mine.average_log_probability == pytest.approx(
+                its.average_log_probability, abs=1e-5
+            )
+            assert mine.no_speech_probability == pytest.approx(its.no_speech_probability, rel=1e-4)
+
+
+def test_probabilities_are_those_of_a_full_forward_pass(whisper: Whisper, features: Tensor) -> None:
+    """No cache, no batch: prompt and text at once, then the sum over what greedy could choose."""
+    heard = transcribe(whisper, features, ["zh"] * UTTERANCES)
+    assert {h.complete for h in heard} == {True, False}
+    prompt = whisper.tokens.prompt("zh", "transcribe")
+    for row, hypothesis in enumerate(heard):
+        text = whisper.tokenizer(hypothesis.text, add_special_tokens=False).input_ids
+        assert len(text) == hypothesis.tokens
+        said = [*text, whisper.tokens.end] if hypothesis.complete else text
+        with torch.no_grad():
+            logits = whisper.model(
+                features[row : row + 1], decoder_input_ids=torch.tensor([[*prompt, *said[:-1]]])
+            ).logits[0]
+        allowed = logits[len(prompt) - 1 :].double()
+        allowed[:, never_text(whisper)] = -torch.inf
+        allowed[0, whisper.model.generation_config.begin_suppress_tokens] = -torch.inf
+        log_probabilities = allowed.log_softmax(-1)
+        assert allowed.argmax(-1).tolist() == said
+        of_said = log_probabilities[range(len(said)), said]
+        assert hypothesis.average_log_probability == pytest.approx(float(of_said.mean()), abs=1e-5)
+        silence = logits[0].double().softmax(-1)[whisper.tokens.no_speech]
+        assert hypothesis.no_speech_probability == pytest.approx(float(silence), rel=1e-4)
+
+
+def test_the_limit_is_kept_and_what_it_cut_is_not_complete(
+    whisper: Whisper, features: Tensor
+) -> None:
+    languages = ["zh"] * UTTERANCES
+    whole = transcribe(whisper, features, languages)
+    cut = transcribe(whisper, features, languages, max_new_tokens=100)
+    for long, short in zip(whole, cut, strict=True):
+        assert short.tokens == min(long.tokens, 100)
+        assert long.text.startswith(short.text)
+        assert short.complete == (long.tokens < 100)
+    assert {h.complete for h in cut} == {True, False}
+
+
+def test_the_end_token_at_the_limit_makes_a_text_complete(
+    whisper: Whisper, features: Tensor
+) -> None:
+    whole = transcribe(whisper, features, ["zh"] * UTTERANCES)
+    row, ended = next((row, h) for row, h in enumerate(whole) if h.complete)
+    for limit, complete in ((ended.tokens, False), (ended.tokens + 1, True)):
+        again = transcribe(whisper, features[row : row + 1], ["zh"], max_new_tokens=limit)[0]
+        assert (again.text, again.complete) == (ended.text, complete)
+
+
+def test_default_limit_is_half_of_the_positions(whisper: Whisper, features: Tensor) -> None:
+    lengths = [h.tokens for h in transcribe(whisper, features, ["zh"] * UTTERANCES)]
+    assert max(lengths) == 224
+
+
+def test_a_limit_beyond_the_positions_is_no_crash(tmp_path: Path, features: Tensor) -> None:
+    whisper = multilingual(tmp_path, seed=53, max_target_positions=40)
+    heard = transcribe(whisper, features, ["zh"] * UTTERANCES, max_new_tokens=1000)
+    assert max(h.tokens for h in heard) == 36
+
+
+def test_suppressed_tokens_are_never_said(whisper: Whisper, features: Tensor) -> None:
+    """Forbid what the model likes best: it must say something else, still without specials."""
+    free = transcribe(whisper, features, ["zh"] * UTTERANCES, max_new_tokens=40)
+    first = {h.text[0] for h in free}
+    favourites = set("".join(h.text[1:] for h in free)) - first
+
+    def ids(characters: set[str]) -> list[int]:
+        return [whisper.tokenizer(c, add_special_tokens=False).input_ids[0] for c in characters]
+
+    model = copy.deepcopy(whisper.model)
+    model.generation_config.suppress_tokens += ids(favourites)
+    model.generation_config.begin_suppress_tokens += ids(first)
+    restrained = dataclasses.replace(whisper, model=model)
+    heard = transcribe(restrained, features, ["zh"] * UTTERANCES, max_new_tokens=40)
+    said = set("".join(h.text for h in heard))
+    assert not said & favourites
+    assert not first & {h.text[0] for h in heard}
+    assert said & first, "those are forbidden at the beginning alone"
+    assert not any("<|" in h.text for h in heard)
+
+
+def test_warm_up_changes_nothing(whisper: Whisper, features: Tensor) -> None:
+    transcriber = Transcriber(whisper, DecodingOptions(max_new_tokens=10, batch_size=2))
+    before = transcriber(features[:2], ["zh", "en"])
+    transcriber.warm_up()
+    assert transcriber(features[:2], ["zh", "en"]) == before
+
+
+def test_languages_and_tasks_without_a_token_are_refused(
+    whisper: Whisper, english: Whisper, features: Tensor
+) -> None:
+    with pytest.raises(ConfigError, match='transcribe "fr"'):
+        transcribe(whisper, features[:1], ["fr"])
+    with pytest.raises(ConfigError, match="English-only"):
+        transcribe(english, features[:1], ["zh"])
+    with pytest.raises(ConfigError, match="English-only"):
+        transcribe(english, features[:1], [None], task="translate")
+
+
+def test_translating_is_another_prompt(whisper: Whisper, features: Tensor) -> None:
+    ids = whisper.tokenizer.convert_tokens_to_ids
+    names = ["<|startoftranscript|>", "<|zh|>", "<|translate|>", "<|notimestamps|>"]
+    assert whisper.tokens.prompt("zh", "translate") == ids(names)
+    texts = [
+        transcribe(whisper, features[:1], ["zh"], task=task, max_new_tokens=30)[0].text
+        for task in ("transcribe", "translate")
+    ]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperatures": []}, "at least 1 item"),
+        ({"temperatures": [0.2, 0.0]}, "do not rise"),
+        ({"temperatures": [0.0, 0.0]}, "do not rise"),
+        ({"temperatures": [0.5], "num_beams": 3}, "num_beams is of no use"),
+        ({"batch_size": 0}, "greater than 0"),
+        ({"long_form": "cut"}, "'reject', 'sequential' or 'chunked'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DecodingOptions(**options)
+
+
+def test_compression_ratio_by_hand() -> None:
+    assert compression_ratio("") == 0.0
+    loop = "你好" * 50  # 300 bytes of UTF-8
+    assert compression_ratio(loop) == 300 / len(zlib.compress(loop.encode()))
+    assert compression_ratio(loop) > 10 > 2.4 > 1 > compression_ratio("q8Zr")
+
+
+def test_evidence_is_rounded_and_plain(whisper: Whisper, features: Tensor) -> None:
+    hypothesis = transcribe(whisper, features[:1], ["zh"], max_new_tokens=3)[0]
+    evidence = hypothesis.evidence()
+    assert evidence == {
+        "average_log_probability": round(hypothesis.average_log_probability, 4),
+        "no_speech_probability": round(hypothesis.no_speech_probability, 4),
+        "compression_ratio": round(hypothesis.compression_ratio, 3),
+        "temperature": 0.0,
+        "complete": False,
+    }
+    assert hypothesis.average_log_probability < 0 < hypothesis.no_speech_probability < 1

@@ -1,0 +1,312 @@
+"""Fixed batches of similar length for any number of processes; memory and rows that fail."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, RunScript
+from tiny import make_corpus, make_model_folder, read_rows, write_rows, write_tone
+
+from simpler_distil_whisper.data.manifest import (
+    Columns,
+    DataLimits,
+    Manifest,
+    Rejection,
+    Utterance,
+    read_manifest,
+)
+from simpler_distil_whisper.decoding import transcription
+from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
+from simpler_distil_whisper.decoding.transcription import decode_halving, own_batches
+from simpler_distil_whisper.model.teacher_cache import StoredStates
+
+SIZE = 3
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """50 rows that say how long they are, two of them unusable; windows of four batches."""
+    monkeypatch.setattr(transcription, "BATCHES_IN_A_WINDOW", 4)
+    (tmp_path / "x.wav").touch()
+    rows: list[object] = [
+        {"audio": "x.wav", "duration_seconds": 0.1 + 7 * number % 13} for number in range(50)
+    ]
+    rows[5] = rows[30] = "{"
+    return read_manifest(write_rows(tmp_path / "m.jsonl", rows), Columns())
+
+
+@pytest.fixture
+def shares(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[int]]]:
+    """The numbers of the rows in each batch of one process."""
+
+    def share(rank: int, processes: int, done: np.ndarray) -> list[list[int]]:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        batches = own_batches(manifest.utterances, SIZE, done, DataLimits(num_workers=0))
+        return [[one.number for one in batch] for batch in batches]
+
+    return share
+
+
+def test_batches_hold_rows_of_similar_length_the_longest_first(
+    manifest: Manifest, shares: Callable[..., list[list[int]]]
+) -> None:
+    batches = shares(0, 1, np.zeros(50, dtype=bool))
+    assert sorted(number for batch in batches for number in batch) == sorted(
+        one.number for one in manifest.utterances
+    )
+    assert {len(batch) for batch in batches} == {SIZE}  # 48 rows
+    seconds = {one.number: one.duration_seconds or 0.0 for one in manifest.utterances}
+    window = 4 * SIZE
+    usable = [one.number for one in manifest.utterances]
+    for start in range(0, len(usable), window):
+        here = batches[start // SIZE : start // SIZE + 4]
+        order = [number for batch in here for number in batch]
+        expected = sorted(usable[start : start + window], key=lambda n: (-seconds[n], n))
+        assert order == expected
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7, 40])
+def test_any_number_of_processes_forms_the_same_batches(
+    shares: Callable[..., list[list[int]]], processes: int
+) -> None:
+    nothing = np.zeros(50, dtype=bool)
+    alone = shares(0, 1, nothing)
+    together = [shares(rank, processes, nothing) for rank in range(processes)]
+    for rank, share in enumerate(together):
+        assert share == alone[rank::processes]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_is_done_the_other_batches_stay_as_they_are(
+    shares: Callable[..., list[list[int]]], seed: int
+) -> None:
+    """A batch of which a kill has torn a part away is computed again with all its rows."""
+    chance = np.random.default_rng(seed)
+    alone = shares(0, 1, np.zeros(50, dtype=bool))
+    done = np.zeros(50, dtype=bool)
+    for batch in alone:
+        done[batch] = chance.random() < 0.7
+    done[chance.integers(50, size=3)] = False
+    left = [batch for batch in alone if not done[batch].all()]
+    again = [batch for rank in range(3) for batch in shares(rank, 3, done)]
+    assert sorted(again) == sorted(left)
+
+
+def test_no_header_is_read_before_its_time(
+    manifest: Manifest, tmp_path: Path, shares: Callable[..., list[list[int]]]
+) -> None:
+    """Rows that say nothing of their length: those of a window that is done are not even opened."""
+    rows = [{"audio": "x.wav"} for _ in range(24)]
+    unsaid = read_manifest(write_rows(tmp_path / "unsaid.jsonl", rows), Columns()).utterances
+    opened = []
+    hook = lambda event, arguments: event == "open" and opened.append(str(arguments[0]))  # noqa: E731
+    sys.addaudithook(hook)
+    done = np.repeat([True, False], 12)
+    first = next(own_batches(unsaid, SIZE, done, DataLimits(num_workers=0)))
+    assert [one.number for one in first] == [12, 13, 14]
+
+
+def batch_of(count: int) -> SpeechBatch:
+    rows = [
+        Utterance(n, f"m:{n}", "{}", str(n), Path("x"), 0.0, None, None, None) for n in range(count)
+    ]
+    features = torch.arange(count, dtype=torch.float32)[:, None, None].expand(count, 2, 3)
+    return SpeechBatch(rows, features, [1.0] * count, [Rejection(99, "m:99", "broken", {})])
+
+
+def decoder_with_room_for(rows: int, too_large: float = -1) -> Callable[[SpeechBatch], list[float]]:
+    """A decoder that asks torch for more memory than there is for larger batches, or one row."""
+
+    def decode(batch: SpeechBatch) -> list[float]:
+        assert batch.input_features is not None
+        values = batch.input_features[:, 0, 0].tolist()
+        if len(values) > rows or too_large in values:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return values
+
+    return decode
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 8, 9])
+def test_a_batch_too_large_for_the_memory_is_decoded_in_parts(room: int) -> None:
+    batch, found = decode_halving(decoder_with_room_for(room), batch_of(9))  # type: ignore[arg-type]
+    assert found == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert [one.number for one in batch.utterances] == found
+    assert batch.seconds == [1.0] * 9
+    assert [one.reason for one in batch.rejections] == ["broken"]
+
+
+def test_a_row_too_large_for_the_memory_is_rejected_and_no_other() -> None:
+    batch, found = decode_halving(decoder_with_room_for(4, 5.0), batch_of(9))  # type: ignore[arg-type]
+    assert found == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert [one.number for one in batch.utterances] == found
+    assert [one.number for one in batch.rejections] == [99, 5]
+    assert batch.rejections[1].reason.startswith("out of memory even in a batch of its own: ")
+    assert batch.input_features is not None
+    assert batch.input_features[:, 0, 0].tolist() == found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError("Unable to allocate 9 TiB"),
+    ],
+)
+def test_what_runs_out_of_memory_says_so_in_many_words(error: Exception) -> None:
+    def decode(batch: SpeechBatch) -> list[int]:
+        if len(batch.utterances) > 1:
+            raise error
+        return [batch.utterances[0].number]
+
+    assert decode_halving(decode, batch_of(3))[1] == [0, 1, 2]  # type: ignore[arg-type]
+
+
+def test_another_error_is_no_lack_of_memory() -> None:
+    def decode(batch: SpeechBatch) -> list[int]:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        decode_halving(decode, batch_of(2))  # type: ignore[arg-type]
+
+
+def test_each_half_keeps_what_the_cache_has_of_it() -> None:
+    """Five windows, of which the cache lacks the second and the fifth, and two recordings."""
+    utterances = batch_of(7).utterances
+    batch = SpeechBatch(
+        utterances,
+        torch.tensor([1.0, 4.0])[:, None, None],
+        [float(number) for number in range(7)],
+        [],
+        [torch.tensor(5.0), torch.tensor(6.0)],
+        StoredStates(torch.tensor([0.0, 2.0, 3.0]), {1: "b", 4: None}),
+    )
+    windows, recordings = halved(batch)
+    first, second = halved(windows)
+    assert [len(part.utterances) for part in (windows, recordings, first, second)] == [5, 2, 2, 3]
+    assert [each.item() for each in recordings.recordings] == [5.0, 6.0]
+    for part, found, features, missing in (
+        (first, [0.0], [1.0], {1: "b"}),
+        (second, [2.0, 3.0], [4.0], {2: None}),
+    ):
+        assert part.stored is not None and part.input_features is not None
+        assert part.stored.found.tolist() == found
+        assert part.input_features.flatten().tolist() == features
+        assert part.stored.missing == missing
+        assert not part.recordings
+    assert second.seconds == [2.0, 3.0, 4.0]
+
+
+def test_a_lack_of_memory_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transcription.log, "handlers", [caplog.handler])
+    monkeypatch.setattr(transcription.log, "propagate", False)
+    transcription._say_once_that_memory_ran_out.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            decode_halving(decoder_with_room_for(4), batch_of(7))  # type: ignore[arg-type]
+    assert caplog.text.count("A batch of 7 did not fit into the memory") == 1
+
+
+def labelling_config(folder: Path, rows: list[object], **data: object) -> Path:
+    write_rows(folder / "train.jsonl", rows)
+    config = {
+        "output_dir": "out",
+        "teacher": {"path": "teacher"},
+        "data": {"manifest": "train.jsonl", **data},
+        "decoding": {"batch_size": 2, "max_new_tokens": 5},
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def label(folder: Path, config: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [
+            *(sys.executable, *(launcher if processes > 1 else [])),
+            *(str(REPOSITORY / "run_pseudo_labelling.py"), str(config)),
+        ],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_hopeless_run_stops_early(tmp_path: Path, processes: int) -> None:
+    """Counted over all processes: the bad rows lie so that neither alone has met too many."""
+    make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
+    rows = read_rows(make_corpus(tmp_path, 40))
+    for row in rows[10:20]:
+        (tmp_path / row["audio"]).write_bytes(b"no audio")
+        row["duration_seconds"] = 9.0  # so that they come first
+    config = labelling_config(tmp_path, rows, max_bad_fraction=0.2)
+    done = label(tmp_path, config, processes)
+    assert done.returncode == (3 if processes == 1 else 1)  # torchrun's own
+    assert "of 40 rows are unusable, data.max_bad_fraction is 0.2" in done.stderr
+    assert "cannot be decoded" in done.stderr
+    answered = list((tmp_path / "out/parts").glob("*.answers"))
+    # One process may have done its half of the good rows before the other meets its first bad one.
+    assert sum(path.read_bytes().count(b"\n") - 1 for path in answered) < 20
+    # A second start does not go on to the next bad row.
+    again = label(tmp_path, config, 1)
+    assert again.returncode == 3
+    assert "rows are unusable" in again.stderr
+    # The key may be changed for the rest.
+    config = labelling_config(tmp_path, rows, max_bad_fraction=0.3)
+    assert label(tmp_path, config, processes).returncode == 0
+    assert len(read_rows(tmp_path / "out/pseudo_labels.jsonl")) == 30
+    assert len(read_rows(tmp_path / "out/rejected.jsonl")) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sequential", "chunked"])
+def test_short_and_long_rows_in_one_manifest(
+    form: str, tmp_path: Path, run_script: RunScript
+) -> None:
+    """The window is 2 s; row 2 is three windows long, row 4 is a part of it, row 6 is broken."""
+    make_model_folder(tmp_path / "model", languages=["en", "zh"], talkative=True, seed=53)
+    rows = read_rows(make_corpus(tmp_path, 8))
+    write_tone(tmp_path / rows[2]["audio"], 5.5, seed=2)
+    rows[4] |= {"audio": rows[2]["audio"], "start_seconds": 1.0, "duration_seconds": 1.5}
+    (tmp_path / rows[6]["audio"]).write_bytes(b"no audio")
+    config = {
+        "output_dir": "out",
+        "model": {"path": "model", "dtype": "float32"},
+        "data": {"manifest": "m.jsonl", "max_bad_fraction": 0.5},
+        "decoding": {"batch_size": 3, "max_new_tokens": 30, "long_form": form},
+    }
+    write_rows(tmp_path / "m.jsonl", rows)
+    assert run_script("offline_inference", config).returncode == 0
+    heard = {row["id"]: row for row in read_rows(tmp_path / "out/hypotheses.jsonl")}
+    assert list(heard) == ["u0", "u1", "u2", "u3", "u4", "u5", "u7"]
+    for row in heard.values():
+        assert row["segments"] and row["hypothesis"]
+        assert all(s["start_seconds"] <= s["end_seconds"] for s in row["segments"])
+    assert heard["u2"]["segments"][-1]["end_seconds"] > 4
+    assert heard["u4"]["segments"] == [
+        {"start_seconds": 0.0, "end_seconds": 1.5, "text": heard["u4"]["hypothesis"]}
+    ]
+    # Without the long one and with it, the others' texts are the same.
+    write_rows(tmp_path / "m.jsonl", [row for row in rows if row["id"] != "u2"])
+    again = run_script("offline_inference", config | {"output_dir": "short"})
+    assert again.returncode == 0
+    for row in read_rows(tmp_path / "short/hypotheses.jsonl"):
+        assert row["hypothesis"] == heard[row["id"]]["hypothesis"]

@@ -1,0 +1,461 @@
+"""Models in the layouts of other programs, and what these programs hear with them."""
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+from tiny import make_corpus, make_model_folder, read_rows, save_processor, write_rows, write_tone
+from tokenizers import AddedToken
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from simpler_distil_whisper.config import key_paths, load_config
+from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.export import __main__ as export
+from simpler_distil_whisper.export import formats, targets
+from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.model.whisper import Whisper, load_whisper
+from simpler_distil_whisper.run import run_script
+from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
+
+DEMO = REPOSITORY / "demo_data"
+CLIPS = 6
+RunExport = Callable[..., int]
+
+
+def openai_tokenizer(*, english_only: bool = False) -> WhisperTokenizer:
+    """OpenAI's own vocabulary, as the package openai-whisper brings it along."""
+    whisper = pytest.importorskip("whisper")
+    name = "gpt2" if english_only else "multilingual"
+    lines = (Path(whisper.__file__).parent / "assets" / f"{name}.tiktoken").read_text().split("\n")
+    characters = bytes_to_unicode()
+    vocabulary = {
+        "".join(characters[byte] for byte in base64.b64decode(token)): int(rank)
+        for token, rank in (line.split() for line in lines if line)
+    }
+    if english_only:  # its last entry is a special token
+        vocabulary.pop("<|endoftext|>", None)
+    end = AddedToken("<|endoftext|>", special=True, normalized=False)
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], pad_token=end)
+    codes = list(WHISPER_LANGUAGES)[:99]
+    names = ["startoftranscript", *codes, "translate", "transcribe", "startoflm", "startofprev"]
+    names += ["nospeech", "notimestamps"]
+    special = [AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    times = [AddedToken(f"<|{step * 0.02:.2f}|>", special=False) for step in range(1501)]
+    tokenizer.add_tokens(times)
+    return tokenizer
+
+
+def make_openai_whisper(
+    folder: Path, tokenizer: WhisperTokenizer, *, mels: int = 80, english_only: bool = False
+) -> Path:
+    """A random Whisper of OpenAI's vocabulary and window, that says different things in ASCII."""
+    ids = tokenizer.get_vocab()
+    end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
+    torch.manual_seed(3)
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=len(tokenizer),
+            num_mel_bins=mels,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            pad_token_id=end,
+            bos_token_id=end,
+            eos_token_id=end,
+            decoder_start_token_id=start,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    )
+    words = [id for id in range(1000, 1200) if tokenizer.decode([id]).isascii()][:60]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "encoder.embed_positions" not in name:
+                parameter.mul_(4)
+        model.model.encoder.conv2.weight.mul_(4)
+        words_only = torch.zeros(len(tokenizer), 1)
+        words_only[words] = 1
+        model.model.decoder.embed_tokens.weight[:end].mul_(words_only[:end])
+        # So that it ends: at initialisation this row is zero, for it also pads.
+        direction = model.model.decoder.embed_tokens.weight[end].normal_(0, 0.3)
+        positions = model.model.decoder.embed_positions.weight.mul_(10)
+        positions[40:] += 20 * direction
+        for layer in model.model.decoder.layers:
+            layer.encoder_attn.q_proj.weight.mul_(3)
+            layer.encoder_attn.out_proj.weight.mul_(10)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=start,
+        is_multilingual=not english_only,
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        suppress_tokens=words[:2],
+        begin_suppress_tokens=[220, end],
+        alignment_heads=[[1, 0]],
+    )
+    model.save_pretrained(folder)
+    save_processor(folder, tokenizer, mels, 30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def openai_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_openai_whisper(tmp_path_factory.mktemp("openai"), openai_tokenizer())
+
+
+def long_clips(folder: Path) -> Path:
+    """Clips that fill most of a window of 30 s, so that a random model hears them."""
+    rows = []
+    for seed in range(3):
+        write_tone(folder / f"{seed}.wav", 28 + seed / 2, seed=seed)
+        rows.append({"audio": f"{seed}.wav", "text": "words", "language": "en"})
+    return write_rows(folder / "long.jsonl", rows)
+
+
+@pytest.fixture
+def run_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> RunExport:
+    """Run the command in this process on a model and a manifest, with changes to the config."""
+
+    def run(model: Path, manifest: Path, *variants: str, flags: tuple[str, ...] = (), **keys: Any):
+        config = json.loads((REPOSITORY / "export.json").read_text())
+        config["output_dir"] = str(tmp_path / "out")
+        config["model"]["path"] = str(model)
+        names = [variant.partition("-") for variant in variants]
+        config["variants"] = [{"format": f, "quantization": q} for f, _, q in names]
+        config["verification"] |= {"manifest": str(manifest), **keys}
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        monkeypatch.setattr(sys, "argv", ["export", str(path), *flags])
+        return run_script("export", export.__doc__, export.Config, export.prepare, export.work)
+
+    return run
+
+
+def demo_clips(folder: Path, count: int = CLIPS) -> Path:
+    rows = read_rows(DEMO / "test.jsonl")[:count]
+    for row in rows:
+        row["audio"] = str(DEMO / row["audio"])
+    return write_rows(folder / "clips.jsonl", rows)
+
+
+def exports(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "exports.json").read_text())["systems"]
+
+
+def test_the_demo_in_ctranslate2_says_the_same(tmp_path: Path, run_export: RunExport) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    clips = demo_clips(tmp_path)
+    variants = ["ctranslate2-float32", "ctranslate2-int8"]
+    assert run_export(DEMO / "teacher", clips, *variants) == 0
+    found = exports(tmp_path)
+    assert list(found) == ["original", *variants]
+    assert found["ctranslate2-float32"]["identical"] == CLIPS
+    assert found["ctranslate2-float32"]["verified"] is True
+    assert found["ctranslate2-float32"]["difference"] == 0
+    sizes = [found[name]["weight_bytes"] for name in variants]
+    assert sizes[0] > 3 * sizes[1]
+    assert found["ctranslate2-int8"]["compute_type"].startswith("int8")
+    for one in found.values():
+        assert one["low"] <= one["error_rate"] <= one["high"]
+        assert one["rtfx"] > 1
+    table = (tmp_path / "out" / "exports.md").read_text()
+    assert all(name in table for name in variants)
+    # What was exported is whole: it loads and knows the model's languages.
+    for name in variants:
+        folder = tmp_path / "out" / name
+        assert ctranslate2.models.Whisper(str(folder)).n_mels == 80
+        assert json.loads((folder / "config.json").read_text())["lang_ids"] == [800, 801]
+        assert {"tokenizer.json", "preprocessor_config.json"} <= {p.name for p in folder.iterdir()}
+    # And eval.py takes what they heard, with their speed and size.
+    check_that_eval_reads_them(tmp_path, variants)
+
+
+def check_that_eval_reads_them(folder: Path, variants: list[str]) -> None:
+    config = json.loads((REPOSITORY / "eval.json").read_text())
+    config["output_dir"] = str(folder / "eval")
+    config["hypotheses"] = [
+        {"name": name, "path": str(folder / "out" / "verification" / name / "hypotheses.jsonl")}
+        for name in ["original", *variants]
+    ]
+    path = folder / "eval.json"
+    path.write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "eval.py"), str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "eval" / "summary.json").read_text())
+    assert summary["utterances"] == CLIPS
+    page = (folder / "eval" / "report.html").read_text()
+    for found in exports(folder).values():
+        assert f"<td>{found['weight_bytes'] / 1e6:.3g} MB</td>" in page
+
+
+def test_a_wrong_export_is_found_and_does_not_get_its_name(
+    tmp_path: Path,
+    run_export: RunExport,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("ctranslate2")
+    right = formats.write_ctranslate2
+
+    def with_first_and_last_layer_swapped(
+        whisper: Whisper, folder: ModelFolder, quantization: str, target: Path
+    ) -> None:
+        layers = whisper.model.model.decoder.layers
+        layers[0], layers[3] = layers[3], layers[0]
+        right(whisper, folder, quantization, target)
+        layers[0], layers[3] = layers[3], layers[0]
+
+    clips = demo_clips(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "write_ctranslate2", with_first_and_last_layer_swapped)
+        assert run_export(DEMO / "teacher", clips, "ctranslate2-float32") == 3
+    said = capsys.readouterr()
+    assert "ctranslate2-float32 UNVERIFIED" in said.out
+    assert "Not what the model says: ctranslate2-float32 in" in said.err
+    out = tmp_path / "out"
+    assert (out / "ctranslate2-float32.unverified").is_dir()
+    assert not (out / "ctranslate2-float32").exists()
+    assert exports(tmp_path)["ctranslate2-float32"]["verified"] is False
+    assert json.loads((out / "run_info.json").read_text())["outcome"] == "failed"
+    # The same command, the bug being gone, makes it good; once more there is nothing to do.
+    assert run_export(DEMO / "teacher", clips, "ctranslate2-float32") == 0
+    assert (out / "ctranslate2-float32").is_dir()
+    assert not (out / "ctranslate2-float32.unverified").exists()
+    capsys.readouterr()
+    assert run_export(DEMO / "teacher", clips, "ctranslate2-float32") == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_the_openai_layout_computes_the_same(openai_whisper: Path, tmp_path: Path) -> None:
+    openai = pytest.importorskip("whisper")
+    ours = load_whisper(read_model_folder(openai_whisper, None, "model"))
+    formats.write_openai(ours, "float32", tmp_path / "x")
+    theirs = openai.load_model(str(tmp_path / "x" / "model.pt"), device="cpu")
+    features = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[50258, 50259, 50359, 50363, 1000, 1001]] * 2)
+    with torch.no_grad():
+        states = ours.model.model.encoder(features).last_hidden_state
+        logits = ours.model(features, decoder_input_ids=ids).logits
+        found = theirs.encoder(features)
+        torch.testing.assert_close(found, states, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs.decoder(ids, found), logits, atol=1e-3, rtol=1e-4)
+    # The safetensors hold the same tensors under the same names.
+    tensors = load_file(tmp_path / "x" / "model.safetensors")
+    assert tensors.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(value, tensors[key]) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.slow
+def test_openai_whisper_and_faster_whisper_hear_the_same(
+    openai_whisper: Path, tmp_path: Path, run_export: RunExport
+) -> None:
+    faster_whisper = pytest.importorskip("faster_whisper")
+    clips = long_clips(tmp_path)
+    variants = ["ctranslate2-float32", "openai-float32", "openai-float16"]
+    assert run_export(openai_whisper, clips, *variants) == 0
+    found = exports(tmp_path)
+    texts = [
+        [row["hypothesis"] for row in read_rows(path)]
+        for path in sorted((tmp_path / "out" / "verification").glob("*/hypotheses.jsonl"))
+    ]
+    assert len(set(texts[0])) == 3, "it says the same to everything, which proves nothing"
+    assert min(map(len, texts[0])) > 50
+    for name in variants[:2]:
+        assert found[name]["identical"] == 3, name
+    assert found["ctranslate2-float32"]["library"].startswith("faster-whisper")
+    sizes = [(tmp_path / "out" / name / "model.pt").stat().st_size for name in variants[1:]]
+    assert sizes[0] > 1.8 * sizes[1]
+    # As its users call it: the folder alone, no network.
+    model = faster_whisper.WhisperModel(str(tmp_path / "out" / "ctranslate2-float32"))
+    audio = load_audio(tmp_path / read_rows(clips)[0]["audio"])
+    padded = np.pad(audio, (0, 480_000 - len(audio)))
+    segments, _ = model.transcribe(
+        padded, language="en", beam_size=1, temperature=0, without_timestamps=True,
+        suppress_tokens=formats.never_said(
+            load_whisper(read_model_folder(openai_whisper, None, "model"))
+        ),
+        log_prob_threshold=None, compression_ratio_threshold=None, no_speech_threshold=None,
+    )  # fmt: skip
+    hypotheses = tmp_path / "out" / "verification" / "original" / "hypotheses.jsonl"
+    assert "".join(s.text for s in segments).strip() == read_rows(hypotheses)[0]["hypothesis"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mels", [80, 128])
+def test_an_english_only_model_hears_the_same(
+    mels: int, tmp_path: Path, run_export: RunExport
+) -> None:
+    pytest.importorskip("faster_whisper")
+    tokenizer = openai_tokenizer(english_only=True)
+    assert len(tokenizer) == 51_864
+    folder = make_openai_whisper(tmp_path / "model", tokenizer, english_only=True, mels=mels)
+    clips = long_clips(tmp_path)
+    assert run_export(folder, clips, "ctranslate2-float32", "openai-float32") == 0
+    found = exports(tmp_path)
+    assert found["ctranslate2-float32"]["identical"] == found["openai-float32"]["identical"] == 3
+    assert found["ctranslate2-float32"]["library"].startswith("faster-whisper")
+
+
+def test_a_model_that_openai_whisper_cannot_take_is_refused_before_any_work(
+    tmp_path: Path, run_export: RunExport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("whisper")
+    clips = demo_clips(tmp_path, 1)
+    assert run_export(DEMO / "teacher", clips, "openai-float32") == 2
+    said = capsys.readouterr().err
+    assert "its window is 5 s, there it is 30 s" in said
+    assert "its vocabulary has 1059 tokens; OpenAI's own, built in, 51864, 51865, 51866" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(
+    openai_whisper: Path,
+    tmp_path: Path,
+    run_export: RunExport,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "model"
+    other.mkdir()
+    for path in openai_whisper.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert run_export(other, demo_clips(tmp_path, 1), "openai-float16", flags=("--check",)) == 2
+    assert "is 'b'; openai-whisper has OpenAI's own vocabulary built in, where it is 'a'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_missing_program_is_named_with_the_way_to_install_it(
+    tmp_path: Path,
+    run_export: RunExport,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(targets.PACKAGES, "ctranslate2", ("no-such-package",))
+    assert run_export(DEMO / "teacher", demo_clips(tmp_path, 1), "ctranslate2-int8") == 2
+    said = capsys.readouterr().err
+    assert "no-such-package, which is not installed: python -m pip install './[export]'" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("variants", "complaint"),
+    [
+        (["openai-int8"], "openai-whisper takes float32 or float16, not int8"),
+        (["ctranslate2-int8", "ctranslate2-int8"], "these stand twice: ctranslate2-int8"),
+        (["ctranslate2-int4"], "variants.0.quantization"),
+        (["onnx-int8"], "variants.0.format"),
+        ([], "variants"),
+    ],
+)
+def test_variants_that_cannot_be_are_refused(
+    variants: list[str],
+    complaint: str,
+    tmp_path: Path,
+    run_export: RunExport,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_export(DEMO / "teacher", demo_clips(tmp_path, 1), *variants) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_every_quantization_is_one_of_ctranslate2() -> None:
+    specs = pytest.importorskip("ctranslate2.specs.model_spec")
+    assert set(export.Quantization.__args__) == set(specs.ACCEPTED_MODEL_TYPES)
+
+
+def test_rows_without_use_are_said_and_left_out(
+    tmp_path: Path, run_export: RunExport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ctranslate2")
+    model = make_model_folder(tmp_path / "model", languages=["en", "zh"], talkative=True, seed=53)
+    good = read_rows(make_corpus(tmp_path, 3, language="en"))
+    good[0].pop("text")
+    good[1].pop("language")
+    gone = {"id": "gone", "audio": "gone.wav", "language": "en"}
+    (tmp_path / "empty.wav").write_bytes(b"")
+    empty = {"id": "empty", "audio": "empty.wav", "language": "en"}
+    clips = write_rows(tmp_path / "clips.jsonl", [gone, *good, empty])
+    assert run_export(model, clips, "ctranslate2-float32") == 0
+    said = capsys.readouterr().err
+    assert "2 rows are of no use" in said
+    assert 'clips.jsonl:1: no such file: "gone.wav"' in said
+    assert "clips.jsonl:5" in said
+    assert exports(tmp_path)["ctranslate2-float32"]["clips"] == 3
+    heard = read_rows(
+        tmp_path / "out" / "verification" / "ctranslate2-float32" / "hypotheses.jsonl"
+    )
+    assert [row["id"] for row in heard] == [row["id"] for row in good]
+    assert heard[1]["language"] in ("en", "zh"), "the model has detected it"
+    write_rows(clips, [empty])
+    assert run_export(model, clips, "ctranslate2-int8") == 2, "another run is in the folder"
+
+
+def test_without_any_usable_clip_it_ends_with_the_reasons(
+    tmp_path: Path, run_export: RunExport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ctranslate2")
+    clips = write_rows(tmp_path / "clips.jsonl", [{"audio": "gone.wav"}])
+    assert run_export(DEMO / "teacher", clips, "ctranslate2-int8") == 3
+    assert 'no such file: "gone.wav"' in capsys.readouterr().err
+
+
+def test_the_shipped_config_is_valid_and_explained() -> None:
+    config = load_config(REPOSITORY / "export.json", export.Config)
+    assert str(config.model.path) == "outputs/distillation/final"
+    fields = dict(key_paths(export.Config))
+    sections = {key.rpartition(".")[0] for key in fields}
+    assert [k for k, f in fields.items() if not f.description and k not in sections] == []
+
+
+def test_check_does_no_work_and_loads_no_torch(tmp_path: Path) -> None:
+    pytest.importorskip("faster_whisper")
+    config = json.loads((REPOSITORY / "export.json").read_text())
+    config["output_dir"] = str(tmp_path / "out")
+    config["model"]["path"] = str(DEMO / "teacher")
+    config["verification"]["manifest"] = str(DEMO / "test.jsonl")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['export', {str(path)!r}, '--check']\n"
+        "try:\n"
+        "    runpy.run_module('simpler_distil_whisper.export', run_name='__main__')\n"
+        "except SystemExit as exit:\n"
+        "    heavy = {'torch', 'transformers', 'ctranslate2', 'faster_whisper', 'whisper'}\n"
+        "    print(exit.code, sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.stdout == "0 []\n", done.stderr
+    assert "not faster-whisper: its window is 5 s" in done.stderr
+    assert not (tmp_path / "out").exists()

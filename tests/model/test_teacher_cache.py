@@ -1,0 +1,688 @@
+"""What is kept of the teacher: found by content, never wrong, bounded, changing no training."""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from distilling import (
+    Setting,
+    assemble,
+    distil,
+    largest_difference,
+    logged,
+    make_setting,
+    weights_in,
+    write_config,
+)
+from safetensors.torch import load_file
+from tiny import make_model_folder, write_tone
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.options import CacheOptions
+from simpler_distil_whisper.model.teacher_cache import (
+    AnswerCache,
+    TeacherCache,
+    TensorStore,
+    open_teacher_cache,
+)
+from simpler_distil_whisper.model.weights import digest_of_weights
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ENOUGH = 10**9  # bytes
+WINDOW = 2  # seconds
+LANGUAGES = ["en", "zh"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def some_tensor(seed: int = 0, *shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (5, 3)), generator=torch.Generator().manual_seed(seed))
+
+
+def entries_in(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in entries_in(folder))
+
+
+# The store
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_read_is_bit_for_bit_what_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    written = some_tensor().to(dtype)
+    TensorStore(tmp_path, ENOUGH).write("kind/group/key", written)
+    other = TensorStore(tmp_path, ENOUGH)
+    found = other.read("kind/group/key")
+    assert found is not None
+    assert found.dtype == dtype
+    assert torch.equal(found, written)
+    assert other.read("kind/group/another") is None
+
+
+def test_no_damaged_byte_is_ever_believed(tmp_path: Path) -> None:
+    store, written = TensorStore(tmp_path, ENOUGH), some_tensor()
+    store.write("kind/group/key", written)
+    (path,) = entries_in(tmp_path)
+    whole = path.read_bytes()
+    noticed = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        found = store.read("kind/group/key")
+        noticed += found is None
+        assert found is None or (found.dtype == written.dtype and torch.equal(found, written))
+    assert noticed > 0.9 * len(whole)  # the rest are blanks of the header
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
+def test_a_truncated_entry_is_said_and_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, length: int
+) -> None:
+    store, written = TensorStore(tmp_path, ENOUGH), some_tensor()
+    store.write("kind/group/key", written)
+    (path,) = entries_in(tmp_path)
+    path.write_bytes(path.read_bytes()[:length])
+    with caplog.at_level(logging.WARNING):
+        assert store.read("kind/group/key") is None
+    assert f"{path}: damaged" in caplog.text
+    store.write("kind/group/key", written)
+    found = store.read("kind/group/key")
+    assert found is not None
+    assert torch.equal(found, written)
+
+
+def test_an_entry_under_the_name_of_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path, ENOUGH)
+    store.write("kind/group/one", some_tensor(1))
+    store.write("kind/group/two", some_tensor(2))
+    one, two = entries_in(tmp_path)
+    shutil.copyfile(one, two)
+    names = ["kind/group/one", "kind/group/two"]
+    assert [store.read(name) is None for name in names].count(True) == 1
+
+
+def test_a_full_store_takes_no_more_says_so_once_and_is_still_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TensorStore(tmp_path, ENOUGH)
+    store.write("kind/group/0", some_tensor(0))
+    size = bytes_in(tmp_path)
+    store = TensorStore(tmp_path, 3 * size + size // 2)
+    with caplog.at_level(logging.WARNING):
+        for number in range(6):
+            store.write(f"kind/group/{number}", some_tensor(number))
+    assert caplog.text.count("is full (teacher_cache.max_gigabytes") == 1
+    assert store.used() == bytes_in(tmp_path) == 3 * size
+    assert [store.read(f"kind/group/{number}") is not None for number in range(6)] == (
+        [True] * 3 + [False] * 3
+    )
+    # What is damaged is replaced all the same: that adds nothing.
+    entries_in(tmp_path)[0].write_bytes(b"torn")
+    store.write("kind/group/0", some_tensor(0))
+    assert store.read("kind/group/0") is not None
+
+
+def test_a_bound_holds_for_all_groups_and_a_deleted_group_makes_room(tmp_path: Path) -> None:
+    TensorStore(tmp_path, ENOUGH).write("kind/old/0", some_tensor())
+    size = bytes_in(tmp_path)
+    store = TensorStore(tmp_path, size)
+    store.write("kind/new/0", some_tensor())
+    assert store.read("kind/new/0") is None
+    shutil.rmtree(tmp_path / "kind" / "old")
+    store = TensorStore(tmp_path, size)
+    store.write("kind/new/0", some_tensor())
+    assert store.read("kind/new/0") is not None
+
+
+def test_a_disk_that_takes_nothing_more_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TensorStore(tmp_path, ENOUGH)
+    store.write("kind/group/ab", some_tensor())
+    (tmp_path / "kind" / "group" / "cd").write_text("a file where a folder is wanted")
+    with caplog.at_level(logging.WARNING):
+        store.write("kind/group/cd", some_tensor())
+        store.write("kind/group/ef", some_tensor())
+    assert caplog.text.count("cannot be written") == 1
+    assert store.read("kind/group/ab") is not None
+    assert store.read("kind/group/ef") is None
+
+
+def write_many(folder: Path, max_bytes: int, first: int) -> None:
+    store = TensorStore(folder, max_bytes)
+    for number in range(first, first + 40):
+        store.write(f"kind/group/{number:02}", some_tensor(number, 50, 20))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_processes_write_at_once(tmp_path: Path, share: float) -> None:
+    """Each key by two of four processes; then with a bound of half of what they want to write."""
+    write_many(tmp_path / "alone", ENOUGH, 0)
+    size = bytes_in(tmp_path / "alone") // 40
+    bound = round(100 * size * share)
+    together = tmp_path / "together"
+    fork = multiprocessing.get_context("fork")
+    writers = [
+        fork.Process(target=write_many, args=(together, bound, first)) for first in (0, 20, 40, 60)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    store = TensorStore(together, bound)
+    found = [store.read(f"kind/group/{number:02}") for number in range(100)]
+    there = [number for number, tensor in enumerate(found) if tensor is not None]
+    assert len(there) == len(entries_in(together))
+    for number in there:
+        assert torch.equal(found[number], some_tensor(number, 50, 20))
+    assert list((together / "writing").iterdir()) == []
+    # What two processes write at the same moment can be counted twice, and add one entry each.
+    assert bytes_in(together) <= bound + 4 * size
+    assert len(there) > 40
+
+
+def test_what_a_killed_writer_has_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    TensorStore(tmp_path, ENOUGH)
+    old, new = tmp_path / "writing" / "old", tmp_path / "writing" / "new"
+    for path in (old, new):
+        path.write_bytes(b"half an ent")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    TensorStore(tmp_path, ENOUGH)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+# Names made of contents
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("models") / "teacher", languages=LANGUAGES)
+
+
+def open_cache(
+    teacher: Path,
+    folder: Path,
+    computed: torch.dtype = torch.float32,
+    extractor: WhisperFeatureExtractor | None = None,
+    **options: Any,
+) -> TeacherCache:
+    facts = read_model_folder(teacher, None, "teacher")
+    extractor = extractor or WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
+    section = CacheOptions(folder=folder, **options)
+    cache = open_teacher_cache(section, facts, extractor, computed)
+    assert cache is not None
+    return cache
+
+
+def part(audio: Path, start: float = 0.0, duration: float | None = None) -> Utterance:
+    return Utterance(0, "p", "{}", "i", audio, start, duration, None, None)
+
+
+def test_without_a_folder_there_is_no_cache(teacher: Path) -> None:
+    facts = read_model_folder(teacher, None, "teacher")
+    extractor = WhisperFeatureExtractor()
+    assert open_teacher_cache(CacheOptions(), facts, extractor, torch.float32) is None
+
+
+def test_audio_is_known_by_its_content(teacher: Path, tmp_path: Path) -> None:
+    cache = open_cache(teacher, tmp_path / "cache")
+    clip = write_tone(tmp_path / "a.wav", seed=1)
+    name = cache.name(part(clip))
+    moved = tmp_path / "elsewhere" / "b.wav"
+    moved.parent.mkdir()
+    clip.rename(moved)
+    assert cache.name(part(moved)) == name
+    assert cache.name(part(clip)) is None
+    write_tone(clip, seed=2)  # as long as the other, under its name
+    assert cache.name(part(clip)) != name
+    whole, *parts = (part(moved, *times) for times in ((0.0, None), (0.5, None), (0.0, 0.5)))
+    assert len({cache.name(each) for each in (whole, *parts)}) == 3
+    assert cache.name(whole) == name
+
+
+def changed(teacher: Path, folder: Path, change: Callable[[Any], None]) -> Path:
+    model = WhisperForConditionalGeneration.from_pretrained(teacher)
+    shutil.copytree(teacher, folder)
+    with torch.no_grad():
+        change(model.model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_another_decoder_is_the_same_encoder(teacher: Path, tmp_path: Path) -> None:
+    other = changed(teacher, tmp_path / "m", lambda m: m.decoder.layers[0].fc1.weight.add_(1))
+    assert digest_of_weights(other, "encoder.") == digest_of_weights(teacher, "encoder.")
+
+
+def test_one_weight_makes_another_encoder(teacher: Path, tmp_path: Path) -> None:
+    other = changed(teacher, tmp_path / "m", lambda m: m.encoder.layers[1].fc2.bias[3].add_(1e-6))
+    assert digest_of_weights(other, "encoder.") != digest_of_weights(teacher, "encoder.")
+
+
+def test_shards_and_the_name_of_the_folder_do_not_matter(teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    model = WhisperForConditionalGeneration.from_pretrained(teacher)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert digest_of_weights(tmp_path / "sharded", "encoder.") == digest_of_weights(
+        teacher, "encoder."
+    )
+
+
+def test_settings_that_change_the_states_change_the_group(teacher: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"encoder_attention_heads": 4}))
+    hop = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW, hop_length=80)
+    folder = tmp_path / "cache"
+    caches = [
+        open_cache(teacher, folder),
+        open_cache(other, folder),
+        open_cache(teacher, folder, extractor=hop),
+        open_cache(teacher, folder, dtype="bfloat16"),
+        open_cache(teacher, folder, dtype="float16"),
+    ]
+    groups = [cache.group for cache in caches]
+    assert len(set(groups)) == 5
+    about = json.loads((folder / groups[1] / "about.json").read_text())
+    assert about["teacher"] == str(other)
+    # What is stored is the same whether it was computed so coarsely or rounded.
+    bf16 = open_cache(teacher, folder, torch.bfloat16)
+    assert bf16.group == groups[3]
+
+
+def test_a_dtype_finer_than_the_computing_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='teacher_cache.dtype: "float32" is finer than'):
+        open_cache(teacher, tmp_path / "cache", torch.bfloat16, dtype="float32")
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake_in_the_config(
+    teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"teacher_cache\.folder: .*file.* cannot be written"):
+        open_cache(teacher, tmp_path / "file")
+
+
+# Encoder states
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_missing_states_are_computed_and_kept_and_found_ones_are_not_computed(
+    teacher: Path, tmp_path: Path, dtype: str
+) -> None:
+    encoder = WhisperForConditionalGeneration.from_pretrained(teacher).eval().model.encoder
+    clips = [part(write_tone(tmp_path / f"{n}.wav", 0.5 + 0.3 * n, seed=n)) for n in range(5)]
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
+    sounds = [load_audio(clip.audio) for clip in clips]
+    features = extractor(sounds, sampling_rate=16_000, return_tensors="pt").input_features
+    with torch.no_grad():
+        alone = torch.cat([encoder(one[None]).last_hidden_state for one in features])
+    expected = alone.to(getattr(torch, dtype))
+    heard: list[int] = []
+    encoder.register_forward_hook(lambda module, inputs, output: heard.append(len(inputs[0])))
+    cache = open_cache(teacher, tmp_path / "cache", dtype=dtype)
+
+    def states(*rows: int, keep: bool = True) -> torch.Tensor:
+        stored = cache.look_up([clips[row] for row in rows])
+        missing = dict.fromkeys(stored.missing) if not keep else stored.missing
+        wanted = features[[rows[place] for place in missing]]
+        return cache.complete(type(stored)(stored.found, missing), wanted, encoder)
+
+    assert torch.equal(states(3, keep=False), expected[[3]])  # as of a file that cannot be decoded
+    assert entries_in(tmp_path) == []
+    assert torch.equal(states(1, 3), expected[[1, 3]])
+    assert torch.equal(states(0, 1, 2, 3), expected[:4])
+    assert torch.equal(states(4, 0), expected[[4, 0]])
+    assert heard == [1] * 6
+    assert torch.equal(states(4, 1, 0, 2, 3), expected[[4, 1, 0, 2, 3]])
+    assert (len(heard), cache.found, cache.computed) == (6, 8, 6)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Dropout makes every step depend on the random state."""
+    setting = make_setting(tmp_path_factory.mktemp("setting"))
+    config = json.loads((setting.student / "config.json").read_text())
+    (setting.student / "config.json").write_text(json.dumps(config | {"dropout": 0.2}))
+    return setting
+
+
+def run_config(output: Path, setting: Setting, cache: Path | None, **options: Any) -> Path:
+    folder = cache and str(cache)
+    section = {"folder": folder, "max_gigabytes": 1, "decoder_states": False, **options}
+    checkpoints = {"every_steps": 2, "keep_last": 1}
+    return write_config(
+        output, setting, teacher_cache=section, schedule__max_steps=6, checkpoints=checkpoints
+    )
+
+
+def report(run: Path, kind: str = "encoder_states") -> dict[str, Any]:
+    noted: dict[str, Any] = json.loads((run / "run_info.json").read_text())["teacher_cache"]
+    return {**noted[kind], "gigabytes_used": noted["gigabytes_used"]}
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert logged(run, "train/loss") == logged(expected, "train/loss")
+    assert largest_difference(weights_in(run / "final"), weights_in(expected / "final")) == 0
+
+
+@pytest.fixture(scope="module")
+def filling(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> tuple[Path, Path]:
+    """A run of three epochs that has found an empty cache, and the cache."""
+    folder = tmp_path_factory.mktemp("filling")
+    return distil(run_config(folder / "run", setting, folder / "cache")), folder / "cache"
+
+
+@pytest.fixture
+def cache(filling: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the filled cache."""
+    return Path(shutil.copytree(filling[1], tmp_path / "copy"))
+
+
+def test_the_first_epoch_fills_what_the_others_find(filling: tuple[Path, Path]) -> None:
+    run, cache = filling
+    assert len(entries_in(cache)) == 8
+    found = report(run)
+    assert (found["found"], found["computed"]) == (16, 8)
+    assert found["gigabytes_used"] * 1e9 == pytest.approx(bytes_in(cache), rel=0.02)
+
+
+def test_a_cache_changes_no_loss(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path]
+) -> None:
+    """In float32; an encoder may round a batch otherwise than its rows, so not bit for bit."""
+    without = distil(run_config(tmp_path / "without", setting, None))
+    for name in ("loss", "kl", "cross_entropy", "grad_norm"):
+        found = logged(filling[0], f"train/{name}")
+        assert found == pytest.approx(logged(without, f"train/{name}"), rel=1e-5)
+
+
+def test_a_filled_cache_spares_audio_and_encoder_and_changes_no_bit(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path], cache: Path
+) -> None:
+    trainer, examples = assemble(run_config(tmp_path / "run", setting, cache))
+    heard: list[object] = []
+    encoder = trainer.student.model.model.encoder
+    encoder.register_forward_hook(lambda *call: heard.append(call))
+    cache_of_states = trainer.models.cache
+    complete, features = cache_of_states.complete, []
+    cache_of_states.complete = lambda stored, log_mels, encoder: (  # type: ignore[method-assign]
+        features.append(log_mels.numel()),
+        complete(stored, log_mels, encoder),
+    )[1]
+    trainer.train(examples)
+    assert heard == []
+    assert features == [0] * 6
+    assert logged(tmp_path / "run", "train/loss") == logged(filling[0], "train/loss")
+    assert (report(tmp_path / "run")["found"], report(tmp_path / "run")["computed"]) == (24, 0)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_the_cache_lacks_changes_no_bit(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path], cache: Path, full: bool
+) -> None:
+    """Of eight entries two are gone and two are damaged; these are replaced in a full one too."""
+    whole = {path: load_file(path)["states"].clone() for path in entries_in(cache)}
+    gone, torn = list(whole)[:2], list(whole)[2:4]
+    for path in gone:
+        path.unlink()
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+    options = {"max_gigabytes": 1e-6} if full else {}
+    run = distil(run_config(tmp_path / "run", setting, cache, **options))
+    assert_same(run, filling[0])
+    assert report(run)["computed"] == (2 * 3 + 2 if full else 4)
+    kept = {path: load_file(path)["states"].clone() for path in entries_in(cache)}
+    assert whole.keys() - kept.keys() == (set(gone) if full else set())
+    assert all(torch.equal(kept[path], whole[path]) for path in kept)
+
+
+def test_states_in_bfloat16_are_rounded_in_the_filling_run_too(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path]
+) -> None:
+    first, second = (
+        distil(run_config(tmp_path / name, setting, tmp_path / "cache", dtype="bfloat16"))
+        for name in ("first", "second")
+    )
+    assert_same(second, first)
+    assert bytes_in(tmp_path / "cache") < 0.6 * bytes_in(filling[1])
+    losses = [logged(run, "train/loss") for run in (first, filling[0])]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_killed_run_goes_on_as_if_never_stopped(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path]
+) -> None:
+    """It dies within the first epoch, so with a part of the cache filled."""
+    path = run_config(tmp_path / "run", setting, tmp_path / "cache")
+    trainer, examples = assemble(path)
+
+    def die(optimizer: Any, args: object, kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    trainer.optimizer.optimizer.register_step_pre_hook(die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(examples)
+    assert len(entries_in(tmp_path / "cache")) == 4
+    assert_same(distil(path), filling[0])
+
+
+def test_workers_read_the_cache_too(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path], cache: Path
+) -> None:
+    for path in entries_in(cache)[:3]:
+        path.unlink()
+    path = run_config(tmp_path / "run", setting, cache)
+    config = json.loads(path.read_text())
+    config["data"]["num_workers"] = 1
+    path.write_text(json.dumps(config))
+    assert_same(distil(path), filling[0])
+
+
+def test_the_states_of_undecodable_audio_are_not_kept(tmp_path: Path) -> None:
+    setting = make_setting(tmp_path, 4)
+    path = run_config(tmp_path / "run", setting, tmp_path / "cache")
+    trainer, examples = assemble(path)
+    (tmp_path / "2.wav").write_bytes(b"no longer audio")
+    trainer.train(examples)
+    assert len(entries_in(tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize("unshared", ["trained", "unwanted"])
+def test_where_no_encoder_is_shared_nothing_is_kept(
+    tmp_path: Path, setting: Setting, unshared: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = unshared == "trained"
+    path = run_config(tmp_path / "run", setting, tmp_path / "cache", encoder_states=wanted)
+    config = json.loads(path.read_text())
+    config["freeze"] = {"encoder": not wanted}
+    config["schedule"]["max_steps"] = 1
+    path.write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING):
+        distil(path)
+    assert entries_in(tmp_path / "cache") == []
+    assert ("teacher_cache.encoder_states: not used" in caplog.text) is wanted
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path]
+) -> None:
+    path = run_config(tmp_path / "run", setting, tmp_path / "cache")
+    config = json.loads(path.read_text())
+    config["batch"]["micro_batch_size"] = 2
+    path.write_text(json.dumps(config))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(REPOSITORY / "run_distillation.py"), str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, env=environment, timeout=200)
+    assert report(tmp_path / "run")["computed"] == 8
+    assert report(tmp_path / "run")["found"] == 16
+    assert len(entries_in(tmp_path / "cache")) == 8
+
+
+@pytest.mark.slow
+def test_runs_killed_at_any_moment_go_on_as_if_never_stopped(
+    tmp_path: Path, setting: Setting, filling: tuple[Path, Path]
+) -> None:
+    path = run_config(tmp_path / "run", setting, tmp_path / "cache")
+    command = [sys.executable, str(REPOSITORY / "run_distillation.py"), str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    cache = tmp_path / "cache"
+    for entries in (1, 3, 5, 8):  # each time a little further into the filling
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(entries_in(cache)) < entries:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, env=environment, timeout=200)
+    assert len(entries_in(cache)) == 8
+    assert_same(tmp_path / "run", filling[0])
+
+
+# The teacher's answers
+
+
+def with_answers(output: Path, setting: Setting, cache: Path | None, **changes: Any) -> Path:
+    """A run in which every epoch hears the clean clip and one altered version of it in turn."""
+    path = run_config(output, setting, cache, decoder_states=True)
+    config = json.loads(path.read_text())
+    config["augmentation"] = {"views": 1, "waveform": {"noise_db": [5.0, 10.0]}}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> tuple[Path, Path]:
+    """A run of three epochs that has found an empty cache of both kinds, and the cache."""
+    folder = tmp_path_factory.mktemp("answered")
+    return distil(with_answers(folder / "run", setting, folder / "cache")), folder / "cache"
+
+
+def test_answers_change_no_loss_and_are_kept_for_each_view(
+    tmp_path: Path, setting: Setting, answered: tuple[Path, Path]
+) -> None:
+    """In float32, but for how a product is cut up where a row is encoded alone."""
+    without = distil(with_answers(tmp_path / "without", setting, None))
+    run, cache = answered
+    for name in ("loss", "kl", "cross_entropy", "agreement", "grad_norm"):
+        assert logged(run, f"train/{name}") == pytest.approx(
+            logged(without, f"train/{name}"), rel=1e-4
+        )
+    for kind in ("encoder_states", "decoder_states"):
+        assert len(entries_in(cache / kind)) == 16
+        assert (report(run, kind)["found"], report(run, kind)["computed"]) == (8, 16)
+
+
+def test_with_all_answers_there_the_teacher_is_not_loaded_and_no_bit_changes(
+    tmp_path: Path, setting: Setting, answered: tuple[Path, Path]
+) -> None:
+    trainer, examples = assemble(with_answers(tmp_path / "run", setting, answered[1]))
+    trainer.train(examples)
+    assert not trainer.teacher.loaded
+    assert report(tmp_path / "run", "decoder_states")["computed"] == 0
+    assert logged(tmp_path / "run", "train/loss") == logged(answered[0], "train/loss")
+
+
+def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
+    tmp_path: Path, setting: Setting
+) -> None:
+    """The teacher hears with its own encoder, whatever the student's has become."""
+    changes = {"freeze__encoder": False}
+    cache = tmp_path / "cache"
+    without = distil(with_answers(tmp_path / "without", setting, None, **changes))
+    filling = distil(with_answers(tmp_path / "filling", setting, cache, **changes))
+    trainer, examples = assemble(with_answers(tmp_path / "filled", setting, cache, **changes))
+    trainer.train(examples)
+    assert entries_in(cache / "encoder_states") == []
+    assert not trainer.teacher.loaded
+    losses = [logged(tmp_path / name, "train/loss") for name in ("without", "filling", "filled")]
+    assert losses[1] == losses[2]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert without != filling
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.decoder.layers[0].fc1.weight.add_(0.5),
+        lambda m: m.encoder.layers[0].fc1.weight.add_(0.5),
+    ],
+    ids=["decoder", "encoder"],
+)
+def test_another_teacher_gives_other_answers(
+    teacher: Path, tmp_path: Path, change: Callable[[Any], None]
+) -> None:
+    other = changed(teacher, tmp_path / "m", change)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
+    store = TensorStore(tmp_path / "cache", ENOUGH)
+    groups = {
+        AnswerCache(
+            store, torch.float32, read_model_folder(f, None, "teacher"), extractor, computing
+        ).group
+        for f in (teacher, other)
+        for computing in ("float32", "bfloat16")
+    }
+    assert len(groups) == 4
+
+
+def test_an_answer_belongs_to_its_audio_its_view_and_its_tokens(
+    teacher: Path, tmp_path: Path
+) -> None:
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
+    store = TensorStore(tmp_path / "cache", ENOUGH)
+    facts = read_model_folder(teacher, None, "teacher")
+    cache = AnswerCache(store, torch.float32, facts, extractor, "float32")
+    one, two = (part(write_tone(tmp_path / f"{n}.wav", seed=n)) for n in range(2))
+    answer = some_tensor(0, 2, 4, 16)
+    batch = cache.look_up([one, two], ["", "noisy"], [[1, 2, 3, 4], [1, 2]])
+    assert torch.equal(cache.complete(batch, answer.clone), answer)
+
+    def found(audio: Utterance, view: str | None, *ids: int) -> bool:
+        return cache.look_up([audio], [view], [ids]).missing == {}
+
+    assert found(one, "", 1, 2, 3, 4)
+    assert found(two, "noisy", 1, 2)
+    assert not found(one, "noisy", 1, 2, 3, 4)
+    assert not found(two, "", 1, 2)
+    assert not found(one, "", 1, 2, 3)
+    assert not found(one, "", 1, 2, 3, 5)
+    assert not found(two, None, 1, 2)
+    # Of a batch of which a part is there, the rest is computed and the part stays as it was.
+    batch = cache.look_up([two, one], ["noisy", ""], [[1, 2], [7, 8, 9]])
+    again = some_tensor(1, 2, 3, 16)
+    states = cache.complete(batch, again.clone)
+    assert torch.equal(states[0, :2], answer[1, :2])
+    assert torch.equal(states[1], again[1])
+    assert (cache.found, cache.computed) == (1, 3)

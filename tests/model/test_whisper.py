@@ -1,0 +1,144 @@
+"""Loading and saving model folders: special tokens, complete folders, saves that are killed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model_folder
+from transformers import WhisperForConditionalGeneration
+
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.whisper import Whisper, copy_processor, load_whisper, save_whisper
+
+LANGUAGES = ["en", "zh"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model_folder(tmp_path / "model", languages=LANGUAGES)
+
+
+def loaded(folder: Path, **options: str) -> Whisper:
+    return load_whisper(read_model_folder(folder, None, "model"), **options)
+
+
+def test_prompts_by_hand(folder: Path) -> None:
+    # 256 byte tokens, then end, start, en, zh, translate, transcribe, startoflm, startofprev, ...
+    tokens = loaded(folder).tokens
+    assert (tokens.end, tokens.start, tokens.no_speech, tokens.no_timestamps) == (
+        256,
+        257,
+        264,
+        265,
+    )
+    assert tokens.languages == {"en": 258, "zh": 259}
+    assert tokens.prompt("zh", "transcribe") == [257, 259, 261, 265]
+    assert tokens.prompt("en", "translate") == [257, 258, 260, 265]
+
+
+@pytest.mark.parametrize(("language", "task"), [("fr", "transcribe"), (None, "transcribe")])
+def test_a_multilingual_model_must_be_told_a_language_that_it_has(
+    folder: Path, language: str | None, task: str
+) -> None:
+    with pytest.raises(ConfigError, match="no token"):
+        loaded(folder).tokens.prompt(language, task)
+
+
+def test_no_control_token_is_text_and_no_text_is_control(tmp_path: Path) -> None:
+    """Some pad the vocabulary for speed: what follows the timestamps is no text either."""
+    whisper = loaded(make_model_folder(tmp_path, languages=LANGUAGES, vocab_size=400))
+    assert whisper.tokens.control == tuple(range(257, 400))
+
+
+def test_an_older_name_of_the_silence_token(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace("<|nospeech|>", "<|nocaptions|>"))
+    assert loaded(folder).tokens.no_speech == 264
+
+
+def test_a_tokenizer_that_is_not_whispers_is_refused(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace("<|notimestamps|>", "<|something|>"))
+    with pytest.raises(ConfigError, match="<|notimestamps|>"):
+        loaded(folder)
+
+
+def test_a_loaded_model_is_ready_to_be_run(folder: Path) -> None:
+    whisper = loaded(folder)
+    assert not whisper.model.training
+    assert whisper.window_seconds == 2.0
+    assert whisper.model.config._attn_implementation == "sdpa"
+    assert loaded(folder, attention="eager").model.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("flash_attn")), reason="it is installed")
+def test_attention_that_is_not_installed_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?i)flash"):
+        loaded(folder, attention="flash_attention_2")
+
+
+def test_saving_and_loading_changes_no_weight(tmp_path: Path, folder: Path) -> None:
+    before = loaded(folder)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "layer_map.json").write_text("{}")
+    save_whisper(before.model, before.processor_folder, copy)
+    after = loaded(copy)
+    weights = after.model.state_dict()
+    for name, weight in before.model.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    assert after.tokens == before.tokens
+    assert (copy / "layer_map.json").exists(), "what else is in the folder stays"
+
+
+@pytest.mark.parametrize("moved", [0, 1, 4])
+def test_a_killed_save_leaves_no_half_model(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    whisper = loaded(folder)
+    target = tmp_path / "final"
+    target.mkdir()
+    moves: list[Path] = []
+    move = Path.replace
+
+    def killed(source: Path, goal: Path) -> Path:
+        if len(moves) == moved:
+            raise KeyboardInterrupt
+        moves.append(source)
+        return move(source, goal)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        save_whisper(whisper.model, whisper.processor_folder, target)
+    assert len(moves) == moved
+    with pytest.raises(ConfigError):
+        read_model_folder(target, None, "model")
+    save_whisper(whisper.model, whisper.processor_folder, target)
+    loaded(target)
+    assert not (target / ".writing").exists()
+
+
+def test_the_processor_of_a_new_folder_is_made_readable_for_old_programs(tmp_path: Path) -> None:
+    source = make_model_folder(tmp_path / "m", languages=LANGUAGES, mels=128)
+    settings = json.loads((source / "preprocessor_config.json").read_text())
+    (source / "preprocessor_config.json").unlink()
+    (source / "processor_config.json").write_text(json.dumps({"feature_extractor": settings}))
+    target = tmp_path / "copy"
+    target.mkdir()
+    copy_processor(source, target)
+    assert json.loads((target / "preprocessor_config.json").read_text())["feature_size"] == 128
+
+
+def test_two_names_of_one_tensor_stay_one(folder: Path) -> None:
+    model: WhisperForConditionalGeneration = loaded(folder).model
+    assert model.proj_out.weight is model.model.decoder.embed_tokens.weight

@@ -1,0 +1,238 @@
+"""A training run that is killed, stopped or out of disk at any moment ends as if nothing had been.
+
+Each run is a process of its own, forked from one that has done the imports, which would cost more
+than the runs. The student has dropout, each step draws timestamps, previous text and views, and the
+weights are averaged: all of it must come back.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from distilling import Setting, largest_difference, make_setting, weights_in, write_config
+from tiny import read_rows, write_rows
+
+import run_distillation
+from simpler_distil_whisper.run import run_script
+from simpler_distil_whisper.training.options import DistillationConfig
+
+STEPS, CLIPS = 8, 10
+FORKS = multiprocessing.get_context("forkserver")
+DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Clips of which one does not decode, which shows only when it is learnt from."""
+    folder = tmp_path_factory.mktemp("setting")
+    setting = make_setting(folder, CLIPS, width=32)
+    config = setting.student / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout": 0.2}))
+    soundfile.write(folder / "3.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    rows = read_rows(setting.train)
+    for row in rows:
+        sentence = {"start_seconds": 0.0, "end_seconds": 0.4, "text": row["text"]}
+        row |= {"segments": [sentence], "previous_text": "what was said"}
+    write_rows(setting.train, [*rows, {"id": "no audio", "audio": "nowhere.wav", "text": "a"}])
+    write_rows(folder / "dev.jsonl", [row for row in rows if row["id"] != "u3"])
+    return setting
+
+
+def full_config(output: Path, setting: Setting, cached: bool, **changes: Any) -> Path:
+    """A run in which whatever has a state has one; no two of its intervals are of one length."""
+    options: dict[str, Any] = {
+        "data": {
+            "train_manifests": [str(setting.train)],
+            "dev_manifest": str(setting.train.with_name("dev.jsonl")),
+            "num_workers": 1,
+            "max_bad_fraction": 0.5,
+            "timestamp_probability": 0.5,
+            "previous_text_probability": 0.5,
+        },
+        "augmentation": {
+            "views": 1,
+            "waveform": {"noise_db": [5.0, 10.0]},
+            "spec_augment": {"time_masks": 1, "frequency_masks": 1},
+        },
+        "batch": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
+        "schedule__max_steps": STEPS,
+        "optimizer": {"learning_rate": 5e-3, "average_decay": 0.8},
+        "checkpoints": {"every_steps": 2, "keep_last": 1},
+        "validation": {
+            "every_steps": 3,
+            "early_stopping_patience": 5,
+            "decoding": {"batch_size": 4, "max_new_tokens": 12},
+        },
+        "logging": {"every_steps": 4, "tensorboard": False},
+    }
+    if cached:
+        options["teacher_cache"] = {"folder": str(output.with_name("cache"))}
+    return write_config(output, setting, **{**options, **changes})
+
+
+def run_as_script(path: Path, largest_file: int | None) -> None:
+    """Do what `python run_distillation.py config.json` does, its words in said.txt."""
+    multiprocessing.set_start_method("fork", force=True)  # as it is in a script, for its workers
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    sys.argv = ["run_distillation.py", str(path)]
+    sys.stderr = path.with_name("said.txt").open("w")
+    prepare, work = run_distillation.prepare, run_distillation.work
+    sys.exit(run_script("run_distillation", None, DistillationConfig, prepare, work))
+
+
+def start(path: Path, largest_file: int | None = None) -> BaseProcess:
+    process = FORKS.Process(target=run_as_script, args=(path, largest_file))
+    process.start()
+    return process
+
+
+def finish(path: Path, largest_file: int | None = None) -> tuple[int | None, str]:
+    """Run to the end; return exit code and what was said."""
+    process = start(path, largest_file)
+    process.join(timeout=300)
+    return process.exitcode, path.with_name("said.txt").read_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_done_once() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    FORKS.set_forkserver_preload(["simpler_distil_whisper.training.trainer", "pytest", *DRAWING])
+
+
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    for name in ("final", "best"):
+        assert largest_difference(weights_in(folder / name), weights_in(expected / name)) == 0
+    assert logged_rows(folder) == logged_rows(expected)
+    rejected = [(run / "rejected.jsonl").read_text() for run in (folder, expected)]
+    assert rejected[0] == rejected[1]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["without_cache", "with_cache"])
+def never_stopped(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, setting: Setting
+) -> tuple[bool, Path]:
+    """Whether a run has a cache, and its folder."""
+    path = full_config(tmp_path_factory.mktemp("whole") / "run", setting, request.param)
+    code, said = finish(path)
+    assert code == 0, said
+    return request.param, path.with_suffix("")
+
+
+def moments() -> list[tuple[str, float]]:
+    """The file whose coming starts the clock, and how many seconds later the kill comes at most."""
+    steps = [f"step-{step:08d}" for step in range(2, STEPS + 1, 2)]
+    found = [("", 0.5), ("", 1.5), ("metrics.jsonl", 0.3)]
+    for step in steps:
+        found += [(f"checkpoints/.{step}.tmp", 0.02), (f"checkpoints/{step}", 0.3)]
+    found.insert(5, ("best/.writing", 0.01))
+    return [*found, ("final/.writing", 0.01)]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_13_moments_ends_as_if_never_stopped(
+    tmp_path: Path, setting: Setting, never_stopped: tuple[bool, Path]
+) -> None:
+    cached, expected = never_stopped
+    path = full_config(tmp_path / "run", setting, cached)
+    folder = tmp_path / "run"
+    chance = random.Random(int(cached))
+    left: list[str] = []
+    for name, longest in moments():
+        process = start(path)
+        while process.is_alive() and not (folder / name).exists():
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, longest))
+        process.kill()
+        process.join()
+        assert process.exitcode == -9, (name, (tmp_path / "said.txt").read_text())
+        left += [path.name for path in folder.glob("*/.*")]
+    code, said = finish(path)
+    assert code == 0, said
+    assert_same_run(folder, expected)
+    assert not list(folder.glob("*/.*"))
+    assert any(name.startswith(".step-") for name in left), "no kill has fallen into a checkpoint"
+    assert ".writing" in left, "no kill has fallen into the writing of a model"
+
+
+def without_workers(path: Path) -> None:
+    options = json.loads(path.read_text())
+    options["data"]["num_workers"] = 0
+    path.write_text(json.dumps(options))
+
+
+def kill_after(path: Path, name: str) -> None:
+    """Kill a run as soon as it has written a file."""
+    process = start(path)
+    while process.is_alive() and not (path.with_suffix("") / name).exists():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("never_stopped", [True], indirect=True)
+def test_a_run_stopped_at_any_step_ends_as_if_never_stopped(
+    tmp_path: Path, setting: Setting, never_stopped: tuple[bool, Path]
+) -> None:
+    """It saves the step in which it was stopped, though no checkpoint was due."""
+    cached, expected = never_stopped
+    checkpoints = {"every_steps": 100}
+    path = full_config(tmp_path / "run", setting, cached, checkpoints=checkpoints)
+    folder = tmp_path / "run"
+    process = start(path)
+    while process.is_alive() and not (folder / "best/config.json").exists():
+        time.sleep(0.002)
+    time.sleep(random.Random(2 + cached).uniform(0, 0.2))
+    process.terminate()
+    process.join()
+    said = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 143, said
+    assert "run the same command again to continue" in said
+    [saved] = (folder / "checkpoints").iterdir()
+    assert 3 <= int(saved.name.removeprefix("step-")) < STEPS
+    code, said = finish(path)
+    assert code == 0, said
+    assert_same_run(folder, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("never_stopped", [False], indirect=True)
+@pytest.mark.parametrize("what", ["checkpoints", "best", "final"])
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
+    tmp_path: Path, setting: Setting, never_stopped: tuple[bool, Path], what: str
+) -> None:
+    """Stood in for by the largest file that the run may write."""
+    cached, expected = never_stopped
+    every = 100 if what == "best" else 4
+    path = full_config(tmp_path / "run", setting, cached, checkpoints={"every_steps": every})
+    without_workers(path)  # whose shared memory the limit would be for, too
+    folder = tmp_path / "run"
+    until = {"checkpoints": "checkpoints/step-00000004", "final": "checkpoints/step-00000008"}
+    kill_after(path, until.get(what, "metrics.jsonl"))
+    whole = {file: file.read_bytes() for file in folder.glob("checkpoints/*/*")}
+    code, said = finish(path, largest_file=250_000)
+    assert code == 3, said
+    assert "make room, and run the same command again" in said
+    assert what in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert {file: file.read_bytes() for file in folder.glob("checkpoints/*/*")} == whole
+    assert not (folder / "final/config.json").exists()
+    code, said = finish(path)
+    assert code == 0, said
+    assert_same_run(folder, expected)
