@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field, field_validator
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, PositiveInt, StrictModel
 from simpler_distil_whisper.data.audio import AudioError
 from simpler_distil_whisper.data.manifest import Columns, read_manifest, reject
@@ -22,14 +23,7 @@ from simpler_distil_whisper.layers.search import ScoredLayers, describe_search, 
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import Task, whisper_code
 from simpler_distil_whisper.model.pruning import chosen_layers, prune_whisper
-from simpler_distil_whisper.run import (
-    DataError,
-    Run,
-    is_main_process,
-    log,
-    run_script,
-    write_atomically,
-)
+from simpler_distil_whisper.run import DataError, Run, is_main_process, log, run_script
 
 if TYPE_CHECKING:
     from simpler_distil_whisper.layers.scoring import Labelled

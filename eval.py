@@ -15,15 +15,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import Field, field_validator
 
+from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.data.jsonl import to_line
 from simpler_distil_whisper.evaluation.examples import choose, describe
 from simpler_distil_whisper.evaluation.facts import Facts, read_facts
 from simpler_distil_whisper.evaluation.hallucination import HallucinationOptions, KnownPhrases
 from simpler_distil_whisper.evaluation.hypotheses import (
-    Columns,
     Examined,
     Hypotheses,
+    HypothesisColumns,
     Name,
     examine,
     keep_common_utterances,
@@ -43,15 +44,7 @@ from simpler_distil_whisper.evaluation.tallies import (
     length_groups,
 )
 from simpler_distil_whisper.evaluation.text_report import text_table
-from simpler_distil_whisper.run import (
-    DataError,
-    Progress,
-    Run,
-    log,
-    run_script,
-    write_atomically,
-    written_atomically,
-)
+from simpler_distil_whisper.run import DataError, Progress, Run, log, run_script
 
 
 class ReportOptions(StrictModel):
@@ -75,7 +68,7 @@ class Config(StrictModel):
 
     output_dir: Path = Field(description="Folder of the results; a new run replaces them.")
     hypotheses: list[Hypotheses] = Field(min_length=1, description="The systems to compare.")
-    columns: Columns = Columns()
+    columns: HypothesisColumns = HypothesisColumns()
     metric: Metric = Metric()
     group_by: list[Name] = Field(
         default=[], description="Columns for whose values the error rates are also given."

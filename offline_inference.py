@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, ManifestData, Utterance, read_manifest
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
-from simpler_distil_whisper.run import Run, run_script, write_atomically
+from simpler_distil_whisper.run import Run, run_script
 
 if TYPE_CHECKING:
     from simpler_distil_whisper.decoding.transcriber import Hypothesis

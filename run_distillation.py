@@ -9,6 +9,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Manifest, read_manifest
 from simpler_distil_whisper.data.results import rejection_line
@@ -20,7 +21,6 @@ from simpler_distil_whisper.run import (
     log,
     process_count,
     run_script,
-    write_atomically,
 )
 from simpler_distil_whisper.training.options import DistillationConfig, RunLength
 
@@ -192,8 +192,8 @@ def assemble(config: DistillationConfig, prepared: Prepared, run: Run) -> "Train
         "decoder_states": options.decoder_states and config.objective.kl_weight > 0,
     }
     options = options.model_copy(update=of_use)
-    states, teacher.answers = open_training_caches(
-        options, prepared.teacher, student.feature_extractor, computed, teacher.way_of_answering
+    states, teacher.decoder_cache = open_training_caches(
+        options, prepared.teacher, student.feature_extractor, computed, teacher.numerics_key
     )
     return Trainer(config, prepared.length, run, accelerator, teacher, student, states)
 

@@ -169,13 +169,13 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
         transcribe_manifest,
     )
     from simpler_distil_whisper.model.devices import join_processes
-    from simpler_distil_whisper.model.teacher_cache import open_teacher_cache
+    from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 
     folder, manifest = prepared
     state = join_processes()
     teacher = load_for_decoding(folder, config.teacher, state, run)
     transcriber = Transcriber(teacher, config.decoding, config.seed)
-    cache = open_teacher_cache(
+    cache = open_encoder_cache(
         config.teacher_cache, folder, teacher.feature_extractor, teacher.model.dtype
     )
     scorer = Scorer(config.metric)

@@ -37,7 +37,7 @@ from benchmarks.systems import (
     all_systems,
 )
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
-from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.model.whisper import quieten_libraries
 
 TOKENS = 60

@@ -32,15 +32,14 @@ import run_distillation
 from benchmarks import machine
 from benchmarks.random_whispers import END, SHAPES, Shape, write_random_whisper
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.decoding.batches import IGNORE_INDEX
 from simpler_distil_whisper.model.devices import make_accelerator, torch_dtype
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.pruning import prune_whisper
-from simpler_distil_whisper.model.teacher_cache import StoredAnswers, StoredStates
+from simpler_distil_whisper.model.teacher_cache import CachedDecoderStates, CachedEncoderStates
 from simpler_distil_whisper.model.whisper import quieten_libraries, save_whisper
 from simpler_distil_whisper.run import Run
 from simpler_distil_whisper.training.dataset import Selection, TrainingBatch
-from simpler_distil_whisper.training.losses import LossWeights, distillation_loss
+from simpler_distil_whisper.training.losses import IGNORE_INDEX, LossWeights, distillation_loss
 from simpler_distil_whisper.training.options import DistillationConfig, RunLength
 
 POSITIONS = 448  # of Whisper's decoder, to which distil-whisper's script pads all labels
@@ -415,11 +414,13 @@ def _this_project(folder: Path, states_kept: bool, answers_kept: bool) -> Step:
         given = TrainingBatch(batch.features, batch.inputs, batch.labels, 0.0, [])
         if states_kept:
             nothing_to_hear = batch.features[:0]
-            kept = StoredStates(batch.states, {})
-            given = replace(given, input_features=nothing_to_hear, stored=kept)
+            kept = CachedEncoderStates(batch.states, {})
+            given = replace(given, input_features=nothing_to_hear, cached_encoder_states=kept)
         if answers_kept:
             rows, length = batch.labels.shape
-            given = replace(given, answers=StoredAnswers(batch.answers, [length] * rows, {}))
+            given = replace(
+                given, cached_decoder_states=CachedDecoderStates(batch.answers, [length] * rows, {})
+            )
         loss = None
         if not states_kept and len(batch.labels) == len(WARM_UP):
             with torch.no_grad():

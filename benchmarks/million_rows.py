@@ -69,7 +69,7 @@ def stage_read(folder: Path) -> Iterator[str]:
 def stage_label(folder: Path) -> Iterator[str]:
     """Give nine tenths of the rows results."""
     manifest, results = read(folder), RowResults(folder, "answers.jsonl")
-    results.belong_to(manifest)
+    results.open_for(manifest)
     yield "label"
     answer(results, manifest, 0.9)
 
@@ -81,7 +81,7 @@ def stage_continue(folder: Path) -> Iterator[str]:
     yield "read"
     manifest, results = read(folder), RowResults(folder, "answers.jsonl")
     yield "find what is done"
-    results.belong_to(manifest)
+    results.open_for(manifest)
     yield "form the first batch"
     first = next(own_batches(manifest.utterances, BATCH, results.done, DataLimits()))
     assert len(first) == BATCH
@@ -90,7 +90,7 @@ def stage_continue(folder: Path) -> Iterator[str]:
 def stage_finish(folder: Path) -> Iterator[str]:
     """Put all results in order."""
     manifest, results = read(folder), RowResults(folder, "answers.jsonl")
-    results.belong_to(manifest)
+    results.open_for(manifest)
     answer(results, manifest, 1.0)
     yield "finish"
     counts = results.finish(manifest.rejections, lambda: None)

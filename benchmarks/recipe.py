@@ -28,8 +28,9 @@ from transformers import WhisperForConditionalGeneration
 
 from benchmarks import machine
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Columns, Utterance, read_manifest
-from simpler_distil_whisper.decoding.batches import IGNORE_INDEX, in_batches, log_mel
+from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Metric, Scorer
 from simpler_distil_whisper.model.folder import read_model_folder
@@ -39,7 +40,12 @@ from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_
 from simpler_distil_whisper.text.normalization import TextNormalization
 from simpler_distil_whisper.training.augment import Views
 from simpler_distil_whisper.training.dataset import Target, decoder_sequences
-from simpler_distil_whisper.training.losses import LossTerms, LossWeights, distillation_loss
+from simpler_distil_whisper.training.losses import (
+    IGNORE_INDEX,
+    LossTerms,
+    LossWeights,
+    distillation_loss,
+)
 from simpler_distil_whisper.training.models import MovingAverage, freeze, learning_rate_factor
 from simpler_distil_whisper.training.options import Augmentation
 from simpler_distil_whisper.training.plan import TrainingPlan, Visit

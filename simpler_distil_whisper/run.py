@@ -19,10 +19,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from simpler_distil_whisper.atomic import partial_path, write_atomically
 from simpler_distil_whisper.config import Config, ConfigError, defaults_used, describe, load_config
 
 log = logging.getLogger("simpler_distil_whisper")
@@ -282,28 +283,6 @@ def process_count() -> int:
 def is_main_process() -> bool:
     """Return whether this process writes the files that exist once per run."""
     return process_rank() == 0
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves either the old one or the whole new one."""
-    with written_atomically(path) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, for what is written bit by bit, that takes its place only when it is whole."""
-    beside = partial_path(path)
-    with beside.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def partial_path(path: Path) -> Path:
-    """Return where the content of a file stands until all of it is written."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 class Progress:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from simpler_distil_whisper.data.audio import load_audio
-from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions

@@ -15,8 +15,9 @@ import pytest
 from conftest import REPOSITORY, RunScript
 
 from simpler_distil_whisper import run as run_module
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, NonNegativeInt, StrictModel
-from simpler_distil_whisper.run import DataError, Run, run_script, write_atomically
+from simpler_distil_whisper.run import DataError, Run, run_script
 
 
 class Data(StrictModel):

@@ -17,15 +17,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from simpler_distil_whisper.atomic import written_atomically
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.jsonl import Row, to_line
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance
-from simpler_distil_whisper.run import (
-    DataError,
-    is_main_process,
-    process_rank,
-    written_atomically,
-)
+from simpler_distil_whisper.run import DataError, is_main_process, process_rank
 
 if sys.platform != "win32":
     import fcntl
@@ -45,7 +41,7 @@ class RowResults:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Remember where the results are; `belong_to` opens them."""
+        """Remember where the results are; `open_for` opens them."""
         self._answers = folder / name
         self._rejected = folder / "rejected.jsonl"
         self._folder = folder / "parts"
@@ -53,7 +49,7 @@ class RowResults:
         self._counted: dict[Path, tuple[int, int]] = {}
         self.done = np.zeros(0, dtype=bool)
 
-    def belong_to(self, manifest: Manifest) -> None:
+    def open_for(self, manifest: Manifest) -> None:
         """Read what an earlier run has left, and open this process's own parts.
 
         Raises:

@@ -15,7 +15,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
@@ -26,12 +25,15 @@ from simpler_distil_whisper.data.audio import (
     check_length,
     load_audio,
 )
+from simpler_distil_whisper.data.features import log_mel, long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
 from simpler_distil_whisper.data.workers import Died, ahead
-from simpler_distil_whisper.model.teacher_cache import StoredStates, TeacherCache, joined_states
+from simpler_distil_whisper.model.teacher_cache import (
+    CachedEncoderStates,
+    EncoderStateCache,
+    joined_states,
+)
 from simpler_distil_whisper.run import log
-
-IGNORE_INDEX = -100  # what torch's cross-entropy skips
 
 Item = TypeVar("Item")
 
@@ -47,7 +49,7 @@ class SpeechBatch:
         seconds: how long each utterance is.
         rejections: those whose audio could not.
         recordings: float32 [M, F] each: log-mels of those that are longer than the window.
-        stored: what a teacher cache has of the others' encoder states; None: there is no cache.
+        cached: what a teacher cache has of the others' encoder states; None: there is no cache.
     """
 
     utterances: list[Utterance]
@@ -55,7 +57,7 @@ class SpeechBatch:
     seconds: list[float]
     rejections: list[Rejection]
     recordings: list[Tensor] = field(default_factory=list)
-    stored: StoredStates | None = None
+    cached: CachedEncoderStates | None = None
 
     @property
     def in_window(self) -> int:
@@ -70,7 +72,7 @@ class SpeechReader:
         self,
         extractor: WhisperFeatureExtractor,
         limits: DataLimits,
-        cache: TeacherCache | None = None,
+        cache: EncoderStateCache | None = None,
         *,
         long_form: bool = False,
     ) -> None:
@@ -121,24 +123,24 @@ class SpeechReader:
     def _read_windows(self, utterances: Sequence[Utterance]) -> SpeechBatch:
         """Return a batch of utterances no longer than the window."""
         waveforms, seconds, used, rejections = [], [], [], []
-        stored = self.cache.look_up(utterances) if self.cache else None
+        cached = self.cache.look_up(utterances) if self.cache else None
         for row, utterance in enumerate(utterances):
             try:
                 # With a cache the length is the header's, whether the states are found or not: a
                 # run that is continued finds what it had computed, and is to write the same.
-                if stored:
+                if cached:
                     length = self._header_seconds(utterance)
                     check_length(length, self.min_seconds, self.max_seconds)
-                if stored is None or row in stored.missing:
+                if cached is None or row in cached.missing:
                     waveforms.append(self._load(utterance))
-                seconds.append(length if stored else len(waveforms[-1]) / SAMPLE_RATE)
+                seconds.append(length if cached else len(waveforms[-1]) / SAMPLE_RATE)
                 used.append(row)
             except (AudioError, MemoryError) as error:
                 rejections.append(reject(utterance, why_unusable(utterance, error)))
         features = log_mel(waveforms, self.extractor) if waveforms else None
-        kept = stored.keep(used) if stored else None
+        kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
-        return SpeechBatch(rows, features, seconds, rejections, stored=kept)
+        return SpeechBatch(rows, features, seconds, rejections, cached=kept)
 
     def _load(self, utterance: Utterance) -> np.ndarray:
         return load_audio(
@@ -180,44 +182,6 @@ def why_unusable(utterance: Utterance, error: Exception) -> str:
     """Return the reason for a rejection."""
     reason = "too large for the memory" if isinstance(error, MemoryError) else str(error)
     return f"{utterance.audio}: {reason}"
-
-
-def log_mel(waveforms: Sequence[object], extractor: WhisperFeatureExtractor) -> Tensor:
-    """Return float32 [B, M, T]: the log-mels of mono 16 kHz waveforms, padded to the window."""
-    features: Tensor = extractor(
-        list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt"
-    ).input_features
-    return features
-
-
-def long_log_mel(waveform: np.ndarray, extractor: WhisperFeatureExtractor) -> Tensor:
-    """Return float32 [M, F]: the log-mel of a whole recording, one frame for each 10 ms.
-
-    The same as openai/whisper's, where silence follows the end, and the maximum of the whole
-    recording is what all of it is measured by. It is made window by window: the spectrum of half an
-    hour would take gigabytes.
-
-    Args:
-        waveform: float32 [S], mono, 16 kHz, not shorter than the extractor's window.
-        extractor: that of the model.
-    """
-    hop, half, block = extractor.hop_length, extractor.n_fft // 2, extractor.nb_max_frames
-    samples = torch.from_numpy(waveform)
-    window = torch.hann_window(extractor.n_fft)
-    filters = torch.from_numpy(extractor.mel_filters).to(torch.float32).T
-    log_mel = torch.empty(len(filters), len(samples) // hop)
-    for first in range(0, log_mel.shape[1], block):
-        last = min(first + block, log_mel.shape[1])
-        begin, end = first * hop - half, (last - 1) * hop + half
-        piece = samples[max(begin, 0) : end]
-        if first == 0:  # before the beginning there is its mirror image
-            piece = torch.cat([samples[1 : half + 1].flip(0), piece])
-        piece = functional.pad(piece, (0, end - begin - len(piece)))
-        spectrum = torch.stft(
-            piece, extractor.n_fft, hop, window=window, center=False, return_complex=True
-        )
-        log_mel[:, first:last] = (filters @ spectrum.abs() ** 2).clamp_(min=1e-10).log10_()
-    return log_mel.clamp_(min=float(log_mel.max()) - 8.0).add_(4.0).div_(4.0)
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -323,7 +287,7 @@ def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
         windows_first(lambda batch: batch.seconds),
         [rejection for batch in batches for rejection in batch.rejections],
         [recording for batch in batches for recording in batch.recordings],
-        joined_states([batch.stored for batch in batches if batch.stored is not None]),
+        joined_states([batch.cached for batch in batches if batch.cached is not None]),
     )
 
 
@@ -336,7 +300,7 @@ def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
 
     def part(rows: range, rejections: list[Rejection]) -> SpeechBatch:
         windows = [row for row in rows if row < batch.in_window]
-        with_features = batch.stored.missing if batch.stored else range(batch.in_window)
+        with_features = batch.cached.missing if batch.cached else range(batch.in_window)
         places = [place for place, row in enumerate(sorted(with_features)) if row in rows]
         features = batch.input_features
         return SpeechBatch(
@@ -345,7 +309,7 @@ def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
             [batch.seconds[row] for row in rows],
             rejections,
             [batch.recordings[row - batch.in_window] for row in rows if row >= batch.in_window],
-            batch.stored.keep(windows) if batch.stored else None,
+            batch.cached.keep(windows) if batch.cached else None,
         )
 
     whole = range(len(batch.utterances))

@@ -37,7 +37,7 @@ from simpler_distil_whisper.model.devices import (
 )
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import ModelOptions
-from simpler_distil_whisper.model.teacher_cache import TeacherCache
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.run import DataError, Progress, Run, log, process_count, process_rank
 
@@ -140,7 +140,7 @@ def transcribe_manifest(
     data: DataLimits,
     results: RowResults,
     run: Run,
-    cache: TeacherCache | None = None,
+    cache: EncoderStateCache | None = None,
 ) -> Iterator[Transcribed]:
     """Yield this process's share of the batches that have no results yet.
 
@@ -153,7 +153,7 @@ def transcribe_manifest(
         DataError: more than `data.max_bad_fraction` of the rows has turned out unusable.
         Interrupted: a stop signal came; everything yielded before is in the results.
     """
-    results.belong_to(manifest)
+    results.open_for(manifest)
     _stop_if_hopeless(manifest, results, data)
     batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data)
     read = SpeechReader(
@@ -211,7 +211,7 @@ def own_batches(
 
 
 def _transcribe(
-    transcriber: Transcriber, cache: TeacherCache | None, batch: SpeechBatch
+    transcriber: Transcriber, cache: EncoderStateCache | None, batch: SpeechBatch
 ) -> list[Hypothesis]:
     languages = [utterance.language for utterance in batch.utterances]
     keys = [utterance.number for utterance in batch.utterances]
@@ -235,14 +235,14 @@ def _transcribe(
 
 
 def _encoder_states(
-    batch: SpeechBatch, cache: TeacherCache, transcriber: Transcriber
+    batch: SpeechBatch, cache: EncoderStateCache, transcriber: Transcriber
 ) -> torch.Tensor:
     """Return float [B, E, D]: all encoder states, having computed and kept the missing ones."""
     model, features = transcriber.whisper.model, batch.input_features
-    assert batch.stored is not None, "the reader has the cache too"
+    assert batch.cached is not None, "the reader has the cache too"
     wanted = torch.empty(0) if features is None else features
     states = cache.complete(
-        batch.stored.to(model.device), wanted.to(model.device), model.model.encoder
+        batch.cached.to(model.device), wanted.to(model.device), model.model.encoder
     )
     return states.to(model.dtype)
 

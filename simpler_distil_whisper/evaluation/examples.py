@@ -21,7 +21,7 @@ import soundfile
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import Row, numbered_lines, parse_row
 from simpler_distil_whisper.evaluation.facts import Clip, Facts, clip_of
-from simpler_distil_whisper.evaluation.hypotheses import Columns, Examined
+from simpler_distil_whisper.evaluation.hypotheses import Examined, HypothesisColumns
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts
 from simpler_distil_whisper.evaluation.tallies import SystemScores, length_groups
 
@@ -68,7 +68,7 @@ def describe(
     examined: Sequence[Examined],
     systems: Mapping[str, SystemScores],
     facts: Facts,
-    columns: Columns,
+    columns: HypothesisColumns,
     scored: Path,
     embed_audio: bool,
 ) -> list[dict[str, Any]]:

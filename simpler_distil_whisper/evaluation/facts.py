@@ -19,7 +19,7 @@ import numpy.typing as npt
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import find_audio
-from simpler_distil_whisper.evaluation.hypotheses import Columns, Examined, usable_rows
+from simpler_distil_whisper.evaluation.hypotheses import Examined, HypothesisColumns, usable_rows
 
 
 class Clip(NamedTuple):
@@ -36,7 +36,7 @@ class Clip(NamedTuple):
     duration_seconds: float | None
 
 
-class Labels:
+class CategoryColumn:
     """A text for each utterance, each different text kept once."""
 
     def __init__(self) -> None:
@@ -76,18 +76,20 @@ class Facts:
     """
 
     positions: dict[str, int]
-    languages: Labels
-    groups: dict[str, Labels]
-    blocks: Labels | None
+    languages: CategoryColumn
+    groups: dict[str, CategoryColumn]
+    blocks: CategoryColumn | None
     seconds: "array[float]"
 
 
 def read_facts(
-    baseline: Examined, columns: Columns, group_by: Sequence[str], block: str | None
+    baseline: Examined, columns: HypothesisColumns, group_by: Sequence[str], block: str | None
 ) -> Facts:
     """Return what the rows of the baseline say of the utterances that are compared."""
-    facts = Facts({}, Labels(), {name: Labels() for name in group_by}, None, array("d"))
-    facts.blocks = Labels() if block else None
+    facts = Facts(
+        {}, CategoryColumn(), {name: CategoryColumn() for name in group_by}, None, array("d")
+    )
+    facts.blocks = CategoryColumn() if block else None
     for utterance_id, row in usable_rows(baseline):
         facts.positions[utterance_id] = len(facts.positions)
         language = row.get(columns.language) if columns.language else None
@@ -100,7 +102,7 @@ def read_facts(
     return facts
 
 
-def clip_of(row: Row, columns: Columns, folder: Path) -> Clip | None:
+def clip_of(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None:
     """Return where an utterance can be heard, if the row says so and the file exists.
 
     Args:
@@ -119,7 +121,7 @@ def label(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _seconds(row: Row, columns: Columns, folder: Path) -> float:
+def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:
     duration = _number(row, columns.duration_seconds)
     if duration is None and columns.duration_seconds and (clip := clip_of(row, columns, folder)):
         with contextlib.suppress(AudioError):

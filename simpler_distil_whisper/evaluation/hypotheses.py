@@ -25,7 +25,7 @@ class Hypotheses(StrictModel):
     path: Path = Field(description="JSON Lines file, one utterance per line.")
 
 
-class Columns(StrictModel):
+class HypothesisColumns(StrictModel):
     """Where a row holds what."""
 
     id: Name | None = Field(
@@ -61,7 +61,7 @@ class Columns(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _texts_differ(self) -> "Columns":
+    def _texts_differ(self) -> "HypothesisColumns":
         if self.reference == self.hypothesis:
             raise ValueError(
                 f'reference and hypothesis are both "{self.hypothesis}": a text compared with '
@@ -99,7 +99,7 @@ class Examined:
         self.rejected.append(Rejected(self.system.name, place, utterance_id, reason))
 
 
-def examine(system: Hypotheses, columns: Columns, references: dict[str, int]) -> Examined:
+def examine(system: Hypotheses, columns: HypothesisColumns, references: dict[str, int]) -> Examined:
     """Return which rows of a system's file can be scored.
 
     Args:
@@ -167,7 +167,7 @@ def usable_rows(one: Examined) -> Iterator[tuple[str, Row]]:
             yield ids[line], parse_row(content)
 
 
-def id_of(row: Row, line: int, columns: Columns) -> str:
+def id_of(row: Row, line: int, columns: HypothesisColumns) -> str:
     """Return the row's id as a string: its line number where there is no id column.
 
     Raises:
@@ -196,7 +196,7 @@ def text_in(row: Row, column: str) -> str:
     return value
 
 
-def reference_in(row: Row, columns: Columns) -> str | None:
+def reference_in(row: Row, columns: HypothesisColumns) -> str | None:
     """Return what was said; None where nobody has written it down.
 
     Raises:

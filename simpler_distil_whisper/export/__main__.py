@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, PositiveInt, Ratio, StrictModel
 from simpler_distil_whisper.data.manifest import (
     Columns,
@@ -34,14 +35,7 @@ from simpler_distil_whisper.export.targets import (
 )
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions, Task, whisper_code
-from simpler_distil_whisper.run import (
-    DataError,
-    Run,
-    is_main_process,
-    log,
-    run_script,
-    write_atomically,
-)
+from simpler_distil_whisper.run import DataError, Run, is_main_process, log, run_script
 
 if TYPE_CHECKING:
     from simpler_distil_whisper.export.verification import Heard, Report, System

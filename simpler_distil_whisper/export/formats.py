@@ -23,7 +23,7 @@ from torch.nn import functional
 from simpler_distil_whisper import __version__
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
-from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export.targets import FEWEST_MULTILINGUAL_TOKENS, why_not_faster_whisper
 from simpler_distil_whisper.export.verification import Answer, System

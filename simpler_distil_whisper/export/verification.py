@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import to_line
 from simpler_distil_whisper.data.manifest import Columns, Rejection, Utterance, reject
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Scorer, total
-from simpler_distil_whisper.run import Progress, Run, write_atomically
+from simpler_distil_whisper.run import Progress, Run
 
 HYPOTHESIS = "hypothesis"  # the column, as offline inference calls it
 SHORTEST_SECONDS = 0.1

@@ -18,20 +18,13 @@ import numpy.typing as npt
 import soundfile
 from pydantic import Field
 
+from simpler_distil_whisper.atomic import partial_path, written_atomically
 from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
 from simpler_distil_whisper.labels.quality import LabelColumns
-from simpler_distil_whisper.run import (
-    DataError,
-    Progress,
-    Run,
-    partial_path,
-    process_count,
-    process_rank,
-    written_atomically,
-)
+from simpler_distil_whisper.run import DataError, Progress, Run, process_count, process_rank
 from simpler_distil_whisper.text.languages import join_texts
 
 Integers = npt.NDArray[np.int64]

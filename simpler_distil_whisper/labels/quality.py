@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row, placed_lines
@@ -28,7 +29,6 @@ from simpler_distil_whisper.evaluation.hallucination import (
 from simpler_distil_whisper.evaluation.metrics import Scorer, align
 from simpler_distil_whisper.evaluation.scoring import compact
 from simpler_distil_whisper.pages import render, stacks
-from simpler_distil_whisper.run import write_atomically
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
 Numbers = npt.NDArray[np.float64]

@@ -18,7 +18,6 @@ from transformers import WhisperTokenizer
 from simpler_distil_whisper.data.audio import audio_seconds, check_length
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance
 from simpler_distil_whisper.decoding.batches import (
-    IGNORE_INDEX,
     SpeechBatch,
     SpeechReader,
     in_batches,
@@ -36,7 +35,7 @@ from simpler_distil_whisper.model.whisper import (
 )
 from simpler_distil_whisper.run import DataError, Progress
 from simpler_distil_whisper.training.dataset import Target, decoder_sequences
-from simpler_distil_whisper.training.losses import LossWeights, distillation_loss
+from simpler_distil_whisper.training.losses import IGNORE_INDEX, LossWeights, distillation_loss
 
 ONLY_KL = LossWeights(cross_entropy=0.0, kl=1.0, temperature=1.0)
 LIMITS = DataLimits()

@@ -45,32 +45,32 @@ SECONDS_OF_A_WRITE = 86_400  # a file that has been in the writing for longer ha
 
 
 @dataclass(frozen=True)
-class StoredStates:
+class CachedEncoderStates:
     """The encoder states of a batch, as far as the cache has them.
 
     Attributes:
-        found: float [F, E, D], in the cache's dtype: of the rows that are not missing, in order.
+        states: float [F, E, D], in the cache's dtype: of the rows that are not missing, in order.
         missing: row -> name under which its states are to be kept; None: they are not.
     """
 
-    found: Tensor
+    states: Tensor
     missing: dict[int, str | None]
 
-    def keep(self, rows: Sequence[int]) -> "StoredStates":
+    def keep(self, rows: Sequence[int]) -> "CachedEncoderStates":
         """Return the same of some rows, in rising order, which are numbered anew."""
-        total = len(self.found) + len(self.missing)
+        total = len(self.states) + len(self.missing)
         place = {row: n for n, row in enumerate(r for r in range(total) if r not in self.missing)}
-        return StoredStates(
-            self.found[[place[row] for row in rows if row in place]],
+        return CachedEncoderStates(
+            self.states[[place[row] for row in rows if row in place]],
             {new: self.missing[row] for new, row in enumerate(rows) if row in self.missing},
         )
 
-    def to(self, device: torch.device) -> "StoredStates":
+    def to(self, device: torch.device) -> "CachedEncoderStates":
         """Return the same on a device."""
-        return replace(self, found=self.found.to(device, non_blocking=True))
+        return replace(self, states=self.states.to(device, non_blocking=True))
 
 
-def joined_states(parts: Sequence[StoredStates]) -> StoredStates | None:
+def joined_states(parts: Sequence[CachedEncoderStates]) -> CachedEncoderStates | None:
     """Return the rows of several batches as one; None if there are no batches."""
     if not parts:
         return None
@@ -78,11 +78,11 @@ def joined_states(parts: Sequence[StoredStates]) -> StoredStates | None:
     first = 0
     for part in parts:
         missing |= {first + row: name for row, name in part.missing.items()}
-        first += len(part.found) + len(part.missing)
-    return StoredStates(torch.cat([part.found for part in parts]), missing)
+        first += len(part.states) + len(part.missing)
+    return CachedEncoderStates(torch.cat([part.states for part in parts]), missing)
 
 
-class TeacherCache:
+class EncoderStateCache:
     """The encoder states of one teacher.
 
     A run with a cache always goes on from states in the cache's dtype, found or not, and every row
@@ -90,8 +90,8 @@ class TeacherCache:
 
     Attributes:
         dtype: of the states.
-        found: rows that `complete` did not have to encode.
-        computed: rows that it did.
+        hits: rows that `complete` did not have to encode.
+        misses: rows that it did.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TeacherCache:
         """
         self.store = store
         self.dtype = dtype
-        self.found = self.computed = 0
+        self.hits = self.misses = 0
         self.shape = (teacher.config["max_source_positions"], teacher.config["d_model"])
         facts = {
             "encoder_weights": digest_of_weights(teacher.path, "encoder."),
@@ -136,7 +136,7 @@ class TeacherCache:
 
     def look_up(
         self, utterances: Sequence[Utterance], views: Sequence[str | None] | None = None
-    ) -> StoredStates:
+    ) -> CachedEncoderStates:
         """Return what is there of the states of some utterances, or of one view of each."""
         found: list[Tensor] = []
         missing: dict[int, str | None] = {}
@@ -148,26 +148,28 @@ class TeacherCache:
             else:
                 found.append(states)
         none = torch.empty(0, *self.shape, dtype=self.dtype)
-        return StoredStates(torch.stack(found) if found else none, missing)
+        return CachedEncoderStates(torch.stack(found) if found else none, missing)
 
     @torch.no_grad()
-    def complete(self, stored: StoredStates, input_features: Tensor, encoder: nn.Module) -> Tensor:
+    def complete(
+        self, cached: CachedEncoderStates, input_features: Tensor, encoder: nn.Module
+    ) -> Tensor:
         """Return the states of all rows, having encoded and kept the missing ones.
 
         Args:
-            stored: what `look_up` has found, on the encoder's device.
+            cached: what `look_up` has found, on the encoder's device.
             input_features: float [N, M, T]: log-mels of the missing rows, in order.
             encoder: the teacher's, in evaluation mode.
 
         Returns:
             float [B, E, D] in the cache's dtype.
         """
-        found, missing = stored.found, stored.missing
-        rows = range(len(found) + len(missing))
-        states = found.new_empty(len(rows), *self.shape)
-        states[[row for row in rows if row not in missing]] = found
-        self.found += len(found)
-        self.computed += len(missing)
+        missing = cached.missing
+        rows = range(len(cached.states) + len(missing))
+        states = cached.states.new_empty(len(rows), *self.shape)
+        states[[row for row in rows if row not in missing]] = cached.states
+        self.hits += len(cached.states)
+        self.misses += len(missing)
         dtype = next(encoder.parameters()).dtype
         for (row, name), features in zip(missing.items(), input_features, strict=True):
             states[row] = encoder(features[None].to(dtype)).last_hidden_state[0]
@@ -177,7 +179,7 @@ class TeacherCache:
 
 
 @dataclass(frozen=True)
-class StoredAnswers:
+class CachedDecoderStates:
     """The teacher's last decoder states for a batch, as far as the cache has them.
 
     Attributes:
@@ -191,12 +193,12 @@ class StoredAnswers:
     lengths: list[int]
     missing: dict[int, str | None]
 
-    def to(self, device: torch.device) -> "StoredAnswers":
+    def to(self, device: torch.device) -> "CachedDecoderStates":
         """Return the same on a device."""
         return replace(self, padded=self.padded.to(device, non_blocking=True))
 
 
-class AnswerCache:
+class DecoderStateCache:
     """The last decoder states of one teacher, of which its output head makes its distributions.
 
     They are a hundredth of the logits, and as exact. Where a row is missing its whole batch is
@@ -205,8 +207,8 @@ class AnswerCache:
 
     Attributes:
         dtype: of the states.
-        found: rows that needed no teacher.
-        computed: rows that did.
+        hits: rows that needed no teacher.
+        misses: rows that did.
     """
 
     def __init__(
@@ -228,7 +230,7 @@ class AnswerCache:
         """
         self.store = store
         self.dtype = dtype
-        self.found = self.computed = 0
+        self.hits = self.misses = 0
         self.width: int = teacher.config["d_model"]
         facts = {
             "weights": digest_of_weights(teacher.path),
@@ -245,12 +247,12 @@ class AnswerCache:
         utterances: Sequence[Utterance],
         views: Sequence[str | None],
         sequences: Sequence[Sequence[int]],
-    ) -> StoredAnswers:
+    ) -> CachedDecoderStates:
         """Return what is there of the states of one view of each utterance.
 
         Args:
             utterances: whose audio the teacher hears.
-            views: as in `TeacherCache.name`.
+            views: as in `EncoderStateCache.name`.
             sequences: what the decoder is given, without padding.
         """
         found: dict[int, Tensor] = {}
@@ -269,25 +271,25 @@ class AnswerCache:
         padded = torch.zeros(len(lengths) if found else 0, max(lengths), self.width).to(self.dtype)
         for row, states in found.items():
             padded[row, : lengths[row]] = states
-        return StoredAnswers(padded, lengths, missing)
+        return CachedDecoderStates(padded, lengths, missing)
 
-    def complete(self, stored: StoredAnswers, answer: Callable[[], Tensor]) -> Tensor:
+    def complete(self, cached: CachedDecoderStates, compute: Callable[[], Tensor]) -> Tensor:
         """Return float [B, L, D] in the cache's dtype, having kept what was missing.
 
         Args:
-            stored: what `look_up` has found.
-            answer: computes the states of the whole batch, float [B, L, D]; called if a row is
+            cached: what `look_up` has found.
+            compute: computes the states of the whole batch, float [B, L, D]; called if a row is
                 missing.
         """
-        self.found += len(stored.lengths) - len(stored.missing)
-        self.computed += len(stored.missing)
-        if not stored.missing:
-            return stored.padded
-        states = answer().to(self.dtype)
-        for row, length in enumerate(stored.lengths):
-            if row not in stored.missing:
-                states[row, :length] = stored.padded[row, :length]
-            elif name := stored.missing[row]:
+        self.hits += len(cached.lengths) - len(cached.missing)
+        self.misses += len(cached.missing)
+        if not cached.missing:
+            return cached.padded
+        states = compute().to(self.dtype)
+        for row, length in enumerate(cached.lengths):
+            if row not in cached.missing:
+                states[row, :length] = cached.padded[row, :length]
+            elif name := cached.missing[row]:
                 # It may have been kept since the batch was looked up, which was ahead of its use.
                 late = self.store.read(name)
                 if late is None:
@@ -333,12 +335,12 @@ def dtype_of_states(options: CacheOptions, computed: torch.dtype) -> torch.dtype
     return dtype
 
 
-def open_teacher_cache(
+def open_encoder_cache(
     options: CacheOptions,
     teacher: ModelFolder,
     extractor: WhisperFeatureExtractor,
     computed: torch.dtype,
-) -> TeacherCache | None:
+) -> EncoderStateCache | None:
     """Return the cache of encoder states that a config names; None if it names none.
 
     Args:
@@ -352,7 +354,7 @@ def open_teacher_cache(
     """
     if (store := open_store(options)) is None:
         return None
-    return TeacherCache(store, dtype_of_states(options, computed), teacher, extractor)
+    return EncoderStateCache(store, dtype_of_states(options, computed), teacher, extractor)
 
 
 def open_training_caches(
@@ -361,7 +363,7 @@ def open_training_caches(
     extractor: WhisperFeatureExtractor,
     computed: torch.dtype,
     answering: str,
-) -> tuple[TeacherCache | None, AnswerCache | None]:
+) -> tuple[EncoderStateCache | None, DecoderStateCache | None]:
     """Return what a distillation's config names of encoder states and of answers.
 
     Args:
@@ -379,11 +381,11 @@ def open_training_caches(
     dtype = dtype_of_states(options, computed)
     states = answers = None
     if options.encoder_states:
-        states = TeacherCache(store, dtype, teacher, extractor)
+        states = EncoderStateCache(store, dtype, teacher, extractor)
     if options.decoder_states:
         heard = states.dtype if states else computed
         computing = f"{answering}, {computed} products, {heard} encoder states"
-        answers = AnswerCache(store, dtype, teacher, extractor, computing)
+        answers = DecoderStateCache(store, dtype, teacher, extractor, computing)
     return states, answers
 
 

@@ -19,17 +19,18 @@ from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, reject
-from simpler_distil_whisper.decoding.batches import IGNORE_INDEX, log_mel
 from simpler_distil_whisper.model.teacher_cache import (
-    AnswerCache,
-    StoredAnswers,
-    StoredStates,
-    TeacherCache,
+    CachedDecoderStates,
+    CachedEncoderStates,
+    DecoderStateCache,
+    EncoderStateCache,
 )
 from simpler_distil_whisper.model.whisper import TIME_STEP, SpecialTokens
 from simpler_distil_whisper.run import Progress, log
 from simpler_distil_whisper.training.augment import View, Views
+from simpler_distil_whisper.training.losses import IGNORE_INDEX
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.plan import Drawn, MicroBatches, Visit, draw
 
@@ -382,8 +383,8 @@ class TrainingBatch:
         labels: int64 [B, L]: for each input the next token, IGNORE_INDEX within prompt and padding.
         seconds: of audio.
         rejections: examples whose audio could not be used; their rows have no label at all.
-        stored: what a cache has of the encoder states; None: there is no cache.
-        answers: what a cache has of the teacher's answers; None: there is no cache.
+        cached_encoder_states: what a cache has of the encoder states; None: there is no cache.
+        cached_decoder_states: what a cache has of the teacher's decoder states, likewise.
     """
 
     input_features: Tensor
@@ -391,8 +392,8 @@ class TrainingBatch:
     labels: Tensor
     seconds: float
     rejections: list[Rejection]
-    stored: StoredStates | None = None
-    answers: StoredAnswers | None = None
+    cached_encoder_states: CachedEncoderStates | None = None
+    cached_decoder_states: CachedDecoderStates | None = None
 
     @property
     def label_tokens(self) -> int:
@@ -406,8 +407,12 @@ class TrainingBatch:
             input_features=self.input_features.to(device, non_blocking=True),
             decoder_input_ids=self.decoder_input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            stored=None if self.stored is None else self.stored.to(device),
-            answers=None if self.answers is None else self.answers.to(device),
+            cached_encoder_states=None
+            if self.cached_encoder_states is None
+            else self.cached_encoder_states.to(device),
+            cached_decoder_states=None
+            if self.cached_decoder_states is None
+            else self.cached_decoder_states.to(device),
         )
 
 
@@ -420,8 +425,8 @@ class TrainingDataset(Dataset[TrainingBatch]):
         targets: Targets,
         views: Views,
         extractor: WhisperFeatureExtractor,
-        cache: TeacherCache | None = None,
-        answers: AnswerCache | None = None,
+        cache: EncoderStateCache | None = None,
+        answers: DecoderStateCache | None = None,
     ) -> None:
         """Keep what is needed to make the batches; nothing is read yet.
 
@@ -455,10 +460,10 @@ class TrainingDataset(Dataset[TrainingBatch]):
         targets = [self.targets.target(*each) for each in zip(visits, views, strict=True)]
         # Whisper pads with its end token.
         decoder_input_ids, labels = decoder_sequences(targets, self.targets.tokens.end)
-        stored, answers = self._look_up(examples, views, targets)
+        cached_encoder_states, answers = self._look_up(examples, views, targets)
         heard, seconds, rejections = [], 0.0, []
         for row, (example, view) in enumerate(zip(examples, views, strict=True)):
-            if stored and row not in stored.missing:
+            if cached_encoder_states and row not in cached_encoder_states.missing:
                 seconds += example.seconds
                 continue
             try:
@@ -469,7 +474,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
                 waveform = np.zeros(SAMPLE_RATE, dtype=np.float32)
                 heard.append((View(), waveform))
                 labels[row] = IGNORE_INDEX
-                for cached in (stored, answers):
+                for cached in (cached_encoder_states, answers):
                     if cached and row in cached.missing:
                         cached.missing[row] = None
                 utterance = example.utterance
@@ -477,19 +482,19 @@ class TrainingDataset(Dataset[TrainingBatch]):
             seconds += len(waveform) / SAMPLE_RATE
         features = self._log_mels(heard)
         return TrainingBatch(
-            features, decoder_input_ids, labels, seconds, rejections, stored, answers
+            features, decoder_input_ids, labels, seconds, rejections, cached_encoder_states, answers
         )
 
     def _look_up(
         self, examples: Sequence[Example], views: Sequence[View], targets: Sequence[Target]
-    ) -> tuple[StoredStates | None, StoredAnswers | None]:
+    ) -> tuple[CachedEncoderStates | None, CachedDecoderStates | None]:
         """Return what the caches have; views that never come again are not kept in them."""
         utterances = [example.utterance for example in examples]
         keys = [view.key if view.reusable else None for view in views]
         inputs = [target.tokens[:-1] for target in targets]
-        stored = self.cache.look_up(utterances, keys) if self.cache else None
+        cached_encoder_states = self.cache.look_up(utterances, keys) if self.cache else None
         answers = self.answers.look_up(utterances, keys, inputs) if self.answers else None
-        return stored, answers
+        return cached_encoder_states, answers
 
     def _log_mels(self, heard: Sequence[tuple[View, np.ndarray]]) -> Tensor:
         """Return float32 [N, M, T]: the log-mels of the views' waveforms, with their masks."""

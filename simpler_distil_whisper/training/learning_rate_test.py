@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from simpler_distil_whisper.run import log, write_atomically
+from simpler_distil_whisper.atomic import write_atomically
+from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.dataset import Example, TrainingBatch
 from simpler_distil_whisper.training.trainer import Trainer
 
@@ -76,7 +77,7 @@ class ShortRuns:
         for step, group in enumerate(groups):
             self.trainer.config, self.trainer.state.step = changed, step
             self.trainer.train_step(group)
-            loss = self.trainer.interval.end()["train/loss"]
+            loss = self.trainer.means.end()["train/loss"]
             losses.append(math.nan if loss is None else loss)
         self.restore()
         return ShortRun(rate, losses)

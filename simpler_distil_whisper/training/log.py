@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.run import write_atomically
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms
 
@@ -52,7 +52,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-class Interval:
+class RunningMeans:
     """What was learnt since the last line of the log, in all processes together."""
 
     def __init__(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpler_distil_whisper.decoding.batches import IGNORE_INDEX
+IGNORE_INDEX = -100  # what torch's cross-entropy skips
 
 # Tokens whose logits exist at a time. On a CPU 64 take 12 % longer, whose matrix products are too
 # small, and 256 are no faster.
@@ -107,7 +107,7 @@ class _LossInChunks(torch.autograd.Function):
             teacher = _in_dtype_of_product(teacher_states, teacher_head)
         exact = torch.promote_types(head.dtype, torch.float32)
         sums = torch.zeros(3, dtype=exact, device=head.device)
-        of_states, of_head = (
+        grad_states, grad_head = (
             torch.zeros_like(each, dtype=exact) if wanted else None
             for each, wanted in zip((states, head), ctx.needs_input_grad, strict=False)
         )
@@ -127,11 +127,11 @@ class _LossInChunks(torch.autograd.Function):
             )
             sums += terms
             gradient = gradient.to(head.dtype)
-            if of_states is not None:
-                of_states[places] = (gradient @ head).to(exact)
-            if of_head is not None:
-                _add_product(of_head, gradient.T, chosen)
-        ctx.save_for_backward(of_states, of_head)
+            if grad_states is not None:
+                grad_states[places] = (gradient @ head).to(exact)
+            if grad_head is not None:
+                _add_product(grad_head, gradient.T, chosen)
+        ctx.save_for_backward(grad_states, grad_head)
         ctx.dtypes = student_states.dtype, student_head.dtype
         cross_entropy, kl, agreement = sums
         ctx.mark_non_differentiable(cross_entropy, kl, agreement)
@@ -143,11 +143,11 @@ class _LossInChunks(torch.autograd.Function):
     def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that were made, times that of the loss."""
         # In place: a head's gradient is as large as the head.
-        of_states, of_head = (
+        grad_states, grad_head = (
             None if made is None else made.mul_(of_loss).to(dtype)
             for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return of_states, of_head, None, None, None, None
+        return grad_states, grad_head, None, None, None, None
 
 
 def _in_dtype_of_product(states: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
-from simpler_distil_whisper.model.teacher_cache import TeacherCache
+from simpler_distil_whisper.atomic import write_atomically
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper
-from simpler_distil_whisper.run import DataError, write_atomically
+from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms, LossWeights, distillation_loss
 from simpler_distil_whisper.training.options import OptimizerOptions
@@ -43,7 +44,7 @@ class TeacherAndStudent:
         teacher: Teacher,
         student: Whisper,
         weights: LossWeights,
-        cache: TeacherCache | None = None,
+        cache: EncoderStateCache | None = None,
     ) -> None:
         """Put both together; what of the student is trained is decided before (`freeze`)."""
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
@@ -58,10 +59,12 @@ class TeacherAndStudent:
             batch: on the student's device.
         """
         states = self._encoder_states(batch)
-        answer = None
+        teacher_states = None
         if self.weights.kl:
-            answer = self.teacher.answer(batch, states if self.teacher.shared_encoder else None)
-        terms: LossTerms = self.module(batch, states, answer)
+            teacher_states = self.teacher.decoder_states(
+                batch, states if self.teacher.shared_encoder else None
+            )
+        terms: LossTerms = self.module(batch, states, teacher_states)
         return terms
 
     @torch.no_grad()
@@ -72,8 +75,10 @@ class TeacherAndStudent:
             return None
         encoder.eval()
         with self.accelerator.autocast():
-            if self.cache and batch.stored:
-                return self.cache.complete(batch.stored, batch.input_features, encoder)
+            if self.cache and batch.cached_encoder_states:
+                return self.cache.complete(
+                    batch.cached_encoder_states, batch.input_features, encoder
+                )
             return self.student.encode(batch.input_features)
 
 
@@ -107,7 +112,7 @@ class StudentWithLoss(nn.Module):
         return self
 
     def forward(
-        self, batch: TrainingBatch, encoder_states: Tensor | None, answer: Tensor | None
+        self, batch: TrainingBatch, encoder_states: Tensor | None, teacher_states: Tensor | None
     ) -> LossTerms:
         """Return the sums of the loss terms.
 
@@ -115,8 +120,8 @@ class StudentWithLoss(nn.Module):
             batch: on the student's device.
             encoder_states: float [B, E, D]; None: the student's encoder, which is trained, computes
                 them from the batch.
-            answer: float [B, L, D']: the teacher's last decoder states; None: the loss has no part
-                of the teacher's.
+            teacher_states: float [B, L, D']: the teacher's last decoder states; None: the loss
+                does not use them.
         """
         model = self.student.model
         if encoder_states is None:
@@ -131,8 +136,8 @@ class StudentWithLoss(nn.Module):
         return distillation_loss(
             said,
             self.student.proj_out.weight,
-            answer,
-            None if answer is None else self.__dict__["teacher_head"],
+            teacher_states,
+            None if teacher_states is None else self.__dict__["teacher_head"],
             batch.labels,
             self.weights,
         )
@@ -216,7 +221,7 @@ class TrainerState:
         best_error_rate: of the student on the dev manifest so far; None: not validated yet.
         validations_since_best: how many found nothing better.
         teacher_error_rate: scored once, since it never changes.
-        unlogged: sums of the steps that no line of the log shows yet (`Interval.sums`).
+        unlogged: sums of the steps that no line of the log shows yet (`RunningMeans.sums`).
     """
 
     step: int = 0

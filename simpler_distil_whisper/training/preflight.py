@@ -66,7 +66,7 @@ def check_at_start(trainer: Trainer, selection: Selection, dev: Manifest | None)
     if not is_main_process():
         return
     found: dict[str, object] = {**check_data(selection, dev, trainer.config.data, trainer.student)}
-    answers = first_group(trainer, selection)[0].answers
+    answers = first_group(trainer, selection)[0].cached_decoder_states
     # Where all answers are in a cache no teacher is loaded, and none for this.
     if (answers is None or answers.missing) and (agreement := check_agreement(trainer, selection)):
         found |= {"unpruned_kl": agreement.kl, "unpruned_agreement": agreement.same}
@@ -192,12 +192,12 @@ def agreement_of_unpruned(trainer: Trainer, batch: TrainingBatch) -> Agreement:
 def _without_caches(trainer: Trainer) -> Iterator[None]:
     """Let both models compute all for a while, with nothing found and nothing kept."""
     models, teacher = trainer.models, trainer.teacher
-    caches = models.cache, teacher.answers
-    models.cache = teacher.answers = None
+    caches = models.cache, teacher.decoder_cache
+    models.cache = teacher.decoder_cache = None
     try:
         yield
     finally:
-        models.cache, teacher.answers = caches
+        models.cache, teacher.decoder_cache = caches
 
 
 def check_learning_rate(runs: ShortRuns, group: Sequence[TrainingBatch]) -> None:
@@ -220,7 +220,7 @@ def time_steps(trainer: Trainer, examples: Sequence[Example]) -> float:
     ends = [time.perf_counter()]
     for group in trainer.micro_batches_of_each_step(examples):
         trainer.train_step(group)
-        trainer.interval.end()  # which waits for the device
+        trainer.means.end()  # which waits for the device
         ends.append(time.perf_counter())
         trainer.state.step += 1
         late = ends[-1] - ends[0] > TIMED_SECONDS

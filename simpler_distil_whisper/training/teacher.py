@@ -14,7 +14,7 @@ from transformers import WhisperForConditionalGeneration
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.model.teacher_cache import AnswerCache
+from simpler_distil_whisper.model.teacher_cache import DecoderStateCache
 from simpler_distil_whisper.model.weights import output_head
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import log
@@ -49,7 +49,7 @@ class Teacher:
         """
         self.folder, self.options, self.accelerator = folder, options, accelerator
         self.shared_encoder = shared_encoder
-        self.answers: AnswerCache | None = None
+        self.decoder_cache: DecoderStateCache | None = None
         self.device = device_of(options, accelerator)
         self.dtype = torch_dtype(options.dtype, self.device)
         self.head = output_head(folder).to(accelerator.device, self.dtype)
@@ -68,7 +68,7 @@ class Teacher:
         return model
 
     @property
-    def way_of_answering(self) -> str:
+    def numerics_key(self) -> str:
         """What decides a last bit of its answers beside weights and input, for the cache's keys."""
         heard = "the student's encoder" if self.shared_encoder else "its own encoder"
         return f"{self.dtype} weights on {self.device.type}, {heard}"
@@ -78,16 +78,18 @@ class Teacher:
         """Whether the model was ever asked."""
         return "model" in self.__dict__
 
-    def answer(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
+    def decoder_states(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
         """Return float [B, L, D'], on the student's device: last decoder states for a batch.
 
         Args:
             batch: on the student's device.
             encoder_states: float [B, E, D]: those of the shared encoder; None if there is none.
         """
-        if self.answers is None or batch.answers is None:
+        if self.decoder_cache is None or batch.cached_decoder_states is None:
             return self._compute(batch, encoder_states)
-        return self.answers.complete(batch.answers, lambda: self._compute(batch, encoder_states))
+        return self.decoder_cache.complete(
+            batch.cached_decoder_states, lambda: self._compute(batch, encoder_states)
+        )
 
     @torch.no_grad()
     def _compute(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:

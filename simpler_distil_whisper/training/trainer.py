@@ -20,12 +20,12 @@ from simpler_distil_whisper.data.manifest import Manifest, Rejection
 from simpler_distil_whisper.data.results import places_in, rejection_line
 from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.model.devices import leave_a_core_to_audio, out_of_memory
-from simpler_distil_whisper.model.teacher_cache import TeacherCache
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper, save_whisper
 from simpler_distil_whisper.run import DataError, Interrupted, Progress, Run, log
 from simpler_distil_whisper.training.augment import Views
 from simpler_distil_whisper.training.dataset import Example, Targets, TrainingBatch, TrainingDataset
-from simpler_distil_whisper.training.log import Interval, MetricsLog, draw_curves
+from simpler_distil_whisper.training.log import MetricsLog, RunningMeans, draw_curves
 from simpler_distil_whisper.training.losses import LossWeights
 from simpler_distil_whisper.training.model_card import ModelCard
 from simpler_distil_whisper.training.models import (
@@ -59,7 +59,7 @@ class Trainer:
         accelerator: Accelerator,
         teacher: Teacher,
         student: Whisper,
-        cache: TeacherCache | None = None,
+        cache: EncoderStateCache | None = None,
     ) -> None:
         """Assemble models and optimizer and continue from the last checkpoint, if there is one.
 
@@ -102,7 +102,7 @@ class Trainer:
         )
         self.rejected = run.folder / "rejected.jsonl"
         self.known_rejections = places_in(self.rejected)
-        self.interval = Interval(accelerator, weights.kl > 0, self.state.unlogged)
+        self.means = RunningMeans(accelerator, weights.kl > 0, self.state.unlogged)
         self.validation: Validation | None = None
         self.card: ModelCard | None = None
         self._say_what_was_chosen()
@@ -145,7 +145,7 @@ class Trainer:
         self._refuse_other_plan(examples)
         every = self.config.checkpoints.every_steps
         steps = self.micro_batches_of_each_step(examples)
-        self.interval.start_clock()
+        self.means.start_clock()
         progress = Progress("training", "steps", self.length.max_steps, self.state.step)
         for group in () if self._has_stopped_improving() else progress.over(steps):
             stop = self.train_step(group)
@@ -160,7 +160,7 @@ class Trainer:
             if self.validation and validate:
                 self._validate(self.validation)
             if save:
-                self.state.unlogged = self.interval.sums()
+                self.state.unlogged = self.means.sums()
                 self.checkpoints.save(self.state)
             if stop and not last:
                 self._report_cache()
@@ -202,12 +202,12 @@ class Trainer:
 
     def _report_cache(self) -> None:
         """Say how many rows of this run the cache has spared encoder and teacher."""
-        kinds = {"encoder_states": self.models.cache, "decoder_states": self.teacher.answers}
+        kinds = {"encoder_states": self.models.cache, "decoder_states": self.teacher.decoder_cache}
         noted = {}
         for kind, cache in kinds.items():
             if cache is None:
                 continue
-            counts = torch.tensor([cache.found, cache.computed]).to(self.accelerator.device)
+            counts = torch.tensor([cache.hits, cache.misses]).to(self.accelerator.device)
             found, computed = self.accelerator.reduce(counts).tolist()
             gigabytes = round(cache.store.used() / 1e9, 6)
             noted[kind] = {"found": found, "computed": computed}
@@ -246,7 +246,7 @@ class Trainer:
             self._keep_rejections(batch.rejections)
         limit = self.config.optimizer.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.models.module.parameters(), limit)
-        self.interval.end_step(norm, rate)
+        self.means.end_step(norm, rate)
         with _hint_if_memory_ends(self.config, self.state.step):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -260,7 +260,7 @@ class Trainer:
         # The processes' gradients are averaged, but every token of the step is to count alike:
         # multiply the average back to a sum and divide once by all tokens.
         self.accelerator.backward(terms.loss * self.accelerator.num_processes / tokens)
-        self.interval.add(terms, batch)
+        self.means.add(terms, batch)
 
     def micro_batches_of_each_step(
         self, examples: Sequence[Example]
@@ -286,7 +286,7 @@ class Trainer:
             Views(self.config.augmentation, student.window_seconds, seed),
             student.feature_extractor,
             self.models.cache,
-            self.teacher.answers,
+            self.teacher.decoder_cache,
         )
         loader = iter(load_ahead(dataset, self.config.data.num_workers))
         for _ in steps:
@@ -323,7 +323,7 @@ class Trainer:
                 file.write(rejection_line(rejection))
 
     def _log_interval(self) -> None:
-        values = self.interval.end()
+        values = self.means.end()
         loss = values["train/loss"]
         if loss is None or not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")

@@ -337,7 +337,7 @@ COUNT, BATCH = 23, 3
 
 def open_results(folder: Path, manifest: Manifest) -> RowResults:
     results = RowResults(folder, "answers.jsonl")
-    results.belong_to(manifest)
+    results.open_for(manifest)
     return results
 
 
@@ -478,7 +478,7 @@ def test_a_process_that_is_killed_keeps_every_batch_that_it_had_appended(folder:
         "from simpler_distil_whisper.data.results import RowResults\n"
         "manifest = read_manifest(Path('m.jsonl'), Columns())\n"
         "results = RowResults(Path('out'), 'answers.jsonl')\n"
-        "results.belong_to(manifest)\n"
+        "results.open_for(manifest)\n"
         "for one in manifest.utterances[:5]:\n"
         "    results.append([(one, one.row)], [])\n"
         "    print(one.number, flush=True)\n"

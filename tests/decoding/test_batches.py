@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny import write_rows, write_tone
 from transformers import WhisperFeatureExtractor
 
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance, read_manifest
 from simpler_distil_whisper.data.workers import Died, ahead, load_ahead
 from simpler_distil_whisper.decoding.batches import (
@@ -26,7 +27,6 @@ from simpler_distil_whisper.decoding.batches import (
     halved,
     in_batches,
     joined,
-    log_mel,
     longest_first,
     speech_batches,
     windows_by_length,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
-from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.search import drawn
 from simpler_distil_whisper.decoding.transcriber import (
     Hypothesis,

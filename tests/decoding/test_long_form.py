@@ -19,7 +19,7 @@ from transformers import WhisperTokenizer
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
-from simpler_distil_whisper.decoding.batches import long_log_mel
+from simpler_distil_whisper.data.features import long_log_mel
 from simpler_distil_whisper.decoding.long_form import (
     Chunk,
     Sentence,

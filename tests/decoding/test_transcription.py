@@ -25,7 +25,7 @@ from simpler_distil_whisper.data.manifest import (
 from simpler_distil_whisper.decoding import transcription
 from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
 from simpler_distil_whisper.decoding.transcription import decode_halving, own_batches
-from simpler_distil_whisper.model.teacher_cache import StoredStates
+from simpler_distil_whisper.model.teacher_cache import CachedEncoderStates
 
 SIZE = 3
 
@@ -190,7 +190,7 @@ def test_each_half_keeps_what_the_cache_has_of_it() -> None:
         [float(number) for number in range(7)],
         [],
         [torch.tensor(5.0), torch.tensor(6.0)],
-        StoredStates(torch.tensor([0.0, 2.0, 3.0]), {1: "b", 4: None}),
+        CachedEncoderStates(torch.tensor([0.0, 2.0, 3.0]), {1: "b", 4: None}),
     )
     windows, recordings = halved(batch)
     first, second = halved(windows)
@@ -200,10 +200,10 @@ def test_each_half_keeps_what_the_cache_has_of_it() -> None:
         (first, [0.0], [1.0], {1: "b"}),
         (second, [2.0, 3.0], [4.0], {2: None}),
     ):
-        assert part.stored is not None and part.input_features is not None
-        assert part.stored.found.tolist() == found
+        assert part.cached is not None and part.input_features is not None
+        assert part.cached.states.tolist() == found
         assert part.input_features.flatten().tolist() == features
-        assert part.stored.missing == missing
+        assert part.cached.missing == missing
         assert not part.recordings
     assert second.seconds == [2.0, 3.0, 4.0]
 

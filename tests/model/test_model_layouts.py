@@ -15,7 +15,7 @@ from transformers import WhisperForConditionalGeneration
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
-from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import read_model_folder

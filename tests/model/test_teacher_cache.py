@@ -35,10 +35,10 @@ from simpler_distil_whisper.data.manifest import Utterance
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.teacher_cache import (
-    AnswerCache,
-    TeacherCache,
+    DecoderStateCache,
+    EncoderStateCache,
     TensorStore,
-    open_teacher_cache,
+    open_encoder_cache,
 )
 from simpler_distil_whisper.model.weights import digest_of_weights
 
@@ -226,11 +226,11 @@ def open_cache(
     computed: torch.dtype = torch.float32,
     extractor: WhisperFeatureExtractor | None = None,
     **options: Any,
-) -> TeacherCache:
+) -> EncoderStateCache:
     facts = read_model_folder(teacher, None, "teacher")
     extractor = extractor or WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
     section = CacheOptions(folder=folder, **options)
-    cache = open_teacher_cache(section, facts, extractor, computed)
+    cache = open_encoder_cache(section, facts, extractor, computed)
     assert cache is not None
     return cache
 
@@ -242,7 +242,7 @@ def part(audio: Path, start: float = 0.0, duration: float | None = None) -> Utte
 def test_without_a_folder_there_is_no_cache(teacher: Path) -> None:
     facts = read_model_folder(teacher, None, "teacher")
     extractor = WhisperFeatureExtractor()
-    assert open_teacher_cache(CacheOptions(), facts, extractor, torch.float32) is None
+    assert open_encoder_cache(CacheOptions(), facts, extractor, torch.float32) is None
 
 
 def test_audio_is_known_by_its_content(teacher: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_missing_states_are_computed_and_kept_and_found_ones_are_not_computed(
         stored = cache.look_up([clips[row] for row in rows])
         missing = dict.fromkeys(stored.missing) if not keep else stored.missing
         wanted = features[[rows[place] for place in missing]]
-        return cache.complete(type(stored)(stored.found, missing), wanted, encoder)
+        return cache.complete(type(stored)(stored.states, missing), wanted, encoder)
 
     assert torch.equal(states(3, keep=False), expected[[3]])  # as of a file that cannot be decoded
     assert entries_in(tmp_path) == []
@@ -359,7 +359,7 @@ def test_missing_states_are_computed_and_kept_and_found_ones_are_not_computed(
     assert torch.equal(states(4, 0), expected[[4, 0]])
     assert heard == [1] * 6
     assert torch.equal(states(4, 1, 0, 2, 3), expected[[4, 1, 0, 2, 3]])
-    assert (len(heard), cache.found, cache.computed) == (6, 8, 6)
+    assert (len(heard), cache.hits, cache.misses) == (6, 8, 6)
 
 
 # Training
@@ -648,7 +648,7 @@ def test_another_teacher_gives_other_answers(
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
     store = TensorStore(tmp_path / "cache", ENOUGH)
     groups = {
-        AnswerCache(
+        DecoderStateCache(
             store, torch.float32, read_model_folder(f, None, "teacher"), extractor, computing
         ).group
         for f in (teacher, other)
@@ -663,7 +663,7 @@ def test_an_answer_belongs_to_its_audio_its_view_and_its_tokens(
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
     store = TensorStore(tmp_path / "cache", ENOUGH)
     facts = read_model_folder(teacher, None, "teacher")
-    cache = AnswerCache(store, torch.float32, facts, extractor, "float32")
+    cache = DecoderStateCache(store, torch.float32, facts, extractor, "float32")
     one, two = (part(write_tone(tmp_path / f"{n}.wav", seed=n)) for n in range(2))
     answer = some_tensor(0, 2, 4, 16)
     batch = cache.look_up([one, two], ["", "noisy"], [[1, 2, 3, 4], [1, 2]])
@@ -685,4 +685,4 @@ def test_an_answer_belongs_to_its_audio_its_view_and_its_tokens(
     states = cache.complete(batch, again.clone)
     assert torch.equal(states[0, :2], answer[1, :2])
     assert torch.equal(states[1], again[1])
-    assert (cache.found, cache.computed) == (1, 3)
+    assert (cache.hits, cache.misses) == (1, 3)

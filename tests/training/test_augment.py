@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Utterance
-from simpler_distil_whisper.decoding.batches import log_mel
 from simpler_distil_whisper.training.augment import Mask, View, Views
 from simpler_distil_whisper.training.options import Augmentation
 

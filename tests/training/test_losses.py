@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simpler_distil_whisper.decoding.batches import IGNORE_INDEX
 from simpler_distil_whisper.training.losses import (
     CHUNK_TOKENS,
+    IGNORE_INDEX,
     LossTerms,
     LossWeights,
     distillation_loss,

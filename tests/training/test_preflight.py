@@ -115,13 +115,13 @@ def test_models_that_are_given_different_things_end_the_run(
     tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The teacher gets its tokens one place late, as where labels are shifted twice."""
-    answer = Teacher.answer
+    answer = Teacher.decoder_states
 
     def late(self: Teacher, batch: TrainingBatch, states: torch.Tensor | None) -> torch.Tensor:
         return answer(self, batch, states).roll(1, dims=1)
 
     path = write_config(tmp_path / "run", setting)
-    monkeypatch.setattr(Teacher, "answer", late)
+    monkeypatch.setattr(Teacher, "decoder_states", late)
     with pytest.raises(ConfigError, match=r"do not agree: KL [\d.e+]+ per token") as error:
         distil(path)
     kl = float(re.findall(r"KL ([\d.e+]+)", str(error.value))[0])
@@ -531,8 +531,8 @@ def test_check_ends_with_the_code_of_what_it_found(
 ) -> None:
     spaced = adding_spaces(setting, tmp_path)
     assert exit_code_of_check(write_config(tmp_path / "data", spaced), monkeypatch) == 3
-    answer = Teacher.answer
-    monkeypatch.setattr(Teacher, "answer", lambda *given: answer(*given).roll(1, dims=1))
+    answer = Teacher.decoder_states
+    monkeypatch.setattr(Teacher, "decoder_states", lambda *given: answer(*given).roll(1, dims=1))
     assert exit_code_of_check(write_config(tmp_path / "models", setting), monkeypatch) == 2
     assert not (tmp_path / "data").exists()
     assert not (tmp_path / "models").exists()

@@ -28,9 +28,10 @@ from distilling import (
 from tiny import read_rows, write_rows
 from transformers import WhisperForConditionalGeneration
 
+from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
-from simpler_distil_whisper.run import DataError, Interrupted, write_atomically
+from simpler_distil_whisper.run import DataError, Interrupted
 from simpler_distil_whisper.training.models import learning_rate_factor
 from simpler_distil_whisper.training.trainer import Trainer
 

@@ -24,7 +24,7 @@ from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.packing import packed_row
 from simpler_distil_whisper.labels.quality import LabelColumns
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.model.teacher_cache import TeacherCache, TensorStore
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache, TensorStore
 from simpler_distil_whisper.model.whisper import SpecialTokens, special_tokens
 from simpler_distil_whisper.training.augment import View, Views
 from simpler_distil_whisper.training.dataset import (
@@ -596,7 +596,7 @@ def dataset_of(
     batches: list[list[int]] | list[list[Visit]],
     *,
     augmentation: dict[str, Any] | None = None,
-    cache: TeacherCache | None = None,
+    cache: EncoderStateCache | None = None,
     **data: Any,
 ) -> TrainingDataset:
     options = Augmentation.model_validate(augmentation or {})
@@ -737,25 +737,28 @@ def test_only_views_that_come_again_are_kept(dataset: TrainingDataset, tmp_path:
     folder = make_model_folder(tmp_path / "m", languages=["zh", "en"], window_seconds=WINDOW)
     teacher = read_model_folder(folder, None, "teacher")
     store = TensorStore(tmp_path / "cache", 10**9)
-    cache = TeacherCache(store, torch.float32, teacher, dataset.extractor)
+    cache = EncoderStateCache(store, torch.float32, teacher, dataset.extractor)
     encoder = WhisperForConditionalGeneration.from_pretrained(folder).eval().model.encoder
     for views, again in ((1, 0), (None, 3)):
         options = {"augmentation": {"views": views, **SPEED_AND_NOISE}, "cache": cache}
         first, second = epochs_of(dataset, 2, **options)
         for batch in (first, second):
-            assert batch.stored is not None
-            assert set(batch.stored.missing) == {0, 1, 2}
-            assert all((name is None) == (views is None) for name in batch.stored.missing.values())
-            cache.complete(batch.stored, batch.input_features, encoder)
+            assert batch.cached_encoder_states is not None
+            assert set(batch.cached_encoder_states.missing) == {0, 1, 2}
+            assert all(
+                (name is None) == (views is None)
+                for name in batch.cached_encoder_states.missing.values()
+            )
+            cache.complete(batch.cached_encoder_states, batch.input_features, encoder)
         for batch, uncached in zip(
             epochs_of(dataset, 2, **options),
             epochs_of(dataset, 2, augmentation=options["augmentation"]),
             strict=True,
         ):
-            assert batch.stored is not None
-            assert len(batch.stored.missing) == again
+            assert batch.cached_encoder_states is not None
+            assert len(batch.cached_encoder_states.missing) == again
             assert batch.seconds == pytest.approx(uncached.seconds)
-            states = cache.complete(batch.stored, batch.input_features, encoder)
+            states = cache.complete(batch.cached_encoder_states, batch.input_features, encoder)
             expected = encoder(uncached.input_features).last_hidden_state
             torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
 

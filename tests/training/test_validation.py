@@ -22,7 +22,7 @@ from distilling import (
 from tiny import read_rows, write_rows, write_tone
 
 from simpler_distil_whisper.data.audio import load_audio
-from simpler_distil_whisper.decoding.batches import log_mel
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.evaluation.metrics import total
 from simpler_distil_whisper.model.folder import read_model_folder
