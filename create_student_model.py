@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, PositiveInt, StrictModel
 from simpler_distil_whisper.data.audio import AudioError
-from simpler_distil_whisper.data.manifest import Columns, read_manifest, reject
+from simpler_distil_whisper.data.manifest import Columns, first_reasons, read_manifest, reject
 from simpler_distil_whisper.layers.search import ScoredLayers, describe_search, search_layers
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import Task, whisper_code
@@ -152,7 +152,7 @@ def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Labelled]"
         if len(labelled) == options.max_utterances:
             break
     found = f"layer_scoring: {len(labelled)} of {manifest.row_count} rows of {manifest.path}"
-    reasons = "".join(f"\n  {one.place}: {one.reason}" for one in unusable[:5])
+    reasons = first_reasons(unusable)
     if not labelled:
         raise DataError(f"{found} can be used. The first reasons:{reasons}")
     if unusable:

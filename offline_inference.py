@@ -9,12 +9,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.atomic import write_atomically
-from simpler_distil_whisper.config import NonNegativeInt, StrictModel
+from simpler_distil_whisper.config import RunOptions, StrictModel
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, ManifestData, Utterance, read_manifest
 from simpler_distil_whisper.data.results import RowResults
@@ -48,14 +48,9 @@ class OutputColumns(StrictModel):
     )
 
 
-class Config(StrictModel):
+class Config(RunOptions):
     """offline_inference.json."""
 
-    output_dir: Path = Field(description="Folder that this run makes.")
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
-    )
-    seed: NonNegativeInt = Field(0, description="Of the tokens drawn at temperatures above 0.")
     model: ModelOptions
     assistant: AssistantOptions = AssistantOptions()
     data: ManifestData

@@ -12,11 +12,11 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from simpler_distil_whisper.config import ConfigError, NonNegativeInt, StrictModel
+from simpler_distil_whisper.config import ConfigError, RunOptions, StrictModel
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import (
     Columns,
@@ -90,14 +90,9 @@ class OutputColumns(StrictModel):
         return self
 
 
-class Config(StrictModel):
+class Config(RunOptions):
     """run_pseudo_labelling.json."""
 
-    output_dir: Path = Field(description="Folder that this run makes.")
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
-    )
-    seed: NonNegativeInt = Field(0, description="Of the tokens drawn at temperatures above 0.")
     teacher: ModelOptions
     data: LabellingData
     decoding: DecodingOptions = DecodingOptions()

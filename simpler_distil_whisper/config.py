@@ -87,6 +87,16 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class RunOptions(StrictModel):
+    """The keys that stand at the top of each config whose run can be continued."""
+
+    output_dir: Path = Field(description="Folder that this run makes.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
+    )
+    seed: NonNegativeInt = Field(0, description="Of everything that is drawn at random.")
+
+
 Config = TypeVar("Config", bound=StrictModel)
 
 

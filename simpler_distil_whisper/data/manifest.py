@@ -8,6 +8,7 @@ import codecs
 import functools
 import hashlib
 import json
+import math
 import os
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import (
@@ -26,6 +28,7 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
 )
+from simpler_distil_whisper.data.audio import audio_seconds, load_audio
 from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
 from simpler_distil_whisper.run import (
     DataError,
@@ -112,6 +115,28 @@ class Utterance:
         row: Row = json.loads(self.json)
         return row
 
+    def header_seconds(self) -> float:
+        """Return how long the audio is, from the file's header alone.
+
+        Raises:
+            AudioError: the file cannot be opened or the part lies outside it.
+        """
+        return audio_seconds(self.audio, self.start_seconds, self.duration_seconds)
+
+    def load_audio(self, min_seconds: float = 0.0, max_seconds: float = math.inf) -> np.ndarray:
+        """Return float32 [S]: the audio as one channel at 16 kHz.
+
+        Raises:
+            AudioError: it cannot be used, or is too short or too long.
+        """
+        return load_audio(
+            self.audio,
+            self.start_seconds,
+            self.duration_seconds,
+            min_seconds=min_seconds,
+            max_seconds=max_seconds,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -126,6 +151,11 @@ class Rejection:
 def reject(utterance: Utterance, reason: str) -> Rejection:
     """Return that a row, usable as it stands, has turned out not to be."""
     return Rejection(utterance.number, utterance.place, reason, utterance.row)
+
+
+def first_reasons(rejections: Sequence[Rejection]) -> str:
+    """Return the first few rejections for a message, each on a line of its own."""
+    return "".join(f"\n  {one.place}: {one.reason}" for one in rejections[:5])
 
 
 class Utterances(Sequence[Utterance]):
@@ -230,7 +260,7 @@ class Manifest:
         """
         summary = f"{self.path}: {self.row_count} rows, {len(self.rejections)} unusable"
         log.info("%s", summary)
-        examples = "".join(f"\n  {r.place}: {r.reason}" for r in self.rejections[:5])
+        examples = first_reasons(self.rejections)
         too_many = len(self.rejections) > max_bad_fraction * self.row_count
         if too_many or not self.utterances:
             raise DataError(

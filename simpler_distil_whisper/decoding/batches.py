@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,9 +20,7 @@ from transformers import WhisperFeatureExtractor
 from simpler_distil_whisper.data.audio import (
     SAMPLE_RATE,
     AudioError,
-    audio_seconds,
     check_length,
-    load_audio,
 )
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
@@ -102,7 +99,7 @@ class SpeechReader:
 
     def _is_long(self, utterance: Utterance) -> bool:
         try:
-            return self._header_seconds(utterance) > self.window
+            return utterance.header_seconds() > self.window
         except AudioError:  # which is also what decoding it will come to
             return False
 
@@ -111,7 +108,7 @@ class SpeechReader:
         batch = SpeechBatch([], None, [], [])
         for utterance in utterances:
             try:
-                waveform = self._load(utterance)
+                waveform = utterance.load_audio(self.min_seconds, self.max_seconds)
                 batch.recordings.append(long_log_mel(waveform, self.extractor))
             except (AudioError, MemoryError) as error:
                 batch.rejections.append(reject(utterance, why_unusable(utterance, error)))
@@ -129,10 +126,10 @@ class SpeechReader:
                 # With a cache the length is the header's, whether the states are found or not: a
                 # run that is continued finds what it had computed, and is to write the same.
                 if cached:
-                    length = self._header_seconds(utterance)
+                    length = utterance.header_seconds()
                     check_length(length, self.min_seconds, self.max_seconds)
                 if cached is None or row in cached.missing:
-                    waveforms.append(self._load(utterance))
+                    waveforms.append(utterance.load_audio(self.min_seconds, self.max_seconds))
                 seconds.append(length if cached else len(waveforms[-1]) / SAMPLE_RATE)
                 used.append(row)
             except (AudioError, MemoryError) as error:
@@ -141,19 +138,6 @@ class SpeechReader:
         kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
         return SpeechBatch(rows, features, seconds, rejections, cached=kept)
-
-    def _load(self, utterance: Utterance) -> np.ndarray:
-        return load_audio(
-            utterance.audio,
-            utterance.start_seconds,
-            utterance.duration_seconds,
-            min_seconds=self.min_seconds,
-            max_seconds=self.max_seconds,
-        )
-
-    def _header_seconds(self, utterance: Utterance) -> float:
-        part = (utterance.start_seconds, utterance.duration_seconds)
-        return audio_seconds(utterance.audio, *part)
 
 
 class SpeechDataset(Dataset[SpeechBatch]):
@@ -215,7 +199,7 @@ def _seconds(utterance: Utterance) -> float:
     if utterance.duration_seconds is not None:
         return utterance.duration_seconds
     try:
-        return audio_seconds(utterance.audio, utterance.start_seconds)
+        return utterance.header_seconds()
     except AudioError:
         return 0.0
 

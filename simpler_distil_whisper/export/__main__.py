@@ -24,6 +24,7 @@ from simpler_distil_whisper.data.manifest import (
     Manifest,
     Rejection,
     Utterance,
+    first_reasons,
     read_manifest,
 )
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
@@ -226,7 +227,7 @@ def clips_to_compare(prepared: Prepared) -> list[Utterance]:
 
 def examples(unusable: list[Rejection]) -> str:
     """Return the first reasons, as the end of a message."""
-    return ". The first reasons:" + "".join(f"\n  {r.place}: {r.reason}" for r in unusable[:5])
+    return f". The first reasons:{first_reasons(unusable)}"
 
 
 def write(

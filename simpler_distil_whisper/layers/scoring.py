@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import WhisperTokenizer
 
-from simpler_distil_whisper.data.audio import audio_seconds, check_length
-from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance
+from simpler_distil_whisper.data.audio import check_length
+from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, first_reasons
 from simpler_distil_whisper.decoding.batches import (
     SpeechBatch,
     SpeechReader,
@@ -86,9 +86,7 @@ class Labeller:
         if len(prompt) + len(text) > self.positions:
             room = self.positions - len(prompt)
             raise ValueError(f"label of {len(text)} tokens, the maximum is {room}")
-        part = (utterance.start_seconds, utterance.duration_seconds)
-        seconds = audio_seconds(utterance.audio, *part)
-        check_length(seconds, LIMITS.min_duration_seconds, self.window)
+        check_length(utterance.header_seconds(), LIMITS.min_duration_seconds, self.window)
         return Labelled(utterance, Target([*prompt, *text, self.tokens.end], len(prompt)))
 
 
@@ -143,7 +141,7 @@ class LayerScorer:
             self.batches = list(self._hear(labelled))
         self.tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in self.batches)
         if not self.batches:
-            reasons = "".join(f"\n  {one.place}: {one.reason}" for one in self.rejections[:5])
+            reasons = first_reasons(self.rejections)
             raise DataError(f"layer_scoring: no audio could be used. The first:{reasons}")
         if not all(torch.isfinite(batch.teacher).all() for batch in self.batches):
             raise DataError("teacher.path: its weights are not finite, so nothing can be compared")

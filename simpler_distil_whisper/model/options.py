@@ -28,13 +28,18 @@ def whisper_code(language: str | None) -> str | None:
     return None if language is None else whisper_language(language)
 
 
-class ModelOptions(StrictModel):
-    """A Whisper that is run, not trained: the teacher, or the model of offline inference."""
+class FolderOptions(StrictModel):
+    """Where a Whisper is."""
 
     path: Path = Field(description="Hugging Face model folder.")
     processor: Path | None = Field(
         None, description="Folder of tokenizer and feature extractor; null: the model's own."
     )
+
+
+class ModelOptions(FolderOptions):
+    """A Whisper that is run, not trained: the teacher, or the model of offline inference."""
+
     dtype: Dtype = Field(
         "auto",
         description="auto: bfloat16 on GPUs that have it, else float16; on CPUs float32, but "

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
-from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, reject
 from simpler_distil_whisper.model.teacher_cache import (
@@ -299,7 +299,7 @@ def _letters(text: str) -> str:
 
 def _header_seconds(utterance: Utterance) -> float:
     try:
-        return audio_seconds(utterance.audio, utterance.start_seconds, utterance.duration_seconds)
+        return utterance.header_seconds()
     except AudioError as error:
         raise Dropped(UNREADABLE, f"{utterance.audio}: {error}") from None
 

@@ -15,12 +15,14 @@ from simpler_distil_whisper.config import (
     PositiveFloat,
     PositiveInt,
     Ratio,
+    RunOptions,
     StrictModel,
 )
 from simpler_distil_whisper.data.manifest import Columns, DataLimits
 from simpler_distil_whisper.evaluation.metrics import Metric
 from simpler_distil_whisper.model.options import (
     DecodingLimits,
+    FolderOptions,
     ModelOptions,
     Task,
     TeacherCacheOptions,
@@ -95,13 +97,8 @@ class TeacherOptions(ModelOptions):
     )
 
 
-class StudentOptions(StrictModel):
+class StudentOptions(FolderOptions):
     """The model that is trained, in float32 whatever its weights on disk are."""
-
-    path: Path = Field(description="Model folder, as create_student_model.py writes it.")
-    processor: Path | None = Field(
-        None, description="Folder of tokenizer and feature extractor; null: the student's own."
-    )
 
 
 class Objective(StrictModel):
@@ -287,14 +284,9 @@ class CheckOptions(StrictModel):
     )
 
 
-class DistillationConfig(StrictModel):
+class DistillationConfig(RunOptions):
     """run_distillation.json."""
 
-    output_dir: Path = Field(description="Folder that this run makes.")
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
-    )
-    seed: NonNegativeInt = Field(0, description="Of the order of the examples and of dropout.")
     teacher: TeacherOptions
     student: StudentOptions
     data: TrainingData
