@@ -23,6 +23,7 @@ from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
+from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
 from simpler_distil_whisper.labels.quality import LabelColumns
 from simpler_distil_whisper.run import DataError, Progress, Run, process_count, process_rank
 from simpler_distil_whisper.text.languages import join_texts
@@ -251,13 +252,11 @@ def _write_audio(path: Path, parts: Sequence[Row], columns: LabelColumns) -> Non
 
 
 def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | None:
-    rate = row[columns.error_rate]
     if not row[columns.label].strip():
         return "no text"
-    if limits.error_rate is not None and rate is None:
-        return "no error rate"
-    if limits.error_rate is not None and rate > limits.error_rate:
-        return "error rate above pack.max_error_rate"
+    if dropped := why_dropped(row, columns.error_rate, limits.error_rate):
+        kind, _ = dropped
+        return "error rate above pack.max_error_rate" if kind == ABOVE_MAXIMUM else kind
     if row["audio_seconds"] > limits.seconds + SECONDS_OF_ROUNDING:
         return "longer than a pack"
     return None

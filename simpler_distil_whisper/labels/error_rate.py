@@ -1,0 +1,31 @@
+"""The filter by error rate: which pseudo-labels are too far from their references to learn from.
+
+Owns the decision for one labelled row. The rate itself comes from run_pseudo_labelling.py; what is
+done with a row that is dropped is up to the stage.
+"""
+
+from simpler_distil_whisper.data.jsonl import Row
+
+NO_ERROR_RATE = "no error rate"
+ABOVE_MAXIMUM = "error rate above maximum"
+
+
+def why_dropped(row: Row, column: str, maximum: float | None) -> tuple[str, str] | None:
+    """Return why the filter drops a row, as a kind to count and a reason; None if it stays.
+
+    Args:
+        row: a labelled row.
+        column: the key under which its error rate stands.
+        maximum: the highest rate that stays; None keeps every row, even one without a rate.
+    """
+    if maximum is None:
+        return None
+    rate = row.get(column)
+    if rate is None:
+        return NO_ERROR_RATE, f'"{column}" is empty, so max_error_rate cannot hold'
+    # bool is an int.
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        return NO_ERROR_RATE, f'"{column}" is not a number: {rate!r}'
+    if rate > maximum:
+        return ABOVE_MAXIMUM, f'"{column}" is {rate}, above {maximum:g}'
+    return None

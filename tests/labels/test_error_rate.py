@@ -1,0 +1,32 @@
+"""Which labelled rows the error-rate filter drops, and the reasons it gives."""
+
+import pytest
+
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.labels.error_rate import why_dropped
+
+COLUMN = "cer/wer"
+
+
+@pytest.mark.parametrize("row", [{COLUMN: 0}, {COLUMN: 0.1}])
+def test_a_rate_up_to_the_maximum_stays(row: Row) -> None:
+    assert why_dropped(row, COLUMN, 0.1) is None
+
+
+@pytest.mark.parametrize("row", [{}, {COLUMN: None}, {COLUMN: 7.5}])
+def test_without_a_maximum_every_row_stays(row: Row) -> None:
+    assert why_dropped(row, COLUMN, None) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        ({}, "no error rate", '"cer/wer" is empty, so max_error_rate cannot hold'),
+        ({COLUMN: None}, "no error rate", '"cer/wer" is empty, so max_error_rate cannot hold'),
+        ({COLUMN: True}, "no error rate", '"cer/wer" is not a number: True'),
+        ({COLUMN: "0.05"}, "no error rate", "\"cer/wer\" is not a number: '0.05'"),
+        ({COLUMN: 0.25}, "error rate above maximum", '"cer/wer" is 0.25, above 0.1'),
+    ],
+)
+def test_a_dropped_row_has_a_kind_and_a_reason(row: Row, kind: str, reason: str) -> None:
+    assert why_dropped(row, COLUMN, 0.1) == (kind, reason)
