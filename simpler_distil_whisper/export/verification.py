@@ -17,6 +17,7 @@ from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import to_line
 from simpler_distil_whisper.data.manifest import Columns, Rejection, Utterance, reject
+from simpler_distil_whisper.decoding.speed import Speed, write_speed
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Scorer, total
 from simpler_distil_whisper.run import Progress, Run
@@ -128,23 +129,21 @@ def write_hypotheses(
             row[columns.language] = answer.language
         lines.append(to_line(row))
     write_atomically(folder / "hypotheses.jsonl", "".join(lines).encode())
-    tokens, compute = sum(answer.tokens for answer in heard.answers), heard.compute_seconds
-    speed = {
-        "rtfx": round(heard.audio_seconds / compute, 2),
-        "tokens_per_second": round(tokens / compute, 1),
-        "audio_seconds": round(heard.audio_seconds, 3),
-        "compute_seconds": round(compute, 3),
-        "utterances": len(clips),
-        "tokens": tokens,
-        "batch_size": system.batch_size,
-        "processes": 1,
-        "parameters": parameters,
-        "peak_memory_megabytes": None,
-        "model_bytes": system.weight_bytes,
-        "library": system.library,
-        "compute_type": system.compute_type,
-    }
-    write_atomically(folder / "speed.json", json.dumps(speed, indent=2).encode())
+    speed = Speed(
+        utterances=len(clips),
+        audio_seconds=heard.audio_seconds,
+        compute_seconds=heard.compute_seconds,
+        tokens=sum(answer.tokens for answer in heard.answers),
+    )
+    report = speed.report(
+        batch_size=system.batch_size,
+        processes=1,
+        parameters=parameters,
+        peak_memory_megabytes=None,
+        model_bytes=system.weight_bytes,
+    )
+    more = {"library": system.library, "compute_type": system.compute_type}
+    write_speed(folder, report, more)
 
 
 @dataclass(frozen=True)
