@@ -34,7 +34,7 @@ from simpler_distil_whisper.evaluation.hypotheses import (
     usable_rows,
     why_empty,
 )
-from simpler_distil_whisper.evaluation.intervals import Comparison, Resampling, compare
+from simpler_distil_whisper.evaluation.intervals import Comparison, Resampling, paired_difference
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.evaluation.scoring import Scored, compact, score
 from simpler_distil_whisper.evaluation.tallies import (
@@ -243,7 +243,7 @@ def compare_systems(
 ) -> Comparison:
     """Return how a system does beside the baseline, on the utterances that have a reference."""
     known = baseline.errors != NO_REFERENCE
-    return compare(
+    return paired_difference(
         baseline.errors[known],
         system.errors[known],
         baseline.tokens[known],

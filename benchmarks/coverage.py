@@ -11,7 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.evaluation.intervals import Resampling, compare, ratio_interval
+from simpler_distil_whisper.evaluation.intervals import (
+    Resampling,
+    paired_difference,
+    ratio_interval,
+)
 
 Integers = npt.NDArray[np.int64]
 Draw = Callable[[np.random.Generator, int], Integers]
@@ -104,7 +108,9 @@ def differences_that_hold(
     truth = 0.0 if draw is swapped else (other - one) / tokens
     held = significant = 0
     for seed in range(evaluations):
-        found = compare(*draw(random, utterances).T, None, Resampling(0.95, samples, seed))
+        found = paired_difference(
+            *draw(random, utterances).T, None, Resampling(0.95, samples, seed)
+        )
         low, high = found.interval or (1, 1)
         held += low <= truth <= high
         significant += found.p_value < 0.05

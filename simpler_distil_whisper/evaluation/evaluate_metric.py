@@ -1,7 +1,7 @@
-"""The error rate as a metric of the `evaluate` library, for those whose code expects one.
+"""The error rate as a metric of the `evaluate` library, for code that expects one.
 
-Owns the adapter; the numbers are `metrics.py`'s. Nothing else imports it, since `evaluate` takes
-seconds to load and half a gigabyte of memory.
+Only the adapter is here; the numbers come from `metrics.py`. Nothing in this package imports it,
+since `evaluate` takes seconds to load and half a gigabyte of memory.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from simpler_distil_whisper.evaluation.metrics import Metric, Scorer, total
 
 
 class ErrorRate(evaluate.Metric):  # type: ignore[misc]
-    """Corpus error rate as `summary.json` has it: errors added up and divided once.
+    """The corpus error rate of `summary.json`: errors are added up and divided once.
 
-    Needs no network and writes no files. `evaluate.load` is not for it; make one:
+    It needs no network and writes no files. Make one directly, not with `evaluate.load`:
 
         error_rate = ErrorRate(Metric(unit="character"), language="zh")
         error_rate.compute(predictions=["..."], references=["..."])
@@ -24,14 +24,16 @@ class ErrorRate(evaluate.Metric):  # type: ignore[misc]
     def __init__(
         self, metric: Metric | None = None, language: str | None = None, **settings: Any
     ) -> None:
-        """Choose what is counted.
+        """Prepare a metric.
 
         Args:
-            metric: unit and normalisation; None for the standard ones.
-            language: of all texts; None lets each reference's script decide its unit.
-            settings: of `evaluate.Metric`.
+            metric: unit and normalisation; None for the defaults.
+            language: the language of all texts; None: the script of each reference decides its
+                unit.
+            settings: passed on to `evaluate.Metric`.
         """
-        self._scorer, self._language = Scorer(metric or Metric()), language
+        self._scorer = Scorer(metric or Metric())
+        self._language = language
         super().__init__(**{"keep_in_memory": True, **settings})
 
     def _info(self) -> evaluate.MetricInfo:
@@ -39,14 +41,16 @@ class ErrorRate(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(
             description="Errors per character or word of the references.",
             citation="",
-            inputs_description="predictions, references: lists of texts as they are.",
+            inputs_description="predictions, references: lists of texts, not normalised.",
             features=datasets.Features(texts),
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
         """Return the rate, None where no reference has a token, and the counts behind it."""
-        pairs = zip(references, predictions, strict=True)
-        counts = total(self._scorer.count(*pair, self._language) for pair in pairs)
+        counts = total(
+            self._scorer.count(reference, prediction, self._language)
+            for reference, prediction in zip(references, predictions, strict=True)
+        )
         return {
             "error_rate": counts.rate,
             **counts.as_dict(),

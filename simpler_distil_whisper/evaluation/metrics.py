@@ -1,12 +1,12 @@
-"""Error counts and error rates.
+"""Error counts and error rates: the arithmetic of CER and WER.
 
-Owns the arithmetic of CER and WER: counts are added over utterances and divided once. It reads no
-files and prints nothing. Called by labelling, by validation during training and by `eval.py`.
+Counts are added over utterances and divided once, so that a corpus's rate is not a mean of rates.
+It reads no files and knows nothing of intervals.
 """
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import jiwer
@@ -30,7 +30,7 @@ class Metric(StrictModel):
 
 @dataclass(frozen=True, slots=True, order=True)
 class ErrorCounts:
-    """How a hypothesis differs from its reference, in tokens; counts of utterances add up."""
+    """How many tokens of a hypothesis and its reference agree and differ; counts add up."""
 
     hits: int = 0
     substitutions: int = 0
@@ -48,35 +48,30 @@ class ErrorCounts:
 
     @property
     def errors(self) -> int:
-        """Return how many edits turn the reference into the hypothesis."""
+        """How many edits turn the reference into the hypothesis."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def reference_tokens(self) -> int:
-        """Return how many tokens the reference has."""
+        """How many tokens the reference has."""
         return self.hits + self.substitutions + self.deletions
 
     @property
     def rate(self) -> float | None:
-        """Return errors per reference token, or None where the reference has no token.
+        """Errors per reference token; None where the reference has no token.
 
-        None and not infinity: an insertion into an empty reference still counts in a sum, where
-        the other utterances' tokens are the denominator.
+        It is None and not infinity, because an insertion into an empty reference still counts in a
+        sum, where the other utterances' tokens are the denominator.
         """
         return self.errors / self.reference_tokens if self.reference_tokens else None
 
     def as_dict(self) -> dict[str, int]:
         """Return the four counts by name."""
-        return {
-            "hits": self.hits,
-            "substitutions": self.substitutions,
-            "deletions": self.deletions,
-            "insertions": self.insertions,
-        }
+        return asdict(self)
 
 
 class _AsTokens(jiwer.AbstractTransform):
-    """What jiwer does to texts before it compares them: nothing, they are tokens already."""
+    """Hands jiwer the tokens as they are, which else it would make from texts itself."""
 
     def __call__(self, texts: Any) -> Any:
         return texts
@@ -86,10 +81,12 @@ AS_TOKENS = _AsTokens()
 
 
 class Edit(NamedTuple):
-    """A run of neighbouring tokens with the same fate.
+    """A run of neighbouring tokens that are edited alike.
 
     Attributes:
         kind: "equal", "substitute" (the tokens pair up one to one), "delete" or "insert".
+        reference: the tokens of the reference; none for "insert".
+        hypothesis: the tokens of the hypothesis; none for "delete".
     """
 
     kind: str
@@ -98,63 +95,75 @@ class Edit(NamedTuple):
 
 
 class Scorer:
-    """Counts errors as a `Metric` says, on normalised copies of the texts.
+    """Counts errors by the rules of a `Metric`, on normalised copies of the texts.
 
     Attributes:
-        normalize: makes the copy of one text that is compared, given its language if known.
+        normalize: (text, language or None) -> the copy that is compared.
     """
 
     def __init__(self, metric: Metric) -> None:
-        """Prepare the normalisation once for many utterances."""
         self.normalize = make_normalizer(metric.normalization)
         self._unit = metric.unit
 
     def unit(self, reference: str, hypothesis: str, language: str | None) -> Unit:
-        """Return the unit in which this pair of texts is counted, never "auto"."""
+        """Return the unit in which this pair of normalised texts is counted, never "auto"."""
         if self._unit != "auto":
             return self._unit
         return unit_for(language, reference or hypothesis)
 
     def count(self, reference: str, hypothesis: str, language: str | None = None) -> ErrorCounts:
-        """Return the errors of a hypothesis, both texts given as they are."""
+        """Return the errors of a hypothesis; both texts are given before normalisation."""
         reference = self.normalize(reference, language)
         hypothesis = self.normalize(hypothesis, language)
         return count_errors(reference, hypothesis, self.unit(reference, hypothesis, language))
 
 
 def align(reference: str, hypothesis: str, unit: Unit) -> list[Edit]:
-    """Return a shortest way from the reference to the hypothesis, as runs of tokens in order."""
-    ours, theirs = tokens(reference, unit), tokens(hypothesis, unit)
-    found = jiwer.process_words([ours], [theirs], AS_TOKENS, AS_TOKENS)  # type: ignore[list-item]
+    """Return an alignment with the fewest errors, as runs of tokens in order."""
+    reference_tokens, hypothesis_tokens = tokens(reference, unit), tokens(hypothesis, unit)
+    output = jiwer.process_words(
+        [reference_tokens],  # type: ignore[list-item]
+        [hypothesis_tokens],  # type: ignore[list-item]
+        AS_TOKENS,
+        AS_TOKENS,
+    )
     return [
         Edit(
             chunk.type,
-            ours[chunk.ref_start_idx : chunk.ref_end_idx],
-            theirs[chunk.hyp_start_idx : chunk.hyp_end_idx],
+            reference_tokens[chunk.ref_start_idx : chunk.ref_end_idx],
+            hypothesis_tokens[chunk.hyp_start_idx : chunk.hyp_end_idx],
         )
-        for chunk in found.alignments[0]
+        for chunk in output.alignments[0]
     ]
 
 
 def count_edits(edits: Iterable[Edit]) -> ErrorCounts:
     """Return the error counts of an alignment."""
-    counts = {"equal": 0, "substitute": 0, "delete": 0, "insert": 0}
+    counts: Counter[str] = Counter()
     for edit in edits:
         counts[edit.kind] += max(len(edit.reference), len(edit.hypothesis))
-    return ErrorCounts(*counts.values())
+    return ErrorCounts(
+        hits=counts["equal"],
+        substitutions=counts["substitute"],
+        deletions=counts["delete"],
+        insertions=counts["insert"],
+    )
 
 
 def count_errors(reference: str, hypothesis: str, unit: Unit) -> ErrorCounts:
-    """Return the fewest substitutions, deletions and insertions between two texts.
+    """Return the counts of an alignment with the fewest errors between two texts.
 
-    Nothing is normalised, but whitespace never counts as a character. Where several alignments are
-    equally short, the split into the three kinds is one of theirs.
+    Nothing is normalised, but whitespace never counts as a character. Where several alignments have
+    as few errors, the counts are those of one of them.
     """
     return count_edits(align(reference, hypothesis, unit))
 
 
 def total(per_utterance: Iterable[ErrorCounts]) -> ErrorCounts:
-    """Return the summed counts of utterances, or of a Counter of them; its rate is the corpus's."""
+    """Return the sum of the counts of utterances, or of a Counter of them.
+
+    The rate of the sum is the corpus's error rate.
+    """
     summed = [0, 0, 0, 0]
     for counts, times in Counter(per_utterance).items():
         summed[0] += times * counts.hits

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.evaluation.hallucination import LIMITS, SIGNS
+from simpler_distil_whisper.evaluation.hallucination import SIGN_LIMITS, SIGNS
 from simpler_distil_whisper.evaluation.intervals import Comparison, Resampling, bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Edit, ErrorCounts, total
 from simpler_distil_whisper.evaluation.scoring import Counts, Scored
@@ -227,7 +227,7 @@ class SystemScores:
             "length_ratio": said / wanted if wanted else None,
             "any": shown.pop("any"),
             "signs": shown,
-            "limits": LIMITS,
+            "limits": SIGN_LIMITS,
             "phrases": dict(self.phrases.most_common()),
         }
 

@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import coverage
-from simpler_distil_whisper.evaluation.intervals import Resampling, bootstrap_interval, compare
+from simpler_distil_whisper.evaluation.intervals import (
+    Resampling,
+    bootstrap_interval,
+    paired_difference,
+)
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, total
 
 COUNTS = st.builds(ErrorCounts, *[st.integers(0, 50)] * 4)
@@ -103,14 +107,14 @@ def arrays(*columns: list[int]) -> list[np.ndarray]:
 
 
 def test_comparison_by_hand() -> None:
-    found = compare(*arrays([3, 0, 1, 0, 5, 2], [1, 0, 2, 0, 0, 0], [10] * 6))
+    found = paired_difference(*arrays([3, 0, 1, 0, 5, 2], [1, 0, 2, 0, 0, 0], [10] * 6))
     assert found.difference == -8 / 60
     assert (found.better, found.worse, found.equal) == (3 / 6, 1 / 6, 2 / 6)
     # Of the 16 ways to sign 2, 1, 5, 2, those at least 8 from 0: +8 (the 1 other way), +10 and both
     # turned round.
     tosses = [abs(np.dot(signs, [2, 1, 5, 2])) >= 8 for signs in product((-1, 1), repeat=4)]
     assert sum(tosses) == 4
-    many = compare(
+    many = paired_difference(
         *arrays([3, 0, 1, 0, 5, 2], [1, 0, 2, 0, 0, 0], [10] * 6), None, Resampling(samples=20_000)
     )
     assert many.p_value == pytest.approx(4 / 16, abs=0.01)
@@ -118,7 +122,7 @@ def test_comparison_by_hand() -> None:
 
 def test_equal_systems_differ_by_nothing_and_that_is_no_certainty() -> None:
     same = np.arange(100) % 3
-    found = compare(same, same, np.full(100, 10))
+    found = paired_difference(same, same, np.full(100, 10))
     assert (found.difference, found.p_value, found.equal) == (0.0, 1.0, 1.0)
     low, high = found.interval or (0, 0)
     assert low == -high < 0
@@ -128,7 +132,7 @@ def test_a_large_difference_is_seen() -> None:
     random = np.random.default_rng(0)
     tokens = random.integers(5, 20, 300)
     baseline, other = random.binomial(tokens, 0.3), random.binomial(tokens, 0.1)
-    found = compare(baseline, other, tokens)
+    found = paired_difference(baseline, other, tokens)
     assert found.p_value == 1 / 1001
     low, high = found.interval or (0, 0)
     assert low < -0.2 < high < -0.1
@@ -137,7 +141,7 @@ def test_a_large_difference_is_seen() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), min_size=5, max_size=40))
 def test_what_the_test_does_not_reject_is_in_the_interval(rows: list[tuple[int, int, int]]) -> None:
-    found = compare(*np.array(rows).T, None, Resampling(0.95, 400))
+    found = paired_difference(*np.array(rows).T, None, Resampling(0.95, 400))
     if found.interval and found.difference is not None:
         assert found.interval[0] <= found.difference <= found.interval[1]
         if found.p_value > 0.06:
@@ -145,12 +149,12 @@ def test_what_the_test_does_not_reject_is_in_the_interval(rows: list[tuple[int, 
 
 
 def test_where_no_difference_can_be_rejected_there_is_no_interval() -> None:
-    found = compare(*arrays([0] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]))
+    found = paired_difference(*arrays([0] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]))
     assert (found.difference, found.p_value, found.interval) == (1.0, 1.0, None)
     # Of five utterances all signs are alike in 2 of 32 tosses, of seven in 2 of 128.
     for number, known in ((5, False), (7, True)):
         counts = np.arange(number)
-        found = compare(counts, counts + 1 + counts % 2, counts + 9)
+        found = paired_difference(counts, counts + 1 + counts % 2, counts + 9)
         assert (found.interval is not None) == known
 
 
@@ -158,7 +162,7 @@ def test_turning_the_systems_round_turns_the_difference_round() -> None:
     random = np.random.default_rng(5)
     one, other = random.integers(0, 5, (2, 200))
     tokens = random.integers(5, 20, 200)
-    there, back = compare(one, other, tokens), compare(other, one, tokens)
+    there, back = paired_difference(one, other, tokens), paired_difference(other, one, tokens)
     assert there.difference == -(back.difference or 0)
     assert (there.better, there.worse) == (back.worse, back.better)
     assert there.p_value == pytest.approx(back.p_value, abs=0.05)
@@ -171,10 +175,10 @@ def test_blocks_are_resampled_whole() -> None:
     errors, tokens = np.repeat(pairs, 10, axis=0).T
     speakers = np.repeat(np.arange(20) * 7, 10)  # their numbers need not be dense
     nothing = np.zeros(200, int)
-    low, high = compare(nothing, errors, tokens, speakers).interval or (0, 0)
-    single = compare(nothing[:20], pairs[:, 0], pairs[:, 1]).interval
+    low, high = paired_difference(nothing, errors, tokens, speakers).interval or (0, 0)
+    single = paired_difference(nothing[:20], pairs[:, 0], pairs[:, 1]).interval
     assert (low, high) == pytest.approx(single, rel=1e-9)
-    alone_low, alone_high = compare(nothing, errors, tokens).interval or (0, 0)
+    alone_low, alone_high = paired_difference(nothing, errors, tokens).interval or (0, 0)
     assert alone_high - alone_low < 0.5 * (high - low)
 
 

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from simpler_distil_whisper.evaluation.hallucination import KnownPhrases
-from simpler_distil_whisper.evaluation.intervals import Resampling, bootstrap_interval, compare
+from simpler_distil_whisper.evaluation.intervals import (
+    Resampling,
+    bootstrap_interval,
+    paired_difference,
+)
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Metric, Scorer
 from simpler_distil_whisper.evaluation.scoring import score
 from simpler_distil_whisper.evaluation.tallies import (
@@ -130,6 +134,6 @@ def test_lengths_are_in_order_and_other_groups_by_name() -> None:
 
 def test_a_comparison_without_tokens_has_no_difference() -> None:
     nothing = np.zeros(6, int)
-    found = comparison_summary("teacher", compare(nothing, nothing, nothing))
+    found = comparison_summary("teacher", paired_difference(nothing, nothing, nothing))
     assert found["difference"] is found["low"] is found["high"] is None
     assert (found["baseline"], found["p_value"]) == ("teacher", 1.0)
