@@ -1,14 +1,13 @@
-"""Several short labelled utterances in one window, as one row with one audio file.
+"""Packs: several short labelled utterances in one window, as one row with one audio file.
 
 Owns which labels may be packed, which of them go together, and the rows and files that this makes.
-A student that learns from full windows does not learn that speech ends after a few words. Called by
-`run_pseudo_labelling.py`.
+A student that learns from full windows does not learn that speech ends after a few words.
 """
 
 import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,25 @@ from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audi
 from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
 from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
-from simpler_distil_whisper.labels.quality import LabelColumns
-from simpler_distil_whisper.run import DataError, Progress, Run, process_count, process_rank
+from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.run import (
+    DataError,
+    Progress,
+    Run,
+    is_main_process,
+    process_count,
+    process_rank,
+)
 from simpler_distil_whisper.text.languages import join_texts
 
 Integers = npt.NDArray[np.int64]
 
 PACKED_LABELS = "packed_labels.jsonl"
-PACKS_IN_HAND = 32  # between two looks whether to stop
+PROMPT_TOKENS = 4  # start, language, task and <|notimestamps|>
+PACKS_BETWEEN_STOPS = 32  # how many are written before a stop signal is looked for
 FILES_IN_A_FOLDER = 1000
-SECONDS_OF_ROUNDING = 1e-5
+ROUNDING_SECONDS = 1e-5  # by which the sum of rounded lengths may exceed the window
 
 
 class PackOptions(StrictModel):
@@ -55,15 +63,29 @@ class PackOptions(StrictModel):
         "null: the speaker's. A row without such a value is a pack of its own.",
     )
 
+    def shared_columns(self, columns: LabelColumns) -> list[str]:
+        """Return the columns whose values the parts of a pack share, besides the language."""
+        if self.group_by is not None:
+            return self.group_by
+        return [columns.speaker] if columns.speaker else []
+
+    def limits(self, folder: ModelFolder) -> "PackLimits":
+        """Return what a pack may hold for a model."""
+        return PackLimits(
+            seconds=self.max_seconds or folder.window_seconds,
+            tokens=folder.config["max_target_positions"] - PROMPT_TOKENS,
+            error_rate=self.max_error_rate,
+        )
+
 
 @dataclass(frozen=True)
 class PackLimits:
-    """What a pack may hold: what run_distillation.py would refuse must not come about.
+    """What a pack may hold, so that run_distillation.py refuses none.
 
     Attributes:
         seconds: of audio.
-        tokens: of text and, for each part, its two timestamps.
-        error_rate: of each part; None: any, or none.
+        tokens: of text, with two timestamps for each part.
+        error_rate: the highest of a part; None: every part is taken, even without an error rate.
     """
 
     seconds: float
@@ -71,13 +93,31 @@ class PackLimits:
     error_rate: float | None
 
 
+@dataclass
+class _OpenPack:
+    """A pack to which rows may still be added, and what it holds so far."""
+
+    number: int
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def has_room_for(self, row: Row, limits: PackLimits) -> bool:
+        seconds, tokens = self.seconds + row["audio_seconds"], self.tokens + _tokens(row)
+        return seconds <= limits.seconds + ROUNDING_SECONDS and tokens <= limits.tokens
+
+    def add(self, row: Row) -> None:
+        self.seconds += row["audio_seconds"]
+        self.tokens += _tokens(row)
+
+
 @dataclass(frozen=True)
 class PackPlan:
     """Which rows form which pack, about 16 bytes a row.
 
     Attributes:
-        offsets: int64 [parts]: where each part's row begins in the labelled manifest, pack by pack.
-        starts: int64 [packs + 1]: where each pack begins among the offsets.
+        offsets: int64 [parts]: the byte in the labelled manifest at which each part's row begins,
+            pack by pack.
+        starts: int64 [packs + 1]: the index in `offsets` at which each pack begins.
         left_out: reason -> how many rows are in no pack.
     """
 
@@ -99,12 +139,54 @@ class PackPlan:
         return rows
 
 
+def pack_labels(
+    labels: Path,
+    columns: LabelColumns,
+    options: PackOptions,
+    folder: ModelFolder,
+    scorer: Scorer,
+    run: Run,
+    *,
+    workers: int,
+    wait_for_everyone: Callable[[], None],
+) -> str:
+    """Write `packed_labels.jsonl` and its audio; return a sentence that accounts for all labels.
+
+    Every process calls it: each writes its share of the audio, the main one the rows.
+
+    Args:
+        labels: the labelled manifest.
+        columns: which key of a row holds what.
+        options: which labels are packed, and how.
+        folder: the teacher's, whose window and decoder are the limits.
+        scorer: the one that has counted the error rates.
+        run: asked whether to stop.
+        workers: threads that write audio.
+        wait_for_everyone: returns once all processes have called it.
+
+    Raises:
+        DataError: the audio of a part cannot be read any more.
+        Interrupted: a stop signal came.
+    """
+    shared = options.shared_columns(columns)
+    plan = plan_packs(labels, columns, shared, options.limits(folder))
+    write_audio(labels, plan, columns, workers, run)
+    wait_for_everyone()
+    if is_main_process():
+        if columns.language:
+            shared = [columns.language, *shared]
+        write_packs(labels, plan, columns, shared, scorer)
+    reasons = "".join(f", {rows} left out ({why})" for why, rows in plan.left_out.items())
+    packed = labels.with_name(PACKED_LABELS)
+    return f"{packed}: {len(plan)} packs of {len(plan.offsets)} labels{reasons}.\n"
+
+
 def plan_packs(
     labels: Path, columns: LabelColumns, group_by: Sequence[str], limits: PackLimits
 ) -> PackPlan:
     """Return which rows form which pack; within a group they stay in the manifest's order.
 
-    Each row joins the pack that its group has open, or opens the next one if it does not fit in.
+    Each row joins the open pack of its group; if it does not fit in, it opens the group's next one.
 
     Args:
         labels: the labelled manifest.
@@ -113,7 +195,7 @@ def plan_packs(
         limits: what a pack may hold.
     """
     offsets, packs, left_out = array("q"), array("q"), Counter[str]()
-    open_packs: dict[str | None, tuple[int, float, int]] = {}
+    open_packs: dict[str | None, _OpenPack] = {}
     count = 0
     for _, offset, line in placed_lines(labels, "output_dir"):
         row = json.loads(line)
@@ -121,18 +203,18 @@ def plan_packs(
             left_out[reason] += 1
             continue
         group = _group(row, columns, group_by)
-        number, seconds, tokens = open_packs.get(group, (-1, limits.seconds, limits.tokens))
-        seconds, tokens = seconds + row["audio_seconds"], tokens + _tokens(row)
-        if seconds > limits.seconds + SECONDS_OF_ROUNDING or tokens > limits.tokens:
-            number, seconds, tokens = count, row["audio_seconds"], _tokens(row)
+        pack = open_packs.get(group)
+        if pack is None or not pack.has_room_for(row, limits):
+            pack = _OpenPack(count)
             count += 1
+        pack.add(row)
         if group is not None:
-            open_packs[group] = (number, seconds, tokens)
+            open_packs[group] = pack
         offsets.append(offset)
-        packs.append(number)
-    of_packs = np.array(packs, np.int64)
-    order = np.argsort(of_packs, kind="stable")
-    starts = np.searchsorted(of_packs[order], np.arange(count + 1))
+        packs.append(pack.number)
+    pack_numbers = np.array(packs, np.int64)
+    order = np.argsort(pack_numbers, kind="stable")
+    starts = np.searchsorted(pack_numbers[order], np.arange(count + 1))
     return PackPlan(np.array(offsets, np.int64)[order], starts, left_out)
 
 
@@ -145,9 +227,9 @@ def packed_row(
 ) -> Row:
     """Return the row of one pack: a labelled row like others, with `segments` and `parts`.
 
-    `segments` are the sentences with their times in the packed audio: those that the teacher has
-    timed, else each part as one. `parts` says of each part where it comes from. The error rate is
-    that of the joined texts, so that every token counts the same.
+    `segments` have their times in the packed audio: the teacher's segments, or each whole part
+    where there are none. `parts` tells where each part comes from. The error rate is that of the
+    joined texts, so that every token counts the same.
 
     Args:
         parts: the labelled rows, in order.
@@ -162,8 +244,9 @@ def packed_row(
     unit, rate, tokens = parts[0]["error_unit"], None, None
     if reference is not None:
         language = parts[0]["error_language"]
-        wanted, said = (scorer.normalize(text, language) for text in (reference, label))
-        counts = count_errors(wanted, said, unit)
+        normalized_reference = scorer.normalize(reference, language)
+        normalized_label = scorer.normalize(label, language)
+        counts = count_errors(normalized_reference, normalized_label, unit)
         rate, tokens = counts.rate, counts.reference_tokens
     ends = np.cumsum([part["audio_seconds"] for part in parts]).round(6).tolist()
     starts = [0.0, *ends[:-1]]
@@ -209,7 +292,7 @@ def write_packs(
 def write_audio(
     labels: Path, plan: PackPlan, columns: LabelColumns, workers: int, run: Run
 ) -> None:
-    """Write this process's share of the audio files; those that an earlier run has written stay.
+    """Write this process's share of the audio files; files of an earlier run stay as they are.
 
     Raises:
         DataError: the audio of a part cannot be read any more.
@@ -222,13 +305,13 @@ def write_audio(
         _write_audio(labels.parent / audio_path(number), plan.parts(labels, number), columns)
 
     progress = Progress("packing", "packs", len(own), len(own) - len(todo))
-    # Threads do, because decoding and encoding leave Python's lock to each other.
+    # Threads are enough: decoding and encoding release Python's global lock.
     with progress, ThreadPoolExecutor(max(workers, 1)) as pool:
-        for start in range(0, len(todo), PACKS_IN_HAND):
+        for start in range(0, len(todo), PACKS_BETWEEN_STOPS):
             run.stop_if_asked()
-            some = todo[start : start + PACKS_IN_HAND]
-            list(pool.map(write, some))
-            progress.advance(len(some))
+            numbers = todo[start : start + PACKS_BETWEEN_STOPS]
+            list(pool.map(write, numbers))
+            progress.advance(len(numbers))
         run.stop_if_asked()
 
 
@@ -236,10 +319,10 @@ def _write_audio(path: Path, parts: Sequence[Row], columns: LabelColumns) -> Non
     """Write the audio of all parts, one after the other, as 16 kHz mono FLAC."""
     waveforms = []
     for part in parts:
-        start = (columns.start_seconds and part.get(columns.start_seconds)) or 0.0
-        duration = columns.duration_seconds and part.get(columns.duration_seconds)
+        start = part.get(columns.start_seconds) if columns.start_seconds else None
+        duration = part.get(columns.duration_seconds) if columns.duration_seconds else None
         try:
-            waveforms.append(load_audio(Path(part[columns.audio]), start, duration or None))
+            waveforms.append(load_audio(Path(part[columns.audio]), start or 0.0, duration))
         except AudioError as error:
             raise DataError(
                 f"{part[columns.audio]}: {error}. It was readable when it was labelled; run the "
@@ -257,18 +340,18 @@ def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | 
     if dropped := why_dropped(row, columns.error_rate, limits.error_rate):
         kind, _ = dropped
         return "error rate above pack.max_error_rate" if kind == ABOVE_MAXIMUM else kind
-    if row["audio_seconds"] > limits.seconds + SECONDS_OF_ROUNDING:
+    if row["audio_seconds"] > limits.seconds + ROUNDING_SECONDS:
         return "longer than a pack"
     return None
 
 
 def _tokens(row: Row) -> int:
-    """Return how many tokens the label takes, with a timestamp before it and one behind it."""
+    """Return how many tokens the label takes, with a timestamp before it and one after it."""
     return round(float(row["tokens_per_second"]) * float(row["audio_seconds"])) + 2
 
 
 def _group(row: Row, columns: LabelColumns, group_by: Sequence[str]) -> str | None:
-    """Return what rows share that may go together; None for a row that goes with no other."""
+    """Return a key that is equal for rows that may be packed together; None: with no other row."""
     values = [row.get(column) for column in group_by]
     if None in values:
         return None
@@ -277,26 +360,35 @@ def _group(row: Row, columns: LabelColumns, group_by: Sequence[str]) -> str | No
 
 
 def _segments(part: Row, start: float, columns: LabelColumns) -> list[Row]:
-    """Return the sentences of a part, with times from the beginning of the pack."""
-    whole = {"start_seconds": 0.0, "end_seconds": None, "text": part[columns.label]}
-    timed = part.get(columns.segments) if columns.segments else None
+    """Return the segments of a part, with times from the beginning of the pack."""
     seconds = part["audio_seconds"]
-    segments = []
-    for segment in timed or [whole]:
-        end = seconds if segment["end_seconds"] is None else min(segment["end_seconds"], seconds)
-        segments.append(
-            {
-                "start_seconds": round(start + segment["start_seconds"], 3),
-                "end_seconds": round(start + end, 3),
-                "text": segment["text"],
-            }
-        )
-    return segments
+    whole = {"start_seconds": 0.0, "end_seconds": seconds, "text": part[columns.label]}
+    segments = part.get(columns.segments) if columns.segments else None
+    return [
+        {
+            "start_seconds": round(start + segment["start_seconds"], 3),
+            "end_seconds": round(start + _end_within(segment, seconds), 3),
+            "text": segment["text"],
+        }
+        for segment in segments or [whole]
+    ]
+
+
+def _end_within(segment: Row, seconds: float) -> float:
+    """Return where a segment ends; the last one of a part may lack its end, or overshoot it."""
+    end: float | None = segment["end_seconds"]
+    return seconds if end is None else min(end, seconds)
 
 
 def _origin(part: Row, start: float, columns: LabelColumns) -> Row:
     """Return where a part of a pack comes from and where in the pack it begins."""
-    names = [columns.id, columns.audio, columns.start_seconds, columns.duration_seconds]
-    names += [columns.error_rate, "audio_seconds"]
+    names = [
+        columns.id,
+        columns.audio,
+        columns.start_seconds,
+        columns.duration_seconds,
+        columns.error_rate,
+        "audio_seconds",
+    ]
     known = {name: part[name] for name in names if name is not None and name in part}
     return {**known, "offset_seconds": start}

@@ -1,63 +1,37 @@
-"""How good labels are: the signs of each, what each threshold would keep, and which rows are bad.
+"""How good the labels of a run are: the content of `label_quality.json`, as typed data.
 
-Owns the signs that need no reference, the rule that suggests a threshold, and the shape of
-`label_quality.json`, of which the page is another view. It decodes no audio. Called by
-`run_pseudo_labelling.py`.
+Owns what is counted, for which bins and groups, and which rows are shown. How the page looks is
+for `quality_page` and its template.
 """
 
 import json
 import math
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
-from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row, placed_lines
-from simpler_distil_whisper.evaluation.hallucination import (
-    MAX_NO_SPEECH_PROBABILITY,
-    MAX_REPETITION,
-)
 from simpler_distil_whisper.evaluation.metrics import Scorer, align
 from simpler_distil_whisper.evaluation.scoring import compact
-from simpler_distil_whisper.pages import render, stacks
-from simpler_distil_whisper.text.languages import longest_repetition, tokens
-
-Numbers = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
-
-# Columns that `signs_of` adds to a labelled row.
-SIGN_COLUMNS = (
-    *("error_unit", "error_language", "reference_tokens", "audio_seconds", "tokens_per_second"),
-    "longest_repetition",
+from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.labels.table import (
+    SIGN_LIMITS,
+    Flags,
+    LabelTable,
+    Numbers,
+    failure_signs,
+    read_labels,
 )
+from simpler_distil_whisper.labels.threshold import THRESHOLDS, Suggestion, suggest_threshold
 
-# Beyond these a label looks like a failure. Both are where openai/whisper decodes again.
-MAX_COMPRESSION_RATIO = 2.4
-MIN_AVERAGE_LOG_PROBABILITY = -1.0
-MAX_SPEED_FACTOR = 4.0  # to the median of the language, either way
-
-STEPS = 50
-GRID = np.round(np.linspace(0, 0.5, STEPS + 1), 2)  # thresholds that are tried
-# A stricter threshold than one error in ten loses hours at which the teacher was nearly right; and
-# no label may pass of which more than a fifth is wrong only because its sentence is short.
-LOWEST_FLOOR, HIGHEST_FLOOR = 0.1, 0.2
-FEW_ROWS = 100  # whose rates say little about a threshold
-
-RATE_EDGES = np.round(np.linspace(0, 1, 21), 2)
-MAX_GROUPS = 10_000  # values of a column that are told apart; later ones are counted together
-OTHER_VALUES = "(other values)"
-
-# What the distributions show: column -> edges of its bins; the outer bins hold all beyond them.
-DISTRIBUTIONS = {
+# Edges of the bins; those of the distributions also hold what is beyond the outer ones.
+ERROR_RATE_BINS = np.round(np.linspace(0, 1, 21), 2)
+DISTRIBUTION_BINS = {
     "average_log_probability": np.round(np.linspace(-2, 0, 21), 2),
     "no_speech_probability": np.round(np.linspace(0, 1, 21), 2),
     "compression_ratio": np.round(np.linspace(0, 4, 21), 2),
@@ -78,272 +52,231 @@ class QualityOptions(StrictModel):
 
 
 @dataclass(frozen=True)
-class LabelColumns:
-    """Which key of a labelled row holds what; None: no such column."""
+class Amount:
+    """How many rows, and how long their audio is."""
 
-    id: str | None
-    audio: str
-    start_seconds: str | None
-    duration_seconds: str | None
-    language: str | None
-    label: str
-    reference: str
-    error_rate: str
-    segments: str | None = None
+    rows: int
+    hours: float
 
 
-def signs_of(
-    hypothesis: str,
-    tokens_said: int,
-    seconds: float,
-    reference: str | None,
-    scorer: Scorer,
-    language: str | None,
-) -> Row:
-    """Return what a labelled row tells about its label besides the decoder's own evidence.
+@dataclass(frozen=True)
+class ThresholdAmount:
+    """What a threshold keeps."""
 
-    Args:
-        hypothesis: the label, as it is.
-        tokens_said: how many tokens of the model it has.
-        seconds: how long the decoded audio is.
-        reference: what was said, as it is; None where nobody has written it down.
-        scorer: normalises both and chooses the unit.
-        language: what decides the unit; None lets the script decide.
+    max_error_rate: float
+    rows: int
+    hours: float
+
+
+@dataclass(frozen=True)
+class ErrorRateHistogram:
+    """The error rates in bins, each of which holds its upper edge.
+
+    Attributes:
+        edges: of the bins.
+        rows, hours: in each bin.
+        rows_kept: those of the rows that the suggested threshold keeps.
+        no_error: the rows without any error, which are in no bin.
+        above: the rows above the last edge.
     """
-    said = scorer.normalize(hypothesis, language)
-    wanted = scorer.normalize(reference or "", language)
-    unit = scorer.unit(wanted, said, language)
-    return {
-        "error_unit": None if reference is None else unit,
-        "error_language": language,  # not the one that the model may have detected
-        "reference_tokens": None if reference is None else len(tokens(wanted, unit)),
-        "audio_seconds": round(seconds, 6),
-        "tokens_per_second": round(tokens_said / seconds, 4),
-        "longest_repetition": longest_repetition(tokens(said, unit)),
-    }
+
+    edges: list[float]
+    rows: list[int]
+    hours: list[float]
+    rows_kept: list[int]
+    no_error: Amount
+    above: Amount
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The rows that show each sign of a failed label, any of them, or none."""
+
+    limits: dict[str, float]
+    compression_ratio: Amount
+    average_log_probability: Amount
+    no_speech_probability: Amount
+    longest_repetition: Amount
+    tokens_per_second: Amount
+    empty: Amount
+    incomplete: Amount
+    any: Amount
+    none: Amount
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How one number of the labels is spread; the quantiles are None where no row has it.
+
+    Attributes:
+        minimum, p05, median, p95, maximum: quantiles.
+        edges: of the bins.
+        rows: in each bin.
+        rows_suspicious: those of the rows whose number is a sign of a failed label.
+    """
+
+    minimum: float | None
+    p05: float | None
+    median: float | None
+    p95: float | None
+    maximum: float | None
+    edges: list[float]
+    rows: list[int]
+    rows_suspicious: list[int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows that share a value of a column.
+
+    Attributes:
+        value: of the column.
+        rows, hours: all of them.
+        error_rate: of all that have a reference; None where none has.
+        rows_kept, hours_kept: with the suggested threshold; without one, those that show no sign.
+        rows_suspicious: those that show a sign of a failed label.
+    """
+
+    value: str
+    rows: int
+    hours: float
+    error_rate: float | None
+    rows_kept: int
+    hours_kept: float
+    rows_suspicious: int
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row to look at; `alignment` is of the normalised texts: [kind, reference, label]."""
+
+    line: int
+    id: object
+    audio: str
+    audio_seconds: float
+    language: str | None
+    error_rate: float | None
+    unit: str | None
+    signs: list[str]
+    reference: str | None
+    label: str
+    alignment: list[list[str]]
 
 
 @dataclass
-class LabelTable:
-    """The numbers of all rows of a labelled manifest, about 100 bytes each.
+class RejectedKind:
+    """The rejected rows with one kind of reason."""
+
+    reason: str
+    rows: int = 0
+    hours: float = 0.0
+    rows_of_unknown_length: int = 0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The rows without a label, by kind of reason."""
+
+    rows: int
+    hours: float
+    reasons: list[RejectedKind]
+
+
+@dataclass(frozen=True)
+class LabelQuality:
+    """The content of `label_quality.json`, in its order.
 
     Attributes:
-        offsets: where in the file each row begins, by which the few that are shown are found again.
-        numbers: column -> its value in each row; NaN where a row has none.
-        empty, incomplete: whether the label has no text, whether it was cut off.
-        groups: column -> which of `group_values` each row belongs to.
-        group_values: column -> its values, as strings.
+        labels: name of the labelled manifest.
+        rows, hours: of all labels.
+        rows_with_error_rate: how many have a reference to count errors with.
+        error_rate: all errors over all reference tokens.
+        suggestion: the suggested threshold.
+        thresholds: what each threshold would keep.
+        histogram: the error rates.
+        signs: the signs of failed labels.
+        distributions: the numbers behind these signs.
+        groups: column -> the rows by its values, first the one that loses the most hours.
+        worst_rows: rows with the highest error rates.
+        rows_beyond_threshold: rows just above it, where slips should end and failures begin.
+        suspicious_rows: rows with the most signs, among those that the threshold keeps.
+        rejected: the rows without a label.
     """
 
-    offsets: npt.NDArray[np.int64]
-    numbers: dict[str, Numbers]
-    empty: Flags
-    incomplete: Flags
-    groups: dict[str, npt.NDArray[np.int32]]
-    group_values: dict[str, list[str]]
-
-    @property
-    def hours(self) -> Numbers:
-        """The length of each row's audio."""
-        return self.numbers["audio_seconds"] / 3600
-
-
-def read_labels(path: Path, columns: LabelColumns, group_by: Iterable[str]) -> LabelTable:
-    """Return the numbers in a labelled manifest, read row by row."""
-    names = {"error_rate": columns.error_rate, "audio_seconds": "audio_seconds"}
-    names |= {"reference_tokens": "reference_tokens"} | {name: name for name in DISTRIBUTIONS}
-    offsets, flags = array("q"), (array("b"), array("b"))
-    numbers = {name: array("d") for name in names}
-    groups: dict[str, array[int]] = {column: array("i") for column in group_by}
-    values: dict[str, dict[str, int]] = {column: {} for column in groups}
-    for offset, row in _rows(path):
-        offsets.append(offset)
-        for name, column in names.items():
-            value = row.get(column)
-            numbers[name].append(math.nan if value is None else value)
-        flags[0].append(not row[columns.label].strip())
-        flags[1].append(row.get("complete") is False)
-        for column, known in values.items():
-            groups[column].append(_group_number(known, row.get(column)))
-    return LabelTable(
-        np.array(offsets, np.int64),
-        {name: np.array(column, np.float64) for name, column in numbers.items()},
-        np.array(flags[0], np.bool_),
-        np.array(flags[1], np.bool_),
-        {column: np.array(members, np.int32) for column, members in groups.items()},
-        {column: list(known) for column, known in values.items()},
-    )
-
-
-def find_signs(table: LabelTable, language: str | None) -> dict[str, Flags]:
-    """Return which rows show which sign of a failed label; none of them needs a reference.
-
-    Args:
-        table: the numbers.
-        language: the column by whose values speeds are compared; None compares all rows.
-    """
-    numbers = table.numbers
-    speed, median = numbers["tokens_per_second"], _median_speed(table, language)
-    return {
-        "compression_ratio": numbers["compression_ratio"] > MAX_COMPRESSION_RATIO,
-        "average_log_probability": numbers["average_log_probability"] < MIN_AVERAGE_LOG_PROBABILITY,
-        "no_speech_probability": numbers["no_speech_probability"] > MAX_NO_SPEECH_PROBABILITY,
-        "longest_repetition": numbers["longest_repetition"] > MAX_REPETITION,
-        "tokens_per_second": (speed * MAX_SPEED_FACTOR < median)
-        | (speed > MAX_SPEED_FACTOR * median),
-        "empty": table.empty,
-        "incomplete": table.incomplete,
-    }
-
-
-def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers) -> dict[str, Any]:
-    """Return the threshold that is worth its hours, and why; None where nothing speaks for one.
-
-    The knee: hours kept, as a share of those that 0.50 keeps, rise with the threshold; the knee is
-    where they are furthest above a straight rise, so that going on costs more errors than it gains
-    hours. It is raised to the error rate of one wrong token in a reference of median length, within
-    0.10 and 0.20, since a single slip in a short sentence is no failure.
-
-    Args:
-        rates: error rate of each row, NaN where there is none.
-        hours: length of each row's audio.
-        reference_tokens: length of each reference; NaN where there is none.
-    """
-    known = ~np.isnan(rates)
-    if not known.any():
-        return _no_threshold(
-            "No row has an error rate, because none has a reference. What is left to judge the "
-            "labels by are the signs that need none."
-        )
-    kept = np.array([hours[rates <= threshold].sum() for threshold in GRID])
-    if not kept[-1]:
-        return _no_threshold(
-            "Every error rate is above 0.50. Such labels and references do not belong together: "
-            "look whether language, script and columns are what they should be."
-        )
-    above_the_line = np.round(kept / kept[-1] - GRID / GRID[-1], 9)
-    knee = float(GRID[above_the_line.argmax()])
-    length = float(np.median(reference_tokens[known]))
-    slip = math.ceil(round(100 / length, 6)) / 100
-    floor = min(max(slip, LOWEST_FLOOR), HIGHEST_FLOOR)
-    threshold = max(knee, floor)
-    keeps = rates <= threshold
-    return {
-        "max_error_rate": threshold,
-        "rows": int(keeps.sum()),
-        "hours": _rounded(hours[keeps].sum()),
-        "share_of_hours": _rounded(hours[keeps].sum() / hours.sum()),
-        "knee": knee,
-        "one_slip": slip,
-        "reasoning": _reasoning(threshold, knee, length, rates, hours),
-    }
-
-
-def _no_threshold(why: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("max_error_rate", "rows", "hours", "share_of_hours", "knee"))
-    return {**nothing, "one_slip": None, "reasoning": [why]}
-
-
-def _reasoning(
-    threshold: float, knee: float, length: float, rates: Numbers, hours: Numbers
-) -> list[str]:
-    """Return the reasons for a threshold, one sentence or two each."""
-    known, beyond = ~np.isnan(rates), rates > threshold
-    share = hours[rates <= threshold].sum() / hours.sum()
-    gain = f"{1 / STEPS:.0%} of the hours that 0.50 would keep"
-    reasons = [
-        f"The curve of hours has its knee at {knee:.2f}: up to there each 0.01 of threshold buys "
-        f"on average more than {gain}, beyond it less."
-        if knee
-        else f"Above 0, each 0.01 of threshold buys on average less than {gain}."
-    ]
-    if threshold > max(knee, LOWEST_FLOOR):
-        reasons.append(
-            f"Raised to {threshold:.2f}, because a reference has {length:g} tokens (median), of "
-            f"which a single wrong one is an error rate of {1 / length:.3g}: a slip, no failure."
-        )
-    elif threshold > knee:
-        reasons.append(
-            f"Raised to {threshold:.2f}: published experiments (Gandhi et al. 2023) lost hours "
-            "and gained nothing with lower ones."
-        )
-    if beyond.any():
-        reasons.append(
-            f"Beyond it are {beyond.sum()} of {known.sum()} rows: their median error rate is "
-            f"{np.median(rates[beyond]):.2f}, and {(rates[beyond] >= 0.5).sum()} of them are wrong "
-            "in every second token or more."
-        )
-    else:
-        reasons.append("No row is beyond it.")
-    if known.sum() < FEW_ROWS:
-        reasons.append(f"Only {known.sum()} rows have an error rate: look at them one by one.")
-    if share < 0.5:
-        reasons.append(
-            f"It keeps only {share:.0%} of all hours: before you train, look at the worst rows. "
-            "Teacher and references may differ in script, language or how numbers are written."
-        )
-    return reasons
+    labels: str
+    rows: int
+    hours: float
+    rows_with_error_rate: int
+    error_rate: float | None
+    suggestion: Suggestion
+    thresholds: list[ThresholdAmount]
+    histogram: ErrorRateHistogram
+    signs: Signs
+    distributions: dict[str, Distribution]
+    groups: dict[str, list[Group]]
+    worst_rows: list[ShownRow]
+    rows_beyond_threshold: list[ShownRow]
+    suspicious_rows: list[ShownRow]
+    rejected: Rejected
 
 
 def summarize_labels(
-    path: Path, columns: LabelColumns, group_by: Sequence[str], scorer: Scorer, worst_rows: int
-) -> dict[str, Any]:
-    """Return `label_quality.json` but for the rejected rows.
+    labels: Path,
+    columns: LabelColumns,
+    options: QualityOptions,
+    scorer: Scorer,
+    rejected: Rejected,
+) -> LabelQuality:
+    """Return how good the rows of a labelled manifest are.
 
     Args:
-        path: the labelled manifest.
+        labels: the labelled manifest.
         columns: which key of a row holds what.
-        group_by: columns for whose values the numbers are also given.
+        options: for which groups, and how many rows are shown in each of the lists.
         scorer: the one that has counted the error rates.
-        worst_rows: how many rows are shown with their alignment, in each of the lists.
+        rejected: the rows that have no label.
     """
-    wanted = [columns.language] if columns.language else []
-    table = read_labels(path, columns, dict.fromkeys([*wanted, *group_by]))
-    signs = find_signs(table, columns.language)
+    group_by = [columns.language, columns.speaker, *options.group_by]
+    table = read_labels(labels, columns, dict.fromkeys(column for column in group_by if column))
+    signs = failure_signs(table, columns.language)
+    suspicious = np.logical_or.reduce(list(signs.values()))
     rates, hours = table.numbers["error_rate"], table.hours
     lengths = table.numbers["reference_tokens"]
     suggestion = suggest_threshold(rates, hours, lengths)
-    threshold = suggestion["max_error_rate"]
-    suspicious = np.logical_or.reduce(list(signs.values()))
-    shown = _rows_to_show(table, signs, threshold, worst_rows)
-    return {
-        "labels": path.name,
-        "rows": len(rates),
-        "hours": _rounded(hours.sum()),
-        "rows_with_error_rate": int((~np.isnan(rates)).sum()),
-        "error_rate": _corpus_rate(rates, lengths),
-        "suggestion": suggestion,
-        "thresholds": [
-            {"max_error_rate": float(t), **_rows_and_hours(rates <= t, hours)} for t in GRID
-        ],
-        "histogram": _rate_histogram(rates, hours, threshold),
-        "signs": {
-            "limits": {
-                "compression_ratio": MAX_COMPRESSION_RATIO,
-                "average_log_probability": MIN_AVERAGE_LOG_PROBABILITY,
-                "no_speech_probability": MAX_NO_SPEECH_PROBABILITY,
-                "longest_repetition": MAX_REPETITION,
-                "tokens_per_second": MAX_SPEED_FACTOR,
-            },
-            **{name: _rows_and_hours(flags, hours) for name, flags in signs.items()},
-            "any": _rows_and_hours(suspicious, hours),
-            "none": _rows_and_hours(~suspicious, hours),
-        },
-        "distributions": {
+    threshold = suggestion.max_error_rate
+    ceiling = math.inf if threshold is None else threshold
+    worst, beyond, dubious = (
+        [_shown_row(table, index, signs, columns, scorer) for index in indices]
+        for indices in _rows_to_show(table, signs, ceiling, options.worst_rows)
+    )
+    return LabelQuality(
+        labels=labels.name,
+        rows=len(rates),
+        hours=_rounded(hours.sum()),
+        rows_with_error_rate=int((~np.isnan(rates)).sum()),
+        error_rate=_corpus_rate(rates, lengths),
+        suggestion=suggestion,
+        thresholds=[_kept_by(float(maximum), rates, hours) for maximum in THRESHOLDS],
+        histogram=_rate_histogram(rates, hours, ceiling),
+        signs=Signs(
+            limits=SIGN_LIMITS,
+            **{name: _amount(flags, hours) for name, flags in signs.items()},
+            any=_amount(suspicious, hours),
+            none=_amount(~suspicious, hours),
+        ),
+        distributions={
             name: _distribution(table.numbers[name], edges, signs[name])
-            for name, edges in DISTRIBUTIONS.items()
+            for name, edges in DISTRIBUTION_BINS.items()
         },
-        "groups": {
-            column: _groups(table, column, suspicious, threshold) for column in table.groups
-        },
-        **{
-            name: [_shown_row(path, table, index, signs, columns, scorer) for index in indices]
-            for name, indices in shown.items()
-        },
-    }
+        groups={column: _groups(table, column, suspicious, threshold) for column in table.groups},
+        worst_rows=worst,
+        rows_beyond_threshold=beyond,
+        suspicious_rows=dubious,
+        rejected=rejected,
+    )
 
 
-def summarize_rejected(path: Path, columns: LabelColumns, folder: Path) -> dict[str, Any]:
+def summarize_rejected(path: Path, columns: LabelColumns, folder: Path) -> Rejected:
     """Return how many rows were rejected for which kind of reason, and how long their audio is.
 
     Args:
@@ -351,81 +284,39 @@ def summarize_rejected(path: Path, columns: LabelColumns, folder: Path) -> dict[
         columns: which key of a row holds what.
         folder: the manifest's, from which relative paths begin.
     """
-    kinds: dict[str, dict[str, Any]] = {}
-    for _, entry in _rows(path):
+    kinds: dict[str, RejectedKind] = {}
+    for _, _, line in placed_lines(path, "output_dir"):
+        entry = json.loads(line)
         row = entry["row"] if isinstance(entry["row"], dict) else {}
         audio = row.get(columns.audio)
         audio = audio if isinstance(audio, str) else ""
-        kind = kinds.setdefault(
-            _kind_of(entry["reason"], audio), {"rows": 0, "hours": 0.0, "rows_of_unknown_length": 0}
-        )
-        kind["rows"] += 1
+        reason = _kind_of_reason(entry["reason"], audio)
+        kind = kinds.setdefault(reason, RejectedKind(reason))
+        kind.rows += 1
         seconds = _rejected_seconds(row, audio, columns, folder)
-        kind["rows_of_unknown_length"] += seconds is None
-        kind["hours"] += (seconds or 0.0) / 3600
-    ordered = sorted(kinds.items(), key=lambda item: -item[1]["rows"])
-    return {
-        "rows": sum(kind["rows"] for kind in kinds.values()),
-        "hours": _rounded(sum(kind["hours"] for kind in kinds.values())),
-        "reasons": [
-            {"reason": name, **kind, "hours": _rounded(kind["hours"])} for name, kind in ordered
-        ],
-    }
-
-
-def write_label_quality(folder: Path, summary: dict[str, Any]) -> None:
-    """Write `label_quality.json` and the same as a page, `label_quality.html`."""
-    content = json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False)
-    write_atomically(folder / "label_quality.json", f"{content}\n".encode())
-    histogram = summary["histogram"]
-    page = render(
-        "label_quality.html",
-        quality=summary,
-        kept_shares=[s["hours"] / (summary["hours"] or 1) for s in summary["thresholds"]],
-        dropped_rows=[
-            rows - kept
-            for rows, kept in zip(histogram["rows"], histogram["rows_kept"], strict=True)
-        ],
-        stacks=stacks,
+        if seconds is None:
+            kind.rows_of_unknown_length += 1
+        else:
+            kind.hours += seconds / 3600
+    ordered = sorted(kinds.values(), key=lambda kind: -kind.rows)
+    return Rejected(
+        rows=sum(kind.rows for kind in kinds.values()),
+        hours=_rounded(sum(kind.hours for kind in kinds.values())),
+        reasons=[replace(kind, hours=_rounded(kind.hours)) for kind in ordered],
     )
-    write_atomically(folder / "label_quality.html", page.encode())
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield every row of a file that the run has written, with its offset in bytes."""
-    for _, offset, line in placed_lines(path, "output_dir"):
-        yield offset, json.loads(line)
+def _amount(rows: Flags, hours: Numbers) -> Amount:
+    return Amount(int(rows.sum()), _rounded(hours[rows].sum()))
 
 
-def _group_number(known: dict[str, int], value: object) -> int:
-    name = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if name not in known and len(known) >= MAX_GROUPS:
-        name = OTHER_VALUES
-    return known.setdefault(name, len(known))
-
-
-def _median_speed(table: LabelTable, language: str | None) -> Numbers:
-    """Return, for each row, the median tokens per second of the rows in its language."""
-    speed = table.numbers["tokens_per_second"]
-    groups = table.groups[language] if language else np.zeros(len(speed), np.int32)
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order])) + 1
-    median = np.empty(len(speed))
-    for members in np.split(order, starts):
-        median[members] = np.median(speed[members]) if len(members) else 0.0
-    return median
-
-
-def _rows_and_hours(which: Flags, hours: Numbers) -> dict[str, Any]:
-    return {"rows": int(which.sum()), "hours": _rounded(hours[which].sum())}
+def _kept_by(maximum: float, rates: Numbers, hours: Numbers) -> ThresholdAmount:
+    kept = _amount(rates <= maximum, hours)
+    return ThresholdAmount(maximum, kept.rows, kept.hours)
 
 
 def _rounded(value: float) -> float:
     return round(float(value), 6)
-
-
-def _or_infinite(threshold: float | None) -> float:
-    return math.inf if threshold is None else threshold
 
 
 def _corpus_rate(rates: Numbers, reference_tokens: Numbers) -> float | None:
@@ -437,46 +328,48 @@ def _corpus_rate(rates: Numbers, reference_tokens: Numbers) -> float | None:
     return _rounded(errors.sum() / reference_tokens[known].sum())
 
 
-def _rate_histogram(rates: Numbers, hours: Numbers, threshold: float | None) -> dict[str, Any]:
-    """Return rows and hours without any error, between neighbouring edges, and above the last."""
-    neighbours = zip(RATE_EDGES[:-1], RATE_EDGES[1:], strict=True)
+def _rate_histogram(rates: Numbers, hours: Numbers, threshold: float) -> ErrorRateHistogram:
+    neighbours = zip(ERROR_RATE_BINS[:-1], ERROR_RATE_BINS[1:], strict=True)
     bins = [(rates > low) & (rates <= high) for low, high in neighbours]
-    each = [_rows_and_hours(members, hours) for members in bins]
-    kept = rates <= _or_infinite(threshold)
-    return {
-        "edges": RATE_EDGES.tolist(),
-        "rows": [one["rows"] for one in each],
-        "hours": [one["hours"] for one in each],
-        "rows_kept": [int((members & kept).sum()) for members in bins],
-        "no_error": _rows_and_hours(rates == 0, hours),
-        "above": _rows_and_hours(rates > RATE_EDGES[-1], hours),
-    }
+    amounts = [_amount(members, hours) for members in bins]
+    kept = rates <= threshold
+    return ErrorRateHistogram(
+        edges=ERROR_RATE_BINS.tolist(),
+        rows=[amount.rows for amount in amounts],
+        hours=[amount.hours for amount in amounts],
+        rows_kept=[int((members & kept).sum()) for members in bins],
+        no_error=_amount(rates == 0, hours),
+        above=_amount(rates > ERROR_RATE_BINS[-1], hours),
+    )
 
 
-def _distribution(values: Numbers, edges: Numbers, suspicious: Flags) -> dict[str, Any]:
-    """Return how one number is spread, and how many rows of each bin show it as a sign."""
+def _distribution(values: Numbers, edges: Numbers, suspicious: Flags) -> Distribution:
     known = ~np.isnan(values)
 
-    def rows_in_bins(which: Flags) -> list[int]:
-        inside = values[which].clip(edges[0], edges[-1])
+    def quantile(level: float) -> float | None:
+        return round(float(np.quantile(values[known], level)), 4) if known.any() else None
+
+    def rows_in_bins(rows: Flags) -> list[int]:
+        inside = values[rows].clip(edges[0], edges[-1])
         counted: list[int] = np.histogram(inside, edges)[0].tolist()
         return counted
 
-    levels = {"minimum": 0, "p05": 0.05, "median": 0.5, "p95": 0.95, "maximum": 1}
-    return {
-        name: round(float(np.quantile(values[known], level)), 4) if known.any() else None
-        for name, level in levels.items()
-    } | {
-        "edges": edges.tolist(),
-        "rows": rows_in_bins(known),
-        "rows_suspicious": rows_in_bins(known & suspicious),
-    }
+    return Distribution(
+        minimum=quantile(0),
+        p05=quantile(0.05),
+        median=quantile(0.5),
+        p95=quantile(0.95),
+        maximum=quantile(1),
+        edges=edges.tolist(),
+        rows=rows_in_bins(known),
+        rows_suspicious=rows_in_bins(known & suspicious),
+    )
 
 
 def _groups(
     table: LabelTable, column: str, suspicious: Flags, threshold: float | None
-) -> list[dict[str, Any]]:
-    """Return the numbers of each value of a column, first the one that loses the most hours."""
+) -> list[Group]:
+    """Return the rows by the values of a column, first the one that loses the most hours."""
     values, index, hours = table.group_values[column], table.groups[column], table.hours
     rates, lengths = table.numbers["error_rate"], table.numbers["reference_tokens"]
 
@@ -485,102 +378,109 @@ def _groups(
 
     known = ~np.isnan(rates)
     errors = summed(np.where(known, np.round(rates * lengths), 0))
-    wanted = summed(np.where(known, lengths, 0))
+    reference_tokens = summed(np.where(known, lengths, 0))
     # Where no error rate decides, those rows are good that show no sign of failure.
     kept = ~suspicious if threshold is None else rates <= threshold
-    rows, all_hours, suspicious_rows = summed(known | True), summed(hours), summed(suspicious)
+    rows, all_hours = summed(np.ones(len(rates))), summed(hours)
     kept_rows, kept_hours = summed(kept), summed(hours * kept)
+    suspicious_rows = summed(suspicious)
     return [
-        {
-            "value": values[group],
-            "rows": int(rows[group]),
-            "hours": _rounded(all_hours[group]),
-            "error_rate": _rounded(errors[group] / wanted[group]) if wanted[group] else None,
-            "rows_kept": int(kept_rows[group]),
-            "hours_kept": _rounded(kept_hours[group]),
-            "rows_suspicious": int(suspicious_rows[group]),
-        }
+        Group(
+            value=values[group],
+            rows=int(rows[group]),
+            hours=_rounded(all_hours[group]),
+            error_rate=_rounded(errors[group] / reference_tokens[group])
+            if reference_tokens[group]
+            else None,
+            rows_kept=int(kept_rows[group]),
+            hours_kept=_rounded(kept_hours[group]),
+            rows_suspicious=int(suspicious_rows[group]),
+        )
         for group in np.lexsort((-all_hours, kept_hours - all_hours))
     ]
 
 
 def _rows_to_show(
-    table: LabelTable, signs: dict[str, Flags], threshold: float | None, number: int
-) -> dict[str, list[int]]:
-    """Return the rows with the highest rates, those just beyond the threshold, the most suspicious.
+    table: LabelTable, signs: dict[str, Flags], threshold: float, number: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the worst rows, those just beyond the threshold, and the most suspicious others.
 
     The second list tells whether the threshold is where slips end and failures begin; the third
     holds rows that no error rate condemns, as far as there are such.
     """
     rates, hours = table.numbers["error_rate"], table.hours
-    found: Numbers = np.sum(list(signs.values()), axis=0, dtype=np.float64)
+    sign_counts: Numbers = np.sum(list(signs.values()), axis=0, dtype=np.float64)
     log_probability = np.nan_to_num(table.numbers["average_log_probability"])
-    beyond = rates > _or_infinite(threshold)
+    beyond = rates > threshold
 
-    def first(which: Flags, most: int, *keys: Numbers) -> list[int]:
-        """Return those of the rows that come first by the last key, then by those before it."""
-        rows = np.flatnonzero(which)
+    def first(candidates: Flags, most: int, *keys: Numbers) -> list[int]:
+        """Return the candidates that come first by the last key, then by those before it."""
+        rows = np.flatnonzero(candidates)
         chosen: list[int] = rows[np.lexsort([key[rows] for key in keys])][:most].tolist()
         return chosen
 
-    return {
-        "worst_rows": first(rates > 0, number, -hours, -rates),
-        "rows_beyond_threshold": first(beyond, number // 2, -hours, rates),
-        "suspicious_rows": first((found > 0) & ~beyond, number, log_probability, -found),
-    }
+    return (
+        first(rates > 0, number, -hours, -rates),
+        first(beyond, number // 2, -hours, rates),
+        first((sign_counts > 0) & ~beyond, number, log_probability, -sign_counts),
+    )
 
 
 def _shown_row(
-    path: Path,
     table: LabelTable,
     index: int,
     signs: dict[str, Flags],
     columns: LabelColumns,
     scorer: Scorer,
-) -> dict[str, Any]:
-    """Return one row with its alignment: of the normalised copies, [kind, reference, label]."""
-    with path.open("rb") as file:
+) -> ShownRow:
+    with table.path.open("rb") as file:
         file.seek(table.offsets[index])
         row = json.loads(file.readline())
     unit, reference = row["error_unit"], row[columns.reference]
-    edits = []
+    alignment = []
     if reference is not None:
-        said = scorer.normalize(row[columns.label], row["error_language"])
-        wanted = scorer.normalize(reference, row["error_language"])
-        edits = compact(align(wanted, said, unit), unit)
-    return {
-        "line": int(index) + 1,
-        "id": row.get(columns.id) if columns.id else None,
-        "audio": row[columns.audio],
-        "audio_seconds": row["audio_seconds"],
-        "language": row.get(columns.language) if columns.language else None,
-        "error_rate": row[columns.error_rate],
-        "unit": unit,
-        "signs": [name for name, flags in signs.items() if flags[index]],
-        "reference": reference,
-        "label": row[columns.label],
-        "alignment": edits,
-    }
+        language = row["error_language"]
+        normalized_reference = scorer.normalize(reference, language)
+        normalized_label = scorer.normalize(row[columns.label], language)
+        alignment = compact(align(normalized_reference, normalized_label, unit), unit)
+    return ShownRow(
+        line=index + 1,
+        id=row.get(columns.id) if columns.id else None,
+        audio=row[columns.audio],
+        audio_seconds=row["audio_seconds"],
+        language=row.get(columns.language) if columns.language else None,
+        error_rate=row[columns.error_rate],
+        unit=unit,
+        signs=[name for name, flags in signs.items() if flags[index]],
+        reference=reference,
+        label=row[columns.label],
+        alignment=alignment,
+    )
 
 
-def _kind_of(reason: str, audio: str) -> str:
+def _kind_of_reason(reason: str, audio: str) -> str:
     """Return what reasons of one kind have in common: no path, no numbers, no details."""
-    reason = reason.partition(f"{audio}: ")[2] or reason if audio else reason
-    return re.sub(r"\d+(\.\d+)?", "N", re.split(r"[:;(\"\[]", reason, maxsplit=1)[0]).strip()
+    if audio:
+        reason = reason.partition(f"{audio}: ")[2] or reason
+    beginning = re.split(r"[:;(\"\[]", reason, maxsplit=1)[0]
+    return re.sub(r"\d+(\.\d+)?", "N", beginning).strip()
 
 
 def _rejected_seconds(row: Row, audio: str, columns: LabelColumns, folder: Path) -> float | None:
-    """Return how long a rejected row is, as it says itself or, from where it begins, its header."""
-    start, duration = (
-        row.get(column) if column else None
-        for column in (columns.start_seconds, columns.duration_seconds)
-    )
-    if isinstance(duration, int | float) and 0 <= duration < math.inf:
-        return float(duration)
-    start = float(start) if isinstance(start, int | float) and 0 <= start < math.inf else 0.0
+    """Return how long the audio of a rejected row is: as the row states it, else by its header."""
+    duration = _time_in(row, columns.duration_seconds)
+    if duration is not None:
+        return duration
+    start = _time_in(row, columns.start_seconds) or 0.0
     for path in (folder / audio, Path(audio)):
         try:
             return audio_seconds(path, start)
         except (AudioError, ValueError):  # a name that no file can have
             continue
     return None
+
+
+def _time_in(row: Row, column: str | None) -> float | None:
+    """Return the seconds under a key; None where no possible time stands there."""
+    value = row.get(column) if column else None
+    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else None

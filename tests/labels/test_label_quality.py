@@ -1,26 +1,25 @@
-"""What label_quality.json and its page say, checked against counts made by hand."""
+"""The content of label_quality.json and its page, checked against counts made by hand."""
 
 import html.parser
 import json
-import math
-import random
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny import write_rows, write_tone
 
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.quality import (
-    LabelColumns,
-    signs_of,
-    suggest_threshold,
+    LabelQuality,
+    QualityOptions,
+    Rejected,
     summarize_labels,
     summarize_rejected,
-    write_label_quality,
 )
+from simpler_distil_whisper.labels.quality_page import write_label_quality
+from simpler_distil_whisper.labels.rows import LabelColumns, measure_label
 
 COLUMNS = LabelColumns(
     id="id",
@@ -33,6 +32,7 @@ COLUMNS = LabelColumns(
     error_rate="cer/wer",
 )
 SCORER = Scorer(Metric())
+NONE_REJECTED = Rejected(rows=0, hours=0.0, reasons=[])
 
 
 def labelled(
@@ -51,30 +51,15 @@ def labelled(
         "no_speech_probability": 0.01,
         "compression_ratio": 1.0,
         "complete": True,
-        **signs_of(label, tokens, seconds, reference, SCORER, language),
+        **measure_label(label, tokens, seconds, reference, SCORER, language),
         **fields,
     }
 
 
-def summarize(folder: Path, rows: list[dict[str, Any]], *group_by: str, worst: int = 3) -> Any:
-    return summarize_labels(
-        write_rows(folder / "pseudo_labels.jsonl", rows), COLUMNS, group_by, SCORER, worst
-    )
-
-
-def test_the_signs_of_a_row_by_hand() -> None:
-    signs = signs_of("No, no, NO! Yes.", 9, 2.0, "No no yes", SCORER, "en")
-    assert signs == {
-        "error_unit": "word",
-        "error_language": "en",
-        "reference_tokens": 3,
-        "audio_seconds": 2.0,
-        "tokens_per_second": 4.5,
-        "longest_repetition": 3,
-    }
-    chinese = signs_of("谢谢谢谢。我", 6, 3.0, None, SCORER, "zh")
-    assert (chinese["longest_repetition"], chinese["reference_tokens"]) == (4, None)
-    assert chinese["error_unit"] is None
+def summarize(folder: Path, rows: list[dict[str, Any]], *group_by: str) -> LabelQuality:
+    labels = write_rows(folder / "pseudo_labels.jsonl", rows)
+    options = QualityOptions(group_by=list(group_by), worst_rows=3)
+    return summarize_labels(labels, COLUMNS, options, SCORER, NONE_REJECTED)
 
 
 def test_rows_hours_and_rates_by_hand(tmp_path: Path) -> None:
@@ -84,14 +69,16 @@ def test_rows_hours_and_rates_by_hand(tmp_path: Path) -> None:
         labelled("a b", "z z z z z z", speaker="y", seconds=72.0, tokens=144),  # 6 of 2
         labelled(None, "a b", speaker=None),
     ]
-    quality = summarize(tmp_path, rows, "speaker")
+    quality = asdict(summarize(tmp_path, rows, "speaker"))
     assert (quality["rows"], quality["rows_with_error_rate"], quality["hours"]) == (4, 3, 0.05)
     assert quality["error_rate"] == pytest.approx(7 / 10)
     kept = {step["max_error_rate"]: (step["rows"], step["hours"]) for step in quality["thresholds"]}
     assert len(kept) == 51
     assert (kept[0.0], kept[0.24], kept[0.25], kept[0.5]) == (
-        *((1, 0.01), (1, 0.01)),
-        *((2, 0.02), (2, 0.02)),
+        (1, 0.01),
+        (1, 0.01),
+        (2, 0.02),
+        (2, 0.02),
     )
     histogram = quality["histogram"]
     assert (histogram["no_error"]["rows"], histogram["above"]["rows"]) == (1, 1)
@@ -117,17 +104,16 @@ def test_rows_hours_and_rates_by_hand(tmp_path: Path) -> None:
     ("sign", "bad", "good"),
     [
         ("compression_ratio", {"compression_ratio": 2.41}, {"compression_ratio": 2.4}),
-        *(
-            (f"{name}", {name: bad}, {name: good})
-            for name, bad, good in [
-                ("average_log_probability", -1.01, -1.0),
-                ("no_speech_probability", 0.61, 0.6),
-                ("no_speech_probability", 0.61, None),
-                ("longest_repetition", 11, 10),
-                ("tokens_per_second", 8.1, 8.0),
-                ("tokens_per_second", 0.49, 0.5),
-            ]
+        (
+            "average_log_probability",
+            {"average_log_probability": -1.01},
+            {"average_log_probability": -1.0},
         ),
+        ("no_speech_probability", {"no_speech_probability": 0.61}, {"no_speech_probability": 0.6}),
+        ("no_speech_probability", {"no_speech_probability": 0.61}, {"no_speech_probability": None}),
+        ("longest_repetition", {"longest_repetition": 11}, {"longest_repetition": 10}),
+        ("tokens_per_second", {"tokens_per_second": 8.1}, {"tokens_per_second": 8.0}),
+        ("tokens_per_second", {"tokens_per_second": 0.49}, {"tokens_per_second": 0.5}),
         ("incomplete", {"complete": False}, {"complete": True}),
         ("empty", {"text": " "}, {"text": "x"}),
     ],
@@ -138,7 +124,7 @@ def test_each_sign_without_references(
     usual = [labelled(None, "hello there") for _ in range(6)]  # 2 tokens a second
     # Another language may be spoken faster: its rows say nothing about this one's.
     fast = [labelled(None, "hola", language="es", tokens=720) for _ in range(9)]
-    quality = summarize(tmp_path, [*usual, usual[0] | bad, usual[0] | good, *fast])
+    quality = asdict(summarize(tmp_path, [*usual, usual[0] | bad, usual[0] | good, *fast]))
     counts = {name: value["rows"] for name, value in quality["signs"].items() if name != "limits"}
     assert {name for name, rows in counts.items() if rows} == {sign, "any", "none"}
     assert (counts[sign], counts["any"], counts["none"]) == (1, 1, 16)
@@ -148,61 +134,6 @@ def test_each_sign_without_references(
     assert quality["suggestion"]["max_error_rate"] is None
     assert "signs" in quality["suggestion"]["reasoning"][0]
     assert quality["worst_rows"] == []
-
-
-def suggest(rates: list[float], tokens: float = 20, hours: list[float] | None = None) -> Any:
-    number = len(rates)
-    return suggest_threshold(
-        np.array(rates, float),
-        np.array(hours or [1.0] * number),
-        np.full(number, tokens, float),
-    )
-
-
-@pytest.mark.parametrize(
-    ("rates", "tokens", "threshold"),
-    [
-        ([0.0] * 1000, 20, 0.1),  # nothing to tell apart
-        ([0.0] * 1000, 8, 0.13),  # one slip is allowed, which in 8 tokens is 0.125
-        ([0.0] * 1000, 2, 0.2),  # but no label that is half wrong
-        ([0.0, 0.0], 20, 0.1),
-        ([0.0, 0.9], 20, 0.1),
-        ([0.04] * 700 + [0.12] * 200 + [0.9] * 100, 20, 0.12),
-        ([0.02] * 700 + [0.35] * 300, 20, 0.1),  # two heaps: the good one
-        ([0.02] * 100 + [0.3] * 900, 20, 0.3),  # two heaps: nearly all is in the other
-        ([0.7] * 30 + [0.14] * 70, 20, 0.14),
-    ],
-)
-def test_the_threshold_lies_where_hours_end_and_failures_begin(
-    rates: list[float], tokens: float, threshold: float
-) -> None:
-    random.Random(0).shuffle(rates)
-    assert suggest(rates, tokens)["max_error_rate"] == threshold
-
-
-def test_hours_not_rows_decide() -> None:
-    rates = [0.03] * 60 + [0.25] * 40
-    assert suggest(rates)["max_error_rate"] == 0.1
-    assert suggest(rates, hours=[0.1] * 60 + [1.0] * 40)["max_error_rate"] == 0.25
-
-
-def test_the_reasoning_names_the_numbers() -> None:
-    suggestion = suggest([0.04] * 300 + [0.6] * 100, 8)
-    assert (suggestion["rows"], suggestion["share_of_hours"]) == (300, 0.75)
-    words = " ".join(suggestion["reasoning"])
-    assert "100 of 400 rows" in words
-    assert "median error rate is 0.60" in words
-    assert "8 tokens" in words
-    assert "look at them one by one" not in words
-    assert "look at them one by one" in " ".join(suggest([0.0, 0.1])["reasoning"])
-    assert "keeps only 20%" in " ".join(suggest([0.0] * 40 + [0.9] * 160)["reasoning"])
-
-
-@pytest.mark.parametrize("rates", [[], [math.nan] * 3, [0.6, 2.0]])
-def test_no_threshold_is_made_up(rates: list[float]) -> None:
-    suggestion = suggest(rates)
-    assert suggestion["max_error_rate"] is None
-    assert suggestion["reasoning"]
 
 
 def test_rejected_rows_by_kind_of_reason(tmp_path: Path) -> None:
@@ -225,9 +156,9 @@ def test_rejected_rows_by_kind_of_reason(tmp_path: Path) -> None:
         {"reason": "too short: 0.050 s, the minimum is 0.1 s", "row": part},
         {"reason": 'no such file: "x": File name too long', "row": {"audio": "x" * 5000}},
     ]
-    found = summarize_rejected(write_rows(tmp_path / "r.jsonl", entries), COLUMNS, tmp_path)
-    assert (found["rows"], found["hours"]) == (6, 0.003014)
-    assert [(k["reason"], k["rows"], k["rows_of_unknown_length"]) for k in found["reasons"]] == [
+    rejected = summarize_rejected(write_rows(tmp_path / "r.jsonl", entries), COLUMNS, tmp_path)
+    assert (rejected.rows, rejected.hours) == (6, 0.003014)
+    assert [(kind.reason, kind.rows, kind.rows_of_unknown_length) for kind in rejected.reasons] == [
         ("too long", 2, 0),
         ("no such file", 2, 2),
         ("not JSON", 1, 1),
@@ -251,15 +182,10 @@ class Page(html.parser.HTMLParser):
         self.words += data
 
 
-NOTHING_REJECTED = {"rows": 0, "hours": 0.0, "reasons": []}
-
-
 def page_of(folder: Path, rows: list[dict[str, Any]]) -> Page:
-    quality = summarize(folder, rows, "speaker")
-    write_label_quality(folder, quality | {"rejected": NOTHING_REJECTED})
-    assert json.loads((folder / "label_quality.json").read_text(encoding="utf-8"))["rows"] == len(
-        rows
-    )
+    write_label_quality(folder, summarize(folder, rows, "speaker"))
+    content = json.loads((folder / "label_quality.json").read_text(encoding="utf-8"))
+    assert content["rows"] == len(rows)
     return Page((folder / "label_quality.html").read_text(encoding="utf-8"))
 
 
@@ -290,7 +216,7 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     [
         [],
         [labelled(None, "only a label")],
-        [labelled("", "said though nothing was said")],
+        [labelled("", "words on silence")],
         [labelled("a b", "c d")],
         [labelled("a", "a", no_speech_probability=None)],
     ],
@@ -310,7 +236,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     assert path.stat().st_size > 4e6
     del rows
     tracemalloc.start()
-    summarize_labels(path, COLUMNS, [], SCORER, 3)
+    summarize_labels(path, COLUMNS, QualityOptions(worst_rows=3), SCORER, NONE_REJECTED)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6

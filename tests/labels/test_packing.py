@@ -20,7 +20,7 @@ from simpler_distil_whisper.labels.packing import (
     plan_packs,
     write_audio,
 )
-from simpler_distil_whisper.labels.quality import LabelColumns
+from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.run import DataError
 
 COLUMNS = LabelColumns(
@@ -58,9 +58,9 @@ def plan(folder: Path, rows: list[dict[str, Any]], limits: PackLimits = LIMITS) 
     return plan_packs(write_rows(folder / "labels.jsonl", rows), COLUMNS, ["speaker"], limits)
 
 
-def ids_in(folder: Path, found: PackPlan) -> list[list[Any]]:
-    packs = range(len(found))
-    return [[row["id"] for row in found.parts(folder / "labels.jsonl", pack)] for pack in packs]
+def ids_in(folder: Path, packs: PackPlan) -> list[list[Any]]:
+    labels = folder / "labels.jsonl"
+    return [[row["id"] for row in packs.parts(labels, number)] for number in range(len(packs))]
 
 
 def test_rows_of_one_speaker_fill_a_window_in_order(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
         label(30.1, id=4),
         label(id=5),
     ]
-    found = plan(tmp_path, rows)
-    assert ids_in(tmp_path, found) == [[0, 5]]
-    assert sum(found.left_out.values()) + len(found.offsets) == len(rows)
-    assert found.left_out == {
+    planned = plan(tmp_path, rows)
+    assert ids_in(tmp_path, planned) == [[0, 5]]
+    assert sum(planned.left_out.values()) + len(planned.offsets) == len(rows)
+    assert planned.left_out == {
         "error rate above pack.max_error_rate": 1,
         "no error rate": 1,
         "no text": 1,
@@ -103,8 +103,8 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
 
 def test_a_pack_is_not_too_long_for_the_decoder(tmp_path: Path) -> None:
     rows = [label(2, id=number, tokens_per_second=10.0) for number in range(5)]  # 20 + 2 tokens
-    found = plan(tmp_path, rows, PackLimits(30.0, 44, 0.1))
-    assert ids_in(tmp_path, found) == [[0, 1], [2, 3], [4]]
+    planned = plan(tmp_path, rows, PackLimits(30.0, 44, 0.1))
+    assert ids_in(tmp_path, planned) == [[0, 1], [2, 3], [4]]
 
 
 @settings(max_examples=50, deadline=None)
@@ -122,8 +122,8 @@ def test_every_good_label_is_in_one_pack_that_fits(
         label(seconds, id=number, speaker=speaker, **{"cer/wer": rate})
         for number, (seconds, speaker, rate) in enumerate(rows)
     ]
-    found = plan(folder, labels)
-    packs = [found.parts(folder / "labels.jsonl", pack) for pack in range(len(found))]
+    planned = plan(folder, labels)
+    packs = [planned.parts(folder / "labels.jsonl", pack) for pack in range(len(planned))]
     for parts in packs:
         assert parts
         assert sum(part["audio_seconds"] for part in parts) <= 30.0001
@@ -134,7 +134,7 @@ def test_every_good_label_is_in_one_pack_that_fits(
     assert packed == [
         row["id"] for row in labels if row["cer/wer"] <= 0.1 and row["audio_seconds"] <= 30
     ]
-    assert len(packed) + sum(found.left_out.values()) == len(labels)
+    assert len(packed) + sum(planned.left_out.values()) == len(labels)
 
 
 def test_the_row_of_a_pack_by_hand() -> None:
@@ -182,7 +182,7 @@ def test_the_row_of_a_pack_by_hand() -> None:
     }
 
 
-def test_a_pack_with_a_part_that_nobody_wrote_down_has_no_rate() -> None:
+def test_a_pack_with_a_part_without_reference_has_no_rate() -> None:
     parts = [label(id="a"), label(id="b", origin_text=None, **{"cer/wer": None})]
     row = packed_row(parts, 0, COLUMNS, [], SCORER)
     assert row["text"] == "hello there hello there"
@@ -201,8 +201,8 @@ def test_the_audio_of_a_pack_is_its_parts_one_after_the_other(tmp_path: Path) ->
         label(1.0, id=0, audio=str(one), start_seconds=0.5, duration_seconds=1.0),
         label(1.5, id=1, audio=str(other)),
     ]
-    found = plan(tmp_path, rows)
-    write_audio(tmp_path / "labels.jsonl", found, COLUMNS, 2, NeverStopped())  # type: ignore[arg-type]
+    planned = plan(tmp_path, rows)
+    write_audio(tmp_path / "labels.jsonl", planned, COLUMNS, 2, NeverStopped())  # type: ignore[arg-type]
     path = tmp_path / "packed/audio/000/000000.flac"
     info = soundfile.info(path)
     assert (info.samplerate, info.channels, info.frames) == (SIXTEEN_KHZ, 1, 40_000)
@@ -210,15 +210,15 @@ def test_the_audio_of_a_pack_is_its_parts_one_after_the_other(tmp_path: Path) ->
     np.testing.assert_allclose(load_audio(path), expected, atol=2**-15)
     # What is there is not made again; what is missing is.
     path.write_bytes(b"made before")
-    write_audio(tmp_path / "labels.jsonl", found, COLUMNS, 1, NeverStopped())  # type: ignore[arg-type]
+    write_audio(tmp_path / "labels.jsonl", planned, COLUMNS, 1, NeverStopped())  # type: ignore[arg-type]
     assert path.read_bytes() == b"made before"
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 def test_audio_that_has_gone_is_named(tmp_path: Path) -> None:
-    found = plan(tmp_path, [label(audio=str(tmp_path / "gone.wav"))])
+    planned = plan(tmp_path, [label(audio=str(tmp_path / "gone.wav"))])
     with pytest.raises(DataError, match=r"gone\.wav: no such file"):
-        write_audio(tmp_path / "labels.jsonl", found, COLUMNS, 1, NeverStopped())  # type: ignore[arg-type]
+        write_audio(tmp_path / "labels.jsonl", planned, COLUMNS, 1, NeverStopped())  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

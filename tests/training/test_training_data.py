@@ -22,7 +22,7 @@ from simpler_distil_whisper.data.manifest import Utterance, read_manifest
 from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.packing import packed_row
-from simpler_distil_whisper.labels.quality import LabelColumns
+from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache, TensorStore
 from simpler_distil_whisper.model.whisper import SpecialTokens, special_tokens

@@ -1,0 +1,180 @@
+"""The labelled row: its columns, and how it is made of a row of the manifest and a hypothesis.
+
+Owns the names of the columns, with the sections of run_pseudo_labelling.json that choose them, and
+what is measured of a single label. What all labels amount to is in `quality`.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.manifest import Columns, ManifestData, Utterance
+from simpler_distil_whisper.evaluation.metrics import Scorer
+from simpler_distil_whisper.text.languages import longest_repetition, tokens
+
+if TYPE_CHECKING:
+    from simpler_distil_whisper.decoding.transcriber import Hypothesis
+
+SEGMENTS = "segments"
+# The columns that are added under fixed names: the decoder's evidence, then `measure_label`'s.
+NEW_COLUMNS = (
+    "average_log_probability",
+    "no_speech_probability",
+    "compression_ratio",
+    "temperature",
+    "complete",
+    "error_unit",
+    "error_language",
+    "reference_tokens",
+    "audio_seconds",
+    "tokens_per_second",
+    "longest_repetition",
+)
+
+
+class LabellingColumns(Columns):
+    """Which key of a row holds what."""
+
+    speaker: str | None = Field(
+        "speaker", description="Who speaks, for label_quality and pack; null: no such column."
+    )
+
+
+class LabellingData(ManifestData):
+    """The rows to label."""
+
+    columns: LabellingColumns = LabellingColumns()
+
+
+class OutputColumns(StrictModel):
+    """What the new columns are called."""
+
+    pseudo_label: str = Field("text", description="The teacher's hypothesis.")
+    reference: str = Field("origin_text", description="The row's own text, verbatim, or null.")
+    error_rate: str = Field(
+        "cer/wer", description="Of the hypothesis; null where there is no text to compare with."
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "OutputColumns":
+        names = [self.pseudo_label, self.reference, self.error_rate, *NEW_COLUMNS, SEGMENTS]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two columns would share the name {', '.join(twice)}")
+        return self
+
+    def new_fields(self, text_column: str, *, with_segments: bool) -> set[str]:
+        """Return the fields that a row must not have yet, since labelling would overwrite them.
+
+        The text column is meant to be replaced, so it is not among them; a reference that an
+        earlier run has kept is.
+        """
+        fields = {self.pseudo_label, self.reference, self.error_rate, *NEW_COLUMNS} - {text_column}
+        return fields | {SEGMENTS} if with_segments else fields
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """Which key of a labelled row holds what; None: no such column."""
+
+    id: str | None
+    audio: str
+    start_seconds: str | None
+    duration_seconds: str | None
+    language: str | None
+    label: str
+    reference: str
+    error_rate: str
+    segments: str | None = None
+    speaker: str | None = None
+
+    @classmethod
+    def from_config(
+        cls, columns: LabellingColumns, output: OutputColumns, *, with_segments: bool
+    ) -> "LabelColumns":
+        """Return the columns of the manifest together with the new ones."""
+        return cls(
+            id=columns.id,
+            audio=columns.audio,
+            start_seconds=columns.start_seconds,
+            duration_seconds=columns.duration_seconds,
+            language=columns.language,
+            label=output.pseudo_label,
+            reference=output.reference,
+            error_rate=output.error_rate,
+            segments=SEGMENTS if with_segments else None,
+            speaker=columns.speaker,
+        )
+
+
+def labelled_row(
+    utterance: Utterance,
+    hypothesis: "Hypothesis",
+    seconds: float,
+    columns: LabelColumns,
+    scorer: Scorer,
+    default_language: str | None,
+) -> Row:
+    """Return the row of the manifest with the hypothesis as its text and the new columns.
+
+    Args:
+        utterance: the row.
+        hypothesis: the teacher's.
+        seconds: length of the decoded audio.
+        columns: which key of the labelled row holds what.
+        scorer: counts the errors, on normalised copies of the texts.
+        default_language: the language of rows that name none; None: it is not known.
+    """
+    # Not the detected language: the unit of the error rate must not depend on the model.
+    language = utterance.language or default_language
+    rate = None
+    if utterance.text is not None:
+        rate = scorer.count(utterance.text, hypothesis.text, language).rate
+    row = utterance.row
+    # A relative path would no longer be right: the labelled manifest lies in another folder.
+    row[columns.audio] = str(utterance.audio)
+    row[columns.label] = hypothesis.text
+    row[columns.reference] = utterance.text
+    row[columns.error_rate] = None if rate is None else round(rate, 6)
+    if columns.language and utterance.language is None:
+        row[columns.language] = hypothesis.language
+    if columns.segments:
+        row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
+    measured = measure_label(
+        hypothesis.text, hypothesis.tokens, seconds, utterance.text, scorer, language
+    )
+    return row | hypothesis.evidence() | measured
+
+
+def measure_label(
+    label: str,
+    token_count: int,
+    seconds: float,
+    reference: str | None,
+    scorer: Scorer,
+    language: str | None,
+) -> Row:
+    """Return the columns that describe a label, besides the decoder's own evidence.
+
+    Args:
+        label: the text, not normalised.
+        token_count: how many of the model's tokens it has.
+        seconds: length of the decoded audio.
+        reference: the row's own text, not normalised; None: it has none.
+        scorer: normalises both texts and chooses the unit.
+        language: decides the unit; None: the script of the text decides.
+    """
+    normalized_label = scorer.normalize(label, language)
+    normalized_reference = scorer.normalize(reference or "", language)
+    unit = scorer.unit(normalized_reference, normalized_label, language)
+    has_reference = reference is not None
+    return {
+        "error_unit": unit if has_reference else None,
+        "error_language": language,  # not the one that the model may have detected
+        "reference_tokens": len(tokens(normalized_reference, unit)) if has_reference else None,
+        "audio_seconds": round(seconds, 6),
+        "tokens_per_second": round(token_count / seconds, 4),
+        "longest_repetition": longest_repetition(tokens(normalized_label, unit)),
+    }
