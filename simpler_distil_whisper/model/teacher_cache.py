@@ -1,8 +1,8 @@
-"""What the teacher has computed, kept on disk so that no later epoch or run computes it again.
+"""The teacher's encoder and decoder states, kept on disk so that no later run computes them again.
 
-Owns the keys, which are made of contents and never of names, and the store: checked when read,
-bounded in size, shared by any number of processes. Called where rows are loaded (`look_up`, in
-worker processes) and where the teacher runs (`complete`).
+Owns the keys, which are made of contents and never of file names, and the store on disk. Rows are
+looked up where they are loaded, in worker processes (`look_up`); what is missing is computed and
+added where the teacher runs (`complete`). It does not run the decoder itself.
 """
 
 import contextlib
@@ -35,31 +35,32 @@ from simpler_distil_whisper.model.weights import (
 )
 from simpler_distil_whisper.run import log
 
-# Raise it whenever decoding, resampling or log-mels come to give other values: what was kept before
-# then no longer is what would be computed.
+# To be raised whenever audio decoding, resampling or log-mels come to give other values: older
+# entries would then differ from what would be computed.
 FEATURE_RECIPE = 1
 FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
 
 TENSOR = "states"  # the name of the one tensor in each file
-SECONDS_OF_A_WRITE = 86_400  # a file that has been in the writing for longer has lost its writer
+SECONDS_OF_A_WRITE = 86_400  # the process that has been writing a file for longer is gone
 
 
 @dataclass(frozen=True)
 class CachedEncoderStates:
-    """The encoder states of a batch, as far as the cache has them.
+    """The encoder states of a batch, as far as they are cached.
 
     Attributes:
-        states: float [F, E, D], in the cache's dtype: of the rows that are not missing, in order.
-        missing: row -> name under which its states are to be kept; None: they are not.
+        states: float [C, E, D], in the cache's dtype: those of the cached rows, in order.
+        missing: row -> name under which its states will be kept; None: they will not.
     """
 
     states: Tensor
     missing: dict[int, str | None]
 
     def keep(self, rows: Sequence[int]) -> "CachedEncoderStates":
-        """Return the same of some rows, in rising order, which are numbered anew."""
+        """Return the states of some rows, in rising order, which are numbered from 0 again."""
         total = len(self.states) + len(self.missing)
-        place = {row: n for n, row in enumerate(r for r in range(total) if r not in self.missing)}
+        cached = [row for row in range(total) if row not in self.missing]
+        place = {row: number for number, row in enumerate(cached)}
         return CachedEncoderStates(
             self.states[[place[row] for row in rows if row in place]],
             {new: self.missing[row] for new, row in enumerate(rows) if row in self.missing},
@@ -85,13 +86,13 @@ def joined_states(parts: Sequence[CachedEncoderStates]) -> CachedEncoderStates |
 class EncoderStateCache:
     """The encoder states of one teacher.
 
-    A run with a cache always goes on from states in the cache's dtype, found or not, and every row
-    is encoded alone: so they depend neither on what else is in the batch nor on what was found.
+    A run with a cache always uses states in the cache's dtype, cached or just computed, and encodes
+    every row alone: its results depend neither on the other rows of a batch nor on the hits.
 
     Attributes:
         dtype: of the states.
-        hits: rows that `complete` did not have to encode.
-        misses: rows that it did.
+        hits: rows whose states `complete` has taken from the cache.
+        misses: rows that it has encoded.
     """
 
     def __init__(
@@ -101,13 +102,13 @@ class EncoderStateCache:
         teacher: ModelFolder,
         extractor: WhisperFeatureExtractor,
     ) -> None:
-        """Work out which states in the store are those of this teacher.
+        """Derive the name of the group of states in the store that belong to this teacher.
 
         Args:
-            store: where they are kept.
+            store: where the states are kept.
             dtype: in which they are kept.
-            teacher: whose encoder they come from.
-            extractor: what made the encoder's input.
+            teacher: whose encoder computes them.
+            extractor: what makes the encoder's input.
         """
         self.store = store
         self.dtype = dtype
@@ -115,30 +116,30 @@ class EncoderStateCache:
         self.shape = (teacher.config["max_source_positions"], teacher.config["d_model"])
         facts = {
             "encoder_weights": digest_of_weights(teacher.path, "encoder."),
-            **_facts_of_hearing(teacher, extractor),
+            **_encoder_facts(teacher, extractor),
             "dtype": str(dtype),
         }
         self.group = f"encoder_states/{_digest(facts)}"
-        store.describe(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+        store.write_about(self.group, {"teacher": str(teacher.path.resolve()), **facts})
 
     def name(self, utterance: Utterance, view: str | None = "") -> str | None:
-        """Return what the states of a view of an utterance are called.
+        """Return the name of the states of one view of an utterance.
 
         Args:
             utterance: whose audio it is.
-            view: all that was done to the audio; empty: nothing; None: what is done but once.
+            view: how the audio was altered; empty: not at all; None: in a way never used again.
 
         Returns:
-            None if they are not to be kept, or the file cannot be read.
+            None if the states are not kept, or the audio file cannot be read.
         """
-        heard = _heard(utterance, view)
-        return f"{self.group}/{_digest(heard)}" if heard else None
+        key = _audio_key(utterance, view)
+        return f"{self.group}/{_digest(key)}" if key else None
 
     def look_up(
         self, utterances: Sequence[Utterance], views: Sequence[str | None] | None = None
     ) -> CachedEncoderStates:
-        """Return what is there of the states of some utterances, or of one view of each."""
-        found: list[Tensor] = []
+        """Return the cached states of some utterances, or of one view of each."""
+        cached: list[Tensor] = []
         missing: dict[int, str | None] = {}
         for row, utterance in enumerate(utterances):
             name = self.name(utterance, views[row] if views else "")
@@ -146,18 +147,18 @@ class EncoderStateCache:
             if states is None:
                 missing[row] = name
             else:
-                found.append(states)
+                cached.append(states)
         none = torch.empty(0, *self.shape, dtype=self.dtype)
-        return CachedEncoderStates(torch.stack(found) if found else none, missing)
+        return CachedEncoderStates(torch.stack(cached) if cached else none, missing)
 
     @torch.no_grad()
     def complete(
         self, cached: CachedEncoderStates, input_features: Tensor, encoder: nn.Module
     ) -> Tensor:
-        """Return the states of all rows, having encoded and kept the missing ones.
+        """Encode and keep the missing rows, and return the states of all rows.
 
         Args:
-            cached: what `look_up` has found, on the encoder's device.
+            cached: what `look_up` has returned, on the encoder's device.
             input_features: float [N, M, T]: log-mels of the missing rows, in order.
             encoder: the teacher's, in evaluation mode.
 
@@ -180,13 +181,13 @@ class EncoderStateCache:
 
 @dataclass(frozen=True)
 class CachedDecoderStates:
-    """The teacher's last decoder states for a batch, as far as the cache has them.
+    """The teacher's last decoder states of a batch, as far as they are cached.
 
     Attributes:
         padded: float [B, L, D], in the cache's dtype: zeros for missing rows and after a row's end;
             empty if all rows are missing.
         lengths: how many states each row has.
-        missing: row -> name under which its states are to be kept; None: they are not.
+        missing: row -> name under which its states will be kept; None: they will not.
     """
 
     padded: Tensor
@@ -199,16 +200,17 @@ class CachedDecoderStates:
 
 
 class DecoderStateCache:
-    """The last decoder states of one teacher, of which its output head makes its distributions.
+    """The last decoder states of one teacher, from which its output head computes the logits.
 
-    They are a hundredth of the logits, and as exact. Where a row is missing its whole batch is
-    computed: so the states do not depend on which rows an earlier run of the same batches, killed
-    anywhere, has kept. Other batches can make another last bit; the first to be kept stays.
+    They take a hundredth of the space of the logits and lose nothing. If a row is missing, its
+    whole batch is computed: the states then do not depend on which rows an earlier run of the same
+    batches had kept when it was killed. Rows batched otherwise can differ in the last bit; the
+    states that were kept first stay.
 
     Attributes:
         dtype: of the states.
-        hits: rows that needed no teacher.
-        misses: rows that did.
+        hits: rows whose states were taken from the cache.
+        misses: rows whose states the teacher has computed.
     """
 
     def __init__(
@@ -217,16 +219,16 @@ class DecoderStateCache:
         dtype: torch.dtype,
         teacher: ModelFolder,
         extractor: WhisperFeatureExtractor,
-        computing: str,
+        numerics: str,
     ) -> None:
-        """Work out which states in the store are those of this teacher.
+        """Derive the name of the group of states in the store that belong to this teacher.
 
         Args:
-            store: where they are kept.
+            store: where the states are kept.
             dtype: in which they are kept.
-            teacher: whose decoder they come from.
-            extractor: what made the encoder's input.
-            computing: the dtypes in which the teacher computes, by which the states differ.
+            teacher: whose decoder computes them.
+            extractor: what makes the encoder's input.
+            numerics: dtypes and devices of the computation, on which the last bits depend.
         """
         self.store = store
         self.dtype = dtype
@@ -234,13 +236,13 @@ class DecoderStateCache:
         self.width: int = teacher.config["d_model"]
         facts = {
             "weights": digest_of_weights(teacher.path),
-            **_facts_of_hearing(teacher, extractor),
+            **_encoder_facts(teacher, extractor),
             "decoder": {name: teacher.config.get(name) for name in DECODER_SETTINGS},
-            "computing": computing,
+            "computing": numerics,
             "dtype": str(dtype),
         }
         self.group = f"decoder_states/{_digest(facts)}"
-        store.describe(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+        store.write_about(self.group, {"teacher": str(teacher.path.resolve()), **facts})
 
     def look_up(
         self,
@@ -248,36 +250,36 @@ class DecoderStateCache:
         views: Sequence[str | None],
         sequences: Sequence[Sequence[int]],
     ) -> CachedDecoderStates:
-        """Return what is there of the states of one view of each utterance.
+        """Return the cached states of one view of each utterance.
 
         Args:
-            utterances: whose audio the teacher hears.
+            utterances: whose audio the teacher is given.
             views: as in `EncoderStateCache.name`.
-            sequences: what the decoder is given, without padding.
+            sequences: the decoder's input tokens, without padding.
         """
-        found: dict[int, Tensor] = {}
+        cached: dict[int, Tensor] = {}
         missing: dict[int, str | None] = {}
         for row, (utterance, view, ids) in enumerate(
             zip(utterances, views, sequences, strict=True)
         ):
-            heard = _heard(utterance, view)
-            name = f"{self.group}/{_digest([*heard, list(ids)])}" if heard else None
+            key = _audio_key(utterance, view)
+            name = f"{self.group}/{_digest([*key, list(ids)])}" if key else None
             states = self.store.read(name) if name else None
             if states is None:
                 missing[row] = name
             else:
-                found[row] = states
+                cached[row] = states
         lengths = [len(ids) for ids in sequences]
-        padded = torch.zeros(len(lengths) if found else 0, max(lengths), self.width).to(self.dtype)
-        for row, states in found.items():
+        padded = torch.zeros(len(lengths) if cached else 0, max(lengths), self.width).to(self.dtype)
+        for row, states in cached.items():
             padded[row, : lengths[row]] = states
         return CachedDecoderStates(padded, lengths, missing)
 
     def complete(self, cached: CachedDecoderStates, compute: Callable[[], Tensor]) -> Tensor:
-        """Return float [B, L, D] in the cache's dtype, having kept what was missing.
+        """Return float [B, L, D] in the cache's dtype, and keep what was missing.
 
         Args:
-            cached: what `look_up` has found.
+            cached: what `look_up` has returned.
             compute: computes the states of the whole batch, float [B, L, D]; called if a row is
                 missing.
         """
@@ -290,12 +292,12 @@ class DecoderStateCache:
             if row not in cached.missing:
                 states[row, :length] = cached.padded[row, :length]
             elif name := cached.missing[row]:
-                # It may have been kept since the batch was looked up, which was ahead of its use.
-                late = self.store.read(name)
-                if late is None:
+                # Batches are looked up ahead of their use: it may have been kept since then.
+                kept = self.store.read(name)
+                if kept is None:
                     self.store.write(name, states[row, :length].cpu())
                 else:
-                    states[row, :length] = late.to(states.device)
+                    states[row, :length] = kept.to(states.device)
         return states
 
 
@@ -321,10 +323,10 @@ def open_store(options: CacheOptions) -> "TensorStore | None":
 
 
 def dtype_of_states(options: CacheOptions, computed: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a config keeps what was computed in another.
+    """Return the dtype in which a config keeps states that were computed in another.
 
     Raises:
-        ConfigError: it would promise too much.
+        ConfigError: it is finer than the one in which they were computed.
     """
     dtype = computed if options.dtype == "auto" else torch_dtype(options.dtype, torch.device("cpu"))
     if torch.finfo(dtype).eps < torch.finfo(computed).eps:
@@ -346,11 +348,11 @@ def open_encoder_cache(
     Args:
         options: the config's section.
         teacher: whose encoder is run.
-        extractor: of its input.
-        computed: the dtype in which the encoder computes; what is kept is no finer.
+        extractor: what makes its input.
+        computed: the dtype in which the encoder computes.
 
     Raises:
-        ConfigError: the folder cannot be written, or the dtype would promise too much.
+        ConfigError: the folder cannot be written, or the cache's dtype is finer than `computed`.
     """
     if (store := open_store(options)) is None:
         return None
@@ -362,35 +364,35 @@ def open_training_caches(
     teacher: ModelFolder,
     extractor: WhisperFeatureExtractor,
     computed: torch.dtype,
-    answering: str,
+    teacher_numerics: str,
 ) -> tuple[EncoderStateCache | None, DecoderStateCache | None]:
-    """Return what a distillation's config names of encoder states and of answers.
+    """Return the caches of encoder states and of decoder states, each if a config asks for it.
 
     Args:
         options: the config's section.
         teacher: whose states they are.
-        extractor: of its input.
-        computed: the dtype in which encoder and student compute; what is kept is no finer.
-        answering: what else decides a last bit of the teacher's answers.
+        extractor: what makes its input.
+        computed: the dtype in which encoder and student compute.
+        teacher_numerics: what else the last bits of the teacher's decoder states depend on.
 
     Raises:
-        ConfigError: the folder cannot be written, or the dtype would promise too much.
+        ConfigError: the folder cannot be written, or the cache's dtype is finer than `computed`.
     """
     if (store := open_store(options)) is None:
         return None, None
     dtype = dtype_of_states(options, computed)
-    states = answers = None
+    encoder_cache = decoder_cache = None
     if options.encoder_states:
-        states = EncoderStateCache(store, dtype, teacher, extractor)
+        encoder_cache = EncoderStateCache(store, dtype, teacher, extractor)
     if options.decoder_states:
-        heard = states.dtype if states else computed
-        computing = f"{answering}, {computed} products, {heard} encoder states"
-        answers = DecoderStateCache(store, dtype, teacher, extractor, computing)
-    return states, answers
+        given = dtype if encoder_cache else computed
+        numerics = f"{teacher_numerics}, {computed} products, {given} encoder states"
+        decoder_cache = DecoderStateCache(store, dtype, teacher, extractor, numerics)
+    return encoder_cache, decoder_cache
 
 
 def audio_digest(path: Path) -> str:
-    """Return a hash of a file's bytes; a file that is cut into many parts is read but once.
+    """Return a hash of a file's bytes; a file that many rows are parts of is read only once.
 
     Raises:
         OSError: it cannot be read.
@@ -411,9 +413,9 @@ def _digest_of_file(path: Path, size: int, modified: int) -> str:
 class TensorStore:
     """Named tensors on disk, one file each: bounded in size, checked when read.
 
-    Any number of processes may read and write one store at once. A name is "kind/group/key"; the
-    sizes of a group's files stand in its list, so that nobody has to look at a million of them. A
-    group that is no longer wanted can be deleted as a folder.
+    Any number of processes may read and write one store at once. A name is "kind/group/key". Each
+    group has a list of its files' sizes, so that nobody has to look at a million files; a group
+    that is no longer needed can be deleted as a folder.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -428,10 +430,10 @@ class TensorStore:
         self._full = False
         self._sums: dict[Path, tuple[int, int]] = {}  # list of sizes -> bytes read of it, their sum
         self._writing.mkdir(parents=True, exist_ok=True)
-        self._remove_what_was_never_finished()
+        self._remove_unfinished_files()
 
     def read(self, name: str) -> Tensor | None:
-        """Return a tensor exactly as it was written; None if it is not there or damaged."""
+        """Return a tensor exactly as it was written; None if it is missing or damaged."""
         path = self._path(name)
         try:
             with safe_open(path, "pt") as file:
@@ -447,20 +449,20 @@ class TensorStore:
         return None
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Keep a contiguous CPU tensor, unless the store is full; what is full is said once."""
+        """Keep a contiguous CPU tensor; a store that is full keeps nothing, and warns once."""
         path = self._path(name)
         content = save({TENSOR: tensor}, metadata=_label(name, tensor))
         try:
-            # What is there is damaged, or another process was faster: to replace it adds nothing.
+            # An existing file is damaged, or another process was faster: replacing adds nothing.
             if not path.exists() and self._is_full(len(content)):
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._written_beside(content) as beside:
+            with self._temporary_file(content) as temporary:
                 if not path.exists():
                     # Before the file: a kill between the two leaves room unused, not overused.
                     with (path.parents[1] / "sizes.txt").open("ab") as sizes:
                         sizes.write(b"%d\n" % len(content))
-                beside.replace(path)
+                temporary.replace(path)
         except OSError as error:
             self._stop_adding(f"cannot be written ({error})")
 
@@ -477,13 +479,13 @@ class TensorStore:
             self._sums[path] = (offset + len(whole) + len(newline), total)
         return sum(total for _, total in self._sums.values())
 
-    def describe(self, group: str, facts: dict[str, object]) -> None:
-        """Put into a group's folder, for people, what its tensors are."""
+    def write_about(self, group: str, facts: dict[str, object]) -> None:
+        """Write `about.json` into a group's folder, which tells people what its tensors are."""
         path = self.folder / group / "about.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._written_beside(json.dumps(facts, indent=2).encode()) as beside:
-                beside.replace(path)
+            with self._temporary_file(json.dumps(facts, indent=2).encode()) as temporary:
+                temporary.replace(path)
 
     def _path(self, name: str) -> Path:
         group, _, key = name.rpartition("/")
@@ -500,17 +502,17 @@ class TensorStore:
         self._full = True
 
     @contextlib.contextmanager
-    def _written_beside(self, content: bytes) -> Iterator[Path]:
-        """Write a file under a name of its own, which is to be moved to its place as a whole."""
-        beside = self._writing / uuid.uuid4().hex
+    def _temporary_file(self, content: bytes) -> Iterator[Path]:
+        """Write a file under a unique name, from which it can be moved to its place as a whole."""
+        temporary = self._writing / uuid.uuid4().hex
         try:
-            # Nothing waits for the disk: what a power failure leaves torn is damaged when read.
-            beside.write_bytes(content)
-            yield beside
+            # No fsync: a file that a power failure has torn is recognised as damaged when read.
+            temporary.write_bytes(content)
+            yield temporary
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
-    def _remove_what_was_never_finished(self) -> None:
+    def _remove_unfinished_files(self) -> None:
         for path in self._writing.iterdir():
             with contextlib.suppress(OSError):  # another process may be doing the same
                 if path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
@@ -518,7 +520,7 @@ class TensorStore:
 
 
 def _label(name: str, tensor: Tensor) -> dict[str, str]:
-    """Return what a file says of itself, by which damage, or another's name, shows."""
+    """Return a file's metadata, by which damage and files under a wrong name are recognised."""
     checksum = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     return {"name": name, "crc32": f"{zlib.crc32(bytes_of(tensor), checksum):08x}"}
 
@@ -527,9 +529,8 @@ def _digest(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _facts_of_hearing(
-    teacher: ModelFolder, extractor: WhisperFeatureExtractor
-) -> dict[str, object]:
+def _encoder_facts(teacher: ModelFolder, extractor: WhisperFeatureExtractor) -> dict[str, object]:
+    """Return what encoder states depend on beside the weights and the audio."""
     return {
         "encoder": {name: teacher.config.get(name) for name in ENCODER_SETTINGS},
         "features": {name: getattr(extractor, name, None) for name in FEATURE_SETTINGS},
@@ -537,8 +538,11 @@ def _facts_of_hearing(
     }
 
 
-def _heard(utterance: Utterance, view: str | None) -> list[object] | None:
-    """Return all that decides what is heard; None if it is not known, or never heard again."""
+def _audio_key(utterance: Utterance, view: str | None) -> list[object] | None:
+    """Return what identifies one view of an utterance's audio by its content.
+
+    None if the view is never used again, or the file cannot be read.
+    """
     if view is None:
         return None
     try:

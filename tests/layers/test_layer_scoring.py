@@ -20,7 +20,8 @@ from tiny import make_corpus, make_model_folder, read_rows, write_rows, write_to
 import create_student_model
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.layers import scoring
-from simpler_distil_whisper.layers.scoring import Labelled, LayerScorer
+from simpler_distil_whisper.layers.rows import Labelled, LayerScoring, select_rows, spread_order
+from simpler_distil_whisper.layers.scoring import LayerScorer
 from simpler_distil_whisper.layers.search import search_layers
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.pruning import prune_whisper
@@ -52,8 +53,8 @@ def labelled(folder: Path) -> list[Labelled]:
 
 
 def selected(teacher: Path, manifest: Path, **options: Any) -> list[Labelled]:
-    section = create_student_model.LayerScoring(manifest=manifest, **options)
-    return create_student_model.select_rows(section, read_model_folder(teacher, None, "teacher"))
+    section = LayerScoring(manifest=manifest, **options)
+    return select_rows(section, read_model_folder(teacher, None, "teacher"))
 
 
 def settings(folder: Path, output: Path, **student: Any) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def score(whisper: Whisper, labelled: list[Labelled], encoder: tuple[int, ...] =
 
 def log_probabilities(model: Any, one: Labelled, teacher: Whisper) -> torch.Tensor:
     """Return float64 [tokens, V]: what a model says in place of each token of the label."""
-    ids, prompt_length = one.target
+    _, ids, prompt_length = one
     sound, _ = soundfile.read(one.utterance.audio, dtype="float32")
     features = teacher.feature_extractor(sound, 16_000, return_tensors="pt").input_features
     with torch.no_grad():
@@ -173,7 +174,7 @@ def test_the_layers_that_work_are_found_among_many(tmp_path: Path, folder: Path)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
 def test_each_beginning_of_the_order_is_spread_over_all(case: tuple[int, int]) -> None:
     count, beginning = case
-    order = create_student_model.spread_order(count)
+    order = spread_order(count)
     assert sorted(order) == list(range(count))
     places = [-1, *sorted(order[:beginning]), count]
     gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
@@ -208,7 +209,7 @@ def unusable_rows(folder: Path) -> dict[str, object]:
         "cannot be decoded": {**good, "audio": "broken.wav"},
         "no token for the language": {**good, "language": "ja"},
         "names the language": {**good, "language": None},
-        "special tokens": {**good, "text": "one<|endoftext|>"},
+        "the label holds <|endoftext|>, which is no speech": {**good, "text": "one<|endoftext|>"},
         "label of 445 tokens, the maximum is 444": {**good, "text": "x" * 445},
     }
 
@@ -242,9 +243,9 @@ def test_the_language_of_rows_that_name_none_is_the_configs(tmp_path: Path, fold
     write_tone(tmp_path / "good.wav", 0.5)
     manifest = write_rows(tmp_path / "rows.jsonl", [{"audio": "good.wav", "text": "one"}])
     options: dict[str, Any] = {"language": "Chinese", "task": "translate"}
-    [(_, target)] = selected(folder / "teacher", manifest, **options)
+    [labelled] = selected(folder / "teacher", manifest, **options)
     tokens = load_whisper(read_model_folder(folder / "teacher", None, "teacher")).tokens
-    assert list(target.tokens[: target.prompt_length]) == tokens.prompt("zh", "translate")
+    assert labelled.tokens[: labelled.prompt_length] == tokens.prompt("zh", "translate")
     with pytest.raises(ConfigError, match=r'layer_scoring.language: .* no token for "ja"'):
         selected(folder / "teacher", manifest, language="ja")
 

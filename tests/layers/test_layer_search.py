@@ -1,4 +1,4 @@
-"""The search for layers: which sets are tried and which is found, when scores are known."""
+"""The search for layers: which sets are tried and which is ranked, when scores are known."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from simpler_distil_whisper.layers.search import (
     Layers,
-    Score,
+    LayerScore,
     ScoredLayers,
     describe_search,
     search_layers,
@@ -21,33 +21,33 @@ from simpler_distil_whisper.model.pruning import spread_layers
 
 
 def search(
-    available: int, wanted: int, kl: Callable[[Layers], float]
+    available: int, count: int, kl: Callable[[Layers], float]
 ) -> tuple[list[ScoredLayers], list[Layers]]:
-    """Return what is found under a score, and every set that was scored, in order."""
+    """Return the ranking by a score, and every set that was scored, in order."""
     asked: list[Layers] = []
 
-    def score(sets: Sequence[Layers], words: str) -> dict[Layers, Score]:
+    def score(sets: Sequence[Layers], words: str) -> dict[Layers, LayerScore]:
         assert words
         asked.extend(sets)
-        return {layers: Score(kl(layers), 0.5) for layers in sets}
+        return {layers: LayerScore(kl(layers), 0.5) for layers in sets}
 
-    return search_layers(available, wanted, score), asked
+    return search_layers(available, count, score), asked
 
 
 def test_where_there_are_few_sets_all_are_tried_once() -> None:
-    found, asked = search(4, 2, lambda layers: abs(layers[0] - 1) + abs(layers[1] - 2))
+    ranked, asked = search(4, 2, lambda layers: abs(layers[0] - 1) + abs(layers[1] - 2))
     assert sorted(asked) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    assert [one.layers for one in found][0] == (1, 2)
-    assert [one.score.kl for one in found] == [0, 1, 1, 2, 2, 2]
-    assert {one.layers for one in found if one.found_by == "spread"} == {(0, 3)}
+    assert [one.layers for one in ranked][0] == (1, 2)
+    assert [one.score.kl for one in ranked] == [0, 1, 1, 2, 2, 2]
+    assert {one.layers for one in ranked if one.found_by == "spread"} == {(0, 3)}
 
 
 @pytest.mark.parametrize(
-    ("available", "wanted", "few"),
+    ("available", "count", "few"),
     [(4, 2, True), (32, 2, True), (12, 4, True), (12, 5, False), (32, 3, False), (24, 16, False)],
 )
-def test_few_are_up_to_500(available: int, wanted: int, few: bool) -> None:
-    assert sets_are_few(available, wanted) == few
+def test_few_are_up_to_500(available: int, count: int, few: bool) -> None:
+    assert sets_are_few(available, count) == few
 
 
 def test_spaced_sets_by_hand() -> None:
@@ -59,14 +59,16 @@ def test_spaced_sets_by_hand() -> None:
 
 @given(st.sets(st.integers(0, 13), min_size=6, max_size=6))
 def test_many_layers_each_good_by_itself_are_found(planted: set[int]) -> None:
-    found, asked = search(14, 6, lambda layers: len(planted - set(layers)))
-    assert set(found[0].layers) == planted
-    assert found[0].score.kl == 0
+    ranked, asked = search(14, 6, lambda layers: len(planted - set(layers)))
+    assert set(ranked[0].layers) == planted
+    assert ranked[0].score.kl == 0
     assert len(asked) == len(set(asked)) < math.comb(14, 6)
-    kls = [one.score.kl for one in found]
+    kls = [one.score.kl for one in ranked]
     assert kls == sorted(kls)
-    assert {len(one.layers) for one in found} == {6}
-    assert [one.found_by for one in found if list(one.layers) == spread_layers(14, 6)] == ["spread"]
+    assert {len(one.layers) for one in ranked} == {6}
+    assert [one.found_by for one in ranked if list(one.layers) == spread_layers(14, 6)] == [
+        "spread"
+    ]
 
 
 def test_layers_that_are_only_good_together_are_found_by_removal() -> None:
@@ -76,30 +78,30 @@ def test_layers_that_are_only_good_together_are_found_by_removal() -> None:
     def kl(layers: Layers) -> float:
         return 1 if together <= set(layers) else 2 + len(together & set(layers))
 
-    found, _ = search(14, 6, kl)
-    assert found[0] == ScoredLayers((4, 6, 9, 10, 11, 12), "greedy removal", Score(1, 0.5))
+    ranked, _ = search(14, 6, kl)
+    assert ranked[0] == ScoredLayers((4, 6, 9, 10, 11, 12), "greedy removal", LayerScore(1, 0.5))
 
 
 def test_a_neighbour_of_the_best_is_found_by_a_swap() -> None:
     best, neighbour = (0, 2, 5, 7, 10, 13), (0, 2, 5, 7, 10, 12)
     assert list(best) == spread_layers(14, 6)
-    found, _ = search(14, 6, lambda layers: {best: 0.5, neighbour: 0.0}.get(layers, 1.0))
-    assert [(one.layers, one.found_by) for one in found[:2]] == [
+    ranked, _ = search(14, 6, lambda layers: {best: 0.5, neighbour: 0.0}.get(layers, 1.0))
+    assert [(one.layers, one.found_by) for one in ranked[:2]] == [
         (neighbour, "swap"),
         (best, "spread"),
     ]
 
 
-@pytest.mark.parametrize(("available", "wanted"), [(5, 2), (14, 6)])
-def test_of_equals_the_earliest_layers_are_kept(available: int, wanted: int) -> None:
-    found, _ = search(available, wanted, lambda layers: 1.0)
-    assert found[0].layers == tuple(range(wanted))
-    assert [one.layers for one in found] == sorted(one.layers for one in found)
+@pytest.mark.parametrize(("available", "count"), [(5, 2), (14, 6)])
+def test_of_equals_the_earliest_layers_are_kept(available: int, count: int) -> None:
+    ranked, _ = search(available, count, lambda layers: 1.0)
+    assert ranked[0].layers == tuple(range(count))
+    assert [one.layers for one in ranked] == sorted(one.layers for one in ranked)
 
 
 def test_a_set_whose_score_is_no_number_comes_last() -> None:
-    found, _ = search(4, 2, lambda layers: math.inf if layers == (0, 1) else 1.0)
-    assert found[-1].layers == (0, 1)
+    ranked, _ = search(4, 2, lambda layers: math.inf if layers == (0, 1) else 1.0)
+    assert ranked[-1].layers == (0, 1)
 
 
 def test_the_plan_states_the_numbers() -> None:
