@@ -1,12 +1,12 @@
-"""What this machine computes with: devices, processes, dtypes, cores; what "auto" means on it.
+"""What this machine computes with: devices, processes, dtypes, threads, memory.
 
-Called by whatever loads or runs a model.
+Owns the meaning of "auto" in configs, as far as it depends on the machine.
 """
 
 import datetime
 import os
 import sys
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -18,34 +18,37 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.options import Attention, Dtype
 from simpler_distil_whisper.run import process_count
 
-# One process may have hours more to label, validate or save than the one that waits for it; the
-# libraries' ten minutes would end both.
+# A process may wait for hours until another one has labelled, validated or saved; the libraries'
+# time-out of ten minutes would end both.
 PATIENCE = datetime.timedelta(days=1)
-# What torch says on a CPU and what CUDA's libraries say, beside the errors that accelerate knows.
+# In messages of torch on a CPU and of CUDA's libraries, beside the errors that accelerate knows.
 OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+NOT_JOINED = "accelerate has not joined all processes"
 CPU_CACHE_BYTES = 2 * 2**30  # for the decoder's keys and values
 
 
 def join_processes() -> PartialState:
     """Return this process's device and its connection to the others, if several were launched."""
     state = PartialState(cpu=_several_on_cpu(), timeout=PATIENCE)
-    return _all_of_them(state)
+    assert state.num_processes == process_count(), NOT_JOINED
+    return state
 
 
 def make_accelerator(
     precision: Literal["auto", "float32", "bf16", "fp16"], seed: int
 ) -> Accelerator:
-    """Return what trains on this device, together with other processes, all random states seeded.
+    """Return the accelerator for training on this device, with all random states seeded.
 
     Raises:
-        ConfigError: the device cannot compute in this precision, or models would be cut up.
+        ConfigError: the device cannot compute in this precision, or the launcher shards models.
     """
-    for way in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true"):
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() in ("1", "true"):
             raise ConfigError(
-                f"the launcher asks for {way}, which cuts a model into parts: a student fits into "
-                "one GPU, so launch with plain data parallelism (DDP). For a teacher that leaves "
-                'it no room: teacher.dtype "bfloat16", teacher.device, or a teacher_cache.folder'
+                f"the launcher asks for {plugin}, which splits a model into parts: a student fits "
+                "into one GPU, so launch with plain data parallelism (DDP). For a teacher that "
+                'leaves it no room: teacher.dtype "bfloat16", teacher.device, or a '
+                "teacher_cache.folder"
             )
     gpu = torch.cuda.is_available()
     if precision == "fp16" and not gpu:
@@ -58,14 +61,15 @@ def make_accelerator(
         cpu=_several_on_cpu(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    return _all_of_them(accelerator)
+    assert accelerator.num_processes == process_count(), NOT_JOINED
+    return accelerator
 
 
 def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that a config names; "auto" is the fastest right one on the device."""
+    """Return the dtype that a config names; "auto": the fastest that training can use."""
     if dtype != "auto":
-        found: torch.dtype = getattr(torch, dtype)
-        return found
+        named: torch.dtype = getattr(torch, dtype)
+        return named
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if _has_bfloat16() else torch.float16
@@ -74,7 +78,7 @@ def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 def decoding_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """Return the dtype to decode in: as `torch_dtype`, but bfloat16 on a CPU that computes in it.
 
-    Where there is nothing to train it is the fastest, measured on CPUs with AVX512-BF16.
+    Measured on CPUs with AVX512-BF16, it is the fastest where nothing is trained.
     """
     if dtype == "auto" and device.type == "cpu" and _cpu_has_bfloat16():
         return torch.bfloat16
@@ -82,9 +86,9 @@ def decoding_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def suitable_attention(attention: Attention, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the attention that a config names; "auto" is the fastest for the encoder.
+    """Return the attention that a config names; "auto": the fastest for the encoder.
 
-    That is the fused kernel, but on CPUs in bfloat16: there plain matrix products are.
+    That is the fused kernel, except in bfloat16 on CPUs, where plain matrix products are faster.
     """
     if attention != "auto":
         return attention
@@ -92,10 +96,10 @@ def suitable_attention(attention: Attention, device: torch.device, dtype: torch.
 
 
 def suitable_batch_size(model: WhisperForConditionalGeneration) -> int:
-    """Return how many windows to decode at once: the more, the less often weights are fetched.
+    """Return how many windows to decode at once: as many as fit into the device's memory.
 
-    What counts is a device's whole memory, not what is free of it now: a resumed run must form the
-    same batches.
+    Larger batches read the weights less often. The whole memory counts, not what is free now: a
+    resumed run must form the same batches.
     """
     config, size = model.config, model.dtype.itemsize
     positions = config.max_source_positions + config.max_target_positions
@@ -112,19 +116,19 @@ def suitable_batch_size(model: WhisperForConditionalGeneration) -> int:
 def encoder_batch_size(device: torch.device) -> int | None:
     """Return how many windows to encode at once; None: all.
 
-    Measured on a CPU: what an encoder layer passes on of more than four windows falls out of its
-    caches, which costs up to 29 %.
+    Measured on a CPU: the states of more than four windows do not fit into its caches between two
+    encoder layers, which costs up to 29 %.
     """
     return None if device.type == "cuda" else 4
 
 
 def leave_a_core_to_audio() -> None:
-    """Let torch compute on all cores of this process's share but one, where audio is decoded.
+    """Let torch use all cores of this process's share but one, on which audio is decoded.
 
-    Threads that wait for each other at every operation, on cores that are busy with decoding audio,
-    were measured to make a small model 20 times slower. The number of workers plays no part: on how
-    many threads a sum is cut up decides its last bit, and they are to change no result.
-    OMP_NUM_THREADS, if set, is obeyed instead.
+    Threads that wait for each other at every operation, on cores that are busy decoding audio, were
+    measured to make a small model 20 times slower. The number of workers does not matter here: the
+    number of threads decides the last bit of a sum, and the number of workers must change no
+    result. OMP_NUM_THREADS, if set, is obeyed instead.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -134,7 +138,7 @@ def leave_a_core_to_audio() -> None:
 
 
 def peak_memory_megabytes(device: torch.device) -> int:
-    """Return the most memory that this process has held: the GPU's if it has one."""
+    """Return the most memory that this process has used: of the GPU, if it computes on one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     import resource  # not on Windows
@@ -144,7 +148,7 @@ def peak_memory_megabytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory does not suffice: each device says it otherwise."""
+    """Return whether an error means that memory is exhausted: each device has its own message."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
         return True
     return any(words in str(error) for words in OUT_OF_MEMORY)
@@ -152,7 +156,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def _cpu_has_bfloat16() -> bool:
     """Return whether the CPU has instructions for it; emulated, it is slower than float32."""
-    # Private in torch 2.6 to 2.13; where they are gone, float32 is right too.
+    # Private functions in torch 2.6 to 2.13; without them the answer is False, so float32.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
@@ -168,8 +172,3 @@ def _several_on_cpu() -> bool:
     It would otherwise take each of them for the only one, and each would do all of the work.
     """
     return process_count() > 1 and not torch.cuda.is_available()
-
-
-def _all_of_them(connection: Any) -> Any:
-    assert connection.num_processes == process_count(), "accelerate has not joined all processes"
-    return connection

@@ -1,7 +1,7 @@
-"""What a Whisper model folder says of itself, read without loading torch or weights.
+"""The facts of a Whisper model folder, read from its JSON files without loading torch or weights.
 
-Owns the checks that let a wrong path, a missing file or an unknown language end a script within a
-second. It knows nothing of tensors. Called by the `prepare` step of each script that has a model.
+Owns the checks by which a wrong path, a missing file or an unknown language ends a script within a
+second. It knows nothing of tensors; `weights.py` reads those, `whisper.py` loads the model.
 """
 
 import json
@@ -18,10 +18,14 @@ FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the log-mel f
 SECONDS_PER_FRAME = 0.01
 ENGLISH_ONLY_VOCABULARY = 51_864  # openai/whisper: every multilingual vocabulary is larger
 
-# What the scripts read of config.json before they load the model; every Whisper states them all.
+# Keys of config.json that the scripts read before they load the model; every Whisper has them all.
 SIZES = (
-    *("vocab_size", "num_mel_bins", "max_source_positions", "max_target_positions"),
-    *("encoder_layers", "decoder_layers"),
+    "vocab_size",
+    "num_mel_bins",
+    "max_source_positions",
+    "max_target_positions",
+    "encoder_layers",
+    "decoder_layers",
 )
 FEATURE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -63,13 +67,13 @@ class ModelFolder:
     def stored_dtype(self) -> Dtype:
         """The dtype of the weights on disk, as config.json states it."""
         stated = self.config.get("dtype") or self.config.get("torch_dtype")
-        return (
-            "float16" if stated == "float16" else "bfloat16" if stated == "bfloat16" else "float32"
-        )
+        if stated == "float16":
+            return "float16"
+        return "bfloat16" if stated == "bfloat16" else "float32"
 
     @property
     def row_languages(self) -> frozenset[str]:
-        """The languages that a row of a manifest may name."""
+        """The languages that rows of a manifest may name: "en" alone for an English-only model."""
         return self.languages or frozenset({"en"})
 
     def check_language(self, language: str | None, key: str) -> None:
@@ -79,12 +83,22 @@ class ModelFolder:
         known = ", ".join(sorted(self.row_languages))
         raise ConfigError(f'{key}: {self.path} has no token for "{language}"; it has {known}')
 
+    def check_copy_of(self, teacher: "ModelFolder") -> None:
+        """Raise ConfigError unless this student takes the teacher's log-mels and tokens."""
+        for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
+            if self.config[key] != teacher.config[key]:
+                raise ConfigError(
+                    f"student.path: {self.path} has {key} {self.config[key]}, the teacher "
+                    f"{teacher.path} has {teacher.config[key]}: the student must be a copy of it "
+                    "with fewer layers"
+                )
+
 
 def read_model_folder(path: Path, processor: Path | None, key: str) -> ModelFolder:
     """Return the facts of the model folder that the config key `key` names.
 
     Raises:
-        ConfigError: it is no loadable Whisper folder; the message says what is missing.
+        ConfigError: it is no loadable Whisper folder; the message names what is missing.
     """
     if not path.is_dir():
         raise ConfigError(f"{key}.path: no such folder: {path}")
@@ -94,9 +108,10 @@ def read_model_folder(path: Path, processor: Path | None, key: str) -> ModelFold
     if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
         raise ConfigError(f"{key}.path: {path / 'config.json'} states no {', '.join(missing)}")
     if not any(path.glob("*.safetensors")):
-        pickled = ' (pickled weights are not read: "pytorch_model.bin" can run code)'
-        found = pickled if any(path.glob("*.bin")) else ""
-        raise ConfigError(f"{key}.path: {path} holds no *.safetensors weights{found}")
+        hint = ""
+        if any(path.glob("*.bin")):
+            hint = ' (pickled weights are not read: "pytorch_model.bin" can run code)'
+        raise ConfigError(f"{key}.path: {path} holds no *.safetensors weights{hint}")
     source = processor or path
     for files, what in ((FEATURE_FILES, "feature extractor"), (TOKENIZER_FILES, "tokenizer")):
         if not any((source / name).is_file() for name in files):
@@ -108,6 +123,7 @@ def read_model_folder(path: Path, processor: Path | None, key: str) -> ModelFold
 
 
 def _languages(path: Path, processor: Path, config: dict[str, Any], key: str) -> frozenset[str]:
+    """Return the codes of the languages that have a token; empty for an English-only model."""
     generation = path / "generation_config.json"
     settings = _read_json(generation, key) if generation.is_file() else {}
     multilingual = settings.get("is_multilingual")

@@ -1,7 +1,7 @@
-"""Config sections that several scripts share and whose parts import torch.
+"""Config sections about models, decoding and the teacher cache, which several scripts share.
 
-They stand here, apart from those parts, so that a script can check its config, and answer `--help`,
-without waiting for that import.
+They are apart from the code that they configure, because that code imports torch: a script can then
+check its config, and print `--help`, without waiting for the import.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def whisper_code(language: str | None) -> str | None:
 
 
 class FolderOptions(StrictModel):
-    """Where a Whisper is."""
+    """Where a Whisper's files are."""
 
     path: Path = Field(description="Hugging Face model folder.")
     processor: Path | None = Field(
@@ -47,6 +47,17 @@ class ModelOptions(FolderOptions):
     )
     attention: Attention = Field(
         "auto", description="Attention implementation; auto: sdpa, in bfloat16 on CPUs eager."
+    )
+
+
+class AssistantOptions(StrictModel):
+    """A student that drafts for the model: the same greedy text, sooner at a batch size of 1."""
+
+    path: Path | None = Field(
+        None, description="Model folder of a student of this model; null: it decodes alone."
+    )
+    processor: Path | None = Field(
+        None, description="Folder of tokenizer and feature extractor; null: the student's own."
     )
 
 
@@ -69,10 +80,10 @@ class DecodingOptions(DecodingLimits):
     )
     task: Task = Field("transcribe", description="translate: into English.")
     timestamps: bool = Field(
-        False, description="Let the model say when each sentence begins and ends."
+        False, description="Let the model predict when each segment begins and ends."
     )
     prompt: str | None = Field(
-        None, description="Text that the model takes for what was said before: names, spelling."
+        None, description="Text that the model is given as if it came before: names, spelling."
     )
     num_beams: PositiveInt = Field(1, description="Beams of the beam search; 1: greedy.")
     temperatures: list[NonNegativeFloat] = Field(
@@ -95,10 +106,10 @@ class DecodingOptions(DecodingLimits):
     long_form: Literal["reject", "sequential", "chunked"] = Field(
         "reject",
         description="What becomes of audio longer than the model's window. sequential: windows "
-        "that begin where the last sentence ended; chunked: overlapping windows, all at once.",
+        "that begin where the last segment ended; chunked: overlapping windows, all at once.",
     )
     condition_on_previous_text: bool = Field(
-        True, description="In sequential long form, tell each window what was said before it."
+        True, description="In sequential long-form, give each window the text before it."
     )
 
     _code = field_validator("language")(whisper_code)
@@ -118,23 +129,29 @@ class DecodingOptions(DecodingLimits):
 
 
 class CacheOptions(StrictModel):
-    """Where what the teacher has computed is kept, for all runs and processes that name it."""
+    """A folder of the teacher's states, shared by all runs and processes that name it."""
 
     folder: Path | None = Field(None, description="Any folder, shared or not; null: no cache.")
     dtype: Dtype = Field(
-        "auto", description="Of what is kept; auto: that in which the encoder computes."
+        "auto", description="Of the states kept; auto: the one in which the encoder computes."
     )
     max_gigabytes: PositiveFloat = Field(
-        50.0, description="Nothing is added beyond; what is there stays in use."
+        50.0, description="When it is full, nothing is added; what it holds stays in use."
     )
 
 
 class TeacherCacheOptions(CacheOptions):
-    """What distillation takes from the cache, and adds to it where it is missing."""
+    """What distillation reads from the cache, and adds to it where it is missing."""
 
     encoder_states: bool = Field(
         True, description="Those of the encoder that both models share; float16: 3.8 MB per 30 s."
     )
     decoder_states: bool = Field(
-        True, description="The teacher's answers to the labels; with all there it is not loaded."
+        True, description="The teacher's, for the labels; if none is missing, it is not loaded."
     )
+
+    def elsewhere(self, folder: Path) -> "TeacherCacheOptions":
+        """Return the same for a small cache in another folder; if there is none, for none."""
+        if self.folder is None:
+            return self
+        return self.model_copy(update={"folder": folder, "max_gigabytes": 2.0})

@@ -1,7 +1,7 @@
-"""Making a student: a copy of the teacher that keeps some of its layers.
+"""Pruning: a copy of the teacher that keeps some of its layers.
 
-Owns which layers are kept and how everything that refers to them follows. It knows nothing of
-files. Called by `create_student_model.py`.
+Owns the choice of evenly spread layers, and renumbers everything that refers to a layer. It knows
+nothing of files; layers are chosen by score in `layers/`.
 """
 
 import copy
@@ -12,20 +12,20 @@ if TYPE_CHECKING:  # importing transformers takes seconds, choosing layers none
     from transformers import GenerationConfig, WhisperForConditionalGeneration
 
 
-def spread_layers(available: int, wanted: int) -> list[int]:
-    """Return `wanted` of `available` layer numbers, evenly spread with the first and last kept.
+def spread_layers(available: int, count: int) -> list[int]:
+    """Return `count` of `available` layer numbers, evenly spread, the first and the last included.
 
     A single layer is the last one. This is the choice of Gandhi et al. 2023 (section 3.1), with the
     rounding of their code: 32, 3 -> [0, 15, 31].
 
     Raises:
-        ValueError: `wanted` is not between 1 and `available`.
+        ValueError: `count` is not between 1 and `available`.
     """
-    if not 1 <= wanted <= available:
-        raise ValueError(f"{wanted} layers of {available} cannot be kept")
-    if wanted == 1:
+    if not 1 <= count <= available:
+        raise ValueError(f"{count} layers of {available} cannot be kept")
+    if count == 1:
         return [available - 1]
-    return [i * (available - 1) // (wanted - 1) for i in range(wanted)]
+    return [i * (available - 1) // (count - 1) for i in range(count)]
 
 
 def chosen_layers(available: int, count: int | None, indices: Sequence[int] | None) -> list[int]:
@@ -53,8 +53,9 @@ def prune_whisper(
 ) -> "WhisperForConditionalGeneration":
     """Return a new model with the named layers of the teacher and everything else copied.
 
-    Built from a new config and filled from the teacher's weights, not by cutting the lists of
-    layers: a cut layer keeps its old number, with which it would look into the key-value cache.
+    It is built from a new config and filled with the teacher's weights. Removing layers from the
+    teacher's lists would leave the others their old `layer_idx`, by which they use the key-value
+    cache.
     """
     config = copy.deepcopy(teacher.config)
     config.encoder_layers = len(encoder_layers)
@@ -83,8 +84,8 @@ def _pruned_generation_config(
 ) -> "GenerationConfig":
     """Return a deep copy in which `alignment_heads` name the student's layers, not the teacher's.
 
-    They are [layer, head] pairs of the decoder, used for word timestamps. Those of layers that are
-    gone would be out of range; if none is left the key goes, and users see that it is absent.
+    They are [layer, head] pairs of the decoder, used for word timestamps. Those of pruned layers
+    would be out of range. If none is left, the key is removed, so that users see that it is absent.
     """
     config = copy.deepcopy(teacher)
     heads = getattr(config, "alignment_heads", None)

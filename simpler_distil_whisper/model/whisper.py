@@ -1,7 +1,8 @@
-"""Loading, mending and saving Whisper model folders.
+"""Loading, completing and saving Whisper model folders.
 
-The only module that knows the quirks of transformers' Whisper: dtypes, generation configs, special
-tokens, which files make a folder complete. Called by the scripts and by `pruning.py`.
+Owns the quirks of folders in transformers' format: dtypes, generation configs, special tokens, the
+files that make a folder complete. It does not decode; the quirks of the model's layers are dealt
+with where these are run, in `decoding/cached_decoder.py` and `layers/scoring.py`.
 """
 
 import copy
@@ -31,8 +32,8 @@ from simpler_distil_whisper.model.options import Attention, Dtype, Task
 from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
-# Everything beside weights and configs that makes a folder usable, in any version of transformers
-# and in CTranslate2: copied byte for byte, since no later version writes all of them.
+# Files beside weights and configs that make a folder usable, in any version of transformers and in
+# CTranslate2. They are copied byte for byte, since no version of transformers writes all of them.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -44,21 +45,19 @@ PROCESSOR_FILES = (
     "special_tokens_map.json",
     "normalizer.json",
 )
-
-
 TIME_STEP = 0.02  # seconds from one timestamp to the next
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids that mean something, looked up by name: their numbers differ between models.
+    """The ids of special tokens, looked up by name, since they differ between models.
 
     Attributes:
         languages: code such as "zh" -> id; empty for an English-only model.
         no_speech: `<|nospeech|>`; None where the tokenizer has none.
-        previous: `<|startofprev|>`, before the text that came before; None where there is none.
+        previous: `<|startofprev|>`, which precedes the previous text; None where there is none.
         timestamps: ids of `<|0.00|>`, `<|0.02|>`, ... up to the window's length.
-        control: all ids that never are text: the others here, tasks and timestamps.
+        control: all ids that are never text, except `end`.
     """
 
     start: int
@@ -73,7 +72,7 @@ class SpecialTokens:
     control: tuple[int, ...]
 
     def prompt(self, language: str | None, task: Task, timestamps: bool = False) -> list[int]:
-        """Return the ids that the decoder is given before the text: `<|sot|>`, language, task, ...
+        """Return the ids that precede the text: `<|startoftranscript|>`, language, task, ...
 
         Raises:
             ConfigError: the model has no token for the language or the task.
@@ -94,7 +93,7 @@ class Whisper:
     """A loaded model with its tokenizer, feature extractor and special tokens.
 
     Attributes:
-        processor_folder: where the two came from, byte for byte what a saved copy needs.
+        processor_folder: where tokenizer and feature extractor came from, to be copied from there.
     """
 
     model: WhisperForConditionalGeneration
@@ -105,14 +104,18 @@ class Whisper:
 
     @property
     def window_seconds(self) -> float:
-        """The longest audio that fits into `input_features`."""
+        """The longest audio that the encoder takes at once."""
         return float(self.feature_extractor.chunk_length)
 
-    @torch.no_grad()  # not inference_mode, of which training could not go on
+    @torch.no_grad()  # not inference_mode, whose tensors training could not use
     def encode(self, features: Tensor) -> Tensor:
-        """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T], of any dtype.
+        """Return the encoder states, a few windows at a time, so that memory stays bounded.
 
-        Some windows at a time, so that what an encoder layer needs does not grow with the batch.
+        Args:
+            features: float [B, M, T]: log-mels, of any dtype and on any device.
+
+        Returns:
+            float [B, E, D]
         """
         model = self.model
         groups = torch.split(features, encoder_batch_size(model.device) or len(features))
@@ -137,7 +140,7 @@ def load_whisper(
     device = torch.device(device)
     if isinstance(dtype, str):
         dtype = torch_dtype(dtype, device)
-    # transformers 5 would take the checkpoint's dtype: a float16 file would train in float16.
+    # Without `dtype`, transformers 5 keeps the file's: float16 weights would train in float16.
     try:
         model, report = WhisperForConditionalGeneration.from_pretrained(
             folder.path,
@@ -149,14 +152,14 @@ def load_whisper(
         )
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder.path}: cannot be loaded: {error}") from error
-    # What is missing would be left at random values with no more than a warning.
+    # transformers leaves missing weights at random values, with no more than a warning.
     if missing := sorted(set(report["missing_keys"]) - {"proj_out.weight"}):
         raise ConfigError(f"{folder.path}: weights are missing: {', '.join(missing[:5])} ...")
     tokenizer = load_tokenizer(folder)
     extractor = WhisperFeatureExtractor.from_pretrained(folder.processor, local_files_only=True)
     tokens = special_tokens(tokenizer, folder)
     _check_processor(folder, model, tokenizer, extractor, tokens)
-    model.generation_config = mended_generation_config(model, tokens)
+    model.generation_config = completed_generation_config(model, tokens)
     return Whisper(model.to(device).eval(), tokenizer, extractor, tokens, folder.processor)
 
 
@@ -169,7 +172,7 @@ def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialT
     """Return the ids of a tokenizer's special tokens.
 
     Raises:
-        ConfigError: one without which no Whisper can be run is missing.
+        ConfigError: a token is missing without which no Whisper can be run.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     try:
@@ -179,7 +182,7 @@ def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialT
     except KeyError as error:
         raise ConfigError(f"{folder.processor}: the tokenizer has no token {error}") from None
     every_language = {code: vocabulary.get(f"<|{code}|>") for code in WHISPER_LANGUAGES}
-    # Timestamps, and in large vocabularies the padding after them, follow <|notimestamps|>.
+    # After <|notimestamps|> come the timestamps and, in large vocabularies, padding.
     control = {id for text, id in vocabulary.items() if text.startswith("<|") and id >= end}
     control |= set(range(no_timestamps, folder.config["vocab_size"]))
     times = range(no_timestamps + 1, no_timestamps + 2 + round(folder.window_seconds / TIME_STEP))
@@ -201,17 +204,17 @@ def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialT
     )
 
 
-def mended_generation_config(
+def completed_generation_config(
     model: WhisperForConditionalGeneration, tokens: SpecialTokens
 ) -> GenerationConfig:
-    """Return the model's generation config, complete and without forced ids, as a copy.
+    """Return a copy of the model's generation config, complete and without forced ids.
 
     A folder without `generation_config.json`, or one saved by an early version, lacks the ids by
-    which `generate(language=...)` works; and forced ids, which old checkpoints carry, would
-    silently win over the language asked for.
+    which `generate(language=...)` works. Forced ids, which old checkpoints have, would silently
+    override the requested language.
     """
     config: GenerationConfig = copy.deepcopy(model.generation_config)
-    config._from_model_config = False  # else transformers drops what is added here when it reloads
+    config._from_model_config = False  # else transformers drops these additions when it reloads
     config.forced_decoder_ids = None
     if hasattr(model.config, "forced_decoder_ids"):
         model.config.forced_decoder_ids = None
@@ -234,13 +237,13 @@ def save_whisper(
     folder: Path,
     documents: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Write a complete model folder, so that a kill leaves no half of one that could be loaded.
+    """Write a complete model folder; a kill leaves no half-written one that could be loaded.
 
     Args:
         model: saved in its own dtype as safetensors.
         processor_folder: where tokenizer and feature extractor are copied from, byte for byte.
-        folder: its files of the same names are replaced, each at once, others stay.
-        documents: file name -> content of what is to lie beside the model.
+        folder: files of the same names are replaced, one by one; others stay.
+        documents: file name -> content of further files to write beside the model.
 
     Raises:
         DataError: the weights cannot be written.
@@ -256,7 +259,7 @@ def save_whisper(
     copy_processor(processor_folder, beside)
     for name, content in documents.items():
         (beside / name).write_bytes(content)
-    # Last comes config.json, without which nothing takes the folder for a model.
+    # config.json comes last: without it, no program takes the folder for a model.
     for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)
     beside.rmdir()
@@ -268,8 +271,8 @@ def copy_processor(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if not (folder / "preprocessor_config.json").exists():
-        # transformers 5 saves processor_config.json alone; faster-whisper, which does not know it,
-        # would then assume 80 mels for a large-v3.
+        # transformers 5 saves processor_config.json instead; faster-whisper, which does not know
+        # that file, would assume 80 mel bins, also for large-v3.
         WhisperFeatureExtractor.from_pretrained(source, local_files_only=True).save_pretrained(
             folder
         )
@@ -287,7 +290,7 @@ def computes_finite_logits(whisper: Whisper) -> bool:
 
 
 def quieten_libraries() -> None:
-    """Keep the libraries' progress bars and advice to their own users out of our log."""
+    """Keep the libraries' progress bars and advice out of the log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning per worker process
     transformers.utils.logging.disable_progress_bar()
     for name in ("transformers", "accelerate"):
@@ -301,7 +304,7 @@ def _check_processor(
     extractor: WhisperFeatureExtractor,
     tokens: SpecialTokens,
 ) -> None:
-    """Raise ConfigError if tokenizer or feature extractor belong to another Whisper."""
+    """Raise ConfigError if the tokenizer or the feature extractor is that of another Whisper."""
     config = model.config
     if extractor.feature_size != config.num_mel_bins:
         raise ConfigError(
@@ -318,7 +321,7 @@ def _check_processor(
             f"{folder.processor}: has {len(tokenizer)} tokens, {folder.path} knows "
             f"{config.vocab_size}; set the processor of the right model"
         )
-    # The same size is not the same vocabulary: large-v3 has one language and so one token more.
+    # Ids can differ though the sizes fit: large-v3 has one language, and so one token, more.
     stated = model.generation_config
     for name, ours, theirs in (
         ("<|startoftranscript|>", tokens.start, stated.decoder_start_token_id),
