@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is replaced as a whole, or a kill leaves the old one."""
 
 import contextlib
 import os
@@ -8,22 +8,22 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves either the old one or the whole new one."""
+    """Replace the content of a file atomically."""
     with written_atomically(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, for what is written bit by bit, that takes its place only when it is whole."""
-    beside = partial_path(path)
-    with beside.open("wb") as file:
+    """Open a file to write to; it replaces `path` at the end of the `with` block."""
+    partial = partial_path(path)
+    with partial.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    partial.replace(path)
 
 
 def partial_path(path: Path) -> Path:
-    """Return where the content of a file stands until all of it is written."""
+    """Return the path that a file has until all of its content is written."""
     return path.with_name(f".{path.name}.tmp")

@@ -1,7 +1,7 @@
-"""Reading a script's JSON file strictly: every problem at once, each with its key and a way out.
+"""Reading a script's JSON file strictly: every problem at once, each with its key and a remedy.
 
-Owns the base class of every config section, the loader and the `--help` table. It knows nothing of
-what the keys mean; the sections live beside the parts that they configure. Called by `run.py`.
+Owns the base class of all config sections, the loader and the `--help` table. It does not know what
+the keys mean: the sections are defined beside the code that they configure.
 """
 
 import difflib
@@ -22,7 +22,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
-# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> their names here.
+# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> the keys here.
 RENAMED_KEYS = {
     "asr_results_path": 'hypotheses": [{"name": ..., "path": ...}]',
     "audio_duration_col": "columns.duration_seconds",
@@ -88,13 +88,13 @@ class StrictModel(BaseModel):
 
 
 class RunOptions(StrictModel):
-    """The keys that stand at the top of each config whose run can be continued."""
+    """The keys at the top of each config whose run can be continued."""
 
-    output_dir: Path = Field(description="Folder that this run makes.")
+    output_dir: Path = Field(description="Folder that this run writes.")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
     )
-    seed: NonNegativeInt = Field(0, description="Of everything that is drawn at random.")
+    seed: NonNegativeInt = Field(0, description="Of everything that is random.")
 
 
 Config = TypeVar("Config", bound=StrictModel)
@@ -113,13 +113,13 @@ def load_config(path: Path, model: type[Config]) -> Config:
         raise ConfigError(f"{path}: cannot read the config: {error}") from None
     duplicates: list[str] = []
 
-    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def note_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         duplicates.extend(sorted({key for key in keys if keys.count(key) > 1}))
         return dict(pairs)
 
     try:
-        json.loads(text, object_pairs_hook=reject_duplicates)
+        json.loads(text, object_pairs_hook=note_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
@@ -135,7 +135,7 @@ def load_config(path: Path, model: type[Config]) -> Config:
 
 
 def defaults_used(config: StrictModel, prefix: str = "") -> list[str]:
-    """Return "key = default" for every key that the file left out, so that the log can say so."""
+    """Return "key = default" for every key that the file leaves out, for the log."""
     lines: list[str] = []
     for name in type(config).model_fields:
         value = getattr(config, name)
@@ -155,7 +155,7 @@ def key_paths(model: type[StrictModel], prefix: str = "") -> Iterator[tuple[str,
             yield from key_paths(section, f"{prefix}{name}.")
 
 
-def describe(model: type[StrictModel]) -> str:
+def help_table(model: type[StrictModel]) -> str:
     """Return the `--help` table: every key with its type, default and meaning."""
     rows = []
     for path, field in key_paths(model):
@@ -170,7 +170,7 @@ def describe(model: type[StrictModel]) -> str:
 
 def _explain(details: ErrorDetails, model: type[StrictModel]) -> str:
     """Return one pydantic error as a sentence for the person who wrote the file."""
-    # Members of a union put their own name into the location: keep what stands in the file.
+    # Members of a union add their own names to the location: keep only keys of the file.
     known = {part for path, _ in key_paths(model) for part in path.split(".")}
     parts = [
         part
@@ -191,11 +191,11 @@ def _explain(details: ErrorDetails, model: type[StrictModel]) -> str:
 
 
 def _suggest(path: str, model: type[StrictModel]) -> str:
-    """Return the new name of a retired key or the nearest valid one, as the end of a sentence."""
+    """Return the end of a sentence: the new name of a retired key, or the nearest valid key."""
     section, _, name = path.rpartition(".")
     valid = [key for key, _ in key_paths(model)]
     if new := RENAMED_KEYS.get(name):
-        # The same thing can stand in another section of this script's config.
+        # In this script's config, the same key can be in another section.
         whole = [key for key in valid if f".{key}".endswith(f".{new}")]
         last = [key for key in valid if key.rpartition(".")[2] == new.rpartition(".")[2]]
         return f': it is now "{min(whole or last or [new], key=len)}"'
@@ -209,7 +209,7 @@ def _suggest(path: str, model: type[StrictModel]) -> str:
 
 
 def _section_of(annotation: object) -> type[StrictModel] | None:
-    """Return the section inside an annotation: of `Section`, `Section | None`, `list[Section]`."""
+    """Return the section in `Section`, `Section | None` or `list[Section]`, else None."""
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation if issubclass(annotation, StrictModel) else None
     sections = [_section_of(argument) for argument in get_args(annotation)]

@@ -1,7 +1,7 @@
 """One run of one script: its command line, its output folder, its log, its signals, its exit code.
 
-Owns everything that the five scripts share around their work, so that each script is only its work.
-It knows nothing of audio or models. Called by the `__main__` block of each script.
+Owns what all scripts have around their work, so that a script holds nothing but its stage. It knows
+nothing of audio or models.
 """
 
 import contextlib
@@ -24,7 +24,13 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from simpler_distil_whisper.atomic import partial_path, write_atomically
-from simpler_distil_whisper.config import Config, ConfigError, defaults_used, describe, load_config
+from simpler_distil_whisper.config import (
+    Config,
+    ConfigError,
+    defaults_used,
+    help_table,
+    load_config,
+)
 
 log = logging.getLogger("simpler_distil_whisper")
 
@@ -40,10 +46,14 @@ Exit codes: 0 done, 1 bug, 2 config, 3 data, 130/143 interrupted with the work s
 
 # Keys that change how a run goes but not what it computes: a resumed run may change them.
 HARMLESS_KEYS = {
-    *("resume", "output_dir", "data.num_workers", "data.max_bad_fraction"),
-    *("teacher_cache.max_gigabytes", "check.learning_rate_range_test"),
+    "resume",
+    "output_dir",
+    "data.num_workers",
+    "data.max_bad_fraction",
+    "teacher_cache.max_gigabytes",
+    "check.learning_rate_range_test",
 }
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 30.0  # of progress in the log, where stderr is no terminal
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
 
@@ -56,7 +66,7 @@ class DataError(Exception):
 
 
 class Interrupted(Exception):
-    """A stop signal came and the work so far is saved; the script ends with 128 + signal number."""
+    """A stop signal came, and all work is saved; the script ends with code 128 + signal number."""
 
 
 class Run:
@@ -113,40 +123,38 @@ class Run:
     def _refuse_foreign_folder(self, config_path: Path, config: Any, overwrite: bool) -> None:
         if self._holds_no_work():
             return
-        way_out = 'choose another "output_dir"'
+        remedy = 'choose another "output_dir"'
         if not self._copy.exists():
             raise ConfigError(
                 f"{config_path}: output_dir: {self.folder} is not empty and holds no "
-                f"{self._copy.name}, so another program made it; {way_out}"
+                f"{self._copy.name}, so another program made it; {remedy}"
             )
         if overwrite:
             return
         if getattr(config, "resume", "auto") == "never":
             raise ConfigError(
                 f'{config_path}: output_dir: {self.folder} holds an earlier run; set "resume" to '
-                f'"auto" to continue it, or {way_out}'
+                f'"auto" to continue it, or {remedy}'
             )
         earlier = load_config(self._copy, type(config))
-        before, after = (
-            _flat(earlier.model_dump(mode="json")),
-            _flat(config.model_dump(mode="json")),
-        )
-        keys = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-        if changed := [key for key in keys if key not in HARMLESS_KEYS]:
+        before = _flat(earlier.model_dump(mode="json"))
+        after = _flat(config.model_dump(mode="json"))
+        keys = sorted((before.keys() | after.keys()) - HARMLESS_KEYS)
+        if changed := [key for key in keys if before.get(key) != after.get(key)]:
             lines = [f"  {key}: was {before.get(key)}, is {after.get(key)}" for key in changed]
             raise ConfigError(
                 f"{config_path}: output_dir: {self.folder} holds a run of another config; "
-                f"{way_out}, or restore these keys:\n" + "\n".join(lines)
+                f"{remedy}, or restore these keys:\n" + "\n".join(lines)
             )
 
     def _holds_no_work(self) -> bool:
-        """Return whether an earlier run has left no more than what stands here before its work.
+        """Return whether the folder holds nothing but the files written before the work begins.
 
-        Such as one that was killed at its very start, or whose config did not fit its model.
+        For example after a run that was killed at once, or whose config did not fit its model.
         """
         files = [self._copy, self._info_path]
-        beginnings = {*files, *map(partial_path, files), self.folder / "log.txt"}
-        return beginnings.issuperset(self.folder.iterdir())
+        written_first = {*files, *map(partial_path, files), self.folder / "log.txt"}
+        return written_first.issuperset(self.folder.iterdir())
 
     def note(self, **facts: object) -> None:
         """Add facts such as the device to `run_info.json`."""
@@ -155,26 +163,26 @@ class Run:
             self._save_info()
 
     def close(self, outcome: str) -> None:
-        """Write down how the run ended: "done", "interrupted", "failed"."""
+        """Write into `run_info.json` how the run ended: "done", "interrupted" or "failed"."""
         self.note(outcome=outcome, ended=_now())
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether a stop signal has come.
+        """Whether a stop signal has come, or the launcher of several processes is gone.
 
-        A launcher that was killed could not pass the signal on to the processes it had started.
+        A launcher that was killed cannot pass a signal on to the processes that it has started.
         """
         launcher_is_gone = process_count() > 1 and os.getppid() != self._parent
         return self.stop_signal is not None or launcher_is_gone
 
     def stop_if_asked(self) -> None:
-        """Raise `Interrupted` if it is asked to stop; call it where all work so far is saved."""
+        """Raise `Interrupted` if a stop was requested; to be called where all work is saved."""
         if self.asked_to_stop:
             raise Interrupted
 
     @contextlib.contextmanager
     def stop_signals(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM only set `stop_signal`, the second one stop at once."""
+        """Let the first SIGINT or SIGTERM only set `stop_signal`; the second one stops at once."""
 
         def on_signal(number: int, frame: object) -> None:
             if self.stop_signal:
@@ -212,19 +220,18 @@ def run_script(
         name: the script's name without ".py".
         purpose: the script's docstring, shown by `--help`.
         model: the class of its config.
-        prepare: checks everything that the config names and returns what `work` needs. It writes
-            nothing, so that it is also what `--check` does, and it checks what needs no import of
-            torch first, so that a mistake is answered at once.
+        prepare: checks all that the config names, first what needs no import of torch, and returns
+            what `work` needs. It writes nothing: `--check` does the same.
         work: does the work and returns the closing words: what was written, what to run next.
         check: what `--check` does after `prepare`, if more; it leaves `output_dir` alone.
         overwrite: a new run in the same folder replaces its own results (for work of seconds).
-        command: how it is called, if not as a script.
+        command: how the script is called, if not as "python NAME.py".
     """
     command = command or f"python {name}.py"
     arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
     _log_to_stderr()
     if "--help" in arguments or "-h" in arguments:
-        usage = USAGE.format(command=command, keys=describe(model))
+        usage = USAGE.format(command=command, keys=help_table(model))
         print(f"{(purpose or '').strip()}\n\n{usage}")
         return 0
     if len(arguments) != 1:
@@ -233,11 +240,7 @@ def run_script(
     path = Path(arguments[0])
     run: Run | None = None
     try:
-        config = load_config(path, model)
-        if left_out := defaults_used(config):
-            log.info(
-                "%d keys not in the file took defaults: %s", len(left_out), "; ".join(left_out)
-            )
+        config = _load_config(path, model)
         prepared = prepare(config)
         if "--check" in sys.argv[1:]:
             if check:
@@ -245,29 +248,59 @@ def run_script(
             log.info("%s: all checked, nothing done.", path)
             return 0
         run = Run(name, path, config, overwrite=overwrite)
-        if run.finished:
-            log.info("%s holds the finished run of this config; nothing to do.", run.folder)
-            return 0
-        with run.stop_signals(), _log_to_file(run.folder):
-            closing_words = work(config, prepared, run)
-            run.close("done")
-            if is_main_process():
-                log.info("%s", closing_words)
+        _do_work(run, work, config, prepared)
         return 0
-    except ConfigError as error:
-        return _fail(run, 2, str(error))
-    except DataError as error:
-        return _fail(run, 3, str(error))
-    except (Interrupted, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
+        return _exit_code(run, error)
+
+
+def _load_config(path: Path, model: type[Config]) -> Config:
+    config = load_config(path, model)
+    if defaults := defaults_used(config):
+        log.info("%d keys not in the file took defaults: %s", len(defaults), "; ".join(defaults))
+    return config
+
+
+def _do_work(
+    run: Run,
+    work: Callable[[Config, Prepared, Run], str],
+    config: Config,
+    prepared: Prepared,
+) -> None:
+    if run.finished:
+        log.info("%s holds the finished run of this config; nothing to do.", run.folder)
+        return
+    with run.stop_signals(), _log_to_file(run.folder):
+        closing_words = work(config, prepared, run)
+        run.close("done")
+        log.info("%s", closing_words)
+
+
+def _exit_code(run: Run | None, error: BaseException) -> int:
+    """Log what ended a run, write it into `run_info.json`, and return the script's exit code."""
+    if isinstance(error, Interrupted | KeyboardInterrupt):
         number = (run.stop_signal if run else None) or signal.SIGINT
         _close(run, "interrupted")
         log.warning("Interrupted; run the same command again to continue.")
         return 128 + number
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-            return _fail(run, 3, f"{error}: make room, and run the same command again")
+    if isinstance(error, ConfigError):
+        code, message = 2, str(error)
+    elif isinstance(error, DataError):
+        code, message = 3, str(error)
+    elif isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        code, message = 3, f"{error}: make room, and run the same command again"
+    else:
         where = f" The log is {run.folder / 'log.txt'}." if run else ""
-        return _fail(run, 1, f"{traceback.format_exc()}This is a bug, please report it.{where}")
+        code, message = 1, f"{traceback.format_exc()}This is a bug, please report it.{where}"
+    log.error("%s", message)
+    _close(run, "failed")
+    return code
+
+
+def _close(run: Run | None, outcome: str) -> None:
+    if run:
+        with contextlib.suppress(OSError):  # a full disk cannot take this either
+            run.close(outcome)
 
 
 def process_rank() -> int:
@@ -286,14 +319,14 @@ def is_main_process() -> bool:
 
 
 class Progress:
-    """How far long work has come, and when it will end: a bar on a terminal, else lines in the log.
+    """Progress of long work, with the time left: a bar on a terminal, otherwise lines in the log.
 
-    Use it in a `with` block and call `advance`, or let it count the items `over` which a loop goes.
-    Only the main process shows anything.
+    Use it in a `with` block and call `advance`, or loop `over` the items. Only the main process
+    shows anything.
     """
 
     def __init__(self, what: str, unit: str, total: int, done: int = 0) -> None:
-        """Start at `done` of `total`, where an earlier run had stopped."""
+        """Start at `done` of `total`, where an earlier run has stopped."""
         self.what, self.unit, self.total, self.done = what, unit, total, done
         self._done_before = done
         self._started = self._shown = time.monotonic()
@@ -307,14 +340,14 @@ class Progress:
         self._bar.close()
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items, counting each when the loop comes back for the next."""
+        """Yield the items; each counts as done when the loop asks for the next."""
         with self:
             for item in items:
                 yield item
                 self.advance()
 
     def advance(self, count: int = 1) -> None:
-        """Count what was done just now."""
+        """Count `count` more units as done."""
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
@@ -326,20 +359,8 @@ class Progress:
             log.info("%s: %s, about %s left", self.what, where, left)
 
 
-def _fail(run: Run | None, code: int, message: str) -> int:
-    log.error("%s", message)
-    _close(run, "failed")
-    return code
-
-
-def _close(run: Run | None, outcome: str) -> None:
-    if run:
-        with contextlib.suppress(OSError):  # a full disk cannot take this either
-            run.close(outcome)
-
-
 class _AboveTheProgressBar(logging.Handler):
-    """Writes to stderr without tearing a progress bar apart."""
+    """Writes to stderr without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -400,14 +421,14 @@ def package_versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the code that runs, with "-dirty" if it was changed since."""
+    """Return the commit of the running code, with "-dirty" if files have changed since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         here = Path(__file__).parent
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def _now() -> str:

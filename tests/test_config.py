@@ -1,4 +1,4 @@
-"""Config files: what is wrong with one is said at once, in its owner's words."""
+"""Config files: all mistakes in one are reported at once, each with its key and a remedy."""
 
 import importlib
 import json
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+import run_distillation
 from simpler_distil_whisper.config import (
     RENAMED_KEYS,
     ConfigError,
@@ -21,11 +22,10 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
     defaults_used,
-    describe,
+    help_table,
     key_paths,
     load_config,
 )
-from simpler_distil_whisper.training.options import DistillationConfig
 
 SCRIPTS = [
     "run_pseudo_labelling",
@@ -148,8 +148,8 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     text = (
         '{"count": "8", "kind": "step", "limits": {"x": 1, "threshold": 2}, "seed": 1, "seed": 2}'
     )
-    found = problems(tmp_path, text)
-    assert [line.partition(":")[0] for line in found] == [
+    lines = problems(tmp_path, text)
+    assert [line.partition(":")[0] for line in lines] == [
         '"seed"',
         "output_dir",
         "count",
@@ -247,8 +247,8 @@ def test_defaults_used_are_the_keys_that_the_file_lacks(tmp_path: Path) -> None:
     assert 'limits = {"min_seconds":0.1,"threshold":null}' in whole
 
 
-def test_describe_says_type_bounds_default_and_meaning() -> None:
-    table = describe(Example)
+def test_help_states_type_bounds_default_and_meaning() -> None:
+    table = help_table(Example)
     rows = dict(zip(table.splitlines()[::2], table.splitlines()[1::2], strict=True))
     assert {key.strip(): row.strip() for key, row in rows.items()} == {
         "output_dir": "path, required. Where to write.",
@@ -275,7 +275,7 @@ def test_help_lists_every_key(name: str, run_script: RunScript) -> None:
     done = run_script(name, None, "--help")
     assert done.returncode == 0
     module = importlib.import_module(name)
-    model = DistillationConfig if name == "run_distillation" else module.Config
+    model = module.Config
     lines = [line.strip() for line in done.stdout.splitlines()]
     leaves = [path for path, field in key_paths(model) if not is_section(path, model)]
     assert len(leaves) > 5
@@ -297,7 +297,7 @@ def is_section(path: str, model: type[StrictModel]) -> bool:
 def test_the_shipped_config_names_every_key_and_no_other(name: str) -> None:
     shipped = REPOSITORY / f"{name}.json"
     module = importlib.import_module(name)
-    model = DistillationConfig if name == "run_distillation" else module.Config
+    model = module.Config
     assert defaults_used(load_config(shipped, model)) == []
 
 
@@ -340,7 +340,7 @@ def test_keys_that_contradict_each_other_are_refused(
     path = tmp_path / "x.json"
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        load_config(path, DistillationConfig)
+        load_config(path, run_distillation.Config)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{path}: {section}")
     assert problem in line
@@ -351,7 +351,7 @@ def test_a_retired_key_is_answered_with_the_whole_new_name(tmp_path: Path) -> No
     path = tmp_path / "x.json"
     path.write_text(json.dumps({**config, "min_pseudo_label_metric": 10, "text_col": "text"}))
     with pytest.raises(ConfigError) as caught:
-        load_config(path, DistillationConfig)
+        load_config(path, run_distillation.Config)
     assert str(caught.value).splitlines() == [
         f'{path}: min_pseudo_label_metric: unknown key: it is now "data.max_error_rate (it always '
         'was a maximum)"',
@@ -360,10 +360,7 @@ def test_a_retired_key_is_answered_with_the_whole_new_name(tmp_path: Path) -> No
 
 
 def test_every_retired_key_has_a_new_name_that_exists() -> None:
-    models = [
-        importlib.import_module(name).Config for name in SCRIPTS if name != "run_distillation"
-    ]
-    models.append(DistillationConfig)
+    models = [importlib.import_module(name).Config for name in SCRIPTS]
     valid = {path for model in models for path, _ in key_paths(model)}
     for new_names in RENAMED_KEYS.values():
         for new in new_names.partition(" (")[0].replace(" and ", ", ").split(", "):

@@ -80,9 +80,9 @@ def test_a_run_leaves_its_results_log_and_facts(
     assert start(write_words, words=2) == 0
     assert Path("out/words.txt").read_text(encoding="utf-8") == "prepared prepared "
     assert "words written" in Path("out/log.txt").read_text(encoding="utf-8")
-    said = capsys.readouterr().err
-    assert "words written" in said
-    assert '2 keys not in the file took defaults: resume = "auto"; data = ' in said
+    shown = capsys.readouterr().err
+    assert "words written" in shown
+    assert '2 keys not in the file took defaults: resume = "auto"; data = ' in shown
     facts = info()
     assert (facts["script"], facts["outcome"], facts["resumed"]) == ("x", "done", False)
     assert facts["config"] == {
@@ -191,9 +191,9 @@ def test_a_run_of_another_config_is_refused_with_the_keys_that_differ(
     before = contents(Path("out"))
     capsys.readouterr()
     assert start(write_words, words=4, data={"manifest": "b.jsonl", "num_workers": 2}) == 2
-    said = capsys.readouterr().err
-    assert "  data.manifest: was a.jsonl, is b.jsonl\n  words: was 3, is 4\n" in said
-    assert "num_workers" not in said.partition("holds a run of another config")[2]
+    shown = capsys.readouterr().err
+    assert "  data.manifest: was a.jsonl, is b.jsonl\n  words: was 3, is 4\n" in shown
+    assert "num_workers" not in shown.partition("holds a run of another config")[2]
     assert contents(Path("out")) == before
 
 
@@ -260,9 +260,9 @@ def test_how_work_ends_decides_the_exit_code(
     assert start(work) == code
     assert info()["outcome"] == outcome
     assert info()["ended"] is not None
-    said = capsys.readouterr().err
-    assert str(error) in said
-    assert ("Traceback" in said) == (code == 1)
+    shown = capsys.readouterr().err
+    assert str(error) in shown
+    assert ("Traceback" in shown) == (code == 1)
     if code != 130:
         assert str(error) in Path("out/log.txt").read_text(encoding="utf-8")
 
@@ -275,9 +275,9 @@ def test_a_disk_that_cannot_take_the_outcome_either_hides_no_error(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     assert start(work) == 3
-    said = capsys.readouterr().err
-    assert "No space left on device: make room, and run the same command again" in said
-    assert "Traceback" not in said
+    shown = capsys.readouterr().err
+    assert "No space left on device: make room, and run the same command again" in shown
+    assert "Traceback" not in shown
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(
@@ -332,9 +332,9 @@ def test_help_needs_no_config(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
     assert run_script("x", "What it does.", Config, lambda config: "", write_words) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("What it does.\n\nUsage: python x.py CONFIG.json")
-    assert '  data.manifest\n      string, default "train.jsonl"' in said
+    shown = capsys.readouterr().out
+    assert shown.startswith("What it does.\n\nUsage: python x.py CONFIG.json")
+    assert '  data.manifest\n      string, default "train.jsonl"' in shown
 
 
 def test_other_processes_write_none_of_the_shared_files(
@@ -423,11 +423,11 @@ def test_a_stop_signal_saves_the_work_and_the_next_run_goes_on(
     monkeypatch.chdir(tmp_path)
     process = spawn(tmp_path)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, shown = process.communicate(timeout=30)
     assert process.returncode == code
-    assert "with the work saved" in said
-    assert "run the same command again to continue" in said
-    assert "Traceback" not in said
+    assert "with the work saved" in shown
+    assert "run the same command again to continue" in shown
+    assert "Traceback" not in shown
     assert info()["outcome"] == "interrupted"
     done = len(Path("out/steps.txt").read_text(encoding="utf-8"))
     assert 0 < done < 80
@@ -460,9 +460,9 @@ def test_a_second_signal_stops_a_long_step_at_once(
 def test_ctrl_c_before_the_work_is_no_bug(tmp_path: Path) -> None:
     process = spawn(tmp_path, where="prepare")
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, shown = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in shown
 
 
 def test_a_killed_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
