@@ -1,13 +1,13 @@
-"""Turn a model folder into what other programs run, and find out whether it still says the same.
+"""Export a model folder for other programs, and verify that the exports give the same texts.
 
 Writes a folder for each of the variants, with "float32" beside "int8" for example, and transcribes
-the same clips with the model itself and with each of them, in the program that it is made for.
-`exports.md` (a table for people) and `exports.json` say what each variant costs: size, error rate
+the same clips with the model itself and with each variant, in the program that it is made for.
+`exports.md` (a table for people) and `exports.json` show what each variant costs: size, error rate
 with its interval, how many texts are the same as the model's, speed. In `verification/` each has
 its `hypotheses.jsonl` and `speed.json`, which eval.py can compare with those of other systems.
 
-A folder is called `<variant>.unverified` until its clips have been compared. A float32 export that
-says something else than the model keeps this name, and the run ends with exit code 3.
+A folder is called `<variant>.unverified` until its clips have been compared. A float32 export whose
+texts differ from the model's keeps this name, and the run ends with exit code 3.
 """
 
 import shutil
@@ -39,7 +39,7 @@ from simpler_distil_whisper.model.options import DecodingOptions, Task, whisper_
 from simpler_distil_whisper.run import DataError, Run, is_main_process, log, run_script
 
 if TYPE_CHECKING:
-    from simpler_distil_whisper.export.verification import Heard, Report, System
+    from simpler_distil_whisper.export.verification import System, SystemReport
     from simpler_distil_whisper.model.whisper import Whisper
 
 Quantization = Literal[
@@ -54,7 +54,7 @@ Quantization = Literal[
 ]
 
 OPENAI_QUANTIZATIONS = ("float32", "float16")
-ORIGINAL = "original"  # what tables call the model itself
+ORIGINAL = "original"  # the name of the model itself in tables
 
 
 class Model(StrictModel):
@@ -74,17 +74,17 @@ class Variant(StrictModel):
         "for openai-whisper, with the same weights as safetensors beside it."
     )
     quantization: Quantization = Field(
-        description="What the weights are kept in; openai: float32 or float16."
+        description="What the weights are stored in; openai: float32 or float16."
     )
 
     @property
     def name(self) -> str:
-        """What its folder and the tables call it."""
+        """The name of its folder, also in tables."""
         return f"{self.format}-{self.quantization}"
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is rounded, so that it must say what the model says."""
+        """Whether nothing is rounded, so that it must give the model's texts."""
         return self.quantization == "float32"
 
 
@@ -102,8 +102,8 @@ class Verification(StrictModel):
     )
     max_different_fraction: Ratio = Field(
         0.02,
-        description="In more than this share of the clips a float32 export must not say anything "
-        "else than the model; rounding may tip a balance. Quantised exports are only measured.",
+        description="A float32 export may differ from the model in the texts of at most this share "
+        "of the clips, since rounding can tip a close choice; quantised exports are only measured.",
     )
 
     _code = field_validator("language")(whisper_code)
@@ -124,28 +124,33 @@ class Config(StrictModel):
         names = [variant.name for variant in variants]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"these stand twice: {', '.join(twice)}")
-        for one in variants:
-            if one.format == "openai" and one.quantization not in OPENAI_QUANTIZATIONS:
+        for variant in variants:
+            if variant.format == "openai" and variant.quantization not in OPENAI_QUANTIZATIONS:
                 known = " or ".join(OPENAI_QUANTIZATIONS)
-                raise ValueError(f"openai-whisper takes {known}, not {one.quantization}")
+                raise ValueError(f"openai-whisper takes {known}, not {variant.quantization}")
         return variants
 
 
 class Prepared(NamedTuple):
-    """What `prepare` has found and checked."""
+    """The model's folder and the rows to verify its exports on, both checked."""
 
     folder: ModelFolder
     manifest: Manifest
 
 
 def prepare(config: Config) -> Prepared:
-    """Return the model's folder and the rows to verify on, having refused what cannot be made."""
+    """Return the model's folder and the rows to verify on.
+
+    Raises:
+        ConfigError: a variant cannot be made of this model, or its program is not installed.
+        DataError: no row of the manifest can be used.
+    """
     folder = read_model_folder(config.model.path, config.model.processor, "model")
     options = config.verification
     folder.check_language(options.language, "verification.language")
     formats = dict.fromkeys(variant.format for variant in config.variants)
-    for one in formats:
-        refuse_missing_packages(one)
+    for format in formats:
+        refuse_missing_packages(format)
     if "openai" in formats and (reasons := list(why_not_openai(folder))):
         raise ConfigError(
             f"variants: {folder.path} cannot become a model of openai-whisper: "
@@ -161,7 +166,7 @@ def prepare(config: Config) -> Prepared:
         new_fields=["hypothesis"],
     )
     if not manifest.utterances:
-        raise DataError(f"{options.manifest}: no row can be used{examples(manifest.rejections)}")
+        raise DataError(f"{options.manifest}: no row can be used{reasons_in(manifest.rejections)}")
     if "openai" in formats:
         from simpler_distil_whisper.export.formats import check_openai_vocabulary  # takes seconds
 
@@ -174,58 +179,63 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     if not is_main_process():  # there is nothing to share
         return ""
     from simpler_distil_whisper.export.formats import original_system
-    from simpler_distil_whisper.export.verification import compare, transcribe
+    from simpler_distil_whisper.export.verification import report_on, transcribe, write_hypotheses
     from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries
 
     quieten_libraries()
-    folder, options = prepared.folder, config.verification
+    folder, options, scorer = prepared.folder, config.verification, Scorer(config.metric)
     whisper = load_whisper(folder)
+    parameters = whisper.model.num_parameters()
     clips = clips_to_compare(prepared)
+    hypotheses = run.folder / "verification"
+
     decoding = DecodingOptions(language=options.language, task=options.task)
     system = original_system(whisper, folder, decoding)
-    heard = transcribe(ORIGINAL, system, clips, [clip.language for clip in clips], run)
-    original = system, heard
-    scorer = Scorer(config.metric)
-    reports = {ORIGINAL: compare(system, heard, original, clips, scorer, None)}
-    keep_hypotheses(ORIGINAL, original, clips, config, whisper, run)
+    original = transcribe(ORIGINAL, system, clips, [clip.language for clip in clips], run)
+    reports = {ORIGINAL: report_on(original, original, clips, scorer, None)}
+    write_hypotheses(hypotheses / ORIGINAL, clips, original, options.columns, parameters)
+    # Where a row names no language, every variant is given the one that the model has detected.
+    languages = [transcript.language for transcript in original.transcripts]
     for variant in config.variants:
         run.stop_if_asked()
         verified = run.folder / variant.name
-        target = run.folder / f"{variant.name}.unverified"
-        for left in (verified, target):  # by an earlier run of this config that did not finish
-            if left.exists():
-                shutil.rmtree(left)
-        system = write(variant, whisper, folder, target, options.task)
-        # Every variant is told the language that the model has heard, if the row does not say.
-        languages = [answer.language for answer in original[1].answers]
-        heard = transcribe(variant.name, system, clips, languages, run)
+        unverified = run.folder / f"{variant.name}.unverified"
+        for left_over in (verified, unverified):  # by a run of this config that did not finish
+            if left_over.exists():
+                shutil.rmtree(left_over)
+        system = write(variant, whisper, folder, unverified, options.task)
+        exported = transcribe(variant.name, system, clips, languages, run)
         limit = options.max_different_fraction if variant.is_exact else None
-        report = compare(system, heard, original, clips, scorer, limit)
-        keep_hypotheses(variant.name, (system, heard), clips, config, whisper, run)
+        report = report_on(exported, original, clips, scorer, limit)
+        write_hypotheses(hypotheses / variant.name, clips, exported, options.columns, parameters)
         reports[variant.name] = report
         same = f"{report.identical} of {report.clips} texts are the model's"
-        log.info("%s, heard by %s: %s", variant.name, report.library, same)
+        log.info("%s, run by %s: %s", variant.name, report.library, same)
         if report.verified is not False:
-            target.replace(verified)
+            unverified.replace(verified)
     return conclude(config, prepared, clips, reports, run)
 
 
 def clips_to_compare(prepared: Prepared) -> list[Utterance]:
-    """Return the usable clips, having said which are not, and why."""
+    """Return the usable clips, and log the first reasons why others cannot be used.
+
+    Raises:
+        DataError: none can be used.
+    """
     from simpler_distil_whisper.export.verification import usable_clips
 
     folder, manifest = prepared
     clips, unusable = usable_clips(manifest.utterances, folder.window_seconds)
     unusable = [*manifest.rejections, *unusable]
     if not clips:
-        raise DataError(f"{manifest.path}: no row can be used{examples(unusable)}")
+        raise DataError(f"{manifest.path}: no row can be used{reasons_in(unusable)}")
     if unusable:
-        log.warning("%d rows are of no use%s", len(unusable), examples(unusable))
+        log.warning("%d rows cannot be used%s", len(unusable), reasons_in(unusable))
     log.info("%d clips to compare on.", len(clips))
     return clips
 
 
-def examples(unusable: list[Rejection]) -> str:
+def reasons_in(unusable: list[Rejection]) -> str:
     """Return the first reasons, as the end of a message."""
     return f". The first reasons:{first_reasons(unusable)}"
 
@@ -248,34 +258,17 @@ def write(
     return ctranslate2_system(whisper, folder, target, task)
 
 
-def keep_hypotheses(
-    name: str,
-    system: "tuple[System, Heard]",
-    clips: list[Utterance],
-    config: Config,
-    whisper: "Whisper",
-    run: Run,
-) -> None:
-    """Write what a system heard, for eval.py."""
-    from simpler_distil_whisper.export.verification import write_hypotheses
-
-    loaded, heard = system
-    folder = run.folder / "verification" / name
-    parameters = whisper.model.num_parameters()
-    write_hypotheses(folder, clips, heard, loaded, config.verification.columns, parameters)
-
-
 def conclude(
     config: Config,
     prepared: Prepared,
     clips: list[Utterance],
-    reports: "dict[str, Report]",
+    reports: "dict[str, SystemReport]",
     run: Run,
 ) -> str:
     """Write and show the tables; return the closing words.
 
     Raises:
-        DataError: a float32 export does not say what the model says.
+        DataError: a float32 export does not give the model's texts.
     """
     from simpler_distil_whisper.export.verification import as_json, as_table
 
@@ -297,13 +290,13 @@ def conclude(
             for name in wrong
         )
         raise DataError(
-            f"Not what the model says: {counts}; verification.max_different_fraction is "
+            f"Not the model's texts: {counts}; verification.max_different_fraction is "
             f"{config.verification.max_different_fraction:g}. Do not use {run.folder}/"
             f"{wrong[0]}.unverified. The texts are in {run.folder / 'verification'}."
         )
     return (
-        f"{run.folder} holds {', '.join(v.name for v in config.variants)}; exports.md (this table) "
-        "and exports.json; verification, whose hypotheses eval.py compares."
+        f"{run.folder} holds {', '.join(variant.name for variant in config.variants)}; exports.md "
+        "(this table) and exports.json; verification, whose hypotheses eval.py compares."
     )
 
 

@@ -1,8 +1,7 @@
 """A Whisper's weights in the layouts of other programs, and these programs at work on them.
 
-Owns what is known of CTranslate2, faster-whisper and openai-whisper, which are imported only when
-they are wanted; whether they say what they should is for `export_verification.py` to find out.
-Called by `export.py`.
+Owns what is known of CTranslate2, faster-whisper and openai-whisper, which are imported only where
+they are needed. Whether their texts are the right ones is for `verification`.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export.targets import FEWEST_MULTILINGUAL_TOKENS, why_not_faster_whisper
-from simpler_distil_whisper.export.verification import Answer, System
+from simpler_distil_whisper.export.verification import System, Transcript
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import DecodingOptions, Dtype, Task
@@ -65,16 +64,21 @@ def original_system(whisper: Whisper, folder: ModelFolder, options: DecodingOpti
     """Return the model itself, decoded by this project."""
     transcriber = Transcriber(whisper, options)
 
-    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
-        heard = transcriber(log_mel(waveforms, whisper.feature_extractor), languages)
-        return [Answer(h.text.strip(), h.language, h.tokens) for h in heard]
+    def transcribe(
+        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
+    ) -> list[Transcript]:
+        features = log_mel(waveforms, whisper.feature_extractor)
+        return [
+            Transcript(hypothesis.text.strip(), hypothesis.language, hypothesis.token_count)
+            for hypothesis in transcriber(features, languages)
+        ]
 
     return System(
         f"this project {__version__}",
         str(whisper.model.dtype).removeprefix("torch."),
         transcriber.batch_size,
         folder.weight_bytes,
-        listen,
+        transcribe,
     )
 
 
@@ -85,7 +89,7 @@ def write_ctranslate2(
     from ctranslate2.converters import TransformersConverter
 
     class Converter(TransformersConverter):  # type: ignore[misc]
-        """Takes the model as loaded here: in float32, complete, its tokenizer from anywhere."""
+        """Takes the model and the tokenizer as loaded here, instead of loading them itself."""
 
         def load_model(self, *arguments: object, **options: object) -> object:
             return whisper.model
@@ -105,7 +109,7 @@ def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task
     """Return an exported folder in faster-whisper, or in CTranslate2 where that cannot take it."""
     import ctranslate2
 
-    # Where it computes in something else than it keeps, it would warn; the table says it.
+    # It would warn where it computes in another type than it stores; the table shows both.
     ctranslate2.set_log_level(logging.ERROR)
     if why_not_faster_whisper(folder):
         return _bare_ctranslate2(whisper, target, task)
@@ -116,30 +120,38 @@ def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task
     )
     window = round(folder.window_seconds * SAMPLE_RATE)
     options: dict[str, Any] = {
-        **{"task": task, "beam_size": 1, "temperature": 0.0, "without_timestamps": True},
-        **{"compression_ratio_threshold": None, "log_prob_threshold": None},
-        **{"no_speech_threshold": None, "condition_on_previous_text": False},
-        **{"suppress_tokens": never_said(whisper), "suppress_blank": _suppresses_blank(whisper)},
+        "task": task,
+        "beam_size": 1,
+        "temperature": 0.0,
+        "without_timestamps": True,
+        "compression_ratio_threshold": None,
+        "log_prob_threshold": None,
+        "no_speech_threshold": None,
+        "condition_on_previous_text": False,
+        "suppress_tokens": suppressed_tokens(whisper),
+        "suppress_blank": _suppresses_blank(whisper),
     }
 
-    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
-        answers = []
+    def transcribe(
+        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
+    ) -> list[Transcript]:
+        transcripts = []
         for waveform, language in zip(waveforms, languages, strict=True):
             # It would fill the window with zeros of the log-mel, which are no silence.
             padded = np.pad(waveform, (0, window - len(waveform)))
-            segments, info = model.transcribe(padded, language=language, **options)
-            said = list(segments)
-            text = "".join(segment.text for segment in said).strip()
-            tokens = sum(len(segment.tokens) for segment in said)
-            answers.append(Answer(text, info.language, tokens))
-        return answers
+            iterator, info = model.transcribe(padded, language=language, **options)
+            segments = list(iterator)
+            text = "".join(segment.text for segment in segments).strip()
+            tokens = sum(len(segment.tokens) for segment in segments)
+            transcripts.append(Transcript(text, info.language, tokens))
+        return transcripts
 
     return System(
         _with_version("faster-whisper"),
         model.model.compute_type,
         1,
         (target / "model.bin").stat().st_size,
-        listen,
+        transcribe,
     )
 
 
@@ -151,23 +163,25 @@ def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:
         str(target), device="cpu", intra_threads=torch.get_num_threads()
     )
     transcriber = Transcriber(whisper, DecodingOptions())
-    never = never_said(whisper)
+    suppressed = suppressed_tokens(whisper)
 
-    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
+    def transcribe(
+        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
+    ) -> list[Transcript]:
         mels = log_mel(waveforms, whisper.feature_extractor).numpy()
         results = engine.generate(
             ctranslate2.StorageView.from_array(np.ascontiguousarray(mels)),
             [whisper.tokens.prompt(language, task) for language in languages],
             beam_size=1,
-            # It stops at half of this, as openai/whisper's model has context before the text.
+            # It stops at half of this: the other half of a Whisper's positions is for the prompt.
             max_length=2 * transcriber.max_new_tokens,
-            suppress_tokens=never,
+            suppress_tokens=suppressed,
             suppress_blank=_suppresses_blank(whisper),
         )
-        rows = [result.sequences_ids[0] for result in results]
+        sequences = [result.sequences_ids[0] for result in results]
         return [
-            Answer(transcriber.text_of(row).strip(), language or "en", len(row))
-            for row, language in zip(rows, languages, strict=True)
+            Transcript(transcriber.text_of(tokens).strip(), language or "en", len(tokens))
+            for tokens, language in zip(sequences, languages, strict=True)
         ]
 
     return System(
@@ -175,7 +189,7 @@ def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:
         engine.compute_type,
         transcriber.batch_size,
         (target / "model.bin").stat().st_size,
-        listen,
+        transcribe,
     )
 
 
@@ -203,18 +217,18 @@ def write_openai(whisper: Whisper, quantization: Dtype, target: Path) -> None:
 
 
 def openai_name(name: str) -> str:
-    """Return what openai-whisper calls a weight that transformers calls so."""
+    """Return openai-whisper's name of a weight, given transformers' name."""
     for pattern, replacement in OPENAI_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def check_openai_vocabulary(folder: ModelFolder) -> None:
-    """Raise ConfigError if a token is not what openai-whisper, which has its own, takes it for."""
+    """Raise ConfigError if the tokens are not those of the vocabulary built into openai-whisper."""
     from whisper.tokenizer import get_tokenizer
 
     multilingual = folder.config["vocab_size"] >= FEWEST_MULTILINGUAL_TOKENS
-    # Of its languages it counts as many as make the vocabulary that large.
+    # It knows 100 languages; a vocabulary has as many as its size leaves room for.
     languages = folder.config["vocab_size"] - OPENAI_TOKENS_BUT_LANGUAGES - multilingual
     theirs = get_tokenizer(multilingual, num_languages=languages).encoding
     tokenizer, decoder = load_tokenizer(folder), ByteLevel()
@@ -238,13 +252,15 @@ def openai_system(whisper: Whisper, target: Path, task: Task) -> System:
     options = openai.DecodingOptions(
         task=task,
         without_timestamps=True,
-        suppress_tokens=never_said(whisper),
+        suppress_tokens=suppressed_tokens(whisper),
         suppress_blank=_suppresses_blank(whisper),
         fp16=False,
     )
 
-    def listen(waveforms: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Answer]:
-        answers = []
+    def transcribe(
+        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
+    ) -> list[Transcript]:
+        transcripts = []
         for waveform, language in zip(waveforms, languages, strict=True):
             samples = torch.from_numpy(waveform)
             missing = openai.audio.N_SAMPLES - len(samples)
@@ -252,15 +268,15 @@ def openai_system(whisper: Whisper, target: Path, task: Task) -> System:
                 functional.pad(samples, (0, missing)), model.dims.n_mels
             )
             result = openai.decode(model, mel, dataclasses.replace(options, language=language))
-            answers.append(Answer(result.text.strip(), result.language, len(result.tokens)))
-        return answers
+            transcripts.append(Transcript(result.text.strip(), result.language, len(result.tokens)))
+        return transcripts
 
     weights = (target / "model.pt").stat().st_size
-    return System(_with_version("openai-whisper"), "float32", 1, weights, listen)
+    return System(_with_version("openai-whisper"), "float32", 1, weights, transcribe)
 
 
-def never_said(whisper: Whisper) -> list[int]:
-    """Return the tokens that this project's decoder never says, as a list for another one."""
+def suppressed_tokens(whisper: Whisper) -> list[int]:
+    """Return the tokens that this project's decoder never chooses, for another's options."""
     stated = whisper.model.generation_config.suppress_tokens or ()
     return sorted({*whisper.tokens.control, *stated} - {whisper.tokens.end})
 

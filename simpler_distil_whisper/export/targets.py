@@ -1,7 +1,6 @@
-"""What other programs can take of a model, known without loading them or the model.
+"""Which models other programs can take, known without loading them or the model.
 
-Owns the refusals that cost nothing, so that a config which cannot work ends at once. Called by
-`export.py` and `export_formats.py`.
+Owns the checks that cost nothing, so that a config that cannot work ends the command at once.
 """
 
 import importlib.metadata
@@ -35,23 +34,24 @@ def refuse_missing_packages(target: Format) -> None:
 
 
 def why_not_openai(folder: ModelFolder) -> Iterator[str]:
-    """Yield what openai-whisper, which asks less of a model than config.json says, cannot take."""
-    stated, width = folder.config, folder.config.get("d_model", 0)
+    """Yield each reason why openai-whisper, in which much is fixed, cannot take a model."""
+    config, width = folder.config, folder.config.get("d_model", 0)
     if folder.window_seconds != OPENAI_WINDOW_SECONDS:
         yield _other_window(folder)
-    if stated["vocab_size"] not in OPENAI_VOCABULARIES:
+    if config["vocab_size"] not in OPENAI_VOCABULARIES:
         known = ", ".join(map(str, OPENAI_VOCABULARIES))
-        yield f"its vocabulary has {stated['vocab_size']} tokens; OpenAI's own, built in, {known}"
-    fixed = {
+        yield f"its vocabulary has {config['vocab_size']} tokens; OpenAI's own, built in, {known}"
+    built_in = {
         "encoder_ffn_dim": 4 * width,
         "decoder_ffn_dim": 4 * width,
         "activation_function": "gelu",
         "scale_embedding": False,
         "tie_word_embeddings": True,
     }
-    for key, expected in fixed.items():
-        if (found := stated.get(key, expected)) != expected:
-            yield f"its {key} is {found}, there it is {expected}"
+    for key, expected in built_in.items():
+        value = config.get(key, expected)
+        if value != expected:
+            yield f"its {key} is {value}, there it is {expected}"
 
 
 def why_not_faster_whisper(folder: ModelFolder) -> str | None:

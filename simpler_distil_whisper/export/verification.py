@@ -1,7 +1,6 @@
-"""Whether an exported model still says the same: clip by clip, beside the model it was made of.
+"""Whether an exported model still gives the same texts, clip by clip, as the model it was made of.
 
-Owns the clips, the counting and the tables; the systems that transcribe are given to it. Called by
-`export.py`.
+Owns the clips, the counts and the tables. The systems that transcribe the clips are given to it.
 """
 
 import json
@@ -9,12 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from simpler_distil_whisper.atomic import write_atomically
-from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError
 from simpler_distil_whisper.data.jsonl import to_line
 from simpler_distil_whisper.data.manifest import Columns, Rejection, Utterance, reject
 from simpler_distil_whisper.decoding.speed import Speed, write_speed
@@ -26,16 +25,22 @@ HYPOTHESIS = "hypothesis"  # the column, as offline inference calls it
 SHORTEST_SECONDS = 0.1
 
 
-class Answer(NamedTuple):
-    """What a system heard in a clip: its text, the language's code, how many tokens it said."""
+class Transcript(NamedTuple):
+    """What a system makes of one clip.
+
+    Attributes:
+        text: without special tokens.
+        language: its code, as given or detected.
+        tokens: how many were decoded.
+    """
 
     text: str
     language: str
     tokens: int
 
 
-# float32 [S] each, mono, 16 kHz, and their languages (None: to be detected) -> one answer each.
-Listen = Callable[[Sequence[np.ndarray], Sequence[str | None]], list[Answer]]
+# float32 [S] each, mono, 16 kHz, and their languages (None: to be detected) -> a transcript each.
+TranscribeBatch = Callable[[Sequence[np.ndarray], Sequence[str | None]], list[Transcript]]
 
 
 @dataclass(frozen=True)
@@ -43,25 +48,26 @@ class System:
     """A loaded model that transcribes, greedily and without timestamps.
 
     Attributes:
-        library: what runs it, with its version.
-        compute_type: what it computes in, which need not be what its weights are kept in.
+        library: the program that runs it, with its version.
+        compute_type: what it computes in, which need not be what its weights are stored in.
         batch_size: how many clips it is given at once.
         weight_bytes: the size of its weights on disk.
+        transcribe: transcribes one batch.
     """
 
     library: str
     compute_type: str
     batch_size: int
     weight_bytes: int
-    listen: Listen
+    transcribe: TranscribeBatch
 
 
-class Heard(NamedTuple):
-    """What a system made of all clips, and how long the clips and its computing were."""
+class Transcription(NamedTuple):
+    """The transcripts of all clips by one system, and how fast it was."""
 
-    answers: list[Answer]
-    audio_seconds: float
-    compute_seconds: float
+    system: System
+    transcripts: list[Transcript]
+    speed: Speed
 
 
 def usable_clips(
@@ -71,7 +77,7 @@ def usable_clips(
     clips, rejections = [], []
     for utterance in utterances:
         try:
-            _waveform(utterance, window_seconds)
+            utterance.load_audio(SHORTEST_SECONDS, window_seconds)
             clips.append(utterance)
         except AudioError as error:
             rejections.append(reject(utterance, f"{utterance.audio}: {error}"))
@@ -84,57 +90,43 @@ def transcribe(
     clips: Sequence[Utterance],
     languages: Sequence[str | None],
     run: Run,
-) -> Heard:
-    """Return what a system hears in the clips; its first clip, heard twice, warms it up."""
+) -> Transcription:
+    """Return a system's transcripts of the clips; its first clip is decoded twice, as a warm-up."""
     size = system.batch_size
-    answers: list[Answer] = []
-    audio = compute = 0.0
-    system.listen([_waveform(clips[0])], languages[:1])
+    transcripts: list[Transcript] = []
+    speed = Speed()
+    system.transcribe([clips[0].load_audio()], languages[:1])
     with Progress(f"{name} transcribes", "clips", len(clips)) as progress:
         for start in range(0, len(clips), size):
             run.stop_if_asked()
-            waveforms = [_waveform(clip) for clip in clips[start : start + size]]
+            waveforms = [clip.load_audio() for clip in clips[start : start + size]]
             started = time.perf_counter()
-            answers += system.listen(waveforms, languages[start : start + size])
-            compute += time.perf_counter() - started
-            audio += sum(map(len, waveforms)) / SAMPLE_RATE
+            batch = system.transcribe(waveforms, languages[start : start + size])
+            elapsed = time.perf_counter() - started
+            seconds = [len(waveform) / SAMPLE_RATE for waveform in waveforms]
+            speed.add(seconds, elapsed, [transcript.tokens for transcript in batch])
+            transcripts += batch
             progress.advance(len(waveforms))
-    return Heard(answers, audio, compute)
-
-
-def _waveform(clip: Utterance, window_seconds: float = float("inf")) -> np.ndarray:
-    return load_audio(
-        clip.audio,
-        clip.start_seconds,
-        clip.duration_seconds,
-        min_seconds=SHORTEST_SECONDS,
-        max_seconds=window_seconds,
-    )
+    return Transcription(system, transcripts, speed)
 
 
 def write_hypotheses(
     folder: Path,
     clips: Sequence[Utterance],
-    heard: Heard,
-    system: System,
+    transcription: Transcription,
     columns: Columns,
     parameters: int,
 ) -> None:
     """Write `hypotheses.jsonl` and `speed.json`, as offline inference does, for `eval.py`."""
+    system, transcripts, speed = transcription
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for clip, answer in zip(clips, heard.answers, strict=True):
-        row = clip.row | {columns.audio: str(clip.audio), HYPOTHESIS: answer.text}
+    for clip, transcript in zip(clips, transcripts, strict=True):
+        row = clip.row | {columns.audio: str(clip.audio), HYPOTHESIS: transcript.text}
         if columns.language and clip.language is None:
-            row[columns.language] = answer.language
+            row[columns.language] = transcript.language
         lines.append(to_line(row))
     write_atomically(folder / "hypotheses.jsonl", "".join(lines).encode())
-    speed = Speed(
-        utterances=len(clips),
-        audio_seconds=heard.audio_seconds,
-        compute_seconds=heard.compute_seconds,
-        tokens=sum(answer.tokens for answer in heard.answers),
-    )
     report = speed.report(
         batch_size=system.batch_size,
         processes=1,
@@ -147,18 +139,20 @@ def write_hypotheses(
 
 
 @dataclass(frozen=True)
-class Report:
-    """How one system did; each variant's is a row of the table.
+class SystemReport:
+    """How one system did: a row of the table.
 
     Attributes:
+        library: the program that ran it, with its version.
+        compute_type: what it computed in.
         weight_bytes: its size on disk.
         compression: how many times smaller that is than the original's.
         rtfx: seconds of audio per second of computing.
-        error_rate, low, high: against what was said, and its 95 % interval; None where unknown.
-        identical: how many of the clips it gives the very text of the original.
-        clips: of how many.
-        difference: the error rate with the original's texts for references.
-        verified: whether it says what the original says; None: quantised, so it need not.
+        error_rate, low, high: against the references, with its 95 % interval; None where unknown.
+        identical: how many of its texts are the very texts of the original.
+        clips: how many clips there are.
+        difference: its error rate when the original's texts are the references.
+        verified: whether it gives the original's texts; None: quantised, so it need not.
     """
 
     library: str
@@ -175,54 +169,54 @@ class Report:
     verified: bool | None
 
 
-def compare(
-    system: System,
-    heard: Heard,
-    original: tuple[System, Heard],
+def report_on(
+    transcription: Transcription,
+    original: Transcription,
     clips: Sequence[Utterance],
     scorer: Scorer,
     max_different: float | None,
-) -> Report:
+) -> SystemReport:
     """Return how a system does beside the original.
 
     Args:
-        system: what has transcribed.
-        heard: what it heard.
-        original: the model that it was made of, and what that heard.
-        clips: what both listened to.
+        transcription: the system's.
+        original: that of the model it was made of.
+        clips: what both have transcribed.
         scorer: counts errors.
-        max_different: the share of clips in which it may say something else; None: it may in all.
+        max_different: the largest share of clips in which its texts may differ; None: any.
     """
-    first, reference = original
-    pairs = list(zip(reference.answers, heard.answers, strict=True))
+    system, transcripts, speed = transcription
+    pairs = list(zip(original.transcripts, transcripts, strict=True))
     identical = sum(ours.text == theirs.text for ours, theirs in pairs)
     errors = [
-        scorer.count(clip.text, answer.text, answer.language)
-        for clip, answer in zip(clips, heard.answers, strict=True)
+        scorer.count(clip.text, transcript.text, transcript.language)
+        for clip, transcript in zip(clips, transcripts, strict=True)
         if clip.text is not None
     ]
+    differences = [scorer.count(ours.text, theirs.text, ours.language) for ours, theirs in pairs]
     low, high = bootstrap_interval(errors) or (None, None)
-    return Report(
+    verified = None
+    if max_different is not None:
+        verified = len(pairs) - identical <= max_different * len(pairs)
+    return SystemReport(
         library=system.library,
         compute_type=system.compute_type,
         weight_bytes=system.weight_bytes,
-        compression=first.weight_bytes / system.weight_bytes,
-        rtfx=heard.audio_seconds / heard.compute_seconds,
+        compression=original.system.weight_bytes / system.weight_bytes,
+        rtfx=speed.audio_seconds / speed.compute_seconds,
         error_rate=total(errors).rate,
         low=low,
         high=high,
         identical=identical,
         clips=len(pairs),
-        difference=total(scorer.count(a.text, b.text, a.language) for a, b in pairs).rate,
-        verified=None
-        if max_different is None
-        else len(pairs) - identical <= max_different * len(pairs),
+        difference=total(differences).rate,
+        verified=verified,
     )
 
 
-def as_json(reports: dict[str, Report], facts: dict[str, object]) -> str:
+def as_json(reports: dict[str, SystemReport], facts: dict[str, object]) -> str:
     """Return the content of `exports.json`."""
-    systems: dict[str, dict[str, Any]] = {
+    systems = {
         name: {
             key: round(value, 6) if isinstance(value, float) else value
             for key, value in asdict(report).items()
@@ -232,34 +226,42 @@ def as_json(reports: dict[str, Report], facts: dict[str, object]) -> str:
     return json.dumps({**facts, "systems": systems}, ensure_ascii=False, indent=2) + "\n"
 
 
-def as_table(reports: dict[str, Report]) -> str:
+def as_table(reports: dict[str, SystemReport]) -> str:
     """Return the content of `exports.md`: a Markdown table that can also be read as it is."""
-    heads = ["system", "heard by", "computes in", "MB", "compression", "CER/WER (95 % interval)"]
-    heads += ["texts as the original's", "difference", "times real time"]
-    rows = [heads, ["-"] * len(heads)]
-    for name, one in reports.items():
-        said = {True: "", None: "", False: " UNVERIFIED"}[one.verified]
-        rows.append(
-            [
-                name + said,
-                one.library,
-                one.compute_type,
-                f"{one.weight_bytes / 1e6:.2f}",
-                f"{one.compression:.1f}",
-                _interval(one),
-                f"{one.identical} of {one.clips}",
-                "-" if one.difference is None else f"{one.difference:.4f}",
-                f"{one.rtfx:.0f}",
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    rows[1] = ["-" * width for width in widths]
-    lines = [" | ".join(map(str.ljust, row, widths)) for row in rows]
+    header = [
+        "system",
+        "run by",
+        "computes in",
+        "MB",
+        "compression",
+        "CER/WER (95 % interval)",
+        "texts as the original's",
+        "difference",
+        "times real time",
+    ]
+    rows = [_table_row(name, report) for name, report in reports.items()]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    lines = [" | ".join(map(str.ljust, row, widths)) for row in [header, rule, *rows]]
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def _interval(one: Report) -> str:
-    if one.error_rate is None:
+def _table_row(name: str, report: SystemReport) -> list[str]:
+    return [
+        f"{name} UNVERIFIED" if report.verified is False else name,
+        report.library,
+        report.compute_type,
+        f"{report.weight_bytes / 1e6:.2f}",
+        f"{report.compression:.1f}",
+        _error_rate(report),
+        f"{report.identical} of {report.clips}",
+        "-" if report.difference is None else f"{report.difference:.4f}",
+        f"{report.rtfx:.0f}",
+    ]
+
+
+def _error_rate(report: SystemReport) -> str:
+    if report.error_rate is None:
         return "-"
-    between = "" if one.low is None else f" ({one.low:.4f} to {one.high:.4f})"
-    return f"{one.error_rate:.4f}{between}"
+    interval = "" if report.low is None else f" ({report.low:.4f} to {report.high:.4f})"
+    return f"{report.error_rate:.4f}{interval}"

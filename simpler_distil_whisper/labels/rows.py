@@ -16,7 +16,7 @@ from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
 if TYPE_CHECKING:
-    from simpler_distil_whisper.decoding.transcriber import Hypothesis
+    from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 
 SEGMENTS = "segments"
 # The columns that are added under fixed names: the decoder's evidence, then `measure_label`'s.
@@ -143,7 +143,7 @@ def labelled_row(
     if columns.segments:
         row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
     measured = measure_label(
-        hypothesis.text, hypothesis.tokens, seconds, utterance.text, scorer, language
+        hypothesis.text, hypothesis.token_count, seconds, utterance.text, scorer, language
     )
     return row | hypothesis.evidence() | measured
 

@@ -1,4 +1,4 @@
-"""Models in the layouts of other programs, and what these programs hear with them."""
+"""Models in the layouts of other programs, and the texts that these programs get with them."""
 
 import base64
 import json
@@ -64,7 +64,7 @@ def openai_tokenizer(*, english_only: bool = False) -> WhisperTokenizer:
 def make_openai_whisper(
     folder: Path, tokenizer: WhisperTokenizer, *, mels: int = 80, english_only: bool = False
 ) -> Path:
-    """A random Whisper of OpenAI's vocabulary and window, that says different things in ASCII."""
+    """A random Whisper of OpenAI's vocabulary and window, whose texts are ASCII and differ."""
     ids = tokenizer.get_vocab()
     end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
     torch.manual_seed(3)
@@ -125,7 +125,7 @@ def openai_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def long_clips(folder: Path) -> Path:
-    """Clips that fill most of a window of 30 s, so that a random model hears them."""
+    """Clips that fill most of a window of 30 s, so that a random model tells them apart."""
     rows = []
     for seed in range(3):
         write_tone(folder / f"{seed}.wav", 28 + seed / 2, seed=seed)
@@ -165,22 +165,24 @@ def exports(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out" / "exports.json").read_text())["systems"]
 
 
-def test_the_demo_in_ctranslate2_says_the_same(tmp_path: Path, run_export: RunExport) -> None:
+def test_the_demo_in_ctranslate2_gives_the_same_texts(
+    tmp_path: Path, run_export: RunExport
+) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2")
     clips = demo_clips(tmp_path)
     variants = ["ctranslate2-float32", "ctranslate2-int8"]
     assert run_export(DEMO / "teacher", clips, *variants) == 0
-    found = exports(tmp_path)
-    assert list(found) == ["original", *variants]
-    assert found["ctranslate2-float32"]["identical"] == CLIPS
-    assert found["ctranslate2-float32"]["verified"] is True
-    assert found["ctranslate2-float32"]["difference"] == 0
-    sizes = [found[name]["weight_bytes"] for name in variants]
+    systems = exports(tmp_path)
+    assert list(systems) == ["original", *variants]
+    assert systems["ctranslate2-float32"]["identical"] == CLIPS
+    assert systems["ctranslate2-float32"]["verified"] is True
+    assert systems["ctranslate2-float32"]["difference"] == 0
+    sizes = [systems[name]["weight_bytes"] for name in variants]
     assert sizes[0] > 3 * sizes[1]
-    assert found["ctranslate2-int8"]["compute_type"].startswith("int8")
-    for one in found.values():
-        assert one["low"] <= one["error_rate"] <= one["high"]
-        assert one["rtfx"] > 1
+    assert systems["ctranslate2-int8"]["compute_type"].startswith("int8")
+    for system in systems.values():
+        assert system["low"] <= system["error_rate"] <= system["high"]
+        assert system["rtfx"] > 1
     table = (tmp_path / "out" / "exports.md").read_text()
     assert all(name in table for name in variants)
     # What was exported is whole: it loads and knows the model's languages.
@@ -189,7 +191,7 @@ def test_the_demo_in_ctranslate2_says_the_same(tmp_path: Path, run_export: RunEx
         assert ctranslate2.models.Whisper(str(folder)).n_mels == 80
         assert json.loads((folder / "config.json").read_text())["lang_ids"] == [800, 801]
         assert {"tokenizer.json", "preprocessor_config.json"} <= {p.name for p in folder.iterdir()}
-    # And eval.py takes what they heard, with their speed and size.
+    # And eval.py takes their hypotheses, with their speed and size.
     check_that_eval_reads_them(tmp_path, variants)
 
 
@@ -209,11 +211,11 @@ def check_that_eval_reads_them(folder: Path, variants: list[str]) -> None:
     summary = json.loads((folder / "eval" / "summary.json").read_text())
     assert summary["utterances"] == CLIPS
     page = (folder / "eval" / "report.html").read_text()
-    for found in exports(folder).values():
-        assert f"<td>{found['weight_bytes'] / 1e6:.3g} MB</td>" in page
+    for system in exports(folder).values():
+        assert f"<td>{system['weight_bytes'] / 1e6:.3g} MB</td>" in page
 
 
-def test_a_wrong_export_is_found_and_does_not_get_its_name(
+def test_a_wrong_export_is_noticed_and_does_not_get_its_name(
     tmp_path: Path,
     run_export: RunExport,
     monkeypatch: pytest.MonkeyPatch,
@@ -234,9 +236,9 @@ def test_a_wrong_export_is_found_and_does_not_get_its_name(
     with monkeypatch.context() as patch:
         patch.setattr(formats, "write_ctranslate2", with_first_and_last_layer_swapped)
         assert run_export(DEMO / "teacher", clips, "ctranslate2-float32") == 3
-    said = capsys.readouterr()
-    assert "ctranslate2-float32 UNVERIFIED" in said.out
-    assert "Not what the model says: ctranslate2-float32 in" in said.err
+    printed = capsys.readouterr()
+    assert "ctranslate2-float32 UNVERIFIED" in printed.out
+    assert "Not the model's texts: ctranslate2-float32 in" in printed.err
     out = tmp_path / "out"
     assert (out / "ctranslate2-float32.unverified").is_dir()
     assert not (out / "ctranslate2-float32").exists()
@@ -261,9 +263,9 @@ def test_the_openai_layout_computes_the_same(openai_whisper: Path, tmp_path: Pat
     with torch.no_grad():
         states = ours.model.model.encoder(features).last_hidden_state
         logits = ours.model(features, decoder_input_ids=ids).logits
-        found = theirs.encoder(features)
-        torch.testing.assert_close(found, states, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(theirs.decoder(ids, found), logits, atol=1e-3, rtol=1e-4)
+        their_states = theirs.encoder(features)
+        torch.testing.assert_close(their_states, states, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs.decoder(ids, their_states), logits, atol=1e-3, rtol=1e-4)
     # The safetensors hold the same tensors under the same names.
     tensors = load_file(tmp_path / "x" / "model.safetensors")
     assert tensors.keys() == theirs.state_dict().keys()
@@ -271,23 +273,23 @@ def test_the_openai_layout_computes_the_same(openai_whisper: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_openai_whisper_and_faster_whisper_hear_the_same(
+def test_openai_whisper_and_faster_whisper_give_the_same_texts(
     openai_whisper: Path, tmp_path: Path, run_export: RunExport
 ) -> None:
     faster_whisper = pytest.importorskip("faster_whisper")
     clips = long_clips(tmp_path)
     variants = ["ctranslate2-float32", "openai-float32", "openai-float16"]
     assert run_export(openai_whisper, clips, *variants) == 0
-    found = exports(tmp_path)
+    systems = exports(tmp_path)
     texts = [
         [row["hypothesis"] for row in read_rows(path)]
         for path in sorted((tmp_path / "out" / "verification").glob("*/hypotheses.jsonl"))
     ]
-    assert len(set(texts[0])) == 3, "it says the same to everything, which proves nothing"
+    assert len(set(texts[0])) == 3, "all texts are the same, which proves nothing"
     assert min(map(len, texts[0])) > 50
     for name in variants[:2]:
-        assert found[name]["identical"] == 3, name
-    assert found["ctranslate2-float32"]["library"].startswith("faster-whisper")
+        assert systems[name]["identical"] == 3, name
+    assert systems["ctranslate2-float32"]["library"].startswith("faster-whisper")
     sizes = [(tmp_path / "out" / name / "model.pt").stat().st_size for name in variants[1:]]
     assert sizes[0] > 1.8 * sizes[1]
     # As its users call it: the folder alone, no network.
@@ -296,7 +298,7 @@ def test_openai_whisper_and_faster_whisper_hear_the_same(
     padded = np.pad(audio, (0, 480_000 - len(audio)))
     segments, _ = model.transcribe(
         padded, language="en", beam_size=1, temperature=0, without_timestamps=True,
-        suppress_tokens=formats.never_said(
+        suppress_tokens=formats.suppressed_tokens(
             load_whisper(read_model_folder(openai_whisper, None, "model"))
         ),
         log_prob_threshold=None, compression_ratio_threshold=None, no_speech_threshold=None,
@@ -307,7 +309,7 @@ def test_openai_whisper_and_faster_whisper_hear_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mels", [80, 128])
-def test_an_english_only_model_hears_the_same(
+def test_an_english_only_model_gives_the_same_texts(
     mels: int, tmp_path: Path, run_export: RunExport
 ) -> None:
     pytest.importorskip("faster_whisper")
@@ -316,9 +318,11 @@ def test_an_english_only_model_hears_the_same(
     folder = make_openai_whisper(tmp_path / "model", tokenizer, english_only=True, mels=mels)
     clips = long_clips(tmp_path)
     assert run_export(folder, clips, "ctranslate2-float32", "openai-float32") == 0
-    found = exports(tmp_path)
-    assert found["ctranslate2-float32"]["identical"] == found["openai-float32"]["identical"] == 3
-    assert found["ctranslate2-float32"]["library"].startswith("faster-whisper")
+    systems = exports(tmp_path)
+    assert (
+        systems["ctranslate2-float32"]["identical"] == systems["openai-float32"]["identical"] == 3
+    )
+    assert systems["ctranslate2-float32"]["library"].startswith("faster-whisper")
 
 
 def test_a_model_that_openai_whisper_cannot_take_is_refused_before_any_work(
@@ -327,9 +331,9 @@ def test_a_model_that_openai_whisper_cannot_take_is_refused_before_any_work(
     pytest.importorskip("whisper")
     clips = demo_clips(tmp_path, 1)
     assert run_export(DEMO / "teacher", clips, "openai-float32") == 2
-    said = capsys.readouterr().err
-    assert "its window is 5 s, there it is 30 s" in said
-    assert "its vocabulary has 1059 tokens; OpenAI's own, built in, 51864, 51865, 51866" in said
+    message = capsys.readouterr().err
+    assert "its window is 5 s, there it is 30 s" in message
+    assert "its vocabulary has 1059 tokens; OpenAI's own, built in, 51864, 51865, 51866" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -361,8 +365,8 @@ def test_a_missing_program_is_named_with_the_way_to_install_it(
 ) -> None:
     monkeypatch.setitem(targets.PACKAGES, "ctranslate2", ("no-such-package",))
     assert run_export(DEMO / "teacher", demo_clips(tmp_path, 1), "ctranslate2-int8") == 2
-    said = capsys.readouterr().err
-    assert "no-such-package, which is not installed: python -m pip install './[export]'" in said
+    message = capsys.readouterr().err
+    assert "no-such-package, which is not installed: python -m pip install './[export]'" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -392,7 +396,7 @@ def test_every_quantization_is_one_of_ctranslate2() -> None:
     assert set(export.Quantization.__args__) == set(specs.ACCEPTED_MODEL_TYPES)
 
 
-def test_rows_without_use_are_said_and_left_out(
+def test_unusable_rows_are_logged_and_left_out(
     tmp_path: Path, run_export: RunExport, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ctranslate2")
@@ -405,16 +409,14 @@ def test_rows_without_use_are_said_and_left_out(
     empty = {"id": "empty", "audio": "empty.wav", "language": "en"}
     clips = write_rows(tmp_path / "clips.jsonl", [gone, *good, empty])
     assert run_export(model, clips, "ctranslate2-float32") == 0
-    said = capsys.readouterr().err
-    assert "2 rows are of no use" in said
-    assert 'clips.jsonl:1: no such file: "gone.wav"' in said
-    assert "clips.jsonl:5" in said
+    log = capsys.readouterr().err
+    assert "2 rows cannot be used" in log
+    assert 'clips.jsonl:1: no such file: "gone.wav"' in log
+    assert "clips.jsonl:5" in log
     assert exports(tmp_path)["ctranslate2-float32"]["clips"] == 3
-    heard = read_rows(
-        tmp_path / "out" / "verification" / "ctranslate2-float32" / "hypotheses.jsonl"
-    )
-    assert [row["id"] for row in heard] == [row["id"] for row in good]
-    assert heard[1]["language"] in ("en", "zh"), "the model has detected it"
+    rows = read_rows(tmp_path / "out" / "verification" / "ctranslate2-float32" / "hypotheses.jsonl")
+    assert [row["id"] for row in rows] == [row["id"] for row in good]
+    assert rows[1]["language"] in ("en", "zh"), "the model has detected it"
     write_rows(clips, [empty])
     assert run_export(model, clips, "ctranslate2-int8") == 2, "another run is in the folder"
 
