@@ -1,8 +1,7 @@
-"""Reports for the eye: self-contained HTML pages and Markdown, filled from templates.
+"""Self-contained HTML pages and Markdown, filled from templates.
 
 Owns how numbers look on a page; the templates beside it own style, charts and words. It knows
-nothing of what is reported. Called by `label_quality.py`,
-`report_page.py` and `model_card.py`.
+nothing of what is reported.
 """
 
 import functools
@@ -16,25 +15,25 @@ import jinja2
 from simpler_distil_whisper.text.languages import Unit, tokens
 
 TEMPLATES = Path(__file__).parent / "templates"
-LONGEST_RUN = 60  # tokens of one kind in a row that a page shows
+LONGEST_RUN = 60  # tokens of one kind in a row that a page shows; report.js has the same
 
 
 def render(template: str, **values: object) -> str:
-    """Return the page that a template makes of these values, each of them escaped."""
+    """Return a template filled with these values, each of them escaped."""
     return _environment().get_template(template).render(**values)
 
 
 def stacks(alignment: Sequence[Sequence[str]], unit: Unit) -> Iterator[tuple[str, str, str]]:
-    """Yield kind, reference token and hypothesis token of each place of an alignment.
+    """Yield kind, reference token and hypothesis token of each pair in an alignment.
 
-    Of what goes on and on, such as a loop, the page shows the beginning.
+    Of a run longer than `LONGEST_RUN` tokens, such as a loop, only the beginning is yielded.
     """
     for kind, reference, hypothesis in alignment:
-        ours, theirs = tokens(reference, unit), tokens(hypothesis, unit)
-        pairs = list(zip_longest(ours, theirs, fillvalue=""))
-        for our, their in pairs[:LONGEST_RUN]:
-            yield kind, our, their
-        if (more := len(pairs) - LONGEST_RUN) > 0:
+        pairs = list(zip_longest(tokens(reference, unit), tokens(hypothesis, unit), fillvalue=""))
+        for reference_token, hypothesis_token in pairs[:LONGEST_RUN]:
+            yield kind, reference_token, hypothesis_token
+        more = len(pairs) - LONGEST_RUN
+        if more > 0:
             rest = f"… {more} more"
             yield kind, rest if reference else "", rest if hypothesis else ""
 
@@ -48,34 +47,34 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (count, percent, hours, number, cell)
-    environment.filters |= {one.__name__: one for one in filters}
+    for function in (count, percent, hours, number, cell):
+        environment.filters[function.__name__] = function
     return environment
 
 
 def cell(text: str) -> str:
-    """Return a text as it can stand in a table of Markdown, nothing in it being markup."""
+    """Return a text for a cell of a Markdown table, with all markup escaped."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
 
 
 def count(value: int) -> str:
-    """Return 1234567 as "1 234 567", with spaces that do not break."""
+    """Return 1234567 as "1 234 567", with spaces at which no line breaks."""
     return f"{value:,}".replace(",", "\u202f")
 
 
 def percent(ratio: float | None, digits: int = 1) -> str:
-    """Return 0.1234 as "12.3 %"; what is little but not nothing does not look like nothing."""
+    """Return 0.1234 as "12.3 %"; only 0 becomes 0 %, and nothing below 1 becomes 100 %."""
     if ratio is None:
         return "–"
-    least = 10.0 ** -(digits + 2)
-    if 0 < ratio < least:
-        return f"< {least:.{digits}%}".replace("%", "\u202f%")
-    shown = min(ratio, 1 - least) if ratio < 1 else ratio
+    smallest = 10.0 ** -(digits + 2)
+    if 0 < ratio < smallest:
+        return f"< {smallest:.{digits}%}".replace("%", "\u202f%")
+    shown = min(ratio, 1 - smallest) if ratio < 1 else ratio
     return f"{shown:.{digits}%}".replace("%", "\u202f%")
 
 
 def hours(value: float | None) -> str:
-    """Return hours in the unit in which people would say them."""
+    """Return a number of hours in hours, minutes or seconds, whichever suits its size."""
     if value is None:
         return "–"
     if value >= 100:
@@ -89,5 +88,5 @@ def hours(value: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Return a number with so many decimals, or a dash for none."""
+    """Return a number with so many decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")

@@ -1,151 +1,204 @@
-"""Which utterances the report lists, and what it shows of them: texts, alignment, audio.
+"""The utterances that the report shows: which they are, and their texts, alignments and audio.
 
-Owns the choice and the fetching of what was written before; the page is `report_page.py`'s. Called
-by `eval.py`.
+Owns the choice and the reading; how they look is the business of `html_report.py`.
 """
 
 import base64
 import io
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
+from pydantic import Field
 
+from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import Row, numbered_lines, parse_row
-from simpler_distil_whisper.evaluation.facts import Clip, Facts, clip_of
-from simpler_distil_whisper.evaluation.hypotheses import Examined, HypothesisColumns
+from simpler_distil_whisper.evaluation.facts import Clip, Facts, find_clip
+from simpler_distil_whisper.evaluation.hypotheses import ExaminedSystem, HypothesisColumns
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts
 from simpler_distil_whisper.evaluation.tallies import SystemScores, length_groups
 
-Positions = list[int]
+MOST_UTTERANCES = 10_000  # in the page; browsers stay quick with that many
 
-MOST_UTTERANCES = 10_000  # in the page; a browser takes that many well
+
+class ReportOptions(StrictModel):
+    """The page for a browser."""
+
+    html: bool = Field(default=True, description="Write report.html.")
+    worst_utterances: NonNegativeInt = Field(
+        default=20,
+        description="How many of those with most errors, and of those at which a system and the "
+        "baseline differ most, are listed for each system.",
+    )
+    embed_audio: bool = Field(
+        default=True,
+        description="Put the audio of the listed utterances into the page; others, and all with "
+        "false, are linked to their files.",
+    )
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which utterances are shown, by their numbers.
+class ShownHypothesis:
+    """One system's hypothesis of an utterance; `alignment` is that of `scoring.compact`."""
+
+    hypothesis: str
+    rate: float | None
+    errors: int
+    tokens: int
+    unit: str
+    alignment: list[list[str]]
+    signs: list[str]
+
+
+@dataclass(frozen=True)
+class ShownUtterance:
+    """What the page shows of an utterance; `audio` is a link or the audio itself as a data URI."""
+
+    id: str
+    groups: dict[str, str]
+    reference: str | None
+    seconds: float | None
+    audio: str | None
+    systems: list[ShownHypothesis]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The utterances of the page.
 
     Attributes:
-        shown: all of them, in the order of the baseline's file.
-        worst: system -> those with most errors.
-        different: system -> those at which it and the baseline differ by most errors.
+        utterances: all that can be searched, in the order of the baseline's file.
+        worst: system -> indices of those with most errors, the worst first.
+        different: system -> indices of those in which its errors and the baseline's differ most.
     """
 
-    shown: Positions
-    worst: dict[str, Positions]
-    different: dict[str, Positions]
+    utterances: list[ShownUtterance]
+    worst: dict[str, list[int]]
+    different: dict[str, list[int]]
 
 
-def choose(systems: Mapping[str, SystemScores], number: int) -> Choice:
-    """Return which utterances to show.
-
-    Args:
-        systems: their scores; the first is the baseline.
-        number: how many of the worst and of the most different are listed of each system.
-    """
-    baseline, *others = systems
-    errors = {name: scores.errors for name, scores in systems.items()}
-    worst = {name: _largest(errors[name], number) for name in systems}
-    different = {name: _largest(np.abs(errors[name] - errors[baseline]), number) for name in others}
-    listed = itertools.chain(*worst.values(), *different.values())
-    most = np.max(list(errors.values()), axis=0)
-    rest = np.argsort(-most, kind="stable")[:MOST_UTTERANCES].tolist()
-    shown = list(dict.fromkeys([*listed, *rest]))[:MOST_UTTERANCES]
-    return Choice(sorted(shown), worst, different)
-
-
-def describe(
-    choice: Choice,
-    examined: Sequence[Examined],
-    systems: Mapping[str, SystemScores],
+def list_utterances(
+    systems: Sequence[ExaminedSystem],
+    scores: Mapping[str, SystemScores],
     facts: Facts,
     columns: HypothesisColumns,
     scored: Path,
-    embed_audio: bool,
-) -> list[dict[str, Any]]:
-    """Return what the page shows of the chosen utterances, in the order of `choice.shown`.
+    options: ReportOptions,
+) -> Listing:
+    """Return the utterances to show.
 
     Args:
-        choice: which they are.
-        examined: what is known of the systems' files; the first is the baseline's.
-        systems: their scores.
+        systems: their files; the first is the baseline's.
+        scores: system -> its scores.
         facts: what is known of the utterances.
-        columns: where a row holds what.
-        scored: the utterances.jsonl that has their alignments.
-        embed_audio: whether the audio of the listed ones becomes part of the page.
+        columns: which column of a row holds what.
+        scored: the utterances.jsonl that holds their alignments.
+        options: how many are listed, and whether their audio becomes part of the page.
     """
-    rows = _rows_of(choice, examined[0])
+    choice = _choose(scores, options.worst_utterances)
+    listed = set(itertools.chain(*choice.worst.values(), *choice.different.values()))
+    rows = _baseline_rows(systems[0], choice.shown)
+    baseline = next(iter(scores.values()))
+    utterances = []
     with scored.open("rb") as file:
-
-        def read(offset: int) -> Row:
-            file.seek(offset)
-            return parse_row(file.readline())
-
-        found = {
-            position: [read(int(scores.offsets[position])) for scores in systems.values()]
-            for position in choice.shown
-        }
-    with_audio = set(itertools.chain(*choice.worst.values(), *choice.different.values()))
-    baseline = next(iter(systems.values()))
-    described = []
-    for position in choice.shown:
-        clip = clip_of(rows[position], columns, examined[0].system.path.parent)
-        embed = embed_audio and position in with_audio
-        described.append(
-            {
-                "id": found[position][0]["id"],
-                "groups": _groups_of(position, facts, baseline),
-                "reference": found[position][0]["reference"],
-                "seconds": _known(facts.seconds[position]),
-                "audio": clip and (_embedded(clip) if embed else _link(clip, scored.parent)),
-                "systems": [_of_system(row) for row in found[position]],
-            }
-        )
-    return described
+        for position in choice.shown:
+            lines = [_line_at(file, int(system.offsets[position])) for system in scores.values()]
+            clip = find_clip(rows[position], columns, systems[0].path.parent)
+            embed = options.embed_audio and position in listed
+            seconds, tokens = facts.seconds[position], int(baseline.tokens[position])
+            utterances.append(
+                ShownUtterance(
+                    id=lines[0]["id"],
+                    groups=facts.group_values(position) | length_groups(seconds, tokens),
+                    reference=lines[0]["reference"],
+                    seconds=None if math.isnan(seconds) else round(seconds, 3),
+                    audio=_audio_source(clip, embed, scored.parent),
+                    systems=[_shown_hypothesis(line) for line in lines],
+                )
+            )
+    return Listing(utterances, choice.indices(choice.worst), choice.indices(choice.different))
 
 
-def _largest(values: npt.NDArray[np.int64], number: int) -> Positions:
+@dataclass(frozen=True)
+class _Choice:
+    """The positions of the utterances to show, as in `Listing`."""
+
+    shown: list[int]
+    worst: dict[str, list[int]]
+    different: dict[str, list[int]]
+
+    def indices(self, lists: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """Return lists of positions as lists of indices in `shown`."""
+        index = {position: number for number, position in enumerate(self.shown)}
+        return {system: [index[position] for position in lists[system]] for system in lists}
+
+
+def _choose(scores: Mapping[str, SystemScores], number: int) -> _Choice:
+    """Return which utterances to show, `number` of them in each list of each system."""
+    name, *others = scores
+    errors = {system: system_scores.errors for system, system_scores in scores.items()}
+    worst = {system: _largest(errors[system], number) for system in scores}
+    different = {
+        system: _largest(np.abs(errors[system] - errors[name]), number) for system in others
+    }
+    most_errors = np.max(list(errors.values()), axis=0)
+    by_errors = np.argsort(-most_errors, kind="stable")[:MOST_UTTERANCES].tolist()
+    in_order = itertools.chain(*worst.values(), *different.values(), by_errors)
+    shown = list(dict.fromkeys(in_order))[:MOST_UTTERANCES]
+    return _Choice(sorted(shown), worst, different)
+
+
+def _largest(values: npt.NDArray[np.int64], number: int) -> list[int]:
     """Return the positions of the largest values above 0, the largest first."""
     order = np.argsort(-values, kind="stable")[:number]
     return [int(position) for position in order if values[position] > 0]
 
 
-def _rows_of(choice: Choice, baseline: Examined) -> dict[int, Row]:
-    """Return the baseline's rows of the chosen utterances, found again in its file."""
+def _baseline_rows(baseline: ExaminedSystem, positions: Sequence[int]) -> dict[int, Row]:
+    """Return the baseline's rows of these utterances, read from its file again."""
     lines = list(baseline.lines.values())
-    wanted = {lines[position]: position for position in choice.shown}
+    position_at = {lines[position]: position for position in positions}
     return {
-        wanted[line]: parse_row(content)
-        for line, content in numbered_lines(baseline.system.path, "hypotheses")
-        if line in wanted
+        position_at[line]: parse_row(content)
+        for line, content in numbered_lines(baseline.path, "hypotheses")
+        if line in position_at
     }
 
 
-def _groups_of(position: int, facts: Facts, baseline: SystemScores) -> dict[str, str]:
-    groups = {column: labels[position] or "unknown" for column, labels in facts.groups.items()}
-    return groups | length_groups(facts.seconds[position], int(baseline.tokens[position]))
+def _line_at(file: BinaryIO, offset: int) -> Row:
+    """Return the row in the line of a file that begins at an offset."""
+    file.seek(offset)
+    return parse_row(file.readline())
 
 
-def _of_system(row: Row) -> dict[str, Any]:
-    counts = ErrorCounts(**row.get(row["unit"], {}))  # none without a reference
-    return {
-        "hypothesis": row["hypothesis"],
-        "rate": row["rate"],
-        "errors": counts.errors,
-        "tokens": counts.reference_tokens,
-        "unit": row["unit"],
-        "alignment": row["alignment"],
-        "signs": row["signs"],
-    }
+def _shown_hypothesis(line: Row) -> ShownHypothesis:
+    """Return what the page shows of a line of `utterances.jsonl`."""
+    counts = ErrorCounts(**line.get(line["unit"], {}))  # the line has none without a reference
+    return ShownHypothesis(
+        hypothesis=line["hypothesis"],
+        rate=line["rate"],
+        errors=counts.errors,
+        tokens=counts.reference_tokens,
+        unit=line["unit"],
+        alignment=line["alignment"],
+        signs=line["signs"],
+    )
+
+
+def _audio_source(clip: Clip | None, embed: bool, folder: Path) -> str | None:
+    """Return what the page plays: the audio itself or a link as seen from its folder."""
+    if clip is None:
+        return None
+    return _embedded(clip) if embed else _link(clip, folder)
 
 
 def _embedded(clip: Clip) -> str | None:
@@ -162,11 +215,9 @@ def _embedded(clip: Clip) -> str | None:
 def _link(clip: Clip, folder: Path) -> str:
     """Return the file's address as seen from the report, with the part to play."""
     address = quote(os.path.relpath(clip.path, folder))
-    if clip.start_seconds or clip.duration_seconds is not None:
-        end = "" if clip.duration_seconds is None else clip.start_seconds + clip.duration_seconds
-        address += f"#t={clip.start_seconds:g},{end if end == '' else format(end, 'g')}"
+    if clip.duration_seconds is not None:
+        end = clip.start_seconds + clip.duration_seconds
+        return f"{address}#t={clip.start_seconds:g},{end:g}"
+    if clip.start_seconds:
+        return f"{address}#t={clip.start_seconds:g},"
     return address
-
-
-def _known(seconds: float) -> float | None:
-    return None if seconds != seconds else round(seconds, 3)

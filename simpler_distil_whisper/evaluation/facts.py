@@ -1,7 +1,7 @@
-"""What is known of the utterances that systems are compared on: language, groups, length, audio.
+"""What is known of the compared utterances: language, groups, length, audio.
 
-Owns the facts that belong to an utterance and not to a system; they are read from the rows of the
-first system, the baseline. Called by `eval.py` and `listing.py`.
+Owns the facts that belong to an utterance and not to a system. They are read from the rows of the
+first system, the baseline.
 """
 
 import contextlib
@@ -19,16 +19,20 @@ import numpy.typing as npt
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import find_audio
-from simpler_distil_whisper.evaluation.hypotheses import Examined, HypothesisColumns, usable_rows
+from simpler_distil_whisper.evaluation.hypotheses import (
+    ExaminedSystem,
+    HypothesisColumns,
+    usable_rows,
+)
 
 
 class Clip(NamedTuple):
-    """Where an utterance can be heard.
+    """The audio of an utterance.
 
     Attributes:
         path: an audio file that exists.
-        start_seconds: where in it the utterance begins.
-        duration_seconds: how long it is; None to the end of the file.
+        start_seconds: where in the file the utterance begins.
+        duration_seconds: how long it is; None: to the end of the file.
     """
 
     path: Path
@@ -37,42 +41,41 @@ class Clip(NamedTuple):
 
 
 class CategoryColumn:
-    """A text for each utterance, each different text kept once."""
+    """The value of one column for each utterance; each distinct value is kept once."""
 
     def __init__(self) -> None:
-        """Begin without an utterance."""
         self._numbers: dict[str | None, int] = {}
-        self._texts: list[str | None] = []
+        self._values: list[str | None] = []
         self._members = array("i")
 
-    def append(self, text: str | None) -> None:
-        """Add the next utterance's."""
-        number = self._numbers.setdefault(text, len(self._texts))
-        if number == len(self._texts):
-            self._texts.append(text)
+    def append(self, value: str | None) -> None:
+        """Add the value of the next utterance."""
+        number = self._numbers.setdefault(value, len(self._values))
+        if number == len(self._values):
+            self._values.append(value)
         self._members.append(number)
 
     def numbers(self) -> npt.NDArray[np.int64]:
-        """Return int64 [U]: equal ones for equal texts, from 0; each None has one of its own."""
+        """Return int64 [U]: equal numbers for equal values; each None has a number of its own."""
         members = np.array(self._members, np.int64)
         missing = members == self._numbers.get(None, -1)
-        members[missing] = len(self._texts) + np.arange(missing.sum())
+        members[missing] = len(self._values) + np.arange(missing.sum())
         return members
 
     def __getitem__(self, position: int) -> str | None:
-        return self._texts[self._members[position]]
+        return self._values[self._members[position]]
 
 
 @dataclass
 class Facts:
-    """What the baseline's rows say of the utterances, about 8 bytes for each and each label.
+    """What the baseline's rows tell of the utterances, in a few bytes for each.
 
     Attributes:
         positions: id -> number of the utterance, from 0.
-        languages: what each row says of its language.
-        groups: column -> its value in each row.
-        blocks: value of the column by which utterances are resampled, if there is one.
-        seconds: length of each utterance, NaN where it is not known.
+        languages: the language of each utterance; None where the row has none.
+        groups: column -> the group of each utterance.
+        blocks: the block of each utterance, by which it is resampled; None without such a column.
+        seconds: length of each utterance; NaN where it is not known.
     """
 
     positions: dict[str, int]
@@ -81,55 +84,90 @@ class Facts:
     blocks: CategoryColumn | None
     seconds: "array[float]"
 
+    @property
+    def block_count(self) -> int | None:
+        """How many blocks are resampled; None without such a column."""
+        return None if self.blocks is None else len(np.unique(self.blocks.numbers()))
+
+    def block(self, position: int) -> str | None:
+        """Return the block of an utterance; None if it is resampled by itself."""
+        return None if self.blocks is None else self.blocks[position]
+
+    def group_values(self, position: int) -> dict[str, str]:
+        """Return the group of an utterance in each column."""
+        return {column: values[position] or "unknown" for column, values in self.groups.items()}
+
 
 def read_facts(
-    baseline: Examined, columns: HypothesisColumns, group_by: Sequence[str], block: str | None
+    baseline: ExaminedSystem,
+    columns: HypothesisColumns,
+    group_by: Sequence[str],
+    block_column: str | None,
 ) -> Facts:
-    """Return what the rows of the baseline say of the utterances that are compared."""
+    """Return what the rows of the baseline tell of the compared utterances.
+
+    Args:
+        baseline: the first system.
+        columns: which column holds what.
+        group_by: the columns by which the utterances are grouped.
+        block_column: the column by which they are resampled, if any.
+    """
     facts = Facts(
-        {}, CategoryColumn(), {name: CategoryColumn() for name in group_by}, None, array("d")
+        positions={},
+        languages=CategoryColumn(),
+        groups={column: CategoryColumn() for column in group_by},
+        blocks=CategoryColumn() if block_column else None,
+        seconds=array("d"),
     )
-    facts.blocks = CategoryColumn() if block else None
     for utterance_id, row in usable_rows(baseline):
         facts.positions[utterance_id] = len(facts.positions)
         language = row.get(columns.language) if columns.language else None
         facts.languages.append(language if isinstance(language, str) else None)
-        for column, labels in facts.groups.items():
-            labels.append(label(row.get(column)))
-        if block and facts.blocks is not None:
-            facts.blocks.append(None if row.get(block) is None else label(row[block]))
-        facts.seconds.append(_seconds(row, columns, baseline.system.path.parent))
+        for column, values in facts.groups.items():
+            values.append(_group_name(row.get(column)))
+        if facts.blocks is not None and block_column:
+            block = row.get(block_column)
+            facts.blocks.append(None if block is None else _group_name(block))
+        facts.seconds.append(_seconds(row, columns, baseline.path.parent))
     return facts
 
 
-def clip_of(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None:
-    """Return where an utterance can be heard, if the row says so and the file exists.
+def find_clip(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None:
+    """Return the audio of an utterance; None if the row names none or the file does not exist.
 
     Args:
         row: the row of a hypotheses file.
-        columns: where it holds what.
-        folder: of that file; a relative path is tried from there, then from the working directory.
+        columns: which column holds what.
+        folder: where that file is; a relative path is tried from there, then from the working
+            directory.
     """
     name = row.get(columns.audio) if columns.audio else None
     path = find_audio(name, str(folder)) if isinstance(name, str) else None
-    start = _number(row, columns.start_seconds)
-    return Clip(Path(path), start or 0.0, _number(row, columns.duration_seconds)) if path else None
+    if path is None:
+        return None
+    start = _seconds_in(row, columns.start_seconds) or 0.0
+    return Clip(Path(path), start, _seconds_in(row, columns.duration_seconds))
 
 
-def label(value: object) -> str:
-    """Return the name of the group of rows with this value; a row without the column is "null"."""
+def _group_name(value: object) -> str:
+    """Return the name of the group of rows with this value: "null" for rows without the column."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:
-    duration = _number(row, columns.duration_seconds)
-    if duration is None and columns.duration_seconds and (clip := clip_of(row, columns, folder)):
+    """Return the length of an utterance, if need be from the audio file's header; NaN: unknown."""
+    duration = _seconds_in(row, columns.duration_seconds)
+    if duration is not None:
+        return duration
+    clip = find_clip(row, columns, folder) if columns.duration_seconds else None
+    if clip:
         with contextlib.suppress(AudioError):
             return audio_seconds(*clip)
-    return math.nan if duration is None else duration
+    return math.nan
 
 
-def _number(row: Row, column: str | None) -> float | None:
+def _seconds_in(row: Row, column: str | None) -> float | None:
+    """Return the time in a column; None if the row has none."""
     value = row.get(column) if column else None
     # bool is an int.
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:

@@ -1,28 +1,36 @@
-"""The page of an evaluation: what its numbers say, drawn, and the utterances to read and hear.
+"""The page of an evaluation: its charts, its sentences, and the utterances to read and play.
 
-Owns what `report.html` shows and in which words; `templates/report.html` owns the markup. It counts
-nothing. Called by `eval.py`.
+Owns what `report.html` shows; `templates/report.html` owns the markup. Its numbers are those of
+`summary.json`; it counts nothing.
 """
 
 import base64
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
+from simpler_distil_whisper.evaluation.examples import Listing, ShownUtterance
+from simpler_distil_whisper.evaluation.hypotheses import SystemSpeed
+from simpler_distil_whisper.evaluation.summary import (
+    ComparisonSummary,
+    Rates,
+    Summary,
+    SystemSummary,
+)
 from simpler_distil_whisper.evaluation.text_report import FEW_BLOCKS, UNIT_NAMES
 from simpler_distil_whisper.pages import TEMPLATES, count, percent, render, stacks
 
-MOST_VALUES = 15  # of a column in a chart
-BEYOND = 2  # times the largest rate: as far as an axis goes
+MOST_CHART_GROUPS = 15  # of a column
+LONGEST_AXIS = 2  # times the largest rate; intervals that reach further are cut off
 SMALL_P = 0.01
-STRETCH = 8  # the largest rate to the smallest, beyond which small ones would all lie at 0
+LARGEST_RATIO = 8  # of the largest to the smallest rate; beyond, the axis is stretched near 0
 TICKS = (0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
 
 Place = Callable[[float], float]
+"""Where on an axis a number lies, in percent of the axis."""
 
 SIGN_NAMES = {
     "repetition": "repeats itself",
@@ -35,9 +43,15 @@ SIGN_NAMES = {
 
 
 class Mark(NamedTuple):
-    """One system's dot and interval, places in percent of the axis; an interval may be missing.
+    """One system's dot and interval in a chart.
 
-    What reaches beyond the axis is `cut` off there: "cut-left", "cut-right", both or "".
+    Attributes:
+        system: its number, from 0.
+        value: rate and interval as text.
+        at: place of the dot, in percent of the axis.
+        low: place of the interval's lower end; None without an interval.
+        high: place of its upper end.
+        cut: which ends reach beyond the axis: "cut-left", "cut-right", both or "".
     """
 
     system: int
@@ -49,7 +63,7 @@ class Mark(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line of a chart: what it is about, and the marks of the systems."""
+    """One line of a chart: its label, a note and the marks of the systems."""
 
     label: str
     note: str
@@ -63,7 +77,7 @@ class Chart:
     Attributes:
         lines: from top to bottom.
         ticks: place in percent and text of each tick of the axis.
-        stretched: whether places go by square roots, which spreads what is near 0.
+        stretched: whether places go by square roots, which spreads numbers near 0.
         hidden: how many lines are not drawn.
     """
 
@@ -73,36 +87,45 @@ class Chart:
     hidden: int = 0
 
 
+@dataclass(frozen=True)
+class Card:
+    """An utterance that is shown in full, with the lists that it stands in."""
+
+    index: int
+    utterance: ShownUtterance
+    badges: list[str]
+
+
 def report_page(
-    summary: Mapping[str, Any],
-    utterances: Sequence[Mapping[str, Any]],
-    listed: Mapping[str, Any],
+    summary: Summary, listing: Listing, speeds: Mapping[str, SystemSpeed | None]
 ) -> str:
-    """Return the page, which needs nothing outside itself but audio that is not embedded.
+    """Return the page, which needs no other file but audio that is not embedded.
 
     Args:
-        summary: summary.json.
-        utterances: those that can be searched, as `listing.describe` returns them.
-        listed: which of them are shown in full, by their index: `worst` and `different`, both
-            system -> indices; and the names of the files beside the page.
+        summary: the results.
+        listing: the utterances that can be searched, and those that are shown in full.
+        speeds: system -> its speed, if known. The speed is not in `summary.json`, which stays the
+            same when inference is repeated on another machine.
     """
-    systems = summary["systems"]
+    names = list(summary.systems)
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    corpus = {name: system.corpus for name, system in summary.systems.items()}
     return render(
         "report.html",
         summary=summary,
-        names=list(systems),
-        overall=rate_chart([("all utterances", {n: s["corpus"] for n, s in systems.items()})]),
-        differences=difference_chart(summary["comparisons"], list(systems)),
-        verdicts=[verdict(name, one, summary) for name, one in summary["comparisons"].items()],
-        groups=dict(group_charts(systems)),
-        cards=list(cards(utterances, listed, list(systems))),
-        listed=listed,
+        names=names,
+        speeds=speeds,
+        overall=rate_chart([("all utterances", corpus)]),
+        differences=difference_chart(summary.comparisons, names),
+        verdicts=[verdict(name, other, summary) for name, other in summary.comparisons.items()],
+        groups=dict(group_charts(summary.systems)),
+        cards=cards(listing),
+        shown=len(listing.utterances),
         sign_names=SIGN_NAMES,
         unit_names=UNIT_NAMES,
         few_blocks=FEW_BLOCKS,
-        data=embedded_json(search_data(utterances, list(systems))),
+        data=embedded_json(search_data(listing.utterances, names)),
         script=script,
         script_source=f"'sha256-{digest}'",
         stacks=stacks,
@@ -117,19 +140,19 @@ def embedded_json(value: object) -> str:
     return text
 
 
-def rate_chart(lines: Sequence[tuple[str, Mapping[str, Any]]], hidden: int = 0) -> Chart:
+def rate_chart(lines: Sequence[tuple[str, Mapping[str, Rates | None]]], hidden: int = 0) -> Chart:
     """Return the chart of error rates.
 
     Args:
-        lines: each a label, and by system the rates of it; None where a system has none.
+        lines: label and, by system, rates of each line; None where a system has none.
         hidden: how many more lines there are.
     """
-    known = [one for _, by_system in lines for one in by_system.values() if one]
-    ends = [one[key] for one in known for key in ("rate", "high") if one[key] is not None]
-    rates = [one["rate"] for one in known if one["rate"]]
-    # What reaches further is cut off there: one interval must not press all others together.
-    top = max(min(max(ends, default=0), BEYOND * max(rates, default=1)), 0.01)
-    stretched = bool(rates) and max(rates) > STRETCH * min(rates)
+    known = [rates for _, by_system in lines for rates in by_system.values() if rates]
+    ends = [end for rates in known for end in (rates.rate, rates.high) if end is not None]
+    above_0 = [rates.rate for rates in known if rates.rate]
+    # An axis as long as the longest interval would press all other marks together.
+    top = max(min(max(ends, default=0), LONGEST_AXIS * max(above_0, default=1)), 0.01)
+    stretched = _must_stretch(above_0)
 
     def place(rate: float) -> float:
         share = rate / top
@@ -138,26 +161,29 @@ def rate_chart(lines: Sequence[tuple[str, Mapping[str, Any]]], hidden: int = 0) 
     drawn = []
     for label, by_system in lines:
         marks = [
-            _mark(index, _with_interval(percent(one["rate"], 2), one), one["rate"], one, place)
-            for index, one in enumerate(by_system.values())
-            if one and one["rate"] is not None
+            _mark(index, _rate_with_interval(rates), rates.rate, rates.low, rates.high, place)
+            for index, rates in enumerate(by_system.values())
+            if rates and rates.rate is not None
         ]
-        utterances = max((one["utterances"] for one in by_system.values() if one), default=0)
-        drawn.append(Line(label, _utterances(utterances), marks))
-    return Chart(drawn, _ticks(0.0, top, place), stretched, hidden)
+        utterances = max((rates.utterances for rates in by_system.values() if rates), default=0)
+        plural = "" if utterances == 1 else "s"
+        drawn.append(Line(label, f"{count(utterances)} utterance{plural}", marks))
+    return Chart(drawn, _ticks(top, place), stretched, hidden)
 
 
-def difference_chart(comparisons: Mapping[str, Any], names: Sequence[str]) -> Chart:
+def difference_chart(comparisons: Mapping[str, ComparisonSummary], names: Sequence[str]) -> Chart:
     """Return the chart of differences to the baseline, around 0."""
-    known = {name: one for name, one in comparisons.items() if one["difference"] is not None}
-    ends = [
-        sorted(abs(one[key]) for key in ("difference", "low", "high") if one[key] is not None)
-        for one in known.values()
-    ]
-    reach = max([*(min(one[-1], BEYOND * one[-2:][0]) for one in ends), 0.001])
-
-    sizes = [abs(one["difference"]) for one in known.values() if one["difference"]]
-    stretched = bool(sizes) and max(sizes) > STRETCH * min(sizes)
+    reach = 0.001
+    sizes = []
+    for comparison in comparisons.values():
+        numbers = (comparison.difference, comparison.low, comparison.high)
+        ends = sorted(abs(number) for number in numbers if number is not None)
+        if ends:
+            second = ends[-2] if len(ends) > 1 else ends[-1]
+            reach = max(reach, min(ends[-1], LONGEST_AXIS * second))
+        if comparison.difference:
+            sizes.append(abs(comparison.difference))
+    stretched = _must_stretch(sizes)
 
     def place(difference: float) -> float:
         share = abs(difference) / reach
@@ -165,60 +191,67 @@ def difference_chart(comparisons: Mapping[str, Any], names: Sequence[str]) -> Ch
         return float(round(50 + 50 * side, 2))
 
     lines = []
-    for name, one in known.items():
-        value = points(one["difference"])
-        if one["low"] is not None:
-            value += f" ({points(one['low'])} to {points(one['high'])})"
-        mark = _mark(names.index(name), value, one["difference"], one, place)
-        shares = f"better in {percent(one['better'])}, worse in {percent(one['worse'])}"
+    for name, comparison in comparisons.items():
+        if comparison.difference is None:
+            continue
+        low, high = comparison.low, comparison.high
+        value = points(comparison.difference)
+        if low is not None and high is not None:
+            value += f" ({points(low)} to {points(high)})"
+        mark = _mark(names.index(name), value, comparison.difference, low, high, place)
+        shares = f"better in {percent(comparison.better)}, worse in {percent(comparison.worse)}"
         lines.append(Line(name, shares, [mark]))
     half = reach * (0.25 if stretched else 0.5)
-    ticks = [(place(value), _in_short(value)) for value in (-reach, -half, 0.0, half, reach)]
+    ticks = [(place(tick), _short_points(tick)) for tick in (-reach, -half, 0.0, half, reach)]
     return Chart(lines, ticks, stretched)
 
 
-def group_charts(systems: Mapping[str, Any]) -> Iterator[tuple[str, Chart]]:
-    """Yield the chart of each column: its values with the most utterances, in their order."""
-    columns = dict.fromkeys(column for one in systems.values() for column in one["groups"])
+def group_charts(systems: Mapping[str, SystemSummary]) -> Iterator[tuple[str, Chart]]:
+    """Yield the chart of each column: its groups with the most utterances, in their order."""
+    columns = dict.fromkeys(column for system in systems.values() for column in system.groups)
     for column in columns:
-        groups = {name: one["groups"].get(column, {}) for name, one in systems.items()}
-        values = dict.fromkeys(value for one in groups.values() for value in one)
-        if len(values) < 2:
+        by_system = {name: system.groups.get(column, {}) for name, system in systems.items()}
+        sizes = {
+            group: rates.utterances
+            for groups in by_system.values()
+            for group, rates in groups.items()
+        }
+        if len(sizes) < 2:
             continue
-
-        sizes = Counter(
-            {value: rates["utterances"] for one in groups.values() for value, rates in one.items()}
-        )
-        largest = {value for value, _ in sizes.most_common(MOST_VALUES)}
+        largest = sorted(sizes, key=lambda group: -sizes[group])[:MOST_CHART_GROUPS]
         lines = [
-            (value, {name: one.get(value) for name, one in groups.items()})
-            for value in values
-            if value in largest
+            (group, {name: groups.get(group) for name, groups in by_system.items()})
+            for group in sizes
+            if group in largest
         ]
-        yield column, rate_chart(lines, len(values) - len(lines))
+        yield column, rate_chart(lines, len(sizes) - len(lines))
 
 
-def verdict(name: str, one: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Return what a comparison says, in a sentence that promises no more than it knows."""
-    if one["difference"] is None:
-        return f"{name} and {one['baseline']} cannot be compared: no reference has a token."
-    size = points(abs(one["difference"])).lstrip("+")
-    kind = "more" if one["difference"] > 0 else "fewer"
-    seen = f"{name} makes {size} points {kind} errors than {one['baseline']}"
-    if not one["difference"]:
-        seen = f"{name} makes as many errors as {one['baseline']}"
-    if one["low"] is None:
-        return f"{seen}; too few utterances to say whether by chance."
-    confidence = f"{summary['confidence']:.0%}".replace("%", "\u202f%")
-    interval = f"{confidence} interval {points(one['low'])} to {points(one['high'])}"
-    chance = one["low"] <= 0 <= one["high"]
-    meaning = "chance alone can do that"
-    if not chance:
-        often = "hardly" if one["p_value"] <= SMALL_P else "seldom"
-        meaning = f"chance alone {often} does that"
-    least = 1 / (summary["bootstrap_samples"] + 1)
-    p_value = f"p {'≤' if one['p_value'] <= least else '='} {one['p_value']:.2g}"
-    return f"{seen} ({interval}, {p_value}): {meaning}."
+def verdict(name: str, comparison: ComparisonSummary, summary: Summary) -> str:
+    """Return the meaning of a comparison in a sentence that promises no more than is known."""
+    baseline, difference = comparison.baseline, comparison.difference
+    if difference is None:
+        return f"{name} and {baseline} cannot be compared: no reference has a token."
+    if difference == 0:
+        result = f"{name} makes as many errors as {baseline}"
+    else:
+        size = points(abs(difference)).lstrip("+")
+        kind = "more" if difference > 0 else "fewer"
+        result = f"{name} makes {size} points {kind} errors than {baseline}"
+    low, high = comparison.low, comparison.high
+    if low is None or high is None:
+        return f"{result}; too few utterances to say whether by chance."
+    if low <= 0 <= high:
+        meaning = "chance alone can do that"
+    elif comparison.p_value <= SMALL_P:
+        meaning = "chance alone hardly does that"
+    else:
+        meaning = "chance alone seldom does that"
+    confidence = f"{summary.confidence:.0%}".replace("%", "\u202f%")
+    interval = f"{confidence} interval {points(low)} to {points(high)}"
+    smallest_p = 1 / (summary.bootstrap_samples + 1)
+    relation = "≤" if comparison.p_value <= smallest_p else "="
+    return f"{result} ({interval}, p {relation} {comparison.p_value:.2g}): {meaning}."
 
 
 def points(difference: float) -> str:
@@ -226,59 +259,62 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.2f}".replace("-", "\u2212").replace("+0.00", "0.00")
 
 
-def cards(
-    utterances: Sequence[Mapping[str, Any]], listed: Mapping[str, Any], names: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """Yield each utterance that is shown in full, once, with the lists that it stands in."""
+def cards(listing: Listing) -> list[Card]:
+    """Return the utterances that are shown in full, each once, with the lists it stands in."""
     badges: dict[int, list[str]] = {}
-    for kind, words in (("different", "differs most"), ("worst", "most errors")):
-        for name, indices in listed[kind].items():
+    for words, lists in (
+        ("differs most", listing.different),
+        ("most errors", listing.worst),
+    ):
+        for name, indices in lists.items():
             for rank, index in enumerate(indices, 1):
                 badges.setdefault(index, []).append(f"{words}: {name}, {rank}.")
-    for index, found in badges.items():
-        utterance = utterances[index]
-        heard = [
-            {**one, "name": name} for name, one in zip(names, utterance["systems"], strict=True)
-        ]
-        yield {**utterance, "index": index, "badges": found, "heard": heard}
+    return [Card(index, listing.utterances[index], badges[index]) for index in badges]
 
 
-def search_data(utterances: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Return what the page's script searches; audio that is part of the page stays in its card."""
+def search_data(utterances: Sequence[ShownUtterance], names: Sequence[str]) -> dict[str, object]:
+    """Return the data that the page's script searches; embedded audio stays in its card alone."""
     rows = []
-    for one in utterances:
-        embedded = (one["audio"] or "").startswith("data:")
-        rows.append({**one, "audio": None if embedded else one["audio"]})
+    for utterance in utterances:
+        embedded = (utterance.audio or "").startswith("data:")
+        rows.append(asdict(replace(utterance, audio=None) if embedded else utterance))
     return {"systems": list(names), "signs": SIGN_NAMES, "utterances": rows}
 
 
-def _mark(system: int, value: str, middle: float, one: Mapping[str, Any], place: Place) -> Mark:
-    if one["low"] is None:
+def _must_stretch(sizes: Sequence[float]) -> bool:
+    return bool(sizes) and max(sizes) > LARGEST_RATIO * min(sizes)
+
+
+def _mark(
+    system: int, value: str, middle: float, low: float | None, high: float | None, place: Place
+) -> Mark:
+    if low is None or high is None:
         return Mark(system, value, place(middle), None, None, "")
-    low, high = place(one["low"]), place(one["high"])
-    cut = " ".join(["cut-left"] * (low < 0) + ["cut-right"] * (high > 100))
-    return Mark(system, value, place(middle), max(low, 0.0), min(high, 100.0), cut)
+    left, right = place(low), place(high)
+    cut = []
+    if left < 0:
+        cut.append("cut-left")
+    if right > 100:
+        cut.append("cut-right")
+    return Mark(system, value, place(middle), max(left, 0.0), min(right, 100.0), " ".join(cut))
 
 
-def _with_interval(rate: str, one: Mapping[str, Any]) -> str:
-    if one["low"] is None:
+def _rate_with_interval(rates: Rates) -> str:
+    rate = percent(rates.rate, 2)
+    if rates.low is None or rates.high is None:
         return rate
-    return f"{rate} ({100 * one['low']:.2f} to {100 * one['high']:.2f})"
+    return f"{rate} ({100 * rates.low:.2f} to {100 * rates.high:.2f})"
 
 
-def _utterances(number: int) -> str:
-    return f"{count(number)} utterance{'s' if number != 1 else ''}"
-
-
-def _in_short(difference: float) -> str:
+def _short_points(difference: float) -> str:
     """Return a difference in percentage points as it stands below an axis."""
     return f"{100 * difference:+.3g}".replace("-", "\u2212") if difference else "0"
 
 
-def _ticks(low: float, high: float, place: Place) -> list[tuple[float, str]]:
-    """Return ticks at round rates, none too near to the one before it."""
+def _ticks(top: float, place: Place) -> list[tuple[float, str]]:
+    """Return ticks at round rates from 0 to `top`, each with some distance to the one before."""
     ticks: list[tuple[float, str]] = []
     for rate in TICKS:
-        if low <= rate <= high and (not ticks or place(rate) - ticks[-1][0] >= 12):
+        if rate <= top and (not ticks or place(rate) - ticks[-1][0] >= 12):
             ticks.append((place(rate), f"{100 * rate:g}\u202f%"))
     return ticks

@@ -1,11 +1,11 @@
-"""Hypotheses files: which rows can be compared, the same utterances for all systems.
+"""Hypotheses files: the rows that can be compared, the same utterances for every system.
 
-Owns the reading and matching of what inference, or another tool, has written; it counts no errors.
-Called by `eval.py`.
+Owns the reading and matching of what inference, or another tool, has written. It counts no errors.
 """
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -14,24 +14,25 @@ from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import ConfigError, StrictModel
 from simpler_distil_whisper.data.jsonl import Row, RowError, numbered_lines, parse_row
+from simpler_distil_whisper.run import DataError, log
 
 Name = Annotated[str, Field(min_length=1)]
 
 
 class Hypotheses(StrictModel):
-    """One system's answers."""
+    """One system's hypotheses."""
 
     name: Name = Field(description="What the system is called in the results.")
     path: Path = Field(description="JSON Lines file, one utterance per line.")
 
 
 class HypothesisColumns(StrictModel):
-    """Where a row holds what."""
+    """Which column of a hypotheses file holds what."""
 
     id: Name | None = Field(
         default="id",
-        description="Column of the utterance's id, by which the systems' rows are matched; null "
-        "matches them by line number.",
+        description="Column of the utterance's id, by which the systems' rows are matched; null: "
+        "they are matched by line number.",
     )
     reference: Name | None = Field(
         default="text",
@@ -70,7 +71,7 @@ class HypothesisColumns(StrictModel):
         return self
 
 
-class Rejected(NamedTuple):
+class RejectedRow(NamedTuple):
     """A row that is not scored, as `rejected.jsonl` lists it."""
 
     system: str
@@ -79,96 +80,167 @@ class Rejected(NamedTuple):
     reason: str
 
 
+class SystemSpeed(NamedTuple):
+    """How fast and how large a system is; None where inference has not measured it."""
+
+    rtfx: float | None
+    parameters: int | None
+    model_bytes: int | None
+
+
 @dataclass
-class Examined:
-    """What the first reading of one system's file found.
+class ExaminedSystem:
+    """The rows of one system's file after the first reading.
 
     Attributes:
+        name: of the system.
+        path: of its file.
         lines: id -> line number of each row that can be compared.
+        rejected: the other rows.
         columns: every column that some row has.
     """
 
-    system: Hypotheses
+    name: str
+    path: Path
     lines: dict[str, int] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RejectedRow] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
 
     def reject(self, line: int, utterance_id: str | None, reason: str) -> None:
-        """Note down why the row at `line` is not scored."""
-        place = f"{self.system.path}:{line}"
-        self.rejected.append(Rejected(self.system.name, place, utterance_id, reason))
+        """Record why the row at `line` is not scored."""
+        place = f"{self.path}:{line}"
+        self.rejected.append(RejectedRow(self.name, place, utterance_id, reason))
+
+    def read_speed(self) -> SystemSpeed | None:
+        """Return what the `speed.json` beside the file tells; None if there is none."""
+        try:
+            speed = json.loads((self.path.parent / "speed.json").read_bytes())
+            return SystemSpeed(*(speed.get(key) for key in SystemSpeed._fields))
+        except (OSError, ValueError, AttributeError):
+            return None
 
 
-def examine(system: Hypotheses, columns: HypothesisColumns, references: dict[str, int]) -> Examined:
-    """Return which rows of a system's file can be scored.
+def match_systems(
+    systems: Sequence[Hypotheses],
+    columns: HypothesisColumns,
+    required: Mapping[str, Sequence[str]],
+) -> list[ExaminedSystem]:
+    """Return, for each system, the rows of the utterances that all systems have.
+
+    Rows that cannot be used, or whose reference differs from that of an earlier system, are
+    rejected with a warning.
 
     Args:
-        system: whose file is read.
-        columns: where a row holds what.
-        references: id -> hash of its reference in the systems before; this system's are added.
+        systems: the files; the first is the baseline's.
+        columns: which column holds what.
+        required: config key -> the columns that the baseline's file must have.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: a file cannot be read, or a required column is missing.
+        DataError: no utterance is left.
     """
-    found = Examined(system)
+    references: dict[str, int] = {}
+    examined = [_examine(system, columns, references) for system in systems]
+    _refuse_missing_columns(examined[0], required)
+    _keep_common_utterances(examined)
+    for system in examined:
+        if system.rejected:
+            rejected, rows = len(system.rejected), len(system.rejected) + len(system.lines)
+            reasons = _reasons(system.rejected)
+            log.warning("%s: %d of %d rows rejected:\n%s", system.name, rejected, rows, reasons)
+    return examined
+
+
+def usable_rows(system: ExaminedSystem) -> Iterator[tuple[str, Row]]:
+    """Yield id and row of each utterance to score, in the order of the file."""
+    ids = {line: utterance_id for utterance_id, line in system.lines.items()}
+    for line, content in numbered_lines(system.path, "hypotheses"):
+        if line in ids:
+            yield ids[line], parse_row(content)
+
+
+def read_reference(row: Row, columns: HypothesisColumns) -> str | None:
+    """Return the reference; None where nobody has transcribed the utterance.
+
+    Raises:
+        RowError: there is no such column, or no text in it.
+    """
+    if columns.reference is None or row.get(columns.reference, "") is None:
+        return None
+    return _read_text(row, columns.reference)
+
+
+def _examine(
+    hypotheses: Hypotheses, columns: HypothesisColumns, references: dict[str, int]
+) -> ExaminedSystem:
+    """Return which rows of one file can be scored.
+
+    Args:
+        hypotheses: the file.
+        columns: which column holds what.
+        references: id -> hash of the reference in earlier systems; those of this one are added.
+    """
+    system = ExaminedSystem(hypotheses.name, hypotheses.path)
     for line, content in numbered_lines(system.path, "hypotheses"):
         utterance_id = None
         try:
             row = parse_row(content)
-            found.columns.update(row)
-            utterance_id = id_of(row, line, columns)
-            reference = reference_in(row, columns)
-            text_in(row, columns.hypothesis)
-            if utterance_id in found.lines:
+            system.columns.update(row)
+            utterance_id = _read_id(row, line, columns)
+            reference = read_reference(row, columns)
+            _read_text(row, columns.hypothesis)
+            if utterance_id in system.lines:
                 raise RowError("its id stands in an earlier row, which is taken")
             if references.setdefault(utterance_id, hash(reference)) != hash(reference):
                 raise RowError("an earlier system has another reference for this id")
-            found.lines[utterance_id] = line
+            system.lines[utterance_id] = line
         except RowError as problem:
-            found.reject(line, utterance_id, str(problem))
-    return found
+            system.reject(line, utterance_id, str(problem))
+    return system
 
 
-def refuse_missing_columns(one: Examined, wanted: dict[str, list[str]]) -> None:
-    """Raise ConfigError if a file with rows has nowhere a column that a config key names.
+def _refuse_missing_columns(system: ExaminedSystem, required: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError if no row of a system's file has a column that the config names.
 
     Args:
-        one: the file.
-        wanted: config key -> the columns that it names.
+        system: the system; a file without any row is left to `_keep_common_utterances`.
+        required: config key -> the columns that it names.
     """
     problems = [
-        f'{key}: no row of {one.system.path} has a column "{column}"; '
-        f"columns found: {', '.join(sorted(one.columns))}"
-        for key, columns in wanted.items()
+        f'{key}: no row of {system.path} has a column "{column}"; '
+        f"columns found: {', '.join(sorted(system.columns))}"
+        for key, columns in required.items()
         for column in columns
-        if one.columns and column not in one.columns
+        if system.columns and column not in system.columns
     ]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def keep_common_utterances(examined: list[Examined]) -> None:
-    """Reject the rows whose utterance another system lacks, so that all are scored on the same."""
-    common = set.intersection(*(set(one.lines) for one in examined))
-    for one in examined:
-        others = [other for other in examined if other is not one]
-        for utterance_id in [key for key in one.lines if key not in common]:
-            lacking = [f'"{o.system.name}"' for o in others if utterance_id not in o.lines]
-            line = one.lines[utterance_id]
-            one.reject(line, utterance_id, f"no usable row with this id in {', '.join(lacking)}")
-        one.lines = {key: line for key, line in one.lines.items() if key in common}
+def _keep_common_utterances(systems: Sequence[ExaminedSystem]) -> None:
+    """Reject the rows whose utterance another system lacks, so that all are scored on the same.
+
+    Raises:
+        DataError: no utterance is left.
+    """
+    common = set.intersection(*(set(system.lines) for system in systems))
+    for system in systems:
+        others = [other for other in systems if other is not system]
+        for utterance_id, line in system.lines.items():
+            if utterance_id not in common:
+                lacking = [f'"{o.name}"' for o in others if utterance_id not in o.lines]
+                reason = f"no usable row with this id in {', '.join(lacking)}"
+                system.reject(line, utterance_id, reason)
+        system.lines = {key: line for key, line in system.lines.items() if key in common}
+    if not common:
+        raise DataError(
+            "No utterance can be compared. "
+            + "\n".join(f"{system.path}: {_why_empty(system)}" for system in systems)
+        )
 
 
-def usable_rows(one: Examined) -> Iterator[tuple[str, Row]]:
-    """Yield id and row of each utterance to score, in the order of the file."""
-    ids = {line: utterance_id for utterance_id, line in one.lines.items()}
-    for line, content in numbered_lines(one.system.path, "hypotheses"):
-        if line in ids:
-            yield ids[line], parse_row(content)
-
-
-def id_of(row: Row, line: int, columns: HypothesisColumns) -> str:
-    """Return the row's id as a string: its line number where there is no id column.
+def _read_id(row: Row, line: int, columns: HypothesisColumns) -> str:
+    """Return the row's id as a string: the line number if there is no id column.
 
     Raises:
         RowError: the row's id is neither a string nor an integer.
@@ -177,14 +249,14 @@ def id_of(row: Row, line: int, columns: HypothesisColumns) -> str:
         return str(line)
     if type(row.get(columns.id)) is int:
         return str(row[columns.id])
-    return text_in(row, columns.id)
+    return _read_text(row, columns.id)
 
 
-def text_in(row: Row, column: str) -> str:
+def _read_text(row: Row, column: str) -> str:
     """Return the text in a column.
 
     Raises:
-        RowError: there is none.
+        RowError: the row has no such column, or no text in it.
     """
     if column not in row:
         raise RowError(f'no column "{column}"')
@@ -196,27 +268,17 @@ def text_in(row: Row, column: str) -> str:
     return value
 
 
-def reference_in(row: Row, columns: HypothesisColumns) -> str | None:
-    """Return what was said; None where nobody has written it down.
-
-    Raises:
-        RowError: there is no such column, or no text in it.
-    """
-    if columns.reference is None or row.get(columns.reference, "") is None:
-        return None
-    return text_in(row, columns.reference)
-
-
-def reasons(rejected: list[Rejected]) -> str:
+def _reasons(rejected: Sequence[RejectedRow]) -> str:
     """Return how many rows were rejected for each reason, and where the first of them stands."""
     first = {row.reason: row.place for row in reversed(rejected)}
     counts = Counter(row.reason for row in rejected).most_common()
     return "\n".join(f"  {count} x {why}, first at {first[why]}" for why, count in counts)
 
 
-def why_empty(one: Examined) -> str:
-    """Return what is wrong with a file none of whose rows is left."""
-    if not one.rejected:
+def _why_empty(system: ExaminedSystem) -> str:
+    """Return what is wrong with a file of which no row is left."""
+    if not system.rejected:
         return "the file has no rows"
-    found = f"; columns found: {', '.join(sorted(one.columns))}" if one.columns else ""
-    return f"all {len(one.rejected)} rows rejected{found}\n{reasons(one.rejected)}"
+    reasons = _reasons(system.rejected)
+    columns = f"; columns found: {', '.join(sorted(system.columns))}" if system.columns else ""
+    return f"all {len(system.rejected)} rows rejected{columns}\n{reasons}"

@@ -126,7 +126,7 @@ def ratio_interval(
 
     sums = np.concatenate(list(_draw_in_parts(draw, resampling.samples, len(distinct))))
     ratios, errors = _ratio_and_error(sums[sums[:, 1] > 0], units)
-    # A sample without variation has an error of 0 and would be infinitely far away, hence the floor.
+    # A sample without variation has an error of 0 and would be infinitely far: hence the floor.
     distances = (ratios - ratio) / np.maximum(errors, error / units**0.5)
     low, high = np.quantile(distances, [1 - tail, tail])
     return float(ratio - low * error), float(ratio - high * error)

@@ -1,12 +1,13 @@
-"""One utterance of one system: its errors in every unit, its alignment, the signs it shows.
+"""The scores of one utterance of one system: errors in every unit, alignment, signs.
 
-Owns what is counted of an utterance; adding up is `report.py`'s. Called by `eval.py`.
+Owns what is counted of a pair of texts. It adds nothing up and reads no files.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.evaluation.hallucination import KnownPhrases, signs_in
 from simpler_distil_whisper.evaluation.metrics import (
     Edit,
@@ -18,7 +19,7 @@ from simpler_distil_whisper.evaluation.metrics import (
 )
 from simpler_distil_whisper.text.languages import HAN_AND_KANA, Unit, tokens
 
-Counts = dict[str, ErrorCounts]
+CountsByUnit = dict[str, ErrorCounts]
 
 HAN_OR_KANA = re.compile(rf"[{HAN_AND_KANA}]")
 KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u31f0-\u31ff]")
@@ -26,24 +27,24 @@ LATIN = re.compile(r"[a-z\u00c0-\u024f\u1e00-\u1eff]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """An utterance as a system heard it.
+class ScoredUtterance:
+    """What is counted of a hypothesis.
 
     Attributes:
         unit: what is counted, never "auto".
-        counts: errors by unit, of the normalised texts: the chosen unit, "character" and "word";
-            empty without a reference.
-        raw: the same of the texts as they are.
-        edits: the alignment in the chosen unit; without a reference all of it is inserted.
+        counts: unit -> errors of the normalised texts, in the chosen unit, in "character" and in
+            "word"; empty without a reference.
+        raw: the same for the texts before normalisation.
+        edits: the alignment in the chosen unit; without a reference every token is inserted.
         switched: for a reference in both scripts, the errors of its Han characters alone and of
             its Latin words alone.
-        signs: signs of an invented text.
+        signs: signs of invented text.
         phrases: the known phrases that were invented.
     """
 
     unit: Unit
-    counts: Counts
-    raw: Counts
+    counts: CountsByUnit
+    raw: CountsByUnit
     edits: list[Edit]
     switched: tuple[ErrorCounts, ErrorCounts] | None
     signs: list[str]
@@ -51,11 +52,21 @@ class Scored:
 
     @property
     def chosen(self) -> ErrorCounts:
-        """Return the errors in the chosen unit; none at all without a reference."""
+        """The errors in the chosen unit; all 0 without a reference."""
         return self.counts.get(self.unit, ErrorCounts())
 
+    def as_row(self) -> Row:
+        """Return the fields that `utterances.jsonl` has besides id, system and texts."""
+        return {
+            "unit": self.unit,
+            "rate": self.chosen.rate,
+            **{unit: counts.as_dict() for unit, counts in self.counts.items()},
+            "alignment": compact(self.edits, self.unit),
+            "signs": self.signs,
+        }
 
-def score(
+
+def score_utterance(
     scorer: Scorer,
     phrases: KnownPhrases,
     reference: str | None,
@@ -64,63 +75,71 @@ def score(
     *,
     seconds: float | None = None,
     no_speech_probability: float | None = None,
-) -> Scored:
-    """Return what there is to count of an utterance, the texts given as they are.
+) -> ScoredUtterance:
+    """Return what is counted of a hypothesis; both texts are given before normalisation.
 
     Args:
         scorer: normalises the texts and chooses the unit.
         phrases: the phrases known to be invented.
-        reference: what was said; None where nobody has written it down.
-        hypothesis: what the system heard.
-        language: decides unit and normalisation; None lets the script decide.
+        reference: the human transcript; None where there is none.
+        hypothesis: the system's text.
+        language: decides unit and normalisation; None: the script decides.
         seconds: length of the audio, if known.
         no_speech_probability: the decoder's own, if known.
     """
-    wanted = None if reference is None else scorer.normalize(reference, language)
-    heard = scorer.normalize(hypothesis, language)
-    unit = scorer.unit(wanted or "", heard, language)
-    edits = align(wanted or "", heard, unit)
-    counts: Counts = {}
-    raw: Counts = {}
+    normalized_reference = None if reference is None else scorer.normalize(reference, language)
+    normalized = scorer.normalize(hypothesis, language)
+    unit = scorer.unit(normalized_reference or "", normalized, language)
+    edits = align(normalized_reference or "", normalized, unit)
+    counts: CountsByUnit = {}
+    raw: CountsByUnit = {}
     switched = None
-    if reference is not None and wanted is not None:
-        counts = _counts(wanted, heard, unit, edits)
-        raw = _counts(reference, hypothesis, unit, align(reference, hypothesis, unit))
-        switched = _by_script(wanted, heard)
+    if reference is not None and normalized_reference is not None:
+        counts = _count_by_unit(normalized_reference, normalized, unit, edits)
+        raw = _count_by_unit(reference, hypothesis, unit, align(reference, hypothesis, unit))
+        switched = _count_by_script(normalized_reference, normalized)
     signs = signs_in(
-        None if wanted is None else tokens(wanted, unit),
-        tokens(heard, unit),
+        None if normalized_reference is None else tokens(normalized_reference, unit),
+        tokens(normalized, unit),
         unit,
         counts.get(unit),
         seconds=seconds,
         no_speech_probability=no_speech_probability,
     )
-    invented = phrases.invented(wanted, heard, language)
-    signs += ["known_phrase"] if invented else []
-    return Scored(unit, counts, raw, edits, switched, signs, invented)
+    invented = phrases.invented(normalized_reference, normalized, language)
+    if invented:
+        signs.append("known_phrase")
+    return ScoredUtterance(unit, counts, raw, edits, switched, signs, invented)
 
 
 def compact(edits: Sequence[Edit], unit: Unit) -> list[list[str]]:
     """Return an alignment as [kind, reference text, hypothesis text] for each run of tokens."""
-    between = "" if unit == "character" else " "
-    return [[e.kind, between.join(e.reference), between.join(e.hypothesis)] for e in edits]
+    separator = "" if unit == "character" else " "
+    return [
+        [edit.kind, separator.join(edit.reference), separator.join(edit.hypothesis)]
+        for edit in edits
+    ]
 
 
-def _counts(reference: str, hypothesis: str, unit: Unit, edits: list[Edit]) -> Counts:
-    """Return the counts in characters, in words and, from its alignment, in the chosen unit."""
-    counts = {"character": None, "word": None, unit: count_edits(edits)}
+def _count_by_unit(
+    reference: str, hypothesis: str, chosen: Unit, edits: Sequence[Edit]
+) -> CountsByUnit:
+    """Return the counts in characters, in words and in the chosen unit, given its alignment."""
+    units: dict[Unit, None] = dict.fromkeys(("character", "word", chosen))
     return {
-        name: known or count_errors(reference, hypothesis, name) for name, known in counts.items()
+        unit: count_edits(edits) if unit == chosen else count_errors(reference, hypothesis, unit)
+        for unit in units
     }
 
 
-def _by_script(reference: str, hypothesis: str) -> tuple[ErrorCounts, ErrorCounts] | None:
+def _count_by_script(reference: str, hypothesis: str) -> tuple[ErrorCounts, ErrorCounts] | None:
     """Return the errors of the Han characters alone and of the Latin words alone.
 
     Each script is taken out of both texts and compared by itself, so that no alignment across
-    scripts has to be divided. None unless the reference has both, and for Japanese.
+    scripts has to be divided. None unless the reference has both; None for Japanese.
     """
-    if not (HAN_OR_KANA.search(reference) and LATIN.search(reference)) or KANA.search(reference):
+    both_scripts = HAN_OR_KANA.search(reference) and LATIN.search(reference)
+    if not both_scripts or KANA.search(reference):
         return None
     texts = [tokens(text, "mixed") for text in (reference, hypothesis)]
     han = [" ".join(token for token in text if HAN_OR_KANA.match(token)) for text in texts]

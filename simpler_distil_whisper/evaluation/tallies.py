@@ -1,26 +1,38 @@
-"""Counts added up: error rates of a system, of its groups, and what else is counted of it.
+"""Counts added up over utterances: error rates of a system and its groups, confusions, signs.
 
-Owns the sums and their shape in `summary.json`. It knows nothing of files and of how errors are
-counted. Called by `eval.py`.
+Owns the sums, from which it makes a system's part of `summary.json`. It reads no files and counts
+no errors itself.
 """
 
 import bisect
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
 
 from simpler_distil_whisper.evaluation.hallucination import SIGN_LIMITS, SIGNS
-from simpler_distil_whisper.evaluation.intervals import Comparison, Resampling, bootstrap_interval
+from simpler_distil_whisper.evaluation.intervals import Resampling, bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Edit, ErrorCounts, total
-from simpler_distil_whisper.evaluation.scoring import Counts, Scored
+from simpler_distil_whisper.evaluation.scoring import CountsByUnit, ScoredUtterance
+from simpler_distil_whisper.evaluation.summary import (
+    CodeSwitchRates,
+    FrequentConfusions,
+    GroupRates,
+    HallucinationSummary,
+    RateHistogram,
+    Rates,
+    RatesByUnit,
+    SignCount,
+    SystemSummary,
+)
 
 NO_REFERENCE = -1  # in an array of errors
-RATE_EDGES = np.round(np.linspace(0, 1, 21), 2)
+HISTOGRAM_EDGES = np.round(np.linspace(0, 1, 21), 2)
 MOST_CONFUSIONS = 20  # of a kind, in the summary
-MOST_KEPT = 200_000  # different ones while counting; beyond, the rarer half is forgotten
+MOST_KEPT = 200_000  # distinct confusions while counting; beyond, the rarer half is dropped
 
 AUDIO_LENGTH, REFERENCE_LENGTH = "audio length", "reference length"
 SECONDS = (2, 5, 10, 20, 30)
@@ -28,7 +40,11 @@ TOKENS = (5, 10, 20, 50)
 LENGTHS = {
     AUDIO_LENGTH: ["under 2 s", "2 to 5 s", "5 to 10 s", "10 to 20 s", "20 to 30 s", "from 30 s"],
     REFERENCE_LENGTH: [
-        *("no token", "1 to 5 tokens", "6 to 10 tokens", "11 to 20 tokens", "21 to 50 tokens"),
+        "no token",
+        "1 to 5 tokens",
+        "6 to 10 tokens",
+        "11 to 20 tokens",
+        "21 to 50 tokens",
         "over 50 tokens",
     ],
 }
@@ -41,114 +57,109 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        """Begin with nothing."""
         self.utterances = 0
         self._alone: Counter[ErrorCounts] = Counter()
         self._blocks: dict[str, ErrorCounts] = {}
 
     def add(self, counts: ErrorCounts, block: str | None) -> None:
-        """Add an utterance; one that belongs to no block stands for itself."""
+        """Add an utterance; without a block it is resampled by itself."""
         self.utterances += 1
         if block is None:
             self._alone[counts] += 1
         else:
             self._blocks[block] = self._blocks.get(block, ErrorCounts()) + counts
 
-    def rates(self, resampling: Resampling) -> dict[str, Any]:
+    def rates(self, resampling: Resampling) -> Rates:
         """Return the corpus error rate, its interval and the counts behind it."""
         units = self._alone + Counter(self._blocks.values())
         counts = total(units)
         low, high = bootstrap_interval(units, resampling) or (None, None)
-        return {
-            "rate": counts.rate,
-            "low": low,
-            "high": high,
+        return Rates(
+            rate=counts.rate,
+            low=low,
+            high=high,
             **counts.as_dict(),
-            "reference_tokens": counts.reference_tokens,
-            "utterances": self.utterances,
-        }
+            reference_tokens=counts.reference_tokens,
+            utterances=self.utterances,
+        )
 
 
-class Scores:
-    """The tallies of some utterances: in the chosen unit and in both usual ones."""
+class TalliesByUnit:
+    """Tallies of the same utterances in each one's chosen unit, in characters and in words."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
-        self.chosen, self.character, self.word = Tally(), Tally(), Tally()
+        self.chosen = Tally()
+        self.character = Tally()
+        self.word = Tally()
 
-    def add(self, unit: str, counts: Counts, block: str | None) -> None:
-        """Add one utterance, its counts given by unit."""
+    def add(self, unit: str, counts: CountsByUnit, block: str | None) -> None:
+        """Add an utterance, `unit` being its chosen one."""
         self.chosen.add(counts[unit], block)
         self.character.add(counts["character"], block)
         self.word.add(counts["word"], block)
 
-    def rates(self, resampling: Resampling) -> dict[str, Any]:
+    def rates(self, resampling: Resampling) -> RatesByUnit:
         """Return the rates in all three."""
-        return {
-            "corpus": self.chosen.rates(resampling),
-            "character": self.character.rates(resampling),
-            "word": self.word.rates(resampling),
-        }
+        return RatesByUnit(
+            self.chosen.rates(resampling),
+            self.character.rates(resampling),
+            self.word.rates(resampling),
+        )
 
 
 class Confusions:
-    """How often which token is taken for which, left out or made up."""
+    """How often each token is taken for another one, left out or inserted."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
-        self.found: dict[str, Counter[tuple[str, ...]]] = {
-            "substitutions": Counter(),
-            "deletions": Counter(),
-            "insertions": Counter(),
-        }
+        self.substitutions: Counter[tuple[str, ...]] = Counter()
+        self.deletions: Counter[tuple[str, ...]] = Counter()
+        self.insertions: Counter[tuple[str, ...]] = Counter()
 
-    def add(self, edits: Sequence[Edit]) -> None:
+    def add(self, edits: Iterable[Edit]) -> None:
         """Count the tokens of an alignment that are not equal."""
         for edit in edits:
             if edit.kind == "substitute":
-                pairs = zip(edit.reference, edit.hypothesis, strict=True)
-                self.found["substitutions"].update(pairs)
+                self.substitutions.update(zip(edit.reference, edit.hypothesis, strict=True))
             elif edit.kind == "delete":
-                self.found["deletions"].update((token,) for token in edit.reference)
+                self.deletions.update((token,) for token in edit.reference)
             elif edit.kind == "insert":
-                self.found["insertions"].update((token,) for token in edit.hypothesis)
-        for kind, counter in self.found.items():
-            if len(counter) > MOST_KEPT:
-                self.found[kind] = Counter(dict(counter.most_common(MOST_KEPT // 2)))
+                self.insertions.update((token,) for token in edit.hypothesis)
+        self.substitutions = _without_rarest(self.substitutions)
+        self.deletions = _without_rarest(self.deletions)
+        self.insertions = _without_rarest(self.insertions)
 
-    def most_frequent(self) -> dict[str, list[list[Any]]]:
-        """Return the most frequent of each kind as [token, ..., times], equal ones by the token."""
-        return {
-            kind: [
-                [*tokens, times]
-                for tokens, times in sorted(counter.items(), key=lambda one: (-one[1], one[0]))
-            ][:MOST_CONFUSIONS]
-            for kind, counter in self.found.items()
-        }
+    def most_frequent(self) -> FrequentConfusions:
+        """Return the most frequent of each kind; equally frequent ones in the order of tokens."""
+        return FrequentConfusions(
+            _most_frequent(self.substitutions),
+            _most_frequent(self.deletions),
+            _most_frequent(self.insertions),
+        )
 
 
 class SystemScores:
     """All that is counted of one system.
 
     Attributes:
-        errors: int64 [U]: in each utterance, in the chosen unit; `NO_REFERENCE` without one.
-        tokens: int64 [U]: in each reference.
-        offsets: int64 [U]: where in utterances.jsonl its line begins.
+        errors: int64 [U]: errors in each utterance, in the chosen unit; `NO_REFERENCE` without a
+            reference.
+        tokens: int64 [U]: tokens of each reference.
+        offsets: int64 [U]: where in utterances.jsonl each utterance's line begins.
     """
 
     def __init__(self, utterances: int, rejected: Counter[str]) -> None:
-        """Begin with nothing.
+        """Begin without an utterance.
 
         Args:
             utterances: how many there will be.
-            rejected: how many rows were not scored, by reason.
+            rejected: reason -> rows that are not scored.
         """
         self.rejected = rejected
         self.errors: npt.NDArray[np.int64] = np.full(utterances, NO_REFERENCE)
         self.tokens: npt.NDArray[np.int64] = np.zeros(utterances, np.int64)
         self.offsets: npt.NDArray[np.int64] = np.zeros(utterances, np.int64)
-        self.normalized, self.raw = Scores(), Scores()
-        self.groups: dict[str, dict[str, Scores]] = {}
+        self.normalized, self.raw = TalliesByUnit(), TalliesByUnit()
+        self.groups: dict[str, dict[str, TalliesByUnit]] = {}
         self.units: Counter[str] = Counter()
         self.confusions = Confusions()
         self.signs: Counter[str] = Counter()
@@ -156,14 +167,14 @@ class SystemScores:
         self._han, self._latin = Tally(), Tally()
 
     def add(
-        self, position: int, scored: Scored, groups: Mapping[str, str | None], block: str | None
+        self, position: int, scored: ScoredUtterance, groups: Mapping[str, str], block: str | None
     ) -> None:
         """Add one utterance.
 
         Args:
             position: its number, from 0.
-            scored: what was counted.
-            groups: column -> the group it belongs to.
+            scored: its scores.
+            groups: column -> its group.
             block: the block of utterances that it is resampled with, if any.
         """
         self.signs.update(scored.signs)
@@ -177,112 +188,112 @@ class SystemScores:
         self.normalized.add(scored.unit, scored.counts, block)
         self.raw.add(scored.unit, scored.raw, block)
         self.confusions.add(scored.edits)
-        for column, value in groups.items():
-            values = self.groups.setdefault(column, {})
-            values.setdefault(value or "unknown", Scores()).add(scored.unit, scored.counts, block)
+        for column, group in groups.items():
+            tallies = self.groups.setdefault(column, {}).setdefault(group, TalliesByUnit())
+            tallies.add(scored.unit, scored.counts, block)
         if scored.switched:
-            self._han.add(scored.switched[0], block)
-            self._latin.add(scored.switched[1], block)
+            han, latin = scored.switched
+            self._han.add(han, block)
+            self._latin.add(latin, block)
 
-    def summary(self, resampling: Resampling) -> dict[str, Any]:
+    def summary(self, resampling: Resampling) -> SystemSummary:
         """Return this system's part of `summary.json`."""
         rates = self.normalized.rates(resampling)
-        return {
-            **rates,
-            "raw": self.raw.rates(resampling),
-            "groups": {
-                column: {
-                    value: _group(values[value], resampling) for value in _order(column, values)
-                }
-                for column, values in self.groups.items()
+        return SystemSummary(
+            corpus=rates.corpus,
+            character=rates.character,
+            word=rates.word,
+            raw=self.raw.rates(resampling),
+            groups={
+                column: _group_rates(column, tallies, resampling)
+                for column, tallies in self.groups.items()
             },
-            "code_switch": self._code_switch(resampling),
-            "hallucination": self._hallucination(rates["corpus"]),
-            "confusions": self.confusions.most_frequent(),
-            "histogram": self._histogram(),
-            "units": dict(sorted(self.units.items())),
-            "rejected": dict(sorted(self.rejected.items())),
-        }
+            code_switch=self._code_switch(resampling),
+            hallucination=self._hallucination(rates.corpus),
+            confusions=self.confusions.most_frequent(),
+            histogram=self._histogram(),
+            units=dict(sorted(self.units.items())),
+            rejected=dict(sorted(self.rejected.items())),
+        )
 
-    def _code_switch(self, resampling: Resampling) -> dict[str, Any] | None:
+    def _code_switch(self, resampling: Resampling) -> CodeSwitchRates | None:
         if not self._han.utterances:
             return None
-        return {
-            "utterances": self._han.utterances,
-            "han": self._han.rates(resampling),
-            "latin": self._latin.rates(resampling),
-        }
+        return CodeSwitchRates(
+            self._han.utterances, self._han.rates(resampling), self._latin.rates(resampling)
+        )
 
-    def _hallucination(self, corpus: dict[str, Any]) -> dict[str, Any]:
-        utterances, wanted = len(self.errors), corpus["reference_tokens"]
-        said = wanted + corpus["insertions"] - corpus["deletions"]
-        shown = {
-            sign: {"utterances": self.signs[sign], "share": self.signs[sign] / utterances}
-            for sign in (*SIGNS, "any")
-        }
-        return {
-            "utterances": utterances,
-            "without_reference": int((self.errors == NO_REFERENCE).sum()),
-            "insertion_rate": corpus["insertions"] / wanted if wanted else None,
-            "length_ratio": said / wanted if wanted else None,
-            "any": shown.pop("any"),
-            "signs": shown,
-            "limits": SIGN_LIMITS,
-            "phrases": dict(self.phrases.most_common()),
-        }
+    def _hallucination(self, corpus: Rates) -> HallucinationSummary:
+        tokens = corpus.reference_tokens
+        hypothesis_tokens = tokens + corpus.insertions - corpus.deletions
+        return HallucinationSummary(
+            utterances=len(self.errors),
+            without_reference=int((self.errors == NO_REFERENCE).sum()),
+            insertion_rate=corpus.insertions / tokens if tokens else None,
+            length_ratio=hypothesis_tokens / tokens if tokens else None,
+            any=self._sign_count("any"),
+            signs={sign: self._sign_count(sign) for sign in SIGNS},
+            limits=SIGN_LIMITS,
+            phrases=dict(self.phrases.most_common()),
+        )
 
-    def _histogram(self) -> dict[str, Any]:
-        known = self.errors != NO_REFERENCE
-        rated = known & (self.tokens > 0)
-        rates = self.errors[rated] / self.tokens[rated]
-        # A bin holds its upper edge, so that a rate of 1 is in the last one.
-        counts, _ = np.histogram(-rates[rates > 0], -RATE_EDGES[::-1])
-        return {
-            "edges": RATE_EDGES.tolist(),
-            "utterances": counts[::-1].tolist(),
-            "no_error": int((rates == 0).sum()),
-            "above": int((rates > 1).sum()),
-            "no_rate": int((known & (self.tokens == 0)).sum()),
-        }
+    def _sign_count(self, sign: str) -> SignCount:
+        return SignCount(self.signs[sign], self.signs[sign] / len(self.errors))
+
+    def _histogram(self) -> RateHistogram:
+        has_reference = self.errors != NO_REFERENCE
+        has_rate = has_reference & (self.tokens > 0)
+        rates = self.errors[has_rate] / self.tokens[has_rate]
+        # numpy's bins hold their lower edge; with all signs turned they hold the upper one, so that
+        # a rate of 1 is in the last bin.
+        counts, _ = np.histogram(-rates[rates > 0], -HISTOGRAM_EDGES[::-1])
+        return RateHistogram(
+            edges=HISTOGRAM_EDGES.tolist(),
+            utterances=counts[::-1].tolist(),
+            no_error=int((rates == 0).sum()),
+            above=int((rates > 1).sum()),
+            no_rate=int((has_reference & (self.tokens == 0)).sum()),
+        )
 
 
 def length_groups(seconds: float, reference_tokens: int) -> dict[str, str]:
-    """Return which of the built-in groups an utterance belongs to.
+    """Return the built-in groups of an utterance: how long its audio and its reference are.
 
     Args:
-        seconds: its length; NaN where it is not known.
-        reference_tokens: how many tokens its reference has.
+        seconds: length of the audio; NaN where it is not known.
+        reference_tokens: tokens of the reference.
     """
     groups = {}
-    if seconds == seconds:
+    if not math.isnan(seconds):
         groups[AUDIO_LENGTH] = LENGTHS[AUDIO_LENGTH][bisect.bisect_right(SECONDS, seconds)]
-    number = bisect.bisect_left(TOKENS, reference_tokens)
-    groups[REFERENCE_LENGTH] = LENGTHS[REFERENCE_LENGTH][number + 1 if reference_tokens else 0]
+    index = 1 + bisect.bisect_left(TOKENS, reference_tokens) if reference_tokens else 0
+    groups[REFERENCE_LENGTH] = LENGTHS[REFERENCE_LENGTH][index]
     return groups
 
 
-def comparison_summary(baseline: str, found: Comparison) -> dict[str, Any]:
-    """Return a comparison's part of `summary.json`."""
-    low, high = found.interval or (None, None)
-    return {
-        "baseline": baseline,
-        "difference": found.difference,
-        "low": low,
-        "high": high,
-        "p_value": found.p_value,
-        "better": found.better,
-        "worse": found.worse,
-        "equal": found.equal,
-    }
+def _group_rates(
+    column: str, tallies: Mapping[str, TalliesByUnit], resampling: Resampling
+) -> dict[str, GroupRates]:
+    """Return the rates of each group of a column: lengths in ascending order, others by name."""
+    order: Sequence[str] = LENGTHS.get(column) or sorted(tallies)
+    groups = {}
+    for group in order:
+        if group in tallies:
+            rates = tallies[group].rates(resampling)
+            groups[group] = GroupRates(
+                **asdict(rates.corpus), character=rates.character, word=rates.word
+            )
+    return groups
 
 
-def _order(column: str, values: Mapping[str, Scores]) -> list[str]:
-    """Return the values of a group in the order in which people look for them."""
-    if column in LENGTHS:
-        return [value for value in LENGTHS[column] if value in values]
-    return sorted(values)
+def _without_rarest(counter: Counter[tuple[str, ...]]) -> Counter[tuple[str, ...]]:
+    """Return the counter itself or, if it is too large for memory, its more frequent half."""
+    if len(counter) <= MOST_KEPT:
+        return counter
+    return Counter(dict(counter.most_common(MOST_KEPT // 2)))
 
 
-def _group(scores: Scores, resampling: Resampling) -> dict[str, Any]:
-    rates = scores.rates(resampling)
-    return {**rates.pop("corpus"), **rates}
+def _most_frequent(counter: Counter[tuple[str, ...]]) -> list[list[str | int]]:
+    """Return the most frequent items as [token, ..., times]."""
+    ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+    return [[*tokens, times] for tokens, times in ordered[:MOST_CONFUSIONS]]

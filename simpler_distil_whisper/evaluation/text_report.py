@@ -1,11 +1,19 @@
-"""The result of an evaluation as a table for people, and in sentences.
+"""The result of an evaluation as a table and sentences for a terminal.
 
-Owns how `summary.json` reads in a terminal; its numbers are `tallies.py`'s. Called by `eval.py`.
+Owns the layout of `report.txt`. Its numbers are those of `summary.json`; it computes none.
 """
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+from simpler_distil_whisper.evaluation.summary import (
+    ComparisonSummary,
+    GroupRates,
+    Rates,
+    RatesByUnit,
+    Summary,
+    SystemSummary,
+)
 
 HEADER = ["system", "group", "utterances", "CER", "WER", "rate", "low", "high", "S", "D", "I"]
 TEXT_COLUMNS = 2
@@ -14,23 +22,23 @@ UNIT_NAMES = {
     "word": "words",
     "mixed": "Han characters and words of other scripts",
 }
-FEW_BLOCKS = 10  # with which intervals hold the truth less often than they say
-MOST_VALUES = 20  # of a column in the table; all are in summary.json
+FEW_BLOCKS = 10  # with fewer, intervals hold the truth less often than their confidence
+MOST_TABLE_GROUPS = 20  # of a column; all are in summary.json
 
 
-def text_table(summary: dict[str, Any], columns: Sequence[str]) -> str:
-    """Return the summary as an aligned table, with what else is worth knowing below it.
+def text_table(summary: Summary, columns: Sequence[str]) -> str:
+    """Return the summary as an aligned table, with notes below it.
 
     Args:
-        summary: summary.json.
-        columns: the groups to show; others, such as lengths, are for the page.
+        summary: the results.
+        columns: the columns whose groups are shown; others, such as lengths, are for the page.
     """
     rows = [HEADER]
     notes: list[str] = []
-    for name, system in summary["systems"].items():
+    for name, system in summary.systems.items():
         rows += _system_rows(name, system, columns)
         notes += _notes(name, system, columns)
-    notes += [_comparison_line(name, one) for name, one in summary["comparisons"].items()]
+    notes += [_comparison_note(name, other) for name, other in summary.comparisons.items()]
     notes += _block_notes(summary)
     widths = [max(_width(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = [_aligned(row, widths) for row in rows]
@@ -42,78 +50,87 @@ def text_table(summary: dict[str, Any], columns: Sequence[str]) -> str:
     return "\n".join([*lines, "", legend, *notes]) + "\n"
 
 
-def _notes(name: str, system: dict[str, Any], columns: Sequence[str]) -> Iterator[str]:
-    units = " and ".join(f"{n} in {UNIT_NAMES[unit]}" for unit, n in system["units"].items())
+def _notes(name: str, system: SystemSummary, columns: Sequence[str]) -> Iterator[str]:
+    units = " and ".join(f"{n} in {UNIT_NAMES[unit]}" for unit, n in system.units.items())
     if units:
         yield f"{name}: utterances counted: {units}."
     for column in columns:
-        if (more := len(system["groups"].get(column, {})) - MOST_VALUES) > 0:
+        more = len(system.groups.get(column, {})) - MOST_TABLE_GROUPS
+        if more > 0:
             yield f"{name}: {more} more values of {column} are in summary.json."
-    invented = system["hallucination"]
-    if invented["without_reference"]:
-        yield f"{name}: {invented['without_reference']} utterances have no reference."
-    if invented["any"]["utterances"]:
-        signs = {sign: one["utterances"] for sign, one in invented["signs"].items()}
-        shown = ", ".join(f"{sign.replace('_', ' ')} {n}" for sign, n in signs.items() if n)
-        yield f"{name}: {invented['any']['utterances']} utterances look invented: {shown}."
-    if switch := system["code_switch"]:
-        rates = [_ratio(switch[script]["rate"]) for script in ("han", "latin")]
-        yield (
-            f"{name}: in {switch['utterances']} utterances that switch scripts, CER of the Han "
-            f"characters {rates[0]}, WER of the Latin words {rates[1]}."
+    invented = system.hallucination
+    if invented.without_reference:
+        yield f"{name}: {invented.without_reference} utterances have no reference."
+    if invented.any.utterances:
+        signs = ", ".join(
+            f"{sign.replace('_', ' ')} {count.utterances}"
+            for sign, count in invented.signs.items()
+            if count.utterances
         )
-    for why, count in system["rejected"].items():
-        yield f"{name}: {count} rows rejected: {why}."
+        yield f"{name}: {invented.any.utterances} utterances look invented: {signs}."
+    if switch := system.code_switch:
+        yield (
+            f"{name}: in {switch.utterances} utterances that switch scripts, CER of the Han "
+            f"characters {_rate(switch.han.rate)}, WER of the Latin words "
+            f"{_rate(switch.latin.rate)}."
+        )
+    for reason, rows in system.rejected.items():
+        yield f"{name}: {rows} rows rejected: {reason}."
 
 
-def _block_notes(summary: dict[str, Any]) -> Iterator[str]:
-    if summary["blocks"] is None:
+def _block_notes(summary: Summary) -> Iterator[str]:
+    if summary.blocks is None:
         return
     yield (
-        f"Intervals are drawn over {summary['blocks']} blocks of utterances with the same "
-        f"{summary['bootstrap_block_column']}."
+        f"Intervals are drawn over {summary.blocks} blocks of utterances with the same "
+        f"{summary.bootstrap_block_column}."
     )
-    if summary["blocks"] < FEW_BLOCKS:
+    if summary.blocks < FEW_BLOCKS:
         yield f"With fewer than {FEW_BLOCKS} blocks they are somewhat too narrow."
 
 
-def _comparison_line(name: str, one: dict[str, Any]) -> str:
-    if one["difference"] is None:
-        return f"{name} and {one['baseline']}: no reference has a token to compare."
-    interval = f" ({one['low']:+.4f} to {one['high']:+.4f})" if one["low"] is not None else ""
+def _comparison_note(name: str, comparison: ComparisonSummary) -> str:
+    if comparison.difference is None:
+        return f"{name} and {comparison.baseline}: no reference has a token to compare."
+    interval = ""
+    if comparison.low is not None:
+        interval = f" ({comparison.low:+.4f} to {comparison.high:+.4f})"
     return (
-        f"{name} minus {one['baseline']}: {one['difference']:+.4f}{interval}, "
-        f"p = {one['p_value']:.2g}; better in {one['better']:.1%} of the utterances, worse in "
-        f"{one['worse']:.1%}."
+        f"{name} minus {comparison.baseline}: {comparison.difference:+.4f}{interval}, "
+        f"p = {comparison.p_value:.2g}; better in {comparison.better:.1%} of the utterances, "
+        f"worse in {comparison.worse:.1%}."
     )
 
 
-def _ratio(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.4f}"
-
-
-def _system_rows(name: str, summary: dict[str, Any], columns: Sequence[str]) -> Iterator[list[str]]:
-    yield _row(name, "all", summary["corpus"], summary)
-    yield _row(name, "all, raw text", summary["raw"]["corpus"], summary["raw"])
+def _system_rows(name: str, system: SystemSummary, columns: Sequence[str]) -> Iterator[list[str]]:
+    yield _row(name, "all", system.corpus, system)
+    yield _row(name, "all, raw text", system.raw.corpus, system.raw)
     for column in columns:
-        values = summary["groups"].get(column, {})
-        largest = sorted(values, key=lambda value: -values[value]["utterances"])[:MOST_VALUES]
-        for value, group in values.items():
-            if value in largest:
-                yield _row(name, f"{column} {value}", group, group)
+        groups = system.groups.get(column, {})
+        largest = sorted(groups, key=lambda name: -groups[name].utterances)[:MOST_TABLE_GROUPS]
+        for group, rates in groups.items():
+            if group in largest:
+                yield _row(name, f"{column} {group}", rates, rates)
 
 
-def _row(system: str, group: str, chosen: dict[str, Any], usual: dict[str, Any]) -> list[str]:
-    rates = [usual["character"]["rate"], usual["word"]["rate"]]
-    rates += [chosen["rate"], chosen["low"], chosen["high"]]
-    edits = [chosen["substitutions"], chosen["deletions"], chosen["insertions"]]
+def _row(system: str, group: str, chosen: Rates, by_unit: RatesByUnit | GroupRates) -> list[str]:
     return [
         " ".join(system.split()),
         " ".join(group.split()),
-        str(chosen["utterances"]),
-        *map(_ratio, rates),
-        *map(str, edits),
+        str(chosen.utterances),
+        _rate(by_unit.character.rate),
+        _rate(by_unit.word.rate),
+        _rate(chosen.rate),
+        _rate(chosen.low),
+        _rate(chosen.high),
+        str(chosen.substitutions),
+        str(chosen.deletions),
+        str(chosen.insertions),
     ]
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.4f}"
 
 
 def _aligned(row: list[str], widths: list[int]) -> str:

@@ -6,15 +6,25 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-from test_report_page import NASTY, Row, comparison, listed, rates, summary_of, system, utterance
+from test_html_report import (
+    HYPOTHESIS,
+    NASTY,
+    comparison,
+    group,
+    page_of,
+    summary_of,
+    system,
+    utterance,
+)
 
-from simpler_distil_whisper.evaluation.html_report import report_page
+from simpler_distil_whisper.evaluation.examples import ShownUtterance
 
 api = pytest.importorskip("playwright.sync_api")
 
@@ -31,9 +41,9 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-# Resolves when some of the audio has been heard.
-PLAY = """audio => new Promise((heard, failed) => {
-  audio.addEventListener("timeupdate", () => audio.currentTime > 0.05 && heard());
+# Resolves when some of the audio has been played.
+PLAY = """audio => new Promise((played, failed) => {
+  audio.addEventListener("timeupdate", () => audio.currentTime > 0.05 && played());
   audio.muted = true;
   audio.play().catch(failed);
 })"""
@@ -65,41 +75,42 @@ def tone() -> str:
     return f"data:audio/mpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def rows() -> list[Row]:
+def utterances() -> list[ShownUtterance]:
     """Return six utterances of two systems; number n has n errors in the second."""
-    made = []
+    shown = []
     for number in range(6):
-        one = utterance(f"clip-{number}", 2, reference=f"text {number}", seconds=10.0 - number)
-        first, second = one["systems"]
+        first = replace(HYPOTHESIS, errors=1, rate=0.1)
+        if number == 3:
+            alignment = [["substitute", NASTY, NASTY]]
+            first = replace(first, hypothesis=NASTY, alignment=alignment)
         signs = ["repetition"] if number == 4 else []
-        one["systems"] = [
-            {**first, "errors": 1, "rate": 0.1},
-            {**second, "errors": number, "rate": number / 10, "signs": signs},
-        ]
-        one["groups"] = {"language": "zh" if number % 2 else "en", "region": LONG}
-        made.append(one)
-    made[3]["reference"] = NASTY
-    made[3]["systems"][0]["hypothesis"] = NASTY
-    made[3]["systems"][0]["alignment"] = [["substitute", NASTY, NASTY]]
-    made[5]["audio"] = tone()
-    made[2]["seconds"] = None
-    return made
+        second = replace(HYPOTHESIS, errors=number, rate=number / 10, signs=signs)
+        shown.append(
+            utterance(
+                f"clip-{number}",
+                reference=NASTY if number == 3 else f"text {number}",
+                seconds=None if number == 2 else 10.0 - number,
+                audio=tone() if number == 5 else None,
+                groups={"language": "zh" if number % 2 else "en", "region": LONG},
+                systems=[first, second],
+            )
+        )
+    return shown
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    groups = {"language": {"en": rates(0.1), "zh": rates(0.2)}, "region": {LONG: rates(0.1)}}
-    groups["region"]["x" * 99] = rates(1.0, width=1)
+    groups = {
+        "language": {"en": group(0.1), "zh": group(0.2)},
+        "region": {LONG: group(0.1), "x" * 99: group(1.0, width=1)},
+    }
     systems = {
         "base": system(0.1, groups),
         "一個名字很長很長很長的系統 with a long name": system(2.0, groups),
     }
     second = list(systems)[1]
-    page = report_page(
-        summary_of(systems, {second: comparison(0.1, 0.05, 0.2, 0.01)}),
-        rows(),
-        listed(worst={second: [5, 3]}, different={second: [5]}, utterances_in_all=6, shown=6),
-    )
+    summary = summary_of(systems, {second: comparison(0.1, 0.05, 0.2, 0.01)})
+    page = page_of(summary, utterances(), worst={second: [5, 3]}, different={second: [5]})
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -174,7 +185,7 @@ def test_the_keyboard_is_enough(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"color_scheme": "dark"}, {"color_scheme": "light"}])
-def test_dark_and_light(browser: Any, path: Path, settings: Row) -> None:
+def test_dark_and_light(browser: Any, path: Path, settings: dict[str, str]) -> None:
     page = Opened(browser, path, **settings).page
     ink, paper = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
@@ -186,7 +197,7 @@ def test_dark_and_light(browser: Any, path: Path, settings: Row) -> None:
 def test_a_phone_does_not_scroll_sideways(browser: Any, path: Path) -> None:
     page = Opened(browser, path, viewport={"width": 360, "height": 700}).page
     page.locator("button.open").first.click()
-    page.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true; })")
+    page.eval_on_selector_all("details", "all => all.forEach(box => { box.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
@@ -213,23 +224,19 @@ def test_without_script_all_but_the_table_is_there(browser: Any, path: Path) -> 
 @pytest.mark.slow
 def test_10_000_utterances_of_three_systems_stay_quick(browser: Any, tmp_path: Path) -> None:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs"]
+    text = " ".join(words)
     many = []
     for number in range(10_000):
-        one = utterance(f"clip-{number}", 3, reference=" ".join(words))
-        one["systems"] = [
-            {
-                **heard,
-                "hypothesis": " ".join(words),
-                "alignment": [["equal", " ".join(words), " ".join(words)]],
-                "errors": number % 7,
-                "rate": number % 7 / 10,
-            }
-            for heard in one["systems"]
-        ]
-        many.append(one)
+        hypothesis = replace(
+            HYPOTHESIS,
+            hypothesis=text,
+            alignment=[["equal", text, text]],
+            errors=number % 7,
+            rate=number % 7 / 10,
+        )
+        many.append(utterance(f"clip-{number}", reference=text, systems=[hypothesis] * 3))
     path = tmp_path / "report.html"
-    summary = summary_of({name: system() for name in "abc"})
-    path.write_text(report_page(summary, many, listed(utterances_in_all=10_000)))
+    path.write_text(page_of(summary_of({name: system() for name in "abc"}), many))
     start = time.perf_counter()
     opened = Opened(browser, path)
     opened.page.wait_for_selector("#browser:not([hidden])")
