@@ -1,6 +1,7 @@
 """Distillation runs of tiny models in the tests' own process."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import load_whisper, save_whisper
 from simpler_distil_whisper.run import Run
-from simpler_distil_whisper.training.dataset import Example
-from simpler_distil_whisper.training.options import DistillationConfig
+from simpler_distil_whisper.training.dataset import TrainingSteps
 from simpler_distil_whisper.training.trainer import Trainer
 
 LANGUAGES = ["en", "zh", "ja"]
@@ -84,23 +84,35 @@ def write_config(output: Path, setting: Setting, **changes: Any) -> Path:
     return path
 
 
-def assemble(path: Path) -> tuple[Trainer, list[Example]]:
+class Assembled(NamedTuple):
+    """What run_distillation.py has before its first step, and its training loop."""
+
+    trainer: Trainer
+    train: Callable[[], None]
+    steps: TrainingSteps
+    prepared: run_distillation.Prepared
+
+
+def assemble(path: Path) -> Assembled:
     """Do what run_distillation.py does before the first step."""
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = load_config(path, DistillationConfig)
+    config = load_config(path, run_distillation.Config)
+    run = Run("run_distillation", path, config)
     prepared = run_distillation.prepare(config)
-    trainer = run_distillation.assemble(config, prepared, Run("run_distillation", path, config))
-    if prepared.dev:
-        trainer.validate_on(prepared.dev)
-    return trainer, prepared.selection.examples
+    trainer, steps = run_distillation.assemble(config, prepared, run)
+
+    def train() -> None:
+        run_distillation.train(config, trainer, steps)
+
+    return Assembled(trainer, train, steps, prepared)
 
 
 def distil(path: Path) -> Path:
     """Do all that run_distillation.py does; return the output folder."""
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = load_config(path, DistillationConfig)
+    config = load_config(path, run_distillation.Config)
     run = Run("run_distillation", path, config)
     with run.stop_signals():
         run_distillation.work(config, run_distillation.prepare(config), run)

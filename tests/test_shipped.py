@@ -17,22 +17,22 @@ from tiny import read_rows
 from simpler_distil_whisper.config import StrictModel, key_paths, load_config
 from simpler_distil_whisper.data.manifest import Columns, read_manifest
 
-CONFIG_CLASSES = {
-    "run_pseudo_labelling": "Config",
-    "create_student_model": "Config",
-    "run_distillation": "DistillationConfig",
-    "offline_inference": "Config",
-    "eval": "Config",
-    "export": "Config",
-}
+SCRIPTS = (
+    "run_pseudo_labelling",
+    "create_student_model",
+    "run_distillation",
+    "offline_inference",
+    "eval",
+    "export",
+)
 MODULES = {"export": "simpler_distil_whisper.export.__main__"}
 DEMO = REPOSITORY / "demo_data"
 
 
 def config_class(script: str) -> type[StrictModel]:
     module = importlib.import_module(MODULES.get(script, script))
-    found: type[StrictModel] = getattr(module, CONFIG_CLASSES[script])
-    return found
+    config: type[StrictModel] = module.Config
+    return config
 
 
 def paths_in(tree: Any, prefix: str = "") -> set[str]:
@@ -47,7 +47,7 @@ def paths_in(tree: Any, prefix: str = "") -> set[str]:
     return paths
 
 
-@pytest.mark.parametrize("script", CONFIG_CLASSES)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_shipped_config_is_valid_and_holds_every_key(script: str) -> None:
     path = REPOSITORY / f"{script}.json"
     load_config(path, config_class(script))
@@ -56,7 +56,7 @@ def test_a_shipped_config_is_valid_and_holds_every_key(script: str) -> None:
     }
 
 
-@pytest.mark.parametrize("script", CONFIG_CLASSES)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_key_is_explained(script: str) -> None:
     fields = dict(key_paths(config_class(script)))
     sections = {key.rpartition(".")[0] for key in fields}

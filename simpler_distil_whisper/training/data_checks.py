@@ -1,8 +1,7 @@
 """What can be wrong with the rows of a run although each of them is usable.
 
-Owns the checks that need no model, only its tokenizer: too little audio, labels that their tokens
-do not give back, a dev set that the teacher has written or that is trained on. Called by
-`preflight.py`.
+Owns the checks that need no model, only its tokenizer: too little audio, labels that do not survive
+the tokenizer, dev rows that hold pseudo-labels or are trained on.
 """
 
 import math
@@ -17,9 +16,10 @@ from simpler_distil_whisper.model.teacher_cache import audio_digest
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.training.augment import View
-from simpler_distil_whisper.training.dataset import Example, Selection, Targets
+from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
 from simpler_distil_whisper.training.plan import Visit
+from simpler_distil_whisper.training.tokens import Example, VisitTokens
 
 FEW_HOURS = 25
 # Published sizes of filtered data against error rates, for the deepest cut; from the statistics
@@ -41,7 +41,7 @@ def check_data(
     """Warn of what looks wrong; return what was counted, by name.
 
     Raises:
-        DataError: too many labels are not what their tokens say.
+        DataError: too many labels do not survive the tokenizer.
     """
     counted: dict[str, int | float] = {
         "hours": check_hours(selection),
@@ -61,73 +61,77 @@ def check_hours(selection: Selection) -> float:
             "only %.2f h of audio are trained on. What is published for large teachers: %s. A "
             "smaller teacher, or a student that keeps more layers, needs less: judge by the error "
             "rate on dev",
-            *(hours, EVIDENCE_OF_HOURS),
+            hours,
+            EVIDENCE_OF_HOURS,
         )
     return hours
 
 
 def check_labels(examples: Sequence[Example], data: TrainingData, student: Whisper) -> int:
-    """Return for how many of some rows the tokens to be learnt do not give back the text.
+    """Return how many of up to 200 labels, decoded from their tokens, are another text.
 
     Raises:
         DataError: more than `data.max_bad_fraction` of them.
     """
-    drawn = ("timestamp_probability", "previous_text_probability")
-    never = {name: 0.0 for name in drawn}
-    always = {name: 1.0 for name in drawn if getattr(data, name)}
+    options = ("timestamp_probability", "previous_text_probability")
+    never = {name: 0.0 for name in options}
+    always = {name: 1.0 if getattr(data, name) else 0.0 for name in options}
     positions = student.model.config.max_target_positions
-    kinds = [
-        Targets(examples, data.model_copy(update=never | fixed), student.tokens, positions, seed=0)
-        for fixed in ({}, always)
-    ]
-    some = range(0, len(examples), math.ceil(len(examples) / LABELS_READ_BACK))
-    found = [[_misreading(targets, number, student) for targets in kinds] for number in some]
-    problems = [plain or full for plain, full in found if plain or full]
+    plain, full = (
+        VisitTokens(examples, data.model_copy(update=fixed), student.tokens, positions, seed=0)
+        for fixed in (never, always)
+    )
+    checked = range(0, len(examples), math.ceil(len(examples) / LABELS_READ_BACK))
+    problems = []
+    for number in checked:
+        problem = _misreading(plain, number, student) or _misreading(full, number, student)
+        if problem:
+            problems.append(problem)
     if not problems:
-        log.info("the tokens of %d labels, those looked at, give back their text", len(some))
+        log.info("%d labels, those looked at, survive the tokenizer", len(checked))
         return 0
     message = (
-        f"the tokens of {len(problems)} of {len(some)} rows do not give back their text, so that "
-        f"something else would be learnt: the tokenizer in {student.processor_folder} "
-        f"(student.processor) changes it or lacks what stands in it. The first:"
+        f"the labels of {len(problems)} of {len(checked)} rows do not survive the tokenizer, so "
+        f"that another text would be learnt: the one in {student.processor_folder} "
+        "(student.processor) "
+        "changes them or lacks some of their characters. The first:"
         + "".join(f"\n  {problem}" for problem in problems[:3])
     )
-    if len(problems) > data.max_bad_fraction * len(some):
+    if len(problems) > data.max_bad_fraction * len(checked):
         raise DataError(message)
     log.warning("%s", message)
     return len(problems)
 
 
-def _misreading(targets: Targets, number: int, student: Whisper) -> str | None:
-    """Return what an example's tokens say instead of what the row says; None: they say the same."""
-    utterance, tokens = targets.examples[number].utterance, student.tokens
-    target = targets.target(Visit(number, position=0, use=0), View())
-    given = target.tokens[: target.prompt_length]
-    learnt = target.tokens[target.prompt_length : -1]  # without the end token
-    words = [id for id in learnt if id not in tokens.timestamps]
-    label, said = utterance.text or "", _text_of(words, student)
-    if len(words) < len(learnt):  # between sentences with times there may be a space or none
-        label, said = "".join(label.split()), "".join(said.split())
-    if said != label:
-        return f'{utterance.place}: "{label}" comes back as "{said}"'
-    if given[0] == tokens.previous:
-        past = utterance.row[targets.data.columns.previous_text]
-        said = _text_of(given[1 : given.index(tokens.start)], student)
+def _misreading(visit_tokens: VisitTokens, number: int, student: Whisper) -> str | None:
+    """Return how an example's text differs when decoded from its tokens; None: it does not."""
+    utterance, special = visit_tokens.examples[number].utterance, student.tokens
+    tokens, prompt_length = visit_tokens.of(Visit(number, position=0, use=0), View())
+    given, learnt = tokens[:prompt_length], tokens[prompt_length:-1]  # without the end token
+    text_tokens = [id for id in learnt if id not in special.timestamps]
+    label, decoded = utterance.text or "", _decode(text_tokens, student)
+    if len(text_tokens) < len(learnt):  # between segments with times there may be a space or none
+        label, decoded = "".join(label.split()), "".join(decoded.split())
+    if decoded != label:
+        return f'{utterance.place}: "{label}" comes back as "{decoded}"'
+    if given[0] == special.previous:
+        previous = utterance.row[visit_tokens.data.columns.previous_text]
+        decoded = _decode(given[1 : given.index(special.start)], student)
         # It may begin within a character of several tokens.
-        if not past.endswith(said.lstrip("\N{REPLACEMENT CHARACTER}")):
-            return f'{utterance.place}: previous text "{past}" comes back as "{said}"'
+        if not previous.endswith(decoded.lstrip("\N{REPLACEMENT CHARACTER}")):
+            return f'{utterance.place}: previous text "{previous}" comes back as "{decoded}"'
     return None
 
 
-def _text_of(ids: Sequence[int], student: Whisper) -> str:
+def _decode(ids: Sequence[int], student: Whisper) -> str:
     return str(student.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def check_references(dev: Manifest, columns: TrainingColumns) -> int:
-    """Return how many dev rows would be scored against what a teacher has written; warn of them.
+    """Return how many dev rows would be scored against pseudo-labels; warn of them.
 
-    A labelled row keeps what a person said beside the label, or null: where that column is not
-    found, the label itself would be taken for it.
+    A labelled row keeps its reference, or null, beside the label. Where that column is missing, the
+    label itself would be taken for the reference.
     """
     places = [
         utterance.place
@@ -137,10 +141,13 @@ def check_references(dev: Manifest, columns: TrainingColumns) -> int:
     ]
     if places:
         log.warning(
-            'data.dev_manifest: %d of %d rows hold what labelling writes, but no "%s": the student '
-            'would be scored against the teacher\'s own "%s". Name in data.columns.reference what '
-            "a person said, or take the rows from before labelling. The first: %s",
-            *(len(places), len(dev.utterances), columns.reference, columns.text),
+            'data.dev_manifest: %d of %d rows are pseudo-labelled, but have no "%s": the student '
+            'would be scored against the teacher\'s own "%s". Name the column of references in '
+            "data.columns.reference, or take the rows from before labelling. The first: %s",
+            len(places),
+            len(dev.utterances),
+            columns.reference,
+            columns.text,
             ", ".join(places[:3]),
         )
     return len(places)
@@ -151,19 +158,19 @@ def _is_labelled(row: Row) -> bool:
 
 
 class Shared(NamedTuple):
-    """A training row and a dev row in which the same is heard."""
+    """A training row and a dev row that share audio."""
 
     train: str
     dev: str
 
 
 def check_shared_audio(examples: Sequence[Example], dev: Manifest) -> int:
-    """Return how many training rows are heard in dev too; warn of them."""
+    """Return how many training rows share audio with dev; warn of them."""
     shared = list(shared_audio([example.utterance for example in examples], dev.utterances))
     if shared:
         log.warning(
-            "%d training rows are heard in data.dev_manifest too, so that its error rate says "
-            "little of what is new to the student; take them out of either. The first:%s",
+            "%d training rows share audio with data.dev_manifest, so that its error rate tells "
+            "little about audio that is new to the student; take them out of either. The first:%s",
             len(shared),
             "".join(f"\n  {train} and {dev}" for train, dev in shared[:3]),
         )
@@ -209,7 +216,8 @@ def _copies(files: Iterable[str], originals: Iterable[str]) -> dict[str, str]:
         if to_read < 0:
             log.info(
                 "%d of %d files as large as a dev file were compared with it; the others are many",
-                *(number, len(candidates)),
+                number,
+                len(candidates),
             )
             break
         digest = _digest(file)
@@ -220,7 +228,7 @@ def _copies(files: Iterable[str], originals: Iterable[str]) -> dict[str, str]:
 
 
 def _size(file: str) -> int:
-    """Return a file's size in bytes; 0 if it is gone, which is said where its audio is wanted."""
+    """Return a file's size in bytes; 0 if it is gone, which loading its audio reports."""
     try:
         return Path(file).stat().st_size
     except OSError:

@@ -1,8 +1,8 @@
 """Which learning rate suits a student: short runs from the same weights over the same batches.
 
-Not one run with a rising rate (Smith 2017, arXiv 1506.01186), whose late losses owe as much to the
-steps before as to the rate: a handful of short runs takes as long, and what is compared is what is
-wanted, how far so many steps come. Called by `preflight.py`.
+Not one run with a rising rate (Smith 2017, arXiv 1506.01186), whose late losses depend as much on
+the steps before as on the rate: a handful of short runs takes as long, and compares what matters,
+how low the loss comes in so many steps.
 """
 
 import io
@@ -17,7 +17,7 @@ import torch
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.run import log
-from simpler_distil_whisper.training.dataset import Example, TrainingBatch
+from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.trainer import Trainer
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -48,35 +48,30 @@ class ShortRun(NamedTuple):
 
 
 class ShortRuns:
-    """Runs of a few steps, each of which begins with the weights that the student has now."""
+    """Runs of a few steps, each of which starts from the weights that the student has now."""
 
     def __init__(self, trainer: Trainer) -> None:
-        """Keep a copy of what is trained, where it costs the device nothing."""
+        """Copy the trained weights to the CPU, where they take no memory of the device."""
         self.trainer = trainer
-        self.config = trainer.config
-        self.trained = [p for p in trainer.student.model.parameters() if p.requires_grad]
+        student = trainer.models.student.model
+        self.trained = [p for p in student.parameters() if p.requires_grad]
         self.weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained]
 
     def restore(self) -> None:
-        """Give the student its weights back; the optimizer forgets what it has seen."""
+        """Give the student its weights back, and clear the optimizer's moments."""
         with torch.no_grad():
             for parameter, weight in zip(self.trained, self.weights, strict=True):
                 parameter.copy_(weight)
         self.trainer.optimizer.optimizer.state.clear()
-        self.trainer.config = self.config
         self.trainer.state.step = 0
 
     def run(self, groups: Iterable[Sequence[TrainingBatch]], rate: float) -> ShortRun:
         """Take a step with each group of micro-batches, at a constant rate after a warm-up."""
         self.restore()
-        optimizer = self.config.optimizer.model_copy(update={"learning_rate": rate})
-        changes = {"kind": "constant", "warmup_steps": WARMUP_STEPS}
-        schedule = self.config.schedule.model_copy(update=changes)
-        changed = self.config.model_copy(update={"optimizer": optimizer, "schedule": schedule})
         losses = []
         for step, group in enumerate(groups):
-            self.trainer.config, self.trainer.state.step = changed, step
-            self.trainer.train_step(group)
+            warmup = min(1.0, (step + 1) / (WARMUP_STEPS + 1))
+            self.trainer.train_step(group, warmup * rate)
             loss = self.trainer.means.end()["train/loss"]
             losses.append(math.nan if loss is None else loss)
         self.restore()
@@ -84,72 +79,79 @@ class ShortRuns:
 
 
 def range_test(
-    runs: ShortRuns, examples: Sequence[Example], seconds_per_step: float, picture: Path
+    runs: ShortRuns,
+    steps: TrainingSteps,
+    configured: float,
+    seconds_per_step: float,
+    picture: Path,
 ) -> float | None:
-    """Compare learning rates, say which suits, and how far from it the configured one is.
+    """Compare learning rates; log which suits, and how far from it the configured one is.
 
     Args:
         runs: from the student's weights.
-        examples: what is trained on.
-        seconds_per_step: by which it is decided how many steps each rate gets.
+        steps: what is trained on.
+        configured: the learning rate of the config, which is tried too.
+        seconds_per_step: decides how many steps each rate gets.
         picture: a PNG of the losses; a JSON file of the same name is written beside it.
 
     Returns:
         the suggestion; None if there is none.
     """
-    configured = runs.config.optimizer.learning_rate
     rates = sorted({*RATES, configured})
-    wanted = int(SECONDS / (seconds_per_step * len(rates)))
-    steps = max(STEPS.start, min(wanted, STEPS.stop - 1))
-    log.info(
-        "learning rates: %d runs of %d steps, about %.0f s",
-        *(len(rates), steps, len(rates) * steps * seconds_per_step),
-    )
+    affordable = int(SECONDS / (seconds_per_step * len(rates)))
+    count = max(STEPS.start, min(affordable, STEPS.stop - 1))
+    seconds = len(rates) * count * seconds_per_step
+    log.info("learning rates: %d runs of %d steps, about %.0f s", len(rates), count, seconds)
     tried: list[ShortRun] = []
     for rate in rates:
-        groups = runs.trainer.micro_batches_of_each_step(examples)
-        tried.append(runs.run(itertools.islice(groups, steps), rate))
+        tried.append(runs.run(itertools.islice(steps.since(0), count), rate))
         log.info("  %-8g loss %.4f", rate, tried[-1].reached)
         if not tried[-1].reached <= tried[0].reached:
             break  # higher ones would do more harm
     suggestion = suggested(tried)
-    _say(suggestion, tried, configured)
+    _log(suggestion, tried, configured)
     _write(picture, tried, suggestion, configured)
     return suggestion
 
 
 def suggested(tried: Sequence[ShortRun]) -> float | None:
-    """Return the rate that came lowest; None if it is the lowest one, with which little is learnt.
+    """Return the rate with the lowest loss; None if that is the lowest rate, which learns little.
 
-    That one, not the first loss, is what the others are measured by: some batches are harder.
+    The others are compared with the lowest rate, not with the first loss: some batches are harder.
     """
     best = min(tried, key=lambda run: run.reached)
     return None if best.rate == tried[0].rate else best.rate
 
 
-def _say(suggestion: float | None, tried: Sequence[ShortRun], configured: float) -> None:
+def _log(suggestion: float | None, tried: Sequence[ShortRun], configured: float) -> None:
     steps, reached = len(tried[0].losses), {run.rate: run.reached for run in tried}
     if suggestion is None:
         log.warning(
             "no learning rate above %g came lower in %d steps: look at labels, audio and student "
             "before anything else",
-            *(tried[0].rate, steps),
+            tried[0].rate,
+            steps,
         )
         return
     lowest = reached[suggestion]
     as_good = [f"{rate:g}" for rate in reached if lowest < reached[rate] < CLOSE * lowest]
     log.info(
         "suggested optimizer.learning_rate: %g, whose loss was the lowest after %d steps%s",
-        *(suggestion, steps, f"; hardly worse: {', '.join(as_good)}" if as_good else ""),
+        suggestion,
+        steps,
+        f"; hardly worse: {', '.join(as_good)}" if as_good else "",
     )
     if suggestion / FAR_OFF <= configured <= suggestion * FAR_OFF:
         return
-    there = "the loss would rise: it did so at lower ones"
+    result = "the loss would rise: it did so at lower ones"
     if configured in reached:
-        there = f"the loss came to {reached[configured]:.4f}"
+        result = f"the loss came to {reached[configured]:.4f}"
     log.warning(
         "optimizer.learning_rate is %g, where %s; at %g it came to %.4f",
-        *(configured, there, suggestion, reached[suggestion]),
+        configured,
+        result,
+        suggestion,
+        reached[suggestion],
     )
 
 

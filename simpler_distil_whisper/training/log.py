@@ -1,13 +1,13 @@
-"""What a training run says of itself: means over the last steps, `metrics.jsonl`, the curves.
+"""The records of a training run: means over the last steps, metrics.jsonl, its curves, lost rows.
 
-Called by `trainer.py`.
+Owns what is written there; the numbers come from the trainer.
 """
 
 import io
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ from accelerate import Accelerator
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.manifest import Rejection
+from simpler_distil_whisper.data.results import places_in, rejection_line
+from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms
 
@@ -44,16 +47,27 @@ COLOURS = ("#1f6fb2", "#b3420a")  # of the pages' style.css; for the colour-blin
 DASHES = ("solid", "dashed")
 INK, SOFT, LINE = "#1b1f24", "#59636e", "#d5dae0"
 STYLE: dict[Any, Any] = {
-    **{"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 12},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE},
-    **{"axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True},
-    **{"text.color": INK, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT},
-    **{"legend.frameon": False, "lines.linewidth": 1.8},
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LINE,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
 }
 
 
 class RunningMeans:
-    """What was learnt since the last line of the log, in all processes together."""
+    """Means of the loss terms since the last line of the log, over all processes together."""
 
     def __init__(
         self, accelerator: Accelerator, taught: bool, carried: Sequence[float] | None = None
@@ -62,8 +76,8 @@ class RunningMeans:
 
         Args:
             accelerator: of this process and the others.
-            taught: the loss has a part of the teacher's.
-            carried: what `sums` said in the checkpoint from which the run goes on.
+            taught: the loss depends on the teacher.
+            carried: what `sums` returned for the checkpoint from which the run continues.
         """
         self.accelerator = accelerator
         self.taught = taught
@@ -72,7 +86,7 @@ class RunningMeans:
             self._carried = torch.tensor(carried, dtype=torch.float64)
 
     def start_clock(self) -> None:
-        """Leave out of the speed what came before the first step."""
+        """Start measuring the speed, before the first step."""
         self._started = time.perf_counter()
 
     def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
@@ -81,7 +95,7 @@ class RunningMeans:
         self._seconds += batch.seconds
 
     def end_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
-        """Keep what belongs to a step as a whole; the log shows the last one's."""
+        """Keep the gradient norm and learning rate of a step; the log shows the last one's."""
         self._grad_norm, self._learning_rate = grad_norm, learning_rate
 
     def end(self) -> dict[str, float | None]:
@@ -104,7 +118,7 @@ class RunningMeans:
         return values
 
     def sums(self) -> list[float]:
-        """Return what a checkpoint in the midst of the interval keeps; call it in every process."""
+        """Return the sums since the last line, for a checkpoint; call it in every process."""
         sums: list[float] = (self._carried + self._new_sums()).tolist()
         return sums
 
@@ -127,11 +141,18 @@ class RunningMeans:
 class MetricsLog:
     """`metrics.jsonl`, one object per line, and the same numbers for TensorBoard if wanted.
 
-    A run that resumes from a step first takes back what was logged after it.
+    A run that continues after a step first removes the lines that were logged after it.
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool, enabled: bool) -> None:
-        """Open both for a run that goes on after `first_step`; `enabled`: in the main process."""
+        """Open both for a run that continues after `first_step`.
+
+        Args:
+            folder: of the run.
+            first_step: optimizer steps done so far.
+            tensorboard: write for TensorBoard too.
+            enabled: False in all processes but the main one, where nothing is written.
+        """
         self._path = folder / "metrics.jsonl"
         self._writer = None
         self._enabled = enabled
@@ -139,7 +160,7 @@ class MetricsLog:
             return
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # From step 0 a run begins anew, and scores the teacher anew.
+            # From step 0 a run starts again, and scores the teacher again.
             kept = [
                 line
                 for line in lines
@@ -168,9 +189,30 @@ class MetricsLog:
             self._writer.flush()
 
 
+class RejectionLog:
+    """Examples whose audio cannot be decoded although its header was good: each is written once."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the run's rejected.jsonl, which holds the rows that the filters dropped."""
+        self._path = path
+        self._known = places_in(path)
+
+    def add(self, rejections: Iterable[Rejection]) -> None:
+        """Append the rejections that no process has written yet."""
+        for rejection in rejections:
+            if rejection.place not in self._known:
+                self._known = places_in(self._path)  # the other processes add to it too
+            if rejection.place in self._known:
+                continue
+            self._known.add(rejection.place)
+            log.warning("not learnt from: %s: %s", rejection.place, rejection.reason)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(rejection_line(rejection))
+
+
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw what `metrics.jsonl` says over the steps, as PNG."""
-    import matplotlib as mpl  # it takes a second to import, and is not always needed
+    """Draw `metrics.jsonl` over the optimizer steps, as PNG."""
+    import matplotlib as mpl  # takes a second to import, and is not always needed
     from matplotlib.figure import Figure
 
     rows = [row for line in metrics.read_text(encoding="utf-8").splitlines() if (row := _row(line))]

@@ -1,8 +1,7 @@
 """What a distilled model is and where it comes from, for people (`README.md`) and for machines.
 
-Owns what goes into a model folder beside the model. Such folders are handed on, so it holds no
-path and nothing of the manifests but how much they are. Called by `run_distillation.py` and, when a
-folder is written, by `trainer.py`.
+Owns what goes into a model folder beside the model. Such folders are handed on, so the card holds
+no path, and of the manifests only how much they hold.
 """
 
 import json
@@ -11,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from simpler_distil_whisper import __version__
+from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.weights import parameter_count
 from simpler_distil_whisper.pages import render
 from simpler_distil_whisper.run import package_versions
 from simpler_distil_whisper.text.languages import code_or_none
-from simpler_distil_whisper.training.dataset import Selection
-from simpler_distil_whisper.training.options import DistillationConfig, RunLength
+from simpler_distil_whisper.training.filters import Selection
+from simpler_distil_whisper.training.plan import RunLength
 
 SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
 RECIPE = ("objective", "freeze", "optimizer", "schedule", "augmentation", "seed")
 FILTERS = (
-    *("max_error_rate", "min_duration_seconds", "max_duration_seconds", "max_label_tokens"),
-    *("task", "timestamp_probability", "previous_text_probability"),
+    "max_error_rate",
+    "min_duration_seconds",
+    "max_duration_seconds",
+    "max_label_tokens",
+    "task",
+    "timestamp_probability",
+    "previous_text_probability",
 )
 
 
@@ -50,7 +55,7 @@ class ModelCard:
 
 
 def facts_of(
-    config: DistillationConfig,
+    config: StrictModel,
     teacher: ModelFolder,
     student: ModelFolder,
     selection: Selection,
@@ -63,15 +68,16 @@ def facts_of(
         code_or_none(example.utterance.language or "") or "unknown"
         for example in selection.examples
     )
-    if config.data.language and "unknown" in languages:
-        languages[code_or_none(config.data.language) or "unknown"] += languages.pop("unknown")
-    left_out = {kind: found for kind, found in selection.report.items() if kind != "kept"}
+    default = settings["data"]["language"]
+    if default and "unknown" in languages:
+        languages[code_or_none(default) or "unknown"] += languages.pop("unknown")
+    left_out = {kind: count for kind, count in selection.report.items() if kind != "kept"}
     return {
         "teacher": {"name": teacher.path.resolve().name, **_size(teacher)},
         "student": {**_size(student), "layer_map": _layer_map(student.path)},
         "window_seconds": student.window_seconds,
         "data": {
-            "manifests": len(config.data.train_manifests),
+            "manifests": len(settings["data"]["train_manifests"]),
             **selection.report["kept"],
             "languages": dict(sorted(languages.items())),
             "left_out": left_out,

@@ -1,41 +1,30 @@
-"""The parts of the training loop: the two models together, optimizer, schedule, checkpoints.
+"""Teacher and student on the same micro-batch: from log-mels and tokens to the terms of the loss.
 
-The loop itself is in `trainer.py`, the only caller.
+Owns what each model is given, which of the student's parameters are trained, and the use of the
+caches. The formula of the loss is `losses.py`'s.
 """
-
-import contextlib
-import dataclasses
-import json
-import math
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
-from simpler_distil_whisper.atomic import write_atomically
-from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
+from simpler_distil_whisper.model.options import TeacherCacheOptions
+from simpler_distil_whisper.model.teacher_cache import open_training_caches
 from simpler_distil_whisper.model.whisper import Whisper
-from simpler_distil_whisper.run import DataError
-from simpler_distil_whisper.training.dataset import TrainingBatch
+from simpler_distil_whisper.run import log
+from simpler_distil_whisper.training.dataset import StateCaches, TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms, LossWeights, distillation_loss
-from simpler_distil_whisper.training.options import OptimizerOptions
+from simpler_distil_whisper.training.options import Freeze
 from simpler_distil_whisper.training.teacher import Teacher
 
 
 class TeacherAndStudent:
-    """Both models on the same input: from a micro-batch to its loss terms.
+    """Both models on the same input.
 
     Attributes:
         module: the student with its loss, as `accelerator` has prepared it; its parameters are what
             is trained.
-        cache: of the encoder states, where both models share a frozen encoder.
     """
 
     def __init__(
@@ -44,27 +33,29 @@ class TeacherAndStudent:
         teacher: Teacher,
         student: Whisper,
         weights: LossWeights,
-        cache: EncoderStateCache | None = None,
+        caches: StateCaches = StateCaches(),  # noqa: B008 - it is immutable
     ) -> None:
-        """Put both together; what of the student is trained is decided before (`freeze`)."""
+        """Combine both; which of the student's parameters are trained is set before (`freeze`)."""
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
         self.weights = weights
-        self.cache = cache
+        self.caches = caches
         self.module: nn.Module = StudentWithLoss(student.model, teacher.head, weights)
 
-    def terms(self, batch: TrainingBatch) -> LossTerms:
+    @property
+    def precision(self) -> str:
+        """The dtype of the student's products: "float32", "bf16" or "fp16"."""
+        precision: str = self.accelerator.mixed_precision
+        return "float32" if precision == "no" else precision
+
+    def loss_terms(self, batch: TrainingBatch) -> LossTerms:
         """Return the sums of the loss terms over the labels of a micro-batch.
 
         Args:
             batch: on the student's device.
         """
-        states = self._encoder_states(batch)
-        teacher_states = None
-        if self.weights.kl:
-            teacher_states = self.teacher.decoder_states(
-                batch, states if self.teacher.shared_encoder else None
-            )
-        terms: LossTerms = self.module(batch, states, teacher_states)
+        encoder_states = self._encoder_states(batch)
+        teacher_states = self._teacher_states(batch, encoder_states) if self.weights.kl else None
+        terms: LossTerms = self.module(batch, encoder_states, teacher_states)
         return terms
 
     @torch.no_grad()
@@ -74,30 +65,37 @@ class TeacherAndStudent:
         if _is_trained(encoder):
             return None
         encoder.eval()
+        cache, cached = self.caches.encoder, batch.cached_encoder_states
         with self.accelerator.autocast():
-            if self.cache and batch.cached_encoder_states:
-                return self.cache.complete(
-                    batch.cached_encoder_states, batch.input_features, encoder
-                )
+            if cache and cached:
+                return cache.complete(cached, batch.input_features, encoder)
             return self.student.encode(batch.input_features)
+
+    def _teacher_states(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
+        """Return float [B, L, D']: the teacher's last decoder states, from the cache if it can."""
+        shared = encoder_states if self.teacher.shared_encoder else None
+        cache, cached = self.caches.decoder, batch.cached_decoder_states
+        if cache and cached:
+            return cache.complete(cached, lambda: self.teacher.decoder_states(batch, shared))
+        return self.teacher.decoder_states(batch, shared)
 
 
 class StudentWithLoss(nn.Module):
-    """The student and what it is to be like, as one module.
+    """The student and its loss as one module.
 
     One module, so that gradients of several processes are averaged over everything between a batch
-    and its loss. Of the teacher it knows only the output head, which is no parameter of it.
+    and its loss. Of the teacher it holds only the output head, which is no parameter of it.
     """
 
     def __init__(
         self, student: WhisperForConditionalGeneration, teacher_head: Tensor, weights: LossWeights
     ) -> None:
-        """Keep all three.
+        """Keep the parts of the loss.
 
         Args:
             student: float32 parameters; those that require gradients are trained.
             teacher_head: float [V, D'], any dtype.
-            weights: of the parts of the loss.
+            weights: of the terms of the loss.
         """
         super().__init__()
         self.student = student
@@ -105,7 +103,7 @@ class StudentWithLoss(nn.Module):
         self.weights = weights
 
     def train(self, mode: bool = True) -> "StudentWithLoss":
-        """Set the mode of the student, whose frozen encoder never drops anything out."""
+        """Set the mode of the student, whose frozen encoder never uses dropout."""
         super().train(mode)
         if not _is_trained(self.student.model.encoder):
             self.student.model.encoder.eval()
@@ -126,21 +124,51 @@ class StudentWithLoss(nn.Module):
         model = self.student.model
         if encoder_states is None:
             # Not WhisperModel.forward, which may mask the features in place (SpecAugment): the
-            # teacher would hear what is left of them.
+            # teacher would be given what is left of them.
             encoder_states = model.encoder(batch.input_features).last_hidden_state
-        said = model.decoder(
+        decoder_states = model.decoder(
             input_ids=batch.decoder_input_ids,
             encoder_hidden_states=encoder_states.to(self.student.dtype),
             use_cache=False,
         ).last_hidden_state
         return distillation_loss(
-            said,
+            decoder_states,
             self.student.proj_out.weight,
             teacher_states,
             None if teacher_states is None else self.__dict__["teacher_head"],
             batch.labels,
             self.weights,
         )
+
+
+def open_caches(
+    options: TeacherCacheOptions, teacher: Teacher, student: Whisper, weights: LossWeights
+) -> StateCaches:
+    """Return the caches that a config names, of the states that are of use.
+
+    Encoder states are kept only where both models share them, decoder states only for the teacher's
+    part of the loss.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the dtype would promise too much.
+    """
+    if options.folder and options.encoder_states and not teacher.shared_encoder:
+        log.warning(
+            "teacher_cache.encoder_states: not used, since the student's encoder is trained or is "
+            "another one"
+        )
+    useful = {
+        "encoder_states": options.encoder_states and teacher.shared_encoder,
+        "decoder_states": options.decoder_states and weights.kl > 0,
+    }
+    encoder, decoder = open_training_caches(
+        options.model_copy(update=useful),
+        teacher.folder,
+        student.feature_extractor,
+        computing_dtype(teacher.accelerator),
+        teacher.numerics_key,
+    )
+    return StateCaches(encoder, decoder)
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -153,189 +181,15 @@ def computing_dtype(accelerator: Accelerator) -> torch.dtype:
     return autocast.get(accelerator.mixed_precision, torch.float32)
 
 
-def freeze(
-    student: WhisperForConditionalGeneration, encoder: bool, decoder: bool, embed_positions: bool
-) -> None:
-    """Decide which parameters of the student are trained.
+def freeze(student: WhisperForConditionalGeneration, options: Freeze) -> None:
+    """Set in place which parameters of the student are trained.
 
-    Args:
-        student: changed in place.
-        encoder: freeze all of the encoder.
-        decoder: freeze all of the decoder, and with its token embedding the output head, which is
-            the same tensor.
-        embed_positions: freeze the decoder's position embedding.
+    A frozen decoder freezes its token embedding and with it the output head, the same tensor.
     """
     student.requires_grad_(True)
-    student.model.encoder.requires_grad_(not encoder)
+    student.model.encoder.requires_grad_(not options.encoder)
     # Whisper's encoder positions are fixed sinusoids, never parameters to train.
     student.model.encoder.embed_positions.requires_grad_(False)
-    student.model.decoder.requires_grad_(not decoder)
-    if embed_positions:
+    student.model.decoder.requires_grad_(not options.decoder)
+    if options.embed_positions:
         student.model.decoder.embed_positions.requires_grad_(False)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trained parameters for an optimizer: no decay on biases and layer norms."""
-    # parameters() yields a tensor that two names share, like the output head, once.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
-    """Return the optimizer of a model's trained parameters."""
-    return torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay),
-        lr=options.learning_rate,
-        betas=(options.betas[0], options.betas[1]),
-        eps=options.epsilon,
-        fused=True,
-    )
-
-
-def learning_rate_factor(
-    kind: Literal["linear", "cosine", "constant"], step: int, warmup_steps: int, max_steps: int
-) -> float:
-    """Return the learning rate of step `step`, counted from 0, as a share of the highest one.
-
-    It rises linearly over the warm-up, is 1 in the step after it, then stays or falls so that it
-    would be 0 at `max_steps`.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if kind == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return 1 - progress if kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
-
-
-@dataclass
-class TrainerState:
-    """Where a run is, beside the weights: kept in each checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        plan: hash of what the steps are made of; with another one the number means nothing.
-        best_error_rate: of the student on the dev manifest so far; None: not validated yet.
-        validations_since_best: how many found nothing better.
-        teacher_error_rate: scored once, since it never changes.
-        unlogged: sums of the steps that no line of the log shows yet (`RunningMeans.sums`).
-    """
-
-    step: int = 0
-    plan: str = ""
-    best_error_rate: float | None = None
-    validations_since_best: int = 0
-    teacher_error_rate: float | None = None
-    unlogged: list[float] | None = None
-
-
-class MovingAverage:
-    """Exponential moving average of the trained weights, which is what is scored and saved.
-
-    Accelerate keeps it in the checkpoints, since it has the methods of what can be kept there.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        """Begin with the weights as they are.
-
-        Args:
-            parameters: of the student; those that are trained are averaged.
-            decay: share of the old average that stays at each step. In the first steps it is less,
-                or the untrained weights would stay in it.
-        """
-        self.trained: list[Tensor] = [p for p in parameters if p.requires_grad]
-        self.average = [parameter.detach().clone() for parameter in self.trained]
-        self.decay = decay
-        self.steps = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are after a step."""
-        self.steps += 1
-        decay = min(self.decay, self.steps / (self.steps + 10))
-        torch._foreach_lerp_(self.average, self.trained, 1 - decay)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the student have the averaged weights for a while."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    def leave_in_place(self) -> None:
-        """Let the student have the averaged weights for good."""
-        self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for parameter, average in zip(self.trained, self.average, strict=True):
-            weights = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"steps": self.steps, "average": self.average}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint has kept."""
-        self.steps = state["steps"]
-        for average, kept in zip(self.average, state["average"], strict=True):
-            average.copy_(kept)
-
-
-class Checkpoints:
-    """The folder of resumable states: written beside and renamed, old ones rotated out."""
-
-    def __init__(self, folder: Path, keep_last: int, accelerator: Accelerator) -> None:
-        """Name the folder; it is made with the first checkpoint."""
-        self.folder = folder
-        self.keep_last = keep_last
-        self.accelerator = accelerator
-
-    def save(self, state: TrainerState) -> Path:
-        """Save model, optimizer, random states and `state`; call it in every process.
-
-        Raises:
-            DataError: it cannot be written; the ones before are whole.
-        """
-        whole = self.folder / f"step-{state.step:08d}"
-        beside = self.folder / f".{whole.name}.tmp"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            self.accelerator.save_state(str(beside))
-        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
-            shutil.rmtree(beside, ignore_errors=True)
-            raise DataError(
-                f"{whole} cannot be written: {error}. The checkpoints before it are whole: make "
-                "room, and run the same command again to continue"
-            ) from None
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            text = json.dumps(dataclasses.asdict(state), indent=2)
-            write_atomically(beside / "trainer_state.json", text.encode())
-            shutil.rmtree(whole, ignore_errors=True)
-            beside.rename(whole)
-            for old in self._all()[: -self.keep_last]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-        return whole
-
-    def restore_last(self) -> TrainerState | None:
-        """Load the newest checkpoint into the prepared objects; None if there is none."""
-        if not (found := self._all()):
-            return None
-        self.accelerator.load_state(str(found[-1]))
-        text = (found[-1] / "trainer_state.json").read_text(encoding="utf-8")
-        return TrainerState(**json.loads(text))
-
-    def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))

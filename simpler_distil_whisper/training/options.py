@@ -1,11 +1,11 @@
-"""The config of distillation: every section of run_distillation.json.
+"""The sections of run_distillation.json.
 
-It stands here, apart from the loop that obeys it, so that a script can check its config without
-waiting for torch. Called by `run_distillation.py` and `trainer.py`.
+They stand apart from the parts that they configure, which import torch: so the script checks its
+config without waiting for that.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,6 @@ from simpler_distil_whisper.config import (
     PositiveFloat,
     PositiveInt,
     Ratio,
-    RunOptions,
     StrictModel,
 )
 from simpler_distil_whisper.data.manifest import Columns, DataLimits
@@ -25,7 +24,6 @@ from simpler_distil_whisper.model.options import (
     FolderOptions,
     ModelOptions,
     Task,
-    TeacherCacheOptions,
     whisper_code,
 )
 
@@ -139,11 +137,6 @@ class OptimizerOptions(StrictModel):
     epsilon: PositiveFloat = Field(1e-8, description="Added to the second moment's root.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Not on biases and layer norms.")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: gradients are not clipped.")
-    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
-        description="Score and save a moving average of the weights, of which this share stays at "
-        "each step; null: the weights themselves.",
-    )
 
 
 class Schedule(StrictModel):
@@ -282,40 +275,3 @@ class CheckOptions(StrictModel):
         description="Try learning rates for about a minute, suggest one, and draw the losses "
         "beside output_dir, as <output_dir>.learning_rate.png.",
     )
-
-
-class DistillationConfig(RunOptions):
-    """run_distillation.json."""
-
-    teacher: TeacherOptions
-    student: StudentOptions
-    data: TrainingData
-    objective: Objective = Objective()
-    freeze: Freeze = Freeze()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    schedule: Schedule = Schedule()
-    batch: BatchOptions = BatchOptions()
-    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
-        "auto",
-        description="Of the computing; weights stay float32. auto: bf16 on GPUs that have it.",
-    )
-    activation_checkpointing: bool = Field(
-        False, description="Compute the student's layers twice rather than keep all they computed."
-    )
-    compile: bool = Field(
-        False, description="torch.compile the student's decoder: minutes at first, then faster."
-    )
-    augmentation: Augmentation = Augmentation()
-    teacher_cache: TeacherCacheOptions = TeacherCacheOptions()
-    validation: ValidationOptions = ValidationOptions()
-    checkpoints: CheckpointOptions = CheckpointOptions()
-    logging: LoggingOptions = LoggingOptions()
-    check: CheckOptions = CheckOptions()
-
-
-class RunLength(NamedTuple):
-    """How long a run is, in optimizer steps, once the examples are counted."""
-
-    step_size: int
-    max_steps: int
-    validate_every: int

@@ -2,16 +2,56 @@
 
 Whatever is drawn at random is drawn from the seed and its place in the plan: so it differs from
 epoch to epoch, but not with the number of processes and workers, nor after a stop. It knows nothing
-of audio or tokens. Called by `trainer.py` and `training_data.py`.
+of audio or tokens.
 """
 
 import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.run import log, process_count
+from simpler_distil_whisper.training.options import BatchOptions, Schedule
+
 POOL_OF_STEPS = 32  # how many optimizer steps' utterances are sorted by length together
+
+
+class RunLength(NamedTuple):
+    """How long a run is, in optimizer steps, once the examples are counted."""
+
+    step_size: int
+    max_steps: int
+    validate_every: int
+
+
+def run_length(
+    schedule: Schedule, batch: BatchOptions, validate_every: int | None, epoch_size: float
+) -> RunLength:
+    """Return the optimizer steps that a config comes to, and log them.
+
+    Args:
+        schedule: its section of the config.
+        batch: its section of the config.
+        validate_every: optimizer steps; None: once in each epoch.
+        epoch_size: how many uses of examples make an epoch.
+
+    Raises:
+        ConfigError: the run would end within the warm-up.
+    """
+    step_size = batch.micro_batch_size * batch.gradient_accumulation_steps * process_count()
+    max_steps = schedule.max_steps or math.ceil((schedule.epochs or 0) * epoch_size / step_size)
+    if schedule.warmup_steps >= max_steps:
+        raise ConfigError(
+            f"schedule.warmup_steps: {schedule.warmup_steps}, but the run has {max_steps} steps of "
+            f"{step_size} utterances: the learning rate would never be reached"
+        )
+    epochs = max_steps * step_size / epoch_size
+    log.info("%d steps of %d utterances, %.1f epochs", max_steps, step_size, epochs)
+    every = validate_every or max(1, round(epoch_size / step_size))
+    return RunLength(step_size, max_steps, every)
 
 
 class Drawn(enum.IntEnum):

@@ -1,7 +1,7 @@
-"""Scoring a model on the dev manifest while it is trained.
+"""Scoring a model on the dev manifest during training.
 
-Owns the dev rows and what a person said in them; the error rate is that of the whole corpus, summed
-over all processes. Called by `run_distillation.py`.
+Owns the dev rows and their references; the error rate is that of the whole corpus, summed over all
+processes. Decoding is `decoding/`'s and counting `evaluation/`'s.
 """
 
 from collections import Counter
@@ -16,20 +16,20 @@ from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.decoding.batches import SpeechDataset, in_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
-from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Metric, Scorer, total
-from simpler_distil_whisper.model.options import DecodingLimits, DecodingOptions
+from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
+from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
-from simpler_distil_whisper.training.options import TrainingData
+from simpler_distil_whisper.training.options import TrainingData, ValidationOptions
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a model did on the dev manifest.
+    """The errors of a model on the dev manifest.
 
     Attributes:
         counts: language -> error counts of each of its utterances, in the metric's unit.
-        examples: some references with their hypotheses.
+        examples: a few references with their hypotheses.
     """
 
     counts: dict[str, Counter[ErrorCounts]]
@@ -37,16 +37,16 @@ class Score:
 
     @property
     def error_rate(self) -> float | None:
-        """Return the corpus error rate over all languages; None if no reference has a token."""
-        return total(self._everyone).rate
+        """The corpus error rate over all languages; None if no reference has a token."""
+        return total(self._all_languages).rate
 
     @property
-    def _everyone(self) -> Counter[ErrorCounts]:
+    def _all_languages(self) -> Counter[ErrorCounts]:
         return sum(self.counts.values(), Counter())
 
     def values(self, prefix: str) -> dict[str, float | None]:
         """Return the rates by name, and the interval of all languages together, for the log."""
-        low, high = bootstrap_interval(self._everyone) or (None, None)
+        low, high = bootstrap_interval(self._all_languages) or (None, None)
         rates = {f"{prefix}error_rate": self.error_rate, f"{prefix}low": low, f"{prefix}high": high}
         if len(self.counts) > 1:
             for language, counts in sorted(self.counts.items()):
@@ -61,11 +61,10 @@ class Validation:
         self,
         dev: Manifest,
         data: TrainingData,
-        limits: DecodingLimits,
-        metric: Metric,
+        options: ValidationOptions,
         accelerator: Accelerator,
     ) -> None:
-        """Find the reference of each row.
+        """Take the rows that have a reference.
 
         Raises:
             DataError: no row has one.
@@ -78,13 +77,14 @@ class Validation:
         if missing := len(dev.utterances) - len(self.references):
             log.warning("%s: %d rows have no reference and are not scored", dev.path, missing)
         if not self.references:
-            raise DataError(f"{dev.path}: no row says what was said, so nothing can be scored")
+            raise DataError(f"{dev.path}: no row has a reference, so nothing can be scored")
         self.utterances = [u for u in dev.utterances if u.number in self.references]
         self.decoding = DecodingOptions(
-            language=data.language, task=data.task, **limits.model_dump()
+            language=data.language, task=data.task, **options.decoding.model_dump()
         )
         self.limits = DataLimits(min_duration_seconds=0.0, num_workers=data.num_workers)
-        self.scorer = Scorer(metric)
+        self.options = options
+        self.scorer = Scorer(options.metric)
         self.accelerator = accelerator
 
     def score(self, whisper: Whisper) -> Score:
@@ -105,7 +105,7 @@ class Validation:
                 hypotheses = transcriber(batch.input_features, languages)
                 for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):
                     reference = self.references[utterance.number]
-                    # Not the language that the model detected: the unit must not depend on it.
+                    # Not the detected language: the unit must not depend on the model.
                     language = utterance.language or self.decoding.language
                     counts = self.scorer.count(reference, hypothesis.text, language)
                     counted.append((language or "unknown", counts))
@@ -114,7 +114,7 @@ class Validation:
 
 
 def _reference(utterance: Utterance, column: str) -> str | None:
-    """Return what a person said: a labelled row keeps it beside the label, another row is it."""
+    """Return the reference: labelled rows have a column for it, in other rows it is the text."""
     row = utterance.row
     if column not in row:
         return utterance.text
@@ -124,6 +124,6 @@ def _reference(utterance: Utterance, column: str) -> str | None:
 
 def _by_language(counted: Iterable[tuple[str, ErrorCounts]]) -> dict[str, Counter[ErrorCounts]]:
     counts: dict[str, Counter[ErrorCounts]] = {}
-    for language, of_utterance in counted:
-        counts.setdefault(language, Counter())[of_utterance] += 1
+    for language, errors in counted:
+        counts.setdefault(language, Counter())[errors] += 1
     return counts

@@ -427,17 +427,17 @@ def test_a_cache_changes_no_loss(
 def test_a_filled_cache_spares_audio_and_encoder_and_changes_no_bit(
     tmp_path: Path, setting: Setting, filling: tuple[Path, Path], cache: Path
 ) -> None:
-    trainer, examples = assemble(run_config(tmp_path / "run", setting, cache))
+    trainer, train, *_ = assemble(run_config(tmp_path / "run", setting, cache))
     heard: list[object] = []
-    encoder = trainer.student.model.model.encoder
+    encoder = trainer.models.student.model.model.encoder
     encoder.register_forward_hook(lambda *call: heard.append(call))
-    cache_of_states = trainer.models.cache
+    cache_of_states = trainer.models.caches.encoder
     complete, features = cache_of_states.complete, []
     cache_of_states.complete = lambda stored, log_mels, encoder: (  # type: ignore[method-assign]
         features.append(log_mels.numel()),
         complete(stored, log_mels, encoder),
     )[1]
-    trainer.train(examples)
+    train()
     assert heard == []
     assert features == [0] * 6
     assert logged(tmp_path / "run", "train/loss") == logged(filling[0], "train/loss")
@@ -483,14 +483,14 @@ def test_a_killed_run_goes_on_as_if_never_stopped(
 ) -> None:
     """It dies within the first epoch, so with a part of the cache filled."""
     path = run_config(tmp_path / "run", setting, tmp_path / "cache")
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
 
     def die(optimizer: Any, args: object, kwargs: object) -> None:
         raise KeyboardInterrupt
 
     trainer.optimizer.optimizer.register_step_pre_hook(die)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(examples)
+        train()
     assert len(entries_in(tmp_path / "cache")) == 4
     assert_same(distil(path), filling[0])
 
@@ -510,9 +510,9 @@ def test_workers_read_the_cache_too(
 def test_the_states_of_undecodable_audio_are_not_kept(tmp_path: Path) -> None:
     setting = make_setting(tmp_path, 4)
     path = run_config(tmp_path / "run", setting, tmp_path / "cache")
-    trainer, examples = assemble(path)
+    _, train, *_ = assemble(path)
     (tmp_path / "2.wav").write_bytes(b"no longer audio")
-    trainer.train(examples)
+    train()
     assert len(entries_in(tmp_path / "cache")) == 3
 
 
@@ -608,9 +608,9 @@ def test_answers_change_no_loss_and_are_kept_for_each_view(
 def test_with_all_answers_there_the_teacher_is_not_loaded_and_no_bit_changes(
     tmp_path: Path, setting: Setting, answered: tuple[Path, Path]
 ) -> None:
-    trainer, examples = assemble(with_answers(tmp_path / "run", setting, answered[1]))
-    trainer.train(examples)
-    assert not trainer.teacher.loaded
+    trainer, train, *_ = assemble(with_answers(tmp_path / "run", setting, answered[1]))
+    train()
+    assert not trainer.models.teacher.loaded
     assert report(tmp_path / "run", "decoder_states")["computed"] == 0
     assert logged(tmp_path / "run", "train/loss") == logged(answered[0], "train/loss")
 
@@ -623,10 +623,10 @@ def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
     cache = tmp_path / "cache"
     without = distil(with_answers(tmp_path / "without", setting, None, **changes))
     filling = distil(with_answers(tmp_path / "filling", setting, cache, **changes))
-    trainer, examples = assemble(with_answers(tmp_path / "filled", setting, cache, **changes))
-    trainer.train(examples)
+    trainer, train, *_ = assemble(with_answers(tmp_path / "filled", setting, cache, **changes))
+    train()
     assert entries_in(cache / "encoder_states") == []
-    assert not trainer.teacher.loaded
+    assert not trainer.models.teacher.loaded
     losses = [logged(tmp_path / name, "train/loss") for name in ("without", "filling", "filled")]
     assert losses[1] == losses[2]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

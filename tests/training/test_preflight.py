@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import RunScript
-from distilling import Setting, assemble, distil, make_setting, write_config
+from distilling import Assembled, Setting, assemble, distil, make_setting, write_config
 from tiny import read_rows, write_rows, write_tone
 
 import run_distillation
@@ -31,7 +31,8 @@ from simpler_distil_whisper.training.data_checks import (
     check_references,
     check_shared_audio,
 )
-from simpler_distil_whisper.training.dataset import Example, Selection, TrainingBatch
+from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
+from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.learning_rate_test import (
     RATES,
     ShortRun,
@@ -39,7 +40,7 @@ from simpler_distil_whisper.training.learning_rate_test import (
     range_test,
     suggested,
 )
-from simpler_distil_whisper.training.options import DistillationConfig, TrainingColumns
+from simpler_distil_whisper.training.options import TrainingColumns
 from simpler_distil_whisper.training.preflight import (
     agreement_of_unpruned,
     check_agreement,
@@ -48,7 +49,7 @@ from simpler_distil_whisper.training.preflight import (
     check_thoroughly,
 )
 from simpler_distil_whisper.training.teacher import Teacher
-from simpler_distil_whisper.training.trainer import Trainer
+from simpler_distil_whisper.training.tokens import Example
 
 SIGNS = {"average_log_probability": -0.1, "compression_ratio": 1.1}
 
@@ -73,12 +74,8 @@ def read(path: Path, **columns: str) -> Manifest:
     return read_manifest(path, TrainingColumns(**columns))
 
 
-def first_batch(trainer: Trainer, examples: list[Example]) -> TrainingBatch:
-    return next(trainer.micro_batches_of_each_step(examples))[0]
-
-
-def selected(examples: list[Example]) -> Selection:
-    return Selection(examples, [], {"kept": {"rows": len(examples), "hours": 1.0}})
+def first_batch(steps: TrainingSteps) -> TrainingBatch:
+    return next(steps.since(0))[0]
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -101,13 +98,13 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_student_with_all_layers_says_what_the_teacher_says(
     tmp_path: Path, setting: Setting, options: dict[str, Any], most: float
 ) -> None:
-    trainer, examples = assemble(write_config(tmp_path / "run", setting, **options))
-    found = check_agreement(trainer, selected(examples))
+    trainer, _, steps, _ = assemble(write_config(tmp_path / "run", setting, **options))
+    found = check_agreement(trainer, steps)
     assert found is not None
     assert abs(found.kl) < most
     assert found.same > 0.9
-    assert found.tokens == first_batch(trainer, examples).label_tokens
-    teacher = trainer.teacher.folder
+    assert found.tokens == first_batch(steps).label_tokens
+    teacher = trainer.models.teacher.folder
     assert (teacher.config["decoder_layers"], teacher.path) == (2, setting.teacher)
 
 
@@ -130,29 +127,31 @@ def test_models_that_are_given_different_things_end_the_run(
 
 
 def test_numbers_that_are_not_finite_end_the_run(tmp_path: Path, setting: Setting) -> None:
-    trainer, examples = assemble(write_config(tmp_path / "run", setting))
-    trainer.teacher.head *= math.inf
+    trainer, _, steps, _ = assemble(write_config(tmp_path / "run", setting))
+    trainer.models.teacher.head *= math.inf
     with pytest.raises(ConfigError, match="KL nan .* teacher.dtype"):
-        check_agreement(trainer, selected(examples))
+        check_agreement(trainer, steps)
 
 
 def test_nothing_is_compared_where_the_teacher_has_no_part(
     tmp_path: Path, setting: Setting
 ) -> None:
-    trainer, examples = assemble(write_config(tmp_path / "run", setting, objective__kl_weight=0.0))
-    assert check_agreement(trainer, selected(examples)) is None
-    assert not trainer.teacher.loaded
+    trainer, _, steps, _ = assemble(
+        write_config(tmp_path / "run", setting, objective__kl_weight=0.0)
+    )
+    assert check_agreement(trainer, steps) is None
+    assert not trainer.models.teacher.loaded
 
 
 def test_the_student_itself_does_not_say_what_the_teacher_says(
     tmp_path: Path, setting: Setting
 ) -> None:
     """The check compares whole models: the pruned student's own KL is far from 0."""
-    trainer, examples = assemble(write_config(tmp_path / "run", setting))
-    batch = first_batch(trainer, examples)
-    terms = trainer.models.terms(batch)
+    trainer, _, steps, _ = assemble(write_config(tmp_path / "run", setting))
+    batch = first_batch(steps)
+    terms = trainer.models.loss_terms(batch)
     assert float(terms.kl / terms.tokens) > 0.01
-    assert agreement_of_unpruned(trainer, batch).kl < 1e-6
+    assert agreement_of_unpruned(trainer.models, batch).kl < 1e-6
 
 
 # Labels
@@ -160,13 +159,14 @@ def test_the_student_itself_does_not_say_what_the_teacher_says(
 
 def examples_of(
     folder: Path, rows: list[dict[str, Any]], setting: Setting, **data: Any
-) -> tuple[Trainer, list[Example]]:
+) -> tuple[Assembled, list[Example]]:
     """The examples of some rows on the setting's first clip."""
     audio = str(setting.train.parent / "0.wav")
     common = {"audio": audio, "language": "en"}
     train = write_rows(folder / "rows.jsonl", [common | row for row in rows])
     changes = {f"data__{name}": value for name, value in data.items()}
-    return assemble(write_config(folder / "run", setting._replace(train=train), **changes))
+    assembled = assemble(write_config(folder / "run", setting._replace(train=train), **changes))
+    return assembled, assembled.prepared.selection.examples
 
 
 def adding_spaces(setting: Setting, folder: Path) -> Setting:
@@ -193,8 +193,8 @@ def test_labels_that_come_back_are_left_in_peace(
     long_past = {"text": "x", "previous_text": "語" * 400}  # 3 tokens each: cut within a character
     rows = [{"text": "  Two  spaces \n"}, TIMED, TIMED | {"previous_text": "Before."}, long_past]
     options = {"timestamp_probability": 0.5, "previous_text_probability": 0.5}
-    trainer, examples = examples_of(tmp_path, rows, setting, **options)
-    assert check_labels(examples, trainer.config.data, trainer.student) == 0
+    (trainer, _, steps, _), examples = examples_of(tmp_path, rows, setting, **options)
+    assert check_labels(examples, steps.visit_tokens.data, trainer.models.student) == 0
     assert not warnings_in(caplog)
 
 
@@ -214,25 +214,27 @@ def test_text_that_its_tokens_do_not_give_back(
 ) -> None:
     rows = [{"text": " ab", "previous_text": " Before."}] * 9 + [row]
     spaced = adding_spaces(setting, tmp_path)
-    trainer, examples = examples_of(tmp_path, rows, spaced, max_bad_fraction=0.1, **options)
-    data = trainer.config.data
-    assert check_labels(examples, data, trainer.student) == 1
+    data = {"max_bad_fraction": 0.1, **options}
+    (trainer, _, steps, _), examples = examples_of(tmp_path, rows, spaced, **data)
+    section = steps.visit_tokens.data
+    assert check_labels(examples, section, trainer.models.student) == 1
     text = "Before." if options else "ab"
     [warning] = warnings_in(caplog)
     assert f'rows.jsonl:10: "{text}"' in warning.replace("previous text ", "")
     assert f'comes back as " {text}"' in warning
     with pytest.raises(DataError, match="1 of 10 rows"):
-        strict = data.model_copy(update={"max_bad_fraction": 0.05})
-        check_labels(examples, strict, trainer.student)
+        strict = section.model_copy(update={"max_bad_fraction": 0.05})
+        check_labels(examples, strict, trainer.models.student)
 
 
 def test_a_million_labels_are_not_all_read(
     tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer, examples = assemble(write_config(tmp_path / "run", setting))
+    trainer, _, steps, prepared = assemble(write_config(tmp_path / "run", setting))
     with caplog.at_level("INFO"):
-        check_labels(examples * 1000, trainer.config.data, trainer.student)
-    assert "the tokens of 200 labels" in caplog.text
+        examples = prepared.selection.examples * 1000
+        check_labels(examples, steps.visit_tokens.data, trainer.models.student)
+    assert "200 labels, those looked at, survive" in caplog.text
 
 
 # Dev
@@ -298,7 +300,9 @@ def test_audio_in_train_and_dev(
     ]:
         caplog.clear()
         assert shared(tmp_path, setting, train, dev) == expected, (train, dev)
-        heard = [text for text in warnings_in(caplog) if "heard in data.dev_manifest" in text]
+        heard = [
+            text for text in warnings_in(caplog) if "share audio with data.dev_manifest" in text
+        ]
         assert len(heard) == expected
         for text in heard:
             assert f"{tmp_path}/rows.jsonl:2 and {tmp_path}/dev.jsonl:2" in text
@@ -335,17 +339,15 @@ def test_a_learning_rate_that_raises_the_loss(
     tmp_path: Path, setting: Setting, rate: float, falls: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_config(tmp_path / "run", setting, optimizer__learning_rate=rate)
-    trainer, examples = assemble(path)
-    before = {name: p.clone() for name, p in trainer.student.model.state_dict().items()}
-    runs = ShortRuns(trainer)
-    check_learning_rate(runs, next(trainer.micro_batches_of_each_step(examples)))
+    trainer, _, steps, _ = assemble(path)
+    before = {name: p.clone() for name, p in trainer.models.student.model.state_dict().items()}
+    check_learning_rate(ShortRuns(trainer), next(steps.since(0)), rate)
     assert ["should fall" in text for text in warnings_in(caplog)] == [True] * (not falls)
     # Nothing is left of it for what is tried next.
-    after = trainer.student.model.state_dict()
+    after = trainer.models.student.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not trainer.optimizer.state
     assert trainer.state.step == 0
-    assert trainer.config.optimizer.learning_rate == rate
 
 
 def test_the_lowest_loss_is_suggested() -> None:
@@ -376,9 +378,9 @@ def test_the_range_test_finds_what_learns(
     path = write_config(
         tmp_path / "run", setting, optimizer__learning_rate=configured, schedule__max_steps=40
     )
-    trainer, examples = assemble(path)
+    trainer, _, steps, _ = assemble(path)
     picture = tmp_path / "somewhere" / "curve.png"
-    suggestion = range_test(ShortRuns(trainer), examples, 60.0, picture)
+    suggestion = range_test(ShortRuns(trainer), steps, configured, 60.0, picture)
     assert suggestion is not None
     assert 3e-4 <= suggestion <= 1e-2
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -399,7 +401,7 @@ def test_the_range_test_of_an_earlier_config_stands_in_no_ones_way(
     for wanted in (False, True):
         changed = {"check": {"learning_rate_range_test": wanted}}
         path = write_config(tmp_path / "run", setting, **changed)
-        run = Run("run_distillation", path, load_config(path, DistillationConfig))
+        run = Run("run_distillation", path, load_config(path, run_distillation.Config))
         (run.folder / "checkpoints").mkdir(exist_ok=True)
     assert run.resumed
 
@@ -412,12 +414,10 @@ def test_all_is_well(
 ) -> None:
     """Where nothing is wrong but the hours, only they are warned of; costs are said."""
     path = write_config(tmp_path / "run", setting, data__dev_manifest=dev, schedule__max_steps=30)
-    trainer, _ = assemble(path)
-    config = trainer.config
-    prepared = run_distillation.prepare(config)
+    trainer, _, steps, prepared = assemble(path)
     caplog.clear()
     with caplog.at_level("INFO"):
-        check_thoroughly(config, trainer, prepared.selection, prepared.dev)
+        check_thoroughly(trainer, steps, prepared.selection, prepared.dev, 1e-3, None)
     assert [text[:4] for text in warnings_in(caplog)] == ["only"]
     tokens = sum(len(row["text"]) + 1 for row in read_rows(setting.train))
     assert re.search(rf"kept: 8 rows, 0.00 h, {tokens} label tokens", caplog.text)
@@ -428,13 +428,13 @@ def test_all_is_well(
     assert re.search(r"unpruned, agree: KL [\d.e-]+ per token, .* 100.0%", caplog.text)
 
 
-def check_run(path: Path) -> tuple[Trainer, dict[str, float]]:
-    """Do what is checked at a run's start; return what is noted of it."""
-    trainer, _ = assemble(path)
-    prepared = run_distillation.prepare(trainer.config)
-    check_at_start(trainer, prepared.selection, prepared.dev)
+def check_run(path: Path) -> tuple[Assembled, dict[str, float]]:
+    """Do the checks at a run's start; return what run_info.json then holds of them."""
+    assembled = assemble(path)
+    trainer, _, steps, prepared = assembled
+    check_at_start(trainer, steps, prepared.selection, prepared.dev)
     info = json.loads((trainer.run.folder / "run_info.json").read_text())
-    return trainer, info["check"]
+    return assembled, info["check"]
 
 
 def test_a_run_notes_what_was_checked(tmp_path: Path, setting: Setting, dev: Path) -> None:
@@ -452,14 +452,14 @@ def test_a_run_notes_what_was_checked(tmp_path: Path, setting: Setting, dev: Pat
 def test_a_run_goes_the_same_way_whether_it_was_checked_or_not(
     tmp_path: Path, setting: Setting
 ) -> None:
-    trainer, examples = assemble(write_config(tmp_path / "run", setting))
+    trainer, _, steps, prepared = assemble(write_config(tmp_path / "run", setting))
     before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
-    weights = {name: w.clone() for name, w in trainer.student.model.state_dict().items()}
-    check_at_start(trainer, selected(examples), None)
+    weights = {name: w.clone() for name, w in trainer.models.student.model.state_dict().items()}
+    check_at_start(trainer, steps, prepared.selection, None)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
-    after = trainer.student.model.state_dict()
+    after = trainer.models.student.model.state_dict()
     assert all(torch.equal(weights[name], after[name]) for name in weights)
     assert trainer.state.step == 0
 
@@ -468,10 +468,10 @@ def test_a_continued_run_is_not_checked_again(
     tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config(tmp_path / "run", setting)
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     trainer.run.stop_signal = signal.SIGTERM
     with pytest.raises(Interrupted):
-        trainer.train(examples)
+        train()
     monkeypatch.setattr(preflight, "check_at_start", lambda *_: pytest.fail("checked again"))
     distil(path)
 
@@ -483,9 +483,9 @@ def test_a_check_neither_fills_a_cache_nor_loads_a_teacher_that_none_needs(
     first, found = check_run(write_config(tmp_path / "first", setting, **options))
     assert found["unpruned_agreement"] == 1.0
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-    first.train(run_distillation.prepare(first.config).selection.examples)
+    first.train()
     second, found = check_run(write_config(tmp_path / "second", setting, **options))
-    assert not second.teacher.loaded
+    assert not second.trainer.models.teacher.loaded
     assert found.keys() == {"hours", "labels_not_given_back"}
 
 
@@ -498,7 +498,7 @@ def exit_code_of_check(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["run_distillation.py", str(path), "--check"])
     parts = (run_distillation.prepare, run_distillation.work)
     return run.run_script(
-        "run_distillation", "", DistillationConfig, *parts, check=run_distillation.check
+        "run_distillation", "", run_distillation.Config, *parts, check=run_distillation.check
     )
 
 
@@ -562,7 +562,7 @@ def test_several_processes_do_not_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = load_config(write_config(tmp_path / "run", setting), DistillationConfig)
+    config = load_config(write_config(tmp_path / "run", setting), run_distillation.Config)
     prepared = run_distillation.prepare(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with caplog.at_level("INFO"):
@@ -578,7 +578,7 @@ def test_a_row_in_a_language_that_the_model_lacks_is_rejected(
     train = write_rows(tmp_path / "rows.jsonl", [row | {"audio": audio} for row in rows])
     lacking = setting._replace(train=train)
     path = write_config(tmp_path / "run", lacking, data__max_bad_fraction=0.5)
-    selection = run_distillation.prepare(load_config(path, DistillationConfig)).selection
+    selection = run_distillation.prepare(load_config(path, run_distillation.Config)).selection
     assert len(selection.examples) == 3
     [rejection] = selection.rejections
     assert (rejection.place, "yue" in rejection.reason) == (f"{train}:3", True)

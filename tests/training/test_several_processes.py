@@ -60,7 +60,7 @@ def config(output: Path, setting: Setting, processes: int, **changes: Any) -> Pa
         },
         "schedule__max_steps": STEPS,
         # A small epsilon would blow up rounding errors of gradients near 0.
-        "optimizer": {"learning_rate": 1e-3, "epsilon": 1e-4, "average_decay": 0.8},
+        "optimizer": {"learning_rate": 1e-3, "epsilon": 1e-4},
         "validation": {"every_steps": 3, "decoding": {"batch_size": 4, "max_new_tokens": 12}},
         "checkpoints": {"every_steps": 4, "keep_last": 1},
         "logging": {"every_steps": 3, "tensorboard": False},

@@ -32,7 +32,8 @@ from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.run import DataError, Interrupted
-from simpler_distil_whisper.training.models import learning_rate_factor
+from simpler_distil_whisper.training.optimizer import learning_rate_factor
+from simpler_distil_whisper.training.options import Schedule
 from simpler_distil_whisper.training.trainer import Trainer
 
 Model = WhisperForConditionalGeneration
@@ -49,15 +50,15 @@ def before_each_step(trainer: Trainer, action: Callable[[torch.optim.Optimizer],
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    named = trainer.student.model.named_parameters()
+    named = trainer.models.student.model.named_parameters()
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def first_gradients(path: Path) -> dict[str, torch.Tensor]:
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     found: list[dict[str, torch.Tensor]] = []
     before_each_step(trainer, lambda opt: found.append(gradients(trainer)))
-    trainer.train(examples)
+    train()
     return found[0]
 
 
@@ -95,11 +96,11 @@ def test_a_step_follows_the_mean_over_all_its_tokens(tmp_path: Path, setting: Se
         "optimizer": {"max_grad_norm": None},
     }
     path = write_config(tmp_path / "run", setting, **options)
-    trainer, examples = assemble(path)
+    trainer, _, steps, _ = assemble(path)
     teacher, student = (Model.from_pretrained(f) for f in (setting.teacher, setting.student))
     loss, tokens = torch.zeros(()), 0
-    for example in examples:
-        features = trainer.student.feature_extractor(
+    for example in steps.visit_tokens.examples:
+        features = trainer.models.student.feature_extractor(
             load_audio(example.utterance.audio), sampling_rate=16_000, return_tensors="pt"
         ).input_features
         ids = torch.tensor([example.tokens])
@@ -124,8 +125,8 @@ def test_a_step_follows_the_mean_over_all_its_tokens(tmp_path: Path, setting: Se
 
 
 def test_prompt_is_given_and_not_learnt(tmp_path: Path, setting: Setting) -> None:
-    _, examples = assemble(write_config(tmp_path / "run", setting))
-    tokens = sum(len(example.tokens) - 4 for example in examples)
+    _, _, steps, _ = assemble(write_config(tmp_path / "run", setting))
+    tokens = sum(len(example.tokens) - 4 for example in steps.visit_tokens.examples)
     rows = read_rows(setting.train)
     assert tokens == sum(len(row["text"]) + 1 for row in rows)
 
@@ -134,11 +135,12 @@ def test_prompt_is_given_and_not_learnt(tmp_path: Path, setting: Setting) -> Non
 def test_the_learning_rate_is_the_schedules(tmp_path: Path, setting: Setting, kind: str) -> None:
     schedule = {"kind": kind, "warmup_steps": 3, "max_steps": 7, "epochs": None}
     path = write_config(tmp_path / "run", setting, schedule=schedule, optimizer__learning_rate=2e-3)
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     rates: list[float] = []
     before_each_step(trainer, lambda opt: rates.extend({g["lr"] for g in opt.param_groups}))
-    trainer.train(examples)
-    assert rates == pytest.approx([2e-3 * learning_rate_factor(kind, n, 3, 7) for n in range(7)])
+    train()
+    options = Schedule.model_validate(schedule)
+    assert rates == pytest.approx([2e-3 * learning_rate_factor(options, n, 7) for n in range(7)])
     assert logged(tmp_path / "run", "train/learning_rate") == rates
 
 
@@ -151,7 +153,7 @@ def test_the_learning_rate_scales_the_first_step(tmp_path: Path, setting: Settin
 
 def test_every_optimizer_key_is_obeyed(tmp_path: Path, setting: Setting) -> None:
     options = {"betas": [0.8, 0.95], "epsilon": 1e-6, "weight_decay": 0.03, "learning_rate": 1e-5}
-    trainer, _ = assemble(write_config(tmp_path / "run", setting, optimizer=options))
+    trainer, *_ = assemble(write_config(tmp_path / "run", setting, optimizer=options))
     decayed, free = trainer.optimizer.param_groups
     for group in (decayed, free):
         assert tuple(group["betas"]) == (0.8, 0.95)
@@ -184,12 +186,12 @@ def test_weights_are_trained_in_float32_whatever_the_checkpoint_has(
     path = write_config(
         tmp_path / "run", setting, precision=precision, schedule__max_steps=2, teacher__dtype="auto"
     )
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     seen: set[torch.dtype] = set()
     before_each_step(trainer, lambda opt: seen.update(g.dtype for g in gradients(trainer).values()))
-    trainer.train(examples)
+    train()
     assert seen == {torch.float32}
-    assert {p.dtype for p in trainer.student.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.models.student.model.parameters()} == {torch.float32}
     moments = [state["exp_avg"].dtype for state in trainer.optimizer.state.values()]
     assert moments
     assert set(moments) == {torch.float32}
@@ -198,12 +200,12 @@ def test_weights_are_trained_in_float32_whatever_the_checkpoint_has(
 def test_bf16_precision_computes_in_bf16(tmp_path: Path, setting: Setting) -> None:
     dtypes = []
     for precision in ("float32", "bf16"):
-        trainer, examples = assemble(
+        trainer, train, *_ = assemble(
             write_config(tmp_path / precision, setting, precision=precision, schedule__max_steps=1)
         )
-        layer = trainer.student.model.model.decoder.layers[0].fc1
+        layer = trainer.models.student.model.model.decoder.layers[0].fc1
         layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-        trainer.train(examples)
+        train()
         final = trainer.run.folder
         assert logged(final, "train/loss")[0] > 0
     assert dtypes == [torch.float32, torch.bfloat16]
@@ -230,11 +232,11 @@ def test_a_launcher_that_would_cut_the_model_into_parts_is_refused(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_teacher_runs_in_its_dtype(tmp_path: Path, setting: Setting, dtype: str) -> None:
-    trainer, examples = assemble(
+    trainer, train, *_ = assemble(
         write_config(tmp_path / "run", setting, teacher__dtype=dtype, schedule__max_steps=1)
     )
-    assert {p.dtype for p in trainer.teacher.model.parameters()} == {getattr(torch, dtype)}
-    trainer.train(examples)
+    assert {p.dtype for p in trainer.models.teacher.model.parameters()} == {getattr(torch, dtype)}
+    train()
     info = json.loads((tmp_path / "run" / "run_info.json").read_text())
     # Compared before the cast: rounding the teacher alone must not unshare the encoder.
     assert (info["teacher_dtype"], info["shared_encoder"]) == (dtype, True)
@@ -248,10 +250,10 @@ def test_teacher_and_frozen_encoder_stay_and_the_rest_moves(
     tmp_path: Path, setting: Setting, frozen: bool
 ) -> None:
     path = write_config(tmp_path / "run", setting, freeze={"encoder": frozen})
-    trainer, examples = assemble(path)
-    models = (trainer.teacher.model, trainer.student.model)
+    trainer, train, *_ = assemble(path)
+    models = (trainer.models.teacher.model, trainer.models.student.model)
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
-    trainer.train(examples)
+    train()
     teacher, student = (model.state_dict() for model in models)
     assert largest_difference(teacher, before[0]) == 0
     moved = {name for name in student if not torch.equal(student[name], before[1][name])}
@@ -288,11 +290,11 @@ def test_an_encoder_that_differs_is_not_shared(tmp_path: Path, setting: Setting)
         write_config(tmp_path / "run", setting._replace(student=other), schedule__max_steps=1)
     )
     assert json.loads((folder / "run_info.json").read_text())["shared_encoder"] is False
-    trainer, examples = assemble(write_config(tmp_path / "again", setting._replace(student=other)))
+    trainer, train, *_ = assemble(write_config(tmp_path / "again", setting._replace(student=other)))
     heard: list[torch.Tensor] = []
-    encoder = trainer.teacher.model.model.encoder
+    encoder = trainer.models.teacher.model.model.encoder
     encoder.register_forward_hook(lambda module, inputs, output: heard.append(output[0]))
-    trainer.train(examples)
+    train()
     assert len(heard) == 4
 
 
@@ -404,7 +406,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:
     path = long_run(tmp_path / "run", dropout_setting)
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     steps: list[int] = []
 
     def stop_in_fourth_step(optimizer: torch.optim.Optimizer) -> None:
@@ -414,7 +416,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
 
     before_each_step(trainer, stop_in_fourth_step)
     with trainer.run.stop_signals(), pytest.raises(Interrupted):
-        trainer.train(examples)
+        train()
     assert len(steps) in (4, 5)
     saved = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == [f"step-{len(steps):08d}"]
@@ -425,7 +427,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:
     path = long_run(tmp_path / "run", dropout_setting)
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     steps: list[int] = []
 
     def die_in_sixth_step(optimizer: torch.optim.Optimizer) -> None:
@@ -435,7 +437,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
     before_each_step(trainer, die_in_sixth_step)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(examples)
+        train()
     assert_same_run(distil(path), never_stopped)
 
 
@@ -443,14 +445,14 @@ def test_a_run_that_died_before_any_checkpoint_begins_anew(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:
     path = long_run(tmp_path / "run", dropout_setting)
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
 
     def die(optimizer: torch.optim.Optimizer) -> None:
         raise KeyboardInterrupt
 
     before_each_step(trainer, die)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(examples)
+        train()
     assert_same_run(distil(path), never_stopped)
 
 
@@ -521,17 +523,20 @@ def test_two_processes_label_like_one(tmp_path: Path, setting: Setting) -> None:
 def test_a_checkpoint_of_other_rows_is_not_gone_on_from(
     tmp_path: Path, dropout_setting: Setting
 ) -> None:
-    path = long_run(tmp_path / "run", dropout_setting)
-    trainer, examples = assemble(path)
+    rows = dropout_setting.train.read_text().splitlines(keepends=True)
+    train_rows = dropout_setting.train.with_name("other_rows.jsonl")
+    train_rows.write_text("".join(rows))
+    path = long_run(tmp_path / "run", dropout_setting._replace(train=train_rows))
+    trainer, train, *_ = assemble(path)
     trainer.run.stop_signal = 15
     with pytest.raises(Interrupted):
-        trainer.train(examples)
-    trainer, examples = assemble(path)
+        train()
+    train_rows.write_text("".join(rows[:-1]))
     with pytest.raises(ConfigError, match="other training rows"):
-        trainer.train(examples[:-1])
+        assemble(path)
 
 
-# Less memory, more speed, weights that are averaged
+# Less memory, more speed
 
 
 def test_activation_checkpointing_computes_layers_twice_and_changes_nothing(
@@ -540,12 +545,12 @@ def test_activation_checkpointing_computes_layers_twice_and_changes_nothing(
     found = {}
     for wanted in (False, True):
         path = write_config(tmp_path / str(wanted), setting, activation_checkpointing=wanted)
-        trainer, examples = assemble(path)
+        trainer, train, *_ = assemble(path)
         calls: list[int] = []
-        trainer.student.model.model.decoder.layers[0].fc1.register_forward_hook(
+        trainer.models.student.model.model.decoder.layers[0].fc1.register_forward_hook(
             lambda module, inputs, output, calls=calls: calls.append(1)
         )
-        trainer.train(examples)
+        train()
         found[wanted] = len(calls), logged(tmp_path / str(wanted), "train/loss")
     assert found[True][0] == 2 * found[False][0] == 8
     assert found[True][1] == pytest.approx(found[False][1], rel=1e-6)
@@ -563,8 +568,8 @@ def test_a_compiled_student_learns_the_same(tmp_path: Path, setting: Setting) ->
 
 
 def test_the_teachers_device_is_obeyed_or_refused(tmp_path: Path, setting: Setting) -> None:
-    trainer, _ = assemble(write_config(tmp_path / "cpu", setting, teacher=on(setting, "cpu")))
-    assert trainer.teacher.device == torch.device("cpu")
+    trainer, *_ = assemble(write_config(tmp_path / "cpu", setting, teacher=on(setting, "cpu")))
+    assert trainer.models.teacher.device == torch.device("cpu")
     path = write_config(tmp_path / "gpu", setting, teacher=on(setting, "cuda:99"))
     with pytest.raises(ConfigError, match=r'teacher\.device: "cuda:99", but this machine has'):
         assemble(path)
@@ -575,57 +580,27 @@ def on(setting: Setting, device: str) -> dict[str, str]:
 
 
 def test_where_memory_ends_the_keys_to_change_are_named(tmp_path: Path, setting: Setting) -> None:
-    trainer, examples = assemble(write_config(tmp_path / "run", setting))
+    trainer, train, *_ = assemble(write_config(tmp_path / "run", setting))
 
     def exhaust(*call: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    trainer.student.model.model.decoder.register_forward_hook(exhaust)
+    trainer.models.student.model.model.decoder.register_forward_hook(exhaust)
     with pytest.raises(ConfigError, match=r"step 1: memory does not suffice .*2\.00 GiB") as caught:
-        trainer.train(examples)
+        train()
     assert "batch.micro_batch_size below 4" in str(caught.value)
     assert "activation_checkpointing true" in str(caught.value)
 
 
 def test_another_error_is_not_taken_for_the_end_of_memory(tmp_path: Path, setting: Setting) -> None:
-    trainer, examples = assemble(write_config(tmp_path / "run", setting))
+    trainer, train, *_ = assemble(write_config(tmp_path / "run", setting))
 
     def fail(*call: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    trainer.student.model.model.decoder.register_forward_hook(fail)
+    trainer.models.student.model.model.decoder.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        trainer.train(examples)
-
-
-def test_averaged_weights_are_what_is_kept_and_survive_a_stop(
-    tmp_path: Path, setting: Setting
-) -> None:
-    """By hand, from the weights after each step."""
-    options = {"optimizer": {"learning_rate": 1e-2, "average_decay": 0.5}}
-    trainer, examples = assemble(write_config(tmp_path / "run", setting, **options))
-    name = "model.decoder.layers.0.fc1.weight"
-    weight = dict(trainer.student.model.named_parameters())[name]
-    expected, steps = weight.detach().clone().double(), []
-
-    def after_step(*call: object) -> None:
-        steps.append(weight.detach().clone().double())
-
-    trainer.optimizer.optimizer.register_step_post_hook(after_step)
-    trainer.train(examples)
-    for number, value in enumerate(steps, 1):
-        decay = min(0.5, number / (number + 10))
-        expected = decay * expected + (1 - decay) * value
-    torch.testing.assert_close(weight.detach().double(), expected)
-    assert float((expected - steps[-1]).abs().max()) > 1e-4
-
-    whole = weights_in(distil(write_config(tmp_path / "whole", setting, **options)) / "final")
-    path = write_config(tmp_path / "stopped", setting, **options, checkpoints={"every_steps": 2})
-    trainer, examples = assemble(path)
-    with trainer.run.stop_signals(), pytest.raises(Interrupted):
-        os.kill(os.getpid(), signal.SIGTERM)
-        trainer.train(examples)
-    assert largest_difference(weights_in(distil(path) / "final"), whole) == 0
+        train()
 
 
 def never_better(output: Path, setting: Setting, every: int, patience: int) -> Path:

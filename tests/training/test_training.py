@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,20 +20,13 @@ from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.weights import encoders_are_equal, output_head
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import DataError
+from simpler_distil_whisper.training.checkpoints import Checkpoints, TrainerState
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.log import MetricsLog, draw_curves
 from simpler_distil_whisper.training.losses import LossWeights
-from simpler_distil_whisper.training.models import (
-    Checkpoints,
-    MovingAverage,
-    StudentWithLoss,
-    TeacherAndStudent,
-    TrainerState,
-    freeze,
-    learning_rate_factor,
-    parameter_groups,
-)
-from simpler_distil_whisper.training.options import TeacherOptions
+from simpler_distil_whisper.training.models import StudentWithLoss, TeacherAndStudent, freeze
+from simpler_distil_whisper.training.optimizer import learning_rate_factor, parameter_groups
+from simpler_distil_whisper.training.options import Freeze, Schedule, TeacherOptions
 from simpler_distil_whisper.training.teacher import Teacher
 
 Model = WhisperForConditionalGeneration
@@ -107,7 +101,7 @@ def test_biases_and_norms_do_not_decay_and_everything_else_does(student: Model) 
 
 
 def test_every_trained_tensor_is_optimized_exactly_once(student: Model) -> None:
-    freeze(student, encoder=False, decoder=False, embed_positions=False)
+    freeze(student, Freeze(encoder=False, decoder=False, embed_positions=False))
     listed = [p for group in parameter_groups(student, 0.1) for p in group["params"]]
     assert len(listed) == len({id(p) for p in listed})
     assert sum(p is student.proj_out.weight for p in listed) == 1  # tied to the token embedding
@@ -121,7 +115,9 @@ def test_every_trained_tensor_is_optimized_exactly_once(student: Model) -> None:
 @pytest.mark.parametrize("decoder", [True, False])
 @pytest.mark.parametrize("positions", [True, False])
 def test_freezing(student: Model, encoder: bool, decoder: bool, positions: bool) -> None:
-    freeze(student, encoder=encoder, decoder=decoder, embed_positions=positions)
+    # A config in which both are frozen is refused.
+    options = Freeze.model_construct(encoder=encoder, decoder=decoder, embed_positions=positions)
+    freeze(student, options)
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
     expected = {
         name
@@ -138,6 +134,10 @@ def test_freezing(student: Model, encoder: bool, decoder: bool, positions: bool)
 # Learning rate
 
 
+def schedule(kind: Any, warmup_steps: int) -> Schedule:
+    return Schedule(kind=kind, warmup_steps=warmup_steps)
+
+
 @pytest.mark.parametrize(
     ("kind", "factors"),
     [
@@ -148,15 +148,15 @@ def test_freezing(student: Model, encoder: bool, decoder: bool, positions: bool)
 )
 def test_learning_rate_by_hand(kind: str, factors: list[float]) -> None:
     """Three steps of warm-up in a run of seven."""
-    found = [learning_rate_factor(kind, step, 3, 7) for step in range(7)]
+    found = [learning_rate_factor(schedule(kind, 3), step, 7) for step in range(7)]
     assert found == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 def test_learning_rate_without_warm_up_starts_at_the_top(kind: str) -> None:
-    assert learning_rate_factor(kind, 0, 0, 10) == 1.0
-    assert all(learning_rate_factor(kind, step, 0, 10) > 0 for step in range(10))
-    end = learning_rate_factor(kind, 10, 0, 10)
+    assert learning_rate_factor(schedule(kind, 0), 0, 10) == 1.0
+    assert all(learning_rate_factor(schedule(kind, 0), step, 10) > 0 for step in range(10))
+    end = learning_rate_factor(schedule(kind, 0), 10, 10)
     assert end == pytest.approx(1.0 if kind == "constant" else 0.0)
 
 
@@ -223,7 +223,7 @@ def test_loss_is_that_of_both_models_alone(
 ) -> None:
     """transformers' own forward pass of each model on the same decoder input is the oracle."""
     batch = random_batch()
-    terms = together(teacher, whisper).terms(batch)
+    terms = together(teacher, whisper).loss_terms(batch)
     ours, theirs = (
         load(folder).model(batch.input_features, decoder_input_ids=batch.decoder_input_ids).logits
         for folder in reversed(folders)
@@ -243,7 +243,7 @@ def test_loss_is_that_of_both_models_alone(
 def test_the_student_of_all_layers_agrees_with_its_teacher(
     folders: tuple[Path, Path], teacher: Teacher
 ) -> None:
-    terms = together(teacher, load(folders[0])).terms(random_batch())
+    terms = together(teacher, load(folders[0])).loss_terms(random_batch())
     assert float(terms.kl.detach()) == pytest.approx(0.0, abs=1e-4)
     assert int(terms.agreement) == int(terms.tokens)
 
@@ -252,10 +252,10 @@ def test_a_shared_encoder_changes_neither_loss_nor_gradient(folders: tuple[Path,
     results = []
     for shared in (True, False):
         whisper = load(folders[1])
-        freeze(whisper.model, encoder=True, decoder=False, embed_positions=False)
+        freeze(whisper.model, Freeze(encoder=True, decoder=False, embed_positions=False))
         models = together(make_teacher(folders[0], shared), whisper)
         models.module.train()
-        terms = models.terms(random_batch())
+        terms = models.loss_terms(random_batch())
         terms.loss.backward()
         grads = [p.grad.clone() for p in whisper.model.parameters() if p.grad is not None]
         results.append([terms.cross_entropy, terms.kl, *grads])
@@ -264,11 +264,11 @@ def test_a_shared_encoder_changes_neither_loss_nor_gradient(folders: tuple[Path,
 
 
 def test_a_shared_encoder_is_run_once(folders: tuple[Path, Path], whisper: Whisper) -> None:
-    freeze(whisper.model, encoder=True, decoder=False, embed_positions=False)
+    freeze(whisper.model, Freeze(encoder=True, decoder=False, embed_positions=False))
     teacher = make_teacher(folders[0], shared_encoder=True)
     heard: list[int] = []
     whisper.model.model.encoder.register_forward_hook(lambda m, i, o: heard.append(len(i[0])))
-    together(teacher, whisper).terms(random_batch())
+    together(teacher, whisper).loss_terms(random_batch())
     assert heard == [3]
     assert teacher.model.model.encoder is None
 
@@ -277,7 +277,9 @@ def test_without_a_part_of_the_teachers_it_is_never_loaded(
     teacher: Teacher, whisper: Whisper
 ) -> None:
     weights = LossWeights(cross_entropy=1.0, kl=0.0, temperature=2.0)
-    terms = TeacherAndStudent(teacher.accelerator, teacher, whisper, weights).terms(random_batch())
+    terms = TeacherAndStudent(teacher.accelerator, teacher, whisper, weights).loss_terms(
+        random_batch()
+    )
     assert not teacher.loaded
     assert torch.equal(terms.loss, terms.cross_entropy)
 
@@ -294,25 +296,25 @@ def test_dropout_is_off_in_teacher_and_frozen_encoder_and_on_in_what_is_trained(
     batch, heard, taught = random_batch(), [], []
     student.model.encoder.register_forward_hook(lambda m, i, o: heard.append(o[0]))
     teacher.model.model.decoder.register_forward_hook(lambda m, i, o: taught.append(o[0]))
-    freeze(student, encoder=True, decoder=False, embed_positions=False)
+    freeze(student, Freeze(encoder=True, decoder=False, embed_positions=False))
     models = together(teacher, whisper)
     models.module.train()
-    losses = {float(models.terms(batch).kl.detach()) for _ in range(4)}
+    losses = {float(models.loss_terms(batch).kl.detach()) for _ in range(4)}
     assert all(torch.equal(heard[0], other) for other in heard)
     assert all(torch.equal(taught[0], other) for other in taught)
     assert len(losses) > 1, "the student's decoder is trained with dropout"
 
     models.teacher = make_teacher(folders[0])
-    freeze(student, encoder=False, decoder=False, embed_positions=False)
+    freeze(student, Freeze(encoder=False, decoder=False, embed_positions=False))
     heard.clear()
     models.module.train()
     for _ in range(2):
-        models.terms(batch)
+        models.loss_terms(batch)
     assert not torch.equal(heard[0], heard[1]), "an encoder that is trained has its dropout"
     heard.clear()
     models.module.eval()
     for _ in range(2):
-        models.terms(batch)
+        models.loss_terms(batch)
     assert torch.equal(heard[0], heard[1])
 
 
@@ -327,10 +329,10 @@ def test_the_teacher_hears_the_whole_audio_whatever_the_student_config_masks(
     before = batch.input_features.clone()
     heard = []
     teacher.model.model.encoder.register_forward_hook(lambda m, i, o: heard.append(i[0]))
-    freeze(whisper.model, encoder=False, decoder=False, embed_positions=False)
+    freeze(whisper.model, Freeze(encoder=False, decoder=False, embed_positions=False))
     models = together(teacher, whisper)
     models.module.train()
-    models.terms(batch)
+    models.loss_terms(batch)
     assert torch.equal(batch.input_features, before)
     assert torch.equal(heard[0], before)
 
@@ -342,31 +344,6 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
     assert {name.split(".")[0] for name in module.state_dict()} == {"student"}
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert not teacher.model.training
-
-
-# Averaged weights
-
-
-def test_the_average_by_hand(student: Model) -> None:
-    """Of two steps: a decay of 1/11 and 2/12 while it is below the one asked for."""
-    line = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(line.weight, 1.0)
-    average = MovingAverage(line.parameters(), 0.15)
-    expected = 1.0
-    for value, decay in ((3.0, 1 / 11), (5.0, 0.15)):
-        nn.init.constant_(line.weight, value)
-        average.update()
-        expected = decay * expected + (1 - decay) * value
-    with average.in_place():
-        assert float(line.weight.detach()) == pytest.approx(expected)
-    assert float(line.weight.detach()) == 5.0
-
-
-def test_only_what_is_trained_is_averaged(student: Model) -> None:
-    freeze(student, encoder=True, decoder=False, embed_positions=False)
-    average = MovingAverage(student.parameters(), 0.9)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    assert sum(a.numel() for a in average.average) == trained
 
 
 # Checkpoints

@@ -28,17 +28,20 @@ from simpler_distil_whisper.model.teacher_cache import EncoderStateCache, Tensor
 from simpler_distil_whisper.model.whisper import SpecialTokens, special_tokens
 from simpler_distil_whisper.training.augment import View, Views
 from simpler_distil_whisper.training.dataset import (
-    Example,
-    ExampleFilter,
-    Selection,
-    Target,
-    Targets,
+    StateCaches,
     TrainingBatch,
     TrainingDataset,
-    decoder_sequences,
 )
+from simpler_distil_whisper.training.filters import ExampleFilter, Selection
 from simpler_distil_whisper.training.options import Augmentation, TrainingData
 from simpler_distil_whisper.training.plan import Visit
+from simpler_distil_whisper.training.tokens import (
+    DecoderTokens,
+    Example,
+    LabelTokenizer,
+    VisitTokens,
+    decoder_sequences,
+)
 
 WINDOW = 2
 # The tokenizer's 256 bytes come first: those that print by their value, then the others.
@@ -71,7 +74,9 @@ def select(tmp_path: Path) -> Select:
         section = TrainingData(train_manifests=[path], **data)
         tokenizer = make_tokenizer(["zh", "en"], WINDOW)
         tokens = tokens_of_a_model(*(() if english_only else ("zh", "en")))
-        filters = ExampleFilter(section, tokens, tokenizer, float(WINDOW), positions)
+        filters = ExampleFilter(
+            section, LabelTokenizer(tokenizer, tokens, positions), float(WINDOW)
+        )
         return filters.select([read_manifest(path, section.columns)])
 
     write_tone(tmp_path / "a.wav", 1.0)
@@ -82,13 +87,13 @@ def row(**fields: Any) -> dict[str, Any]:
     return {"audio": "a.wav", "text": "你好", "language": "zh", **fields}
 
 
-def targets_of(examples: list[Example], positions: int = 448, **data: Any) -> Targets:
+def visit_tokens_of(examples: list[Example], positions: int = 448, **data: Any) -> VisitTokens:
     section = TrainingData(train_manifests=[Path("p")], **data)
-    return Targets(examples, section, tokens_of_a_model("zh", "en"), positions, 0)
+    return VisitTokens(examples, section, tokens_of_a_model("zh", "en"), positions, 0)
 
 
-def plain(examples: list[Example]) -> list[Target]:
-    return [Target(example.tokens, example.prompt_length) for example in examples]
+def plain(examples: list[Example]) -> list[DecoderTokens]:
+    return [DecoderTokens(example.tokens, example.prompt_length) for example in examples]
 
 
 # Two token sequences, by hand.
@@ -312,15 +317,15 @@ def test_a_label_with_timestamps_by_hand(select: Select) -> None:
     there = [ord(letter) - 33 for letter in "there"]
     timed = timed_row((0.0, 0.42, "Hi"), (0.5, 1.0, "there"))
     examples = select(timed, **ALWAYS).examples
-    target = targets_of(examples, **ALWAYS).target(Visit(0, 0, 0), View())
+    tokens = visit_tokens_of(examples, **ALWAYS).of(Visit(0, 0, 0), View())
     # 0.42 s is 21 steps of 0.02 s, 0.5 s 25, 1 s 50.
     said = [TIME, *HI, TIME + 21, TIME + 25, *there, TIME + 50, END]
-    assert list(target.tokens) == [START, EN, TRANSCRIBE, *said]
-    inputs, labels = decoder_sequences([target], END)
+    assert list(tokens.tokens) == [START, EN, TRANSCRIBE, *said]
+    inputs, labels = decoder_sequences([tokens], END)
     # The first timestamp is learnt, and <|notimestamps|> is nowhere.
     assert inputs[0].tolist() == [START, EN, TRANSCRIBE, *said[:-1]]
     assert labels[0].tolist() == [-100, -100, *said]
-    untimed = targets_of(examples, **NEVER).target(Visit(0, 0, 0), View())
+    untimed = visit_tokens_of(examples, **NEVER).of(Visit(0, 0, 0), View())
     assert list(untimed.tokens) == [START, EN, TRANSCRIBE, NO_TIMESTAMPS, *HI, *there, END]
 
 
@@ -338,22 +343,22 @@ def test_times_are_rounded_to_timestamps_of_the_window(
     select: Select, start: float, end: float | None, times: tuple[int, int | None]
 ) -> None:
     (example,) = select(timed_row((start, end, "Hi")), **ALWAYS).examples
-    tokens = targets_of([example], **ALWAYS).target(Visit(0, 0, 0), View()).tokens
+    tokens = visit_tokens_of([example], **ALWAYS).of(Visit(0, 0, 0), View()).tokens
     last = [] if times[1] is None else [TIME + times[1]]
     assert list(tokens) == [START, EN, TRANSCRIBE, TIME + times[0], *HI, *last, END]
 
 
 def test_an_english_only_model_learns_timestamps_after_its_short_prompt(select: Select) -> None:
     examples = select(timed_row((0, 1, "Hi")), english_only=True, **ALWAYS).examples
-    tokens = targets_of(examples, **ALWAYS).target(Visit(0, 0, 0), View()).tokens
+    tokens = visit_tokens_of(examples, **ALWAYS).of(Visit(0, 0, 0), View()).tokens
     assert list(tokens) == [START, TIME, *HI, TIME + 50, END]
 
 
 def test_previous_text_by_hand(select: Select) -> None:
     data = {"previous_text_probability": 1.0}
     examples = select(row(previous_text="Hi"), row(previous_text=" "), row(), **data).examples
-    targets = targets_of(examples, **data)
-    given, *without = [targets.target(visit, View()) for visit in visits_of(0, 1, 2)]
+    visit_tokens = visit_tokens_of(examples, **data)
+    given, *without = [visit_tokens.of(visit, View()) for visit in visits_of(0, 1, 2)]
     prompt = [PREVIOUS, *HI, START, ZH, TRANSCRIBE, NO_TIMESTAMPS]
     assert list(given.tokens) == [*prompt, *NI_HAO, END]
     inputs, labels = decoder_sequences([given], END)
@@ -361,7 +366,7 @@ def test_previous_text_by_hand(select: Select) -> None:
     # None of it is learnt, <|startoftranscript|> included.
     assert labels[0].tolist() == [-100] * 6 + [*NI_HAO, END]
     # Rows without it never get that of their neighbours.
-    assert [list(target.tokens) for target in without] == [
+    assert [list(tokens.tokens) for tokens in without] == [
         [START, ZH, TRANSCRIBE, NO_TIMESTAMPS, *NI_HAO, END]
     ] * 2
 
@@ -369,7 +374,7 @@ def test_previous_text_by_hand(select: Select) -> None:
 def test_previous_text_and_timestamps_by_hand(select: Select) -> None:
     data = {"previous_text_probability": 1.0, **ALWAYS}
     examples = select(timed_row((0, 1, "Hi"), previous_text="你好"), **data).examples
-    tokens, prompt_length = targets_of(examples, **data).target(Visit(0, 0, 0), View())
+    tokens, prompt_length = visit_tokens_of(examples, **data).of(Visit(0, 0, 0), View())
     assert list(tokens[:prompt_length]) == [PREVIOUS, *NI_HAO, START, EN, TRANSCRIBE]
     assert list(tokens[prompt_length:]) == [TIME, *HI, TIME + 50, END]
 
@@ -379,9 +384,9 @@ def test_only_the_end_of_a_long_previous_text_is_given(select: Select, label: in
     data = {"previous_text_probability": 1.0}
     long_ago = row(text="x" * label, previous_text="abc" * 100 + "Hi")
     (example,) = select(long_ago, positions=20, **data).examples
-    targets = targets_of([example], positions=20, **data)
-    tokens = list(targets.target(Visit(0, 0, 0), View()).tokens)
-    inputs, _ = decoder_sequences([Target(tokens, tokens.index(START) + 4)], END)
+    visit_tokens = visit_tokens_of([example], positions=20, **data)
+    tokens = list(visit_tokens.of(Visit(0, 0, 0), View()).tokens)
+    inputs, _ = decoder_sequences([DecoderTokens(tokens, tokens.index(START) + 4)], END)
     # Half of 20 positions, and no more than the label leaves: 4 are the prompt's.
     given = min(10, 20 - 4 - label)
     given = given if given > 1 else 0  # <|startofprev|> alone would say nothing
@@ -451,8 +456,8 @@ def test_rows_that_cannot_be_timed_are_learnt_without_and_counted(
     rows = [other, spaced, long, row(), row(segments=[]), row(segments=None)]
     with caplog.at_level("INFO"):
         examples = select(*rows, positions=20, **ALWAYS).examples
-    targets = targets_of(examples, positions=20, **ALWAYS)
-    sequences = [list(targets.target(visit, View()).tokens) for visit in visits_of(*range(6))]
+    visit_tokens = visit_tokens_of(examples, positions=20, **ALWAYS)
+    sequences = [list(visit_tokens.of(visit, View()).tokens) for visit in visits_of(*range(6))]
     assert [NO_TIMESTAMPS in tokens for tokens in sequences] == [True, False, *[True] * 4]
     # What has no text is no sentence.
     spaces_and_letters = [220, 39, TIME + 25, TIME + 40, 72, 220, TIME + 50, END]
@@ -482,7 +487,7 @@ def test_timestamps_are_learnt_where_the_decoder_has_room_for_them(
     select: Select, letters: int, timed: bool
 ) -> None:
     (example,) = select(timed_row((0, 1, "x" * letters)), positions=19, **ALWAYS).examples
-    tokens = targets_of([example], positions=19, **ALWAYS).target(Visit(0, 0, 0), View()).tokens
+    tokens = visit_tokens_of([example], positions=19, **ALWAYS).of(Visit(0, 0, 0), View()).tokens
     assert (NO_TIMESTAMPS not in tokens) == timed
     assert len(tokens) - 1 <= 19
 
@@ -501,27 +506,27 @@ def test_a_model_without_the_tokens_is_refused_by_the_name_of_the_key(
     section = TrainingData(train_manifests=[Path("p")], **data)
     tokenizer = make_tokenizer(["zh", "en"], WINDOW)
     with pytest.raises(ConfigError, match=f"^data.{next(iter(data))}: the model has no "):
-        ExampleFilter(section, tokens, tokenizer, float(WINDOW), 448)
+        ExampleFilter(section, LabelTokenizer(tokenizer, tokens, 448), float(WINDOW))
     off = TrainingData(train_manifests=[Path("p")])
-    ExampleFilter(off, tokens, tokenizer, float(WINDOW), 448)
+    ExampleFilter(off, LabelTokenizer(tokenizer, tokens, 448), float(WINDOW))
 
 
 def test_timestamps_and_previous_text_are_drawn_at_each_visit(select: Select) -> None:
     data = {"timestamp_probability": 0.3, "previous_text_probability": 0.6}
     examples = select(timed_row((0, 1, "Hi"), previous_text="Hi"), **data).examples
-    targets = targets_of(examples, **data)
+    visit_tokens = visit_tokens_of(examples, **data)
     visits = [Visit(0, position, position) for position in range(1000)]
-    drawn = [list(targets.target(visit, View()).tokens) for visit in visits]
+    drawn = [list(visit_tokens.of(visit, View()).tokens) for visit in visits]
     timed = np.array([NO_TIMESTAMPS not in tokens for tokens in drawn])
     continued = np.array([tokens[0] == PREVIOUS for tokens in drawn])
     assert abs(timed.mean() - 0.3) < 0.06
     assert abs(continued.mean() - 0.6) < 0.06
     # One says nothing about the other.
     assert abs((timed & continued).mean() - 0.18) < 0.05
-    assert [targets.length(visit) for visit in visits] == [len(tokens) for tokens in drawn]
+    assert [visit_tokens.length(visit) for visit in visits] == [len(tokens) for tokens in drawn]
     # The same whoever asks, and when.
-    again = targets_of(examples, **data)
-    assert [list(again.target(visit, View()).tokens) for visit in visits[::-1]] == drawn[::-1]
+    again = visit_tokens_of(examples, **data)
+    assert [list(again.of(visit, View()).tokens) for visit in visits[::-1]] == drawn[::-1]
 
 
 def test_a_packed_row_that_fills_the_window_is_learnt_with_its_times(
@@ -578,7 +583,7 @@ def test_rows_carry_the_weight_of_their_manifest(tmp_path: Path) -> None:
     paths = [write_rows(tmp_path / f"{n}.jsonl", [row()] * n) for n in (1, 2)]
     section = TrainingData(train_manifests=paths, train_weights=[0.5, 2.0])
     tokens, tokenizer = tokens_of_a_model("zh", "en"), make_tokenizer(["zh", "en"], WINDOW)
-    filters = ExampleFilter(section, tokens, tokenizer, float(WINDOW), 448)
+    filters = ExampleFilter(section, LabelTokenizer(tokenizer, tokens, 448), float(WINDOW))
     selection = filters.select([read_manifest(path, section.columns) for path in paths])
     assert [example.weight for example in selection.examples] == [0.5, 2.0, 2.0]
     assert selection.epoch_size == 4.5
@@ -606,7 +611,9 @@ def dataset_of(
         for batch in batches
     ]
     views = Views(options, float(WINDOW), 0)
-    return TrainingDataset(visits, targets_of(examples, **data), views, extractor, cache)
+    return TrainingDataset(
+        visits, visit_tokens_of(examples, **data), views, extractor, StateCaches(cache)
+    )
 
 
 @pytest.fixture
@@ -667,7 +674,7 @@ SPEED_AND_NOISE = {"waveform": {"speed": [0.8, 1.25], "noise_db": [5.0, 20.0]}}
 
 def epochs_of(dataset: TrainingDataset, uses: int, **options: Any) -> list[TrainingBatch]:
     """The same three clips, once in each of some epochs."""
-    examples = list(dataset.targets.examples)
+    examples = list(dataset.visit_tokens.examples)
     visits = [visits_of(0, 1, 2, use=use) for use in range(uses)]
     other = dataset_of(examples, visits, **options)
     return [other[number] for number in range(len(other))]
@@ -717,7 +724,7 @@ def test_what_is_heard_depends_on_the_visit_alone(
     options = {"augmentation": {"views": views, "spec_augment": spec, **SPEED_AND_NOISE}}
     whole = epochs_of(dataset, 4, **options)
     visits = [visits_of(example, use=use) for use in range(4) for example in range(3)]
-    alone = dataset_of(list(dataset.targets.examples), visits, **options)
+    alone = dataset_of(list(dataset.visit_tokens.examples), visits, **options)
     loaded = list(load_ahead(alone, 2))
     for number, batch in enumerate(loaded):
         use, example = divmod(number, 3)
@@ -726,11 +733,11 @@ def test_what_is_heard_depends_on_the_visit_alone(
 
 def test_timestamps_follow_the_view(select: Select) -> None:
     (example,) = select(timed_row((0.2, 0.8, "Hi")), **ALWAYS).examples
-    target = targets_of([example], **ALWAYS).target(
+    tokens = visit_tokens_of([example], **ALWAYS).of(
         Visit(0, 0, 0), View(speed=1.25, shift_seconds=0.3)
     )
     # 0.2 / 1.25 + 0.3 is 0.46, 0.8 / 1.25 + 0.3 is 0.94.
-    assert list(target.tokens[3:]) == [TIME + 23, *HI, TIME + 47, END]
+    assert list(tokens.tokens[3:]) == [TIME + 23, *HI, TIME + 47, END]
 
 
 def test_only_views_that_come_again_are_kept(dataset: TrainingDataset, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A training run that is killed, stopped or out of disk at any moment ends as if nothing had been.
 
 Each run is a process of its own, forked from one that has done the imports, which would cost more
-than the runs. The student has dropout, each step draws timestamps, previous text and views, and the
-weights are averaged: all of it must come back.
+than the runs. The student has dropout, and each step draws timestamps, previous text and views: all
+of it must come back.
 """
 
 import json
@@ -24,7 +24,6 @@ from tiny import read_rows, write_rows
 
 import run_distillation
 from simpler_distil_whisper.run import run_script
-from simpler_distil_whisper.training.options import DistillationConfig
 
 STEPS, CLIPS = 8, 10
 FORKS = multiprocessing.get_context("forkserver")
@@ -66,7 +65,7 @@ def full_config(output: Path, setting: Setting, cached: bool, **changes: Any) ->
         },
         "batch": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
         "schedule__max_steps": STEPS,
-        "optimizer": {"learning_rate": 5e-3, "average_decay": 0.8},
+        "optimizer": {"learning_rate": 5e-3},
         "checkpoints": {"every_steps": 2, "keep_last": 1},
         "validation": {
             "every_steps": 3,
@@ -88,7 +87,7 @@ def run_as_script(path: Path, largest_file: int | None) -> None:
     sys.argv = ["run_distillation.py", str(path)]
     sys.stderr = path.with_name("said.txt").open("w")
     prepare, work = run_distillation.prepare, run_distillation.work
-    sys.exit(run_script("run_distillation", None, DistillationConfig, prepare, work))
+    sys.exit(run_script("run_distillation", None, run_distillation.Config, prepare, work))
 
 
 def start(path: Path, largest_file: int | None = None) -> BaseProcess:

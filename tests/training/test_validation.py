@@ -67,9 +67,9 @@ def dev_rows(folder: Path, count: int = 5, languages: str = "en") -> list[dict[s
 
 def score_of(output: Path, setting: Setting, dev: Path, **changes: Any) -> Any:
     options = {"schedule__max_steps": 1, "validation__metric": PLAIN, "data__dev_manifest": dev}
-    trainer, _ = assemble(write_config(output, setting, **{**options, **changes}))
+    trainer, *_ = assemble(write_config(output, setting, **{**options, **changes}))
     assert trainer.validation
-    return trainer.validation.score(trainer.student)
+    return trainer.validation.score(trainer.models.student)
 
 
 def test_rates_are_of_the_whole_corpus(tmp_path: Path, setting: Setting) -> None:
@@ -195,14 +195,14 @@ def test_the_teacher_is_scored_once_even_if_the_run_is_stopped(
     rows = [row | {"text": "abcde"} for row in dev_rows(tmp_path, 2)]
     dev = write_rows(tmp_path / "dev.jsonl", rows)
     path = write_config(tmp_path / "run", setting, data__dev_manifest=dev)
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     with trainer.run.stop_signals(), pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGTERM)
-        trainer.train(examples)
-    trainer, examples = assemble(path)
+        train()
+    trainer, train, *_ = assemble(path)
     assert trainer.state.step == 1
-    assert not trainer.teacher.loaded, "not scored again"
-    trainer.train(examples)
+    assert not trainer.models.teacher.loaded, "not scored again"
+    train()
     lines = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in lines if "validation/teacher/error_rate" in r] == [0]
 
@@ -233,14 +233,14 @@ def test_best_is_the_student_of_the_lowest_rate(tmp_path: Path, setting: Setting
         schedule__max_steps=6,
         optimizer__learning_rate=2e-3,
     )
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     after: list[dict[str, torch.Tensor]] = []
     trainer.optimizer.optimizer.register_step_post_hook(
         lambda *_: after.append(
-            {k: v.clone() for k, v in trainer.student.model.state_dict().items()}
+            {k: v.clone() for k, v in trainer.models.student.model.state_dict().items()}
         )
     )
-    trainer.train(examples)
+    train()
     rates = logged(tmp_path / "run", "validation/student/error_rate")
     first_best = rates.index(min(rates))
     assert rates[-1] > min(rates), "else the last student is the best one and nothing is shown"
@@ -288,12 +288,12 @@ def test_a_model_is_scored_as_it_is_and_left_so(tmp_path: Path, setting: Setting
         validation__metric=PLAIN,
         optimizer__learning_rate=1e-12,
     )
-    trainer, examples = assemble(path)
+    trainer, train, *_ = assemble(path)
     training = []
     trainer.optimizer.optimizer.register_step_pre_hook(
-        lambda *_: training.append(trainer.student.model.model.decoder.training)
+        lambda *_: training.append(trainer.models.student.model.model.decoder.training)
     )
-    trainer.train(examples)
+    train()
     rates = logged(tmp_path / "run", "validation/student/error_rate")
     assert len(set(rates)) == 1
     texts = said_by(setting.student, rows, tmp_path)

@@ -1,0 +1,96 @@
+"""The state of a training run on disk, from which a stopped run continues."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from simpler_distil_whisper.atomic import write_atomically
+from simpler_distil_whisper.run import DataError
+
+
+@dataclass
+class TrainerState:
+    """How far a run is, beside the weights: part of each checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        plan: hash of what the steps learn from; with another one the step number means nothing.
+        best_error_rate: of the student on the dev manifest so far; None: not validated yet.
+        validations_since_best: validations since then.
+        teacher_error_rate: scored once, since it never changes.
+        unlogged: sums of the steps that no line of the log shows yet (`RunningMeans.sums`).
+    """
+
+    step: int = 0
+    plan: str = ""
+    best_error_rate: float | None = None
+    validations_since_best: int = 0
+    teacher_error_rate: float | None = None
+    unlogged: list[float] | None = None
+
+    def is_best(self, error_rate: float | None) -> bool:
+        """Count a validation; return whether it is the best so far."""
+        best = self.best_error_rate
+        if error_rate is None or (best is not None and error_rate >= best):
+            self.validations_since_best += 1
+            return False
+        self.best_error_rate, self.validations_since_best = error_rate, 0
+        return True
+
+
+class Checkpoints:
+    """A folder of checkpoints: each is written beside its place and renamed, old ones removed."""
+
+    def __init__(self, folder: Path, keep_last: int, accelerator: Accelerator) -> None:
+        """Name the folder; it is made with the first checkpoint."""
+        self.folder = folder
+        self.keep_last = keep_last
+        self.accelerator = accelerator
+
+    def save(self, state: TrainerState) -> Path:
+        """Save model, optimizer, random states and `state`; call it in every process.
+
+        Raises:
+            DataError: it cannot be written; the checkpoints before it are whole.
+        """
+        place = self.folder / f"step-{state.step:08d}"
+        partial = self.folder / f".{place.name}.tmp"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(partial))
+        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
+            shutil.rmtree(partial, ignore_errors=True)
+            raise DataError(
+                f"{place} cannot be written: {error}. The checkpoints before it are whole: make "
+                "room, and run the same command again to continue"
+            ) from None
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            text = json.dumps(dataclasses.asdict(state), indent=2)
+            write_atomically(partial / "trainer_state.json", text.encode())
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+            for old in self._all()[: -self.keep_last]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return place
+
+    def restore_last(self) -> TrainerState | None:
+        """Load the newest checkpoint into the prepared objects; None if there is none."""
+        checkpoints = self._all()
+        if not checkpoints:
+            return None
+        self.accelerator.load_state(str(checkpoints[-1]))
+        text = (checkpoints[-1] / "trainer_state.json").read_text(encoding="utf-8")
+        return TrainerState(**json.loads(text))
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))

@@ -1,0 +1,282 @@
+"""Labelled manifests -> training examples: which rows are learnt from, and why the others are not.
+
+Owns the filters of the `data` section and their report of rows and hours for each reason.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
+from simpler_distil_whisper.data.audio import AudioError
+from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
+from simpler_distil_whisper.labels.error_rate import why_dropped
+from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
+from simpler_distil_whisper.run import DataError, Progress, log
+from simpler_distil_whisper.training.options import TrainingData
+from simpler_distil_whisper.training.tokens import (
+    Example,
+    LabelTokenizer,
+    SpecialTokenInText,
+    TimedTokens,
+)
+
+UNREADABLE = "unreadable audio"
+BAD = ("unusable row", UNREADABLE)  # the reasons that count against max_bad_fraction
+WITH_SEGMENTS = "with segments"
+
+
+class Dropped(Exception):
+    """An utterance is not trained on: `kind` for the report, the message for rejected.jsonl."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        """Keep the kind; the reason is the exception's message."""
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Selection(NamedTuple):
+    """The examples that passed all filters, and the rows that did not.
+
+    Attributes:
+        examples: what is trained on.
+        rejections: every other row, with the reason.
+        report: kind of reason, or "kept" -> {"rows": ..., "hours": ...}.
+    """
+
+    examples: list[Example]
+    rejections: list[Rejection]
+    report: dict[str, dict[str, float]]
+
+    @property
+    def epoch_size(self) -> float:
+        """How many uses of examples make an epoch."""
+        return sum(example.weight for example in self.examples)
+
+    def check(self, max_bad_fraction: float) -> "Selection":
+        """Return the selection itself, with the report logged.
+
+        Raises:
+            DataError: more than `max_bad_fraction` of the rows is unusable, or none is left.
+        """
+        for kind, count in self.report.items():
+            log.info("training rows, %s: %d (%.2f h)", kind, count["rows"], count["hours"])
+        bad = sum(self.report[kind]["rows"] for kind in BAD if kind in self.report)
+        rows = len(self.examples) + len(self.rejections)
+        if bad > max_bad_fraction * rows or not self.examples:
+            raise DataError(
+                f"of {rows} training rows {bad} are unusable, data.max_bad_fraction is "
+                f"{max_bad_fraction:g}, and {len(self.examples)} pass the filters. "
+                f"The first reasons:{first_reasons(self.rejections)}"
+            )
+        return self
+
+
+class _Segment(BaseModel):
+    """What each of a row's segments must hold; it may hold more."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    start_seconds: NonNegativeFloat
+    end_seconds: NonNegativeFloat | None
+    text: str
+
+
+_SEGMENTS = TypeAdapter(list[_Segment])
+
+
+def select_examples(
+    manifests: Sequence[Manifest], data: TrainingData, student: ModelFolder
+) -> Selection:
+    """Return the examples of all manifests that a student can learn from.
+
+    Raises:
+        ConfigError: the model lacks a token that the config needs.
+    """
+    tokenizer = load_tokenizer(student)
+    tokens = special_tokens(tokenizer, student)
+    label_tokenizer = LabelTokenizer(tokenizer, tokens, student.config["max_target_positions"])
+    return ExampleFilter(data, label_tokenizer, student.window_seconds).select(manifests)
+
+
+class ExampleFilter:
+    """Turns utterances into examples, or gives the reason why not."""
+
+    def __init__(
+        self, data: TrainingData, label_tokenizer: LabelTokenizer, window_seconds: float
+    ) -> None:
+        """Resolve the limits that the config leaves to the model.
+
+        Raises:
+            ConfigError: the model lacks a token that the config needs.
+        """
+        tokens = label_tokenizer.tokens
+        if data.timestamp_probability and not tokens.timestamps:
+            raise ConfigError("data.timestamp_probability: the model has no timestamp tokens")
+        if data.previous_text_probability and tokens.previous is None:
+            raise ConfigError(
+                "data.previous_text_probability: the model has no token <|startofprev|>"
+            )
+        self.data = data
+        self.tokens = tokens
+        self.label_tokenizer = label_tokenizer
+        self.max_positions = label_tokenizer.max_positions
+        self.max_seconds = min(data.max_duration_seconds or window_seconds, window_seconds)
+        longest = label_tokenizer.max_label_tokens
+        self.max_label_tokens = min(data.max_label_tokens or longest, longest)
+        self.timed: Counter[str] = Counter()
+
+    def select(self, manifests: Sequence[Manifest]) -> Selection:
+        """Return the examples of all manifests; rows and hours are counted for every reason."""
+        examples: list[Example] = []
+        rejections = [rejection for manifest in manifests for rejection in manifest.rejections]
+        hours: dict[str, list[float]] = {"kept": [], "unusable row": [0.0] * len(rejections)}
+        weights = self.data.train_weights or [1.0] * len(manifests)
+        utterances = [
+            (utterance, weight)
+            for manifest, weight in zip(manifests, weights, strict=True)
+            for utterance in manifest.utterances
+        ]
+        self.timed.clear()
+        progress = Progress("reading audio headers", "rows", len(utterances))
+        for utterance, weight in progress.over(utterances):
+            seconds = 0.0
+            try:
+                seconds = _header_seconds(utterance)
+                examples.append(self._example(utterance, seconds, weight))
+                kind = "kept"
+            except Dropped as dropped:
+                kind = dropped.kind
+                rejections.append(
+                    Rejection(utterance.number, utterance.place, str(dropped), utterance.row)
+                )
+            hours.setdefault(kind, []).append(seconds / 3600)
+        report = {
+            kind: {"rows": len(each), "hours": round(sum(each), 4)}
+            for kind, each in hours.items()
+            if each or kind == "kept"
+        }
+        self._log_timestamps_and_previous_text(examples)
+        return Selection(examples, rejections, report)
+
+    def _log_timestamps_and_previous_text(self, examples: Sequence[Example]) -> None:
+        for kind, count in self.timed.items():
+            log.info("kept training rows, %s: %d", kind, count)
+        if self.data.timestamp_probability and not self.timed[WITH_SEGMENTS]:
+            log.warning(
+                "data.timestamp_probability is %g, but no row can be learnt with timestamps: set "
+                "decoding.timestamps or pack.enabled when labelling",
+                self.data.timestamp_probability,
+            )
+        if self.data.previous_text_probability:
+            count = sum(bool(example.previous) for example in examples)
+            write = log.info if count else log.warning
+            write("kept training rows, with previous text: %d", count)
+
+    def _example(self, utterance: Utterance, seconds: float, weight: float) -> Example:
+        columns = self.data.columns
+        if not (utterance.text or "").strip():
+            raise Dropped("no label", f'"{columns.text}" is empty')
+        if dropped := why_dropped(utterance.row, columns.error_rate, self.data.max_error_rate):
+            raise Dropped(*dropped)
+        self._check_length(seconds)
+        label = self._tokens_of(utterance.text or "", "label")
+        if len(label) > self.max_label_tokens:
+            limit = self.max_label_tokens
+            raise Dropped("label too long", f"label of {len(label)} tokens, the maximum is {limit}")
+        language = utterance.language or self.data.language
+        if language is None and self.tokens.languages:
+            raise Dropped("no language", "neither the row nor data.language names the language")
+        prompt = self.tokens.prompt(language, self.data.task)
+        previous = self._previous(utterance)
+        segments = self._timed_segments(utterance, len(prompt) - 1)
+        tokens = array("i", [*prompt, *label, self.tokens.end])
+        return Example(utterance, seconds, tokens, len(prompt), weight, segments, previous)
+
+    def _check_length(self, seconds: float) -> None:
+        minimum, maximum = self.data.min_duration_seconds, self.max_seconds
+        if seconds < minimum:
+            raise Dropped("too short", f"too short: {seconds:.3f} s, the minimum is {minimum:g} s")
+        if seconds > maximum:
+            raise Dropped("too long", f"too long: {seconds:.3f} s, the maximum is {maximum:g} s")
+
+    def _tokens_of(self, text: str, what: str) -> "array[int]":
+        try:
+            return self.label_tokenizer(text, what)
+        except SpecialTokenInText as error:
+            raise Dropped(f"special token in {what}", str(error)) from None
+
+    def _previous(self, utterance: Utterance) -> Sequence[int]:
+        """Return the tokens of the previous text, as far back as a decoder is given them."""
+        column = self.data.columns.previous_text
+        text = utterance.row.get(column) if self.data.previous_text_probability else None
+        if text is not None and not isinstance(text, str):
+            raise Dropped("unusable previous text", f'"{column}" is not a string: {text!r}')
+        if text is None or not text.strip():
+            return ()
+        # As in openai/whisper: half of the positions, <|startofprev|> included, is for the past.
+        return self._tokens_of(text, "previous text")[-(self.max_positions // 2 - 1) :]
+
+    def _timed_segments(self, utterance: Utterance, prompt_length: int) -> tuple[TimedTokens, ...]:
+        """Return the label's segments with times; none if it is to be learnt without timestamps.
+
+        Args:
+            utterance: whose segments they are.
+            prompt_length: how many tokens stand before the first timestamp.
+        """
+        if not self.data.timestamp_probability:
+            return ()
+        segments = self._segments(utterance)
+        timed = tuple(
+            TimedTokens(each.start_seconds, each.end_seconds, self._tokens_of(each.text, "segment"))
+            for each in segments
+        )
+        positions = prompt_length + sum(len(each.tokens) + 2 for each in timed)
+        text = "".join(each.text for each in segments)
+        if not segments:
+            kind = "without segments"
+        elif _without_spaces(text) != _without_spaces(utterance.text or ""):
+            kind = "without timestamps, since their segments are not the label"
+        elif positions > self.max_positions:
+            kind = "without timestamps, since with them they are too long"
+        else:
+            kind = WITH_SEGMENTS
+        self.timed[kind] += 1
+        return timed if kind == WITH_SEGMENTS else ()
+
+    def _segments(self, utterance: Utterance) -> list[_Segment]:
+        """Return a row's segments, without those that have no text.
+
+        Raises:
+            Dropped: they are malformed, or their times go back.
+        """
+        column, kind = self.data.columns.segments, "malformed segments"
+        try:
+            segments = _SEGMENTS.validate_python(utterance.row.get(column) or [])
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = "".join(f"[{part!r}]" for part in problem["loc"])
+            raise Dropped(kind, f'"{column}"{where}: {problem["msg"]}') from None
+        times = [time for each in segments for time in (each.start_seconds, each.end_seconds)]
+        if None in times[:-1]:
+            raise Dropped(kind, f'"{column}": only the last segment may lack its end')
+        known = [time for time in times if time is not None]
+        if known != sorted(known):
+            raise Dropped(kind, f'"{column}": the times go back: {known}')
+        return [each for each in segments if each.text.strip()]
+
+
+def _without_spaces(text: str) -> str:
+    """Return a text without spaces: between segments that are joined there may be one or none."""
+    return "".join(text.split())
+
+
+def _header_seconds(utterance: Utterance) -> float:
+    try:
+        return utterance.header_seconds()
+    except AudioError as error:
+        raise Dropped(UNREADABLE, f"{utterance.audio}: {error}") from None

@@ -1,0 +1,191 @@
+"""Labels -> what the decoder is given and learns to predict, as token ids.
+
+Owns the order of the tokens: previous text, prompt, label with or without timestamps, end token. It
+reads no audio and drops no rows.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import WhisperTokenizer
+
+from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.model.whisper import TIME_STEP, SpecialTokens
+from simpler_distil_whisper.training.augment import View
+from simpler_distil_whisper.training.losses import IGNORE_INDEX
+from simpler_distil_whisper.training.options import TrainingData
+from simpler_distil_whisper.training.plan import Drawn, Visit, draw
+
+
+class SpecialTokenInText(ValueError):
+    """A text holds a token such as `<|endoftext|>`, which is no speech."""
+
+
+class LabelTokenizer:
+    """Turns the text of a label into token ids.
+
+    Attributes:
+        max_positions: how many tokens the decoder can be given.
+    """
+
+    def __init__(
+        self, tokenizer: WhisperTokenizer, tokens: SpecialTokens, max_positions: int
+    ) -> None:
+        """Keep the model's tokenizer, special tokens and number of decoder positions."""
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.max_positions = max_positions
+        self._special = frozenset({tokens.end, *tokens.control})
+
+    @property
+    def max_label_tokens(self) -> int:
+        """The longest label that fits behind a prompt without timestamps.
+
+        The end token needs no position: it is predicted, but never given to the decoder.
+        """
+        return self.max_positions - (4 if self.tokens.languages else 2)
+
+    def __call__(self, text: str, what: str = "label") -> "array[int]":
+        """Return the token ids of a text.
+
+        Args:
+            text: no special tokens are added to it.
+            what: the kind of text, for the error message.
+
+        Raises:
+            SpecialTokenInText: the text itself holds special tokens.
+        """
+        ids = array("i", self.tokenizer(text, add_special_tokens=False).input_ids)
+        if special := self._special.intersection(ids):
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
+            raise SpecialTokenInText(f"the {what} holds {names}, which is no speech")
+        return ids
+
+
+class TimedTokens(NamedTuple):
+    """A segment of a label; `end_seconds` is None where only its beginning is known."""
+
+    start_seconds: float
+    end_seconds: float | None
+    tokens: "array[int]"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An utterance with the tokens that the decoder learns.
+
+    Attributes:
+        utterance: where the audio is.
+        seconds: its length, from the file's header.
+        tokens: prompt, label and end token, without timestamps.
+        prompt_length: how many of them are given, not learnt.
+        weight: how often an epoch uses the example.
+        segments: the label once more, with times; empty if it is not learnt with timestamps.
+        previous: tokens of the text before it in the recording, as many as a decoder may be given.
+    """
+
+    utterance: Utterance
+    seconds: float
+    tokens: "array[int]"
+    prompt_length: int
+    weight: float = 1.0
+    segments: tuple[TimedTokens, ...] = ()
+    previous: Sequence[int] = ()
+
+
+class DecoderTokens(NamedTuple):
+    """The token sequence of one visit.
+
+    Attributes:
+        tokens: previous text, prompt, label and end token.
+        prompt_length: how many of them are given, not learnt.
+    """
+
+    tokens: Sequence[int]
+    prompt_length: int
+
+
+class VisitTokens:
+    """The token sequence of each visit: with timestamps or previous text in some, drawn by chance.
+
+    Attributes:
+        examples: to which the visits' numbers refer.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        data: TrainingData,
+        tokens: SpecialTokens,
+        max_positions: int,
+        seed: int,
+    ) -> None:
+        """Keep the probabilities in `data`; the filters have checked that the tokens exist."""
+        self.examples = examples
+        self.data = data
+        self.tokens = tokens
+        self.max_positions = max_positions
+        self.seed = seed
+
+    def length(self, visit: Visit) -> int:
+        """Return how many tokens a visit has."""
+        return len(self.of(visit, View()).tokens)
+
+    def of(self, visit: Visit, view: View) -> DecoderTokens:
+        """Return the tokens of a visit, with timestamps as they are in the view of the audio."""
+        example = self.examples[visit.example]
+        tokens, prompt_length = list(example.tokens), example.prompt_length
+        timestamps, previous = self.data.timestamp_probability, self.data.previous_text_probability
+        if example.segments and self._draw(timestamps, Drawn.TIMESTAMPS, visit):
+            # <|notimestamps|> is the last token of the prompt.
+            prompt_length -= 1
+            tokens = [*tokens[:prompt_length], *self._timed(example, view), self.tokens.end]
+        if example.previous and self._draw(previous, Drawn.PREVIOUS_TEXT, visit):
+            # The end token is no input, <|startofprev|> is one more.
+            room = self.max_positions - len(tokens)
+            if room > 0:
+                assert self.tokens.previous is not None
+                given = [self.tokens.previous, *example.previous[-room:]]
+                tokens, prompt_length = given + tokens, len(given) + prompt_length
+        return DecoderTokens(tokens, prompt_length)
+
+    def _draw(self, probability: float, what: Drawn, visit: Visit) -> bool:
+        return draw(self.seed, what, visit.position).random() < probability
+
+    def _timed(self, example: Example, view: View) -> list[int]:
+        """Return the label with a timestamp before and after each segment."""
+        timed = []
+        for start, end, tokens in example.segments:
+            timed += [self._timestamp(view.of_time(start)), *tokens]
+            if end is not None:
+                timed.append(self._timestamp(view.of_time(end)))
+        return timed
+
+    def _timestamp(self, seconds: float) -> int:
+        times = self.tokens.timestamps
+        return times.start + min(round(seconds / TIME_STEP), len(times) - 1)
+
+
+def decoder_sequences(rows: Sequence[DecoderTokens], padding: int) -> tuple[Tensor, Tensor]:
+    """Return decoder inputs and labels, both int64 [B, L], L the length of the longest row.
+
+    They are built once, here, for teacher and student: each label is the token after its input.
+    Padding is masked by its position, never by comparing ids, since Whisper pads with its end
+    token, which must be learnt.
+
+    Args:
+        rows: at least one.
+        padding: the id after the end of shorter rows.
+    """
+    length = max(len(row.tokens) for row in rows) - 1
+    inputs = torch.full((len(rows), length), padding)
+    labels = torch.full((len(rows), length), IGNORE_INDEX)
+    for number, (tokens, prompt_length) in enumerate(rows):
+        end, first = len(tokens) - 1, prompt_length - 1
+        inputs[number, :end] = torch.tensor(tokens[:-1])
+        labels[number, first:end] = torch.tensor(tokens[prompt_length:])
+    return inputs, labels
