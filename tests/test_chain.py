@@ -54,8 +54,8 @@ socket.getaddrinfo = refuse
 Config = dict[str, Any]
 
 
-def chain_configs(folder: Path, out: str) -> dict[str, Config]:
-    """The five configs of one chain; paths are relative to `folder`, results go below `out`."""
+def chain_configs(out: str) -> dict[str, Config]:
+    """The five configs of one chain, with relative paths; results go below `out`."""
     decoding = {"batch_size": 3, "max_new_tokens": 24}
     teacher = {"path": "teacher"}
     return {
@@ -114,16 +114,13 @@ def run_config(folder: Path, step: str, config: Path) -> subprocess.CompletedPro
     )
 
 
-def run_chain(folder: Path, configs: dict[str, Config]) -> dict[str, str]:
-    """Run the five steps and return what each of them said."""
-    said = {}
+def run_chain(folder: Path, configs: dict[str, Config]) -> None:
+    """Run the five steps, each of which must succeed."""
     for step in STEPS:
         path = folder / f"{step}.json"
         path.write_text(json.dumps(configs[step], indent=1), encoding="utf-8")
         done = run_config(folder, step, path)
         assert done.returncode == 0, f"{step}: {done.stderr}"
-        said[step] = done.stderr
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +143,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )
     make_corpus(folder, 5, start=100)
-    run_chain(folder, chain_configs(folder, "out"))
+    run_chain(folder, chain_configs("out"))
     return folder
 
 
@@ -191,7 +188,7 @@ def test_each_folder_holds_the_config_byte_for_byte_and_how_it_ended(chain: Path
         assert info["versions"]["transformers"]
 
 
-def test_a_finished_run_says_so_and_touches_nothing(chain: Path) -> None:
+def test_a_finished_run_logs_that_and_touches_nothing(chain: Path) -> None:
     results = chain / "out/run_pseudo_labelling"
     before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     done = run_config(chain, "run_pseudo_labelling", chain / "run_pseudo_labelling.json")
@@ -243,11 +240,11 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> N
     raise AssertionError("the run never got so far")
 
 
-def prepare_long_work(chain: Path, name: str) -> tuple[Path, dict[str, Config]]:
-    """More clips and smaller batches, so that there is a middle to be stopped in."""
+def write_long_config(chain: Path, name: str, step: str) -> Path:
+    """Write a config with more clips and smaller batches, so that a stop falls into the work."""
     if not (chain / "zh-500.jsonl").exists():
         make_corpus(chain, 60, start=500)
-    configs = chain_configs(chain, name)
+    configs = chain_configs(name)
     labelling = configs["run_pseudo_labelling"]
     labelling["data"]["manifest"] = "zh-500.jsonl"
     labelling["decoding"] = {"batch_size": 2, "max_new_tokens": 200}
@@ -256,7 +253,8 @@ def prepare_long_work(chain: Path, name: str) -> tuple[Path, dict[str, Config]]:
     distillation["data"]["train_manifests"] = ["out/run_pseudo_labelling/pseudo_labels.jsonl"]
     distillation["schedule"] = {"warmup_steps": 2, "epochs": None, "max_steps": 60}
     path = chain / f"{name}.json"
-    return path, configs
+    path.write_text(json.dumps(configs[step]))
+    return path
 
 
 @pytest.mark.slow
@@ -264,11 +262,9 @@ def prepare_long_work(chain: Path, name: str) -> tuple[Path, dict[str, Config]]:
 def test_stopped_labelling_goes_on_to_the_same_bytes(chain: Path, number: signal.Signals) -> None:
     whole = chain / "whole/run_pseudo_labelling/pseudo_labels.jsonl"
     if not whole.exists():
-        path, configs = prepare_long_work(chain, "whole")
-        path.write_text(json.dumps(configs["run_pseudo_labelling"]))
+        path = write_long_config(chain, "whole", "run_pseudo_labelling")
         assert run_config(chain, "run_pseudo_labelling", path).returncode == 0
-    path, configs = prepare_long_work(chain, f"stopped-{number.name}")
-    path.write_text(json.dumps(configs["run_pseudo_labelling"]))
+    path = write_long_config(chain, f"stopped-{number.name}", "run_pseudo_labelling")
     results = chain / f"stopped-{number.name}" / "run_pseudo_labelling"
     for stop in range(3):
         process = start(chain, "run_pseudo_labelling", path)
@@ -297,11 +293,9 @@ def test_stopped_distillation_goes_on_to_the_same_weights(
 ) -> None:
     whole = chain / "whole-training/run_distillation"
     if not whole.exists():
-        path, configs = prepare_long_work(chain, "whole-training")
-        path.write_text(json.dumps(configs["run_distillation"]))
+        path = write_long_config(chain, "whole-training", "run_distillation")
         assert run_config(chain, "run_distillation", path).returncode == 0
-    path, configs = prepare_long_work(chain, f"training-{number.name}")
-    path.write_text(json.dumps(configs["run_distillation"]))
+    path = write_long_config(chain, f"training-{number.name}", "run_distillation")
     results = chain / f"training-{number.name}" / "run_distillation"
     for stop in range(3):
         process = start(chain, "run_distillation", path)
@@ -334,20 +328,19 @@ def read_whole_rows(path: Path) -> list[Config]:
 @pytest.mark.slow
 def test_two_processes_label_the_same_bytes(chain: Path) -> None:
     whole = chain / "out/run_pseudo_labelling"
-    config = chain_configs(chain, "two")["run_pseudo_labelling"]
+    config = chain_configs("two")["run_pseudo_labelling"]
     path = chain / "two.json"
     path.write_text(json.dumps(config))
     done = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node",
-                "2",
-            ),
-            *(str(REPOSITORY / "run_pseudo_labelling.py"), str(path)),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(REPOSITORY / "run_pseudo_labelling.py"),
+            str(path),
         ],
         cwd=chain,
         capture_output=True,
@@ -364,12 +357,12 @@ def test_two_processes_label_the_same_bytes(chain: Path) -> None:
 def test_the_scripts_run_on_real_speech(real_speech: Path, chain: Path) -> None:
     """Columns of other names, three languages, a window of 30 s, clips that are too long for it."""
     make_model_folder(chain / "wide", window_seconds=30, width=32, decoder_layers=3)
-    wanted = ("zh-TW", "zh-CN", "en")
-    rows = [row for row in read_rows(real_speech / "manifest.jsonl") if row["lang"] in wanted]
+    languages = ("zh-TW", "zh-CN", "en")
+    rows = [row for row in read_rows(real_speech / "manifest.jsonl") if row["lang"] in languages]
     for row in rows:
         row["path"] = str(real_speech / row["path"])
     write_rows(chain / "real.jsonl", rows)
-    configs = chain_configs(chain, "real")
+    configs = chain_configs("real")
     columns = {"audio": "path", "language": "lang", "id": None}
     data = {"manifest": "real.jsonl", "columns": columns}
     decoding = {"batch_size": 8, "max_new_tokens": 30}
@@ -388,10 +381,10 @@ def test_the_scripts_run_on_real_speech(real_speech: Path, chain: Path) -> None:
         ("run_pseudo_labelling", "pseudo_labels"),
         ("offline_inference", "hypotheses"),
     ):
-        answered = read_rows(chain / "real" / step / f"{name}.jsonl")
+        transcribed = read_rows(chain / "real" / step / f"{name}.jsonl")
         rejected = read_rows(chain / "real" / step / "rejected.jsonl")
-        assert len(answered) + len(rejected) == len(rows)
+        assert len(transcribed) + len(rejected) == len(rows)
         assert [row["row"]["path"] for row in rejected] == [row["path"] for row in too_long]
         assert all("too long" in row["reason"] for row in rejected)
     summary = json.loads((chain / "real/eval/summary.json").read_text())
-    assert set(summary["systems"]["s"]["groups"]["lang"]) == set(wanted)
+    assert set(summary["systems"]["s"]["groups"]["lang"]) == set(languages)

@@ -20,13 +20,14 @@ RESULTS = ("pseudo_labels.jsonl", "rejected.jsonl")
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes)]
+    command += [str(REPOSITORY / "run_pseudo_labelling.py"), "config.json"]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [
-                *(sys.executable, *(launcher if processes > 1 else [])),
-                *(str(REPOSITORY / "run_pseudo_labelling.py"), "config.json"),
-            ],
+            command,
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,
@@ -38,9 +39,9 @@ def kill_all_of(process: subprocess.Popen[bytes]) -> None:
     """Kill a run with its processes and their workers, none of which can tidy up."""
     launched = psutil.Process(process.pid)
     launched.suspend()  # so that it starts no other meanwhile
-    for one in [*launched.children(recursive=True), launched]:
+    for running in [*launched.children(recursive=True), launched]:
         try:
-            one.kill()
+            running.kill()
         except psutil.NoSuchProcess:
             continue
     process.wait(timeout=60)
@@ -48,7 +49,7 @@ def kill_all_of(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, 60 rows of which some are bad, and what a run writes that no one kills."""
+    """A folder with a teacher, a config and 60 rows, some of which are bad."""
     folder = tmp_path_factory.mktemp("kills")
     make_model_folder(folder / "teacher", languages=["en", "zh"], talkative=True, seed=53)
     rows = read_rows(make_corpus(folder, ROWS))
@@ -110,8 +111,8 @@ def test_processes_whose_launcher_was_killed_end_and_leave_their_rows(folder: Pa
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
     _, alive = psutil.wait_procs(left, timeout=60)
-    for one in alive:
-        one.kill()
+    for survivor in alive:
+        survivor.kill()
     assert not alive
     assert not (folder / "out" / RESULTS[0]).exists()
     assert start(folder, 1).wait(timeout=600) == 0

@@ -35,7 +35,7 @@ from simpler_distil_whisper.export.targets import (
     why_not_openai,
 )
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.model.options import DecodingOptions, Task, whisper_code
+from simpler_distil_whisper.model.options import DecodingOptions, FolderOptions, Task, whisper_code
 from simpler_distil_whisper.run import DataError, Run, is_main_process, log, run_script
 
 if TYPE_CHECKING:
@@ -55,15 +55,6 @@ Quantization = Literal[
 
 OPENAI_QUANTIZATIONS = ("float32", "float16")
 ORIGINAL = "original"  # the name of the model itself in tables
-
-
-class Model(StrictModel):
-    """The model that is exported."""
-
-    path: Path = Field(description="Hugging Face model folder, such as outputs/distillation/final.")
-    processor: Path | None = Field(
-        None, description="Folder of tokenizer and feature extractor; null: the model's own."
-    )
 
 
 class Variant(StrictModel):
@@ -113,7 +104,7 @@ class Config(StrictModel):
     """export.json."""
 
     output_dir: Path = Field(description="Folder that this run makes.")
-    model: Model
+    model: FolderOptions
     variants: list[Variant] = Field(min_length=1, description="The exports to make.")
     verification: Verification
     metric: Metric = Metric()

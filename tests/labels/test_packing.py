@@ -1,4 +1,4 @@
-"""Which labels go into a pack, what its row says, and what its audio holds."""
+"""Which labels go into a pack, and what its row and its audio hold."""
 
 import json
 from pathlib import Path
@@ -20,20 +20,10 @@ from simpler_distil_whisper.labels.packing import (
     plan_packs,
     write_audio,
 )
-from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.labels.rows import LabelColumns, LabellingColumns, OutputColumns
 from simpler_distil_whisper.run import DataError
 
-COLUMNS = LabelColumns(
-    id="id",
-    audio="audio",
-    start_seconds="start_seconds",
-    duration_seconds="duration_seconds",
-    language="language",
-    label="text",
-    reference="origin_text",
-    error_rate="cer/wer",
-    segments="segments",
-)
+COLUMNS = LabelColumns.from_config(LabellingColumns(), OutputColumns(), with_segments=True)
 SCORER = Scorer(Metric())
 LIMITS = PackLimits(seconds=30.0, tokens=444, error_rate=0.1)
 
@@ -195,18 +185,18 @@ class NeverStopped:
 
 
 def test_the_audio_of_a_pack_is_its_parts_one_after_the_other(tmp_path: Path) -> None:
-    one = write_tone(tmp_path / "one.wav", 2.0, seed=1)
-    other = write_tone(tmp_path / "other.wav", 1.5, rate=44_100, seed=2)
+    first = write_tone(tmp_path / "first.wav", 2.0, seed=1)
+    second = write_tone(tmp_path / "second.wav", 1.5, rate=44_100, seed=2)
     rows = [
-        label(1.0, id=0, audio=str(one), start_seconds=0.5, duration_seconds=1.0),
-        label(1.5, id=1, audio=str(other)),
+        label(1.0, id=0, audio=str(first), start_seconds=0.5, duration_seconds=1.0),
+        label(1.5, id=1, audio=str(second)),
     ]
     planned = plan(tmp_path, rows)
     write_audio(tmp_path / "labels.jsonl", planned, COLUMNS, 2, NeverStopped())  # type: ignore[arg-type]
     path = tmp_path / "packed/audio/000/000000.flac"
     info = soundfile.info(path)
     assert (info.samplerate, info.channels, info.frames) == (SIXTEEN_KHZ, 1, 40_000)
-    expected = np.concatenate([load_audio(one)[8_000:24_000], load_audio(other)])
+    expected = np.concatenate([load_audio(first)[8_000:24_000], load_audio(second)])
     np.testing.assert_allclose(load_audio(path), expected, atol=2**-15)
     # What is there is not made again; what is missing is.
     path.write_bytes(b"made before")
