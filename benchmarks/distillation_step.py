@@ -38,9 +38,10 @@ from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.teacher_cache import CachedDecoderStates, CachedEncoderStates
 from simpler_distil_whisper.model.whisper import quieten_libraries, save_whisper
 from simpler_distil_whisper.run import Run
-from simpler_distil_whisper.training.dataset import Selection, TrainingBatch
+from simpler_distil_whisper.training.dataset import TrainingBatch
+from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, LossWeights, distillation_loss
-from simpler_distil_whisper.training.options import DistillationConfig, RunLength
+from simpler_distil_whisper.training.plan import RunLength
 
 POSITIONS = 448  # of Whisper's decoder, to which distil-whisper's script pads all labels
 FRAMES, STATES = 3000, 1500  # of a window of 30 s: of the log-mel and of the encoder
@@ -403,12 +404,13 @@ def _this_project(folder: Path, states_kept: bool, answers_kept: bool) -> Step:
         "logging": {"tensorboard": False},
     }
     path.write_text(json.dumps(config))
-    checked = load_config(path, DistillationConfig)
+    checked = load_config(path, run_distillation.Config)
     teacher = read_model_folder(folder / "teacher", None, "teacher")
     student = read_model_folder(folder / "student", None, "student")
-    nothing = Selection([], [], {})
+    nothing = Selection([], [], {"kept": {"rows": 0, "hours": 0.0}})
     prepared = run_distillation.Prepared(teacher, student, nothing, None, RunLength(1, 1000, 1000))
-    trainer = run_distillation.assemble(checked, prepared, Run("run_distillation", path, checked))
+    run = Run("run_distillation", path, checked)
+    trainer, _ = run_distillation.assemble(checked, prepared, run)
 
     def step(batch: Batch) -> float | None:
         given = TrainingBatch(batch.features, batch.inputs, batch.labels, 0.0, [])
@@ -424,9 +426,9 @@ def _this_project(folder: Path, states_kept: bool, answers_kept: bool) -> Step:
         loss = None
         if not states_kept and len(batch.labels) == len(WARM_UP):
             with torch.no_grad():
-                terms = trainer.models.terms(given)
+                terms = trainer.models.loss_terms(given)
             loss = (terms.loss / terms.tokens).item()
-        trainer.train_step([given])
+        trainer.train_step([given], LEARNING_RATE)
         return loss
 
     return step

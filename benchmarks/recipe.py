@@ -39,16 +39,17 @@ from simpler_distil_whisper.model.pruning import prune_whisper, spread_layers
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.text.normalization import TextNormalization
 from simpler_distil_whisper.training.augment import Views
-from simpler_distil_whisper.training.dataset import Target, decoder_sequences
 from simpler_distil_whisper.training.losses import (
     IGNORE_INDEX,
     LossTerms,
     LossWeights,
     distillation_loss,
 )
-from simpler_distil_whisper.training.models import MovingAverage, freeze, learning_rate_factor
-from simpler_distil_whisper.training.options import Augmentation
+from simpler_distil_whisper.training.models import freeze
+from simpler_distil_whisper.training.optimizer import learning_rate_factor
+from simpler_distil_whisper.training.options import Augmentation, Freeze, Schedule
 from simpler_distil_whisper.training.plan import TrainingPlan, Visit
+from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
 DEMO = Path("demo_data")
 BATCH = 50  # clips encoded or decoded at once
@@ -88,7 +89,6 @@ class Recipe:
         labels: "pseudo" (the teacher's transcripts) or "reference" (what was said).
         max_error_rate: clips whose pseudo-label is worse are left out; None: none.
         views, view_kind: how many altered versions of each clip there are, and how they are made.
-        average: decay of a moving average of the weights, which is scored; None: no average.
         on_policy, sampling: share of steps on what the student itself says for the batch, drawn at
             this temperature (0: greedily), taught by the teacher's distribution alone.
         unfrozen, encoder_rate: share of steps, the last ones, in which the encoder learns too, and
@@ -106,7 +106,6 @@ class Recipe:
     max_error_rate: float | None = 0.2
     views: int = 3
     view_kind: str = "wave"
-    average: float | None = None
     on_policy: float = 0.0
     sampling: float = 0.0
     unfrozen: float = 0.0
@@ -152,7 +151,6 @@ STUDIES: dict[str, dict[str, Recipe]] = {
     "kinds": {kind: Recipe(view_kind=kind) for kind in KINDS},
     "steps": {str(steps): Recipe(steps=steps) for steps in (250, 500, 1000, 1500)},
     "more": {
-        "average of the weights, 0.99": Recipe(average=0.99),
         "30 % on-policy, greedy": Recipe(on_policy=0.3),
         "30 % on-policy, sampled": Recipe(on_policy=0.3, sampling=1.0),
         "encoder unfrozen for the last 20 %": Recipe(unfrozen=0.2),
@@ -263,12 +261,12 @@ class Material:
             heard.taught[labels] = torch.cat([decode(self.teacher, *part) for part in parts])
         return heard.taught[labels]
 
-    def target(self, language: str, ids: Sequence[int]) -> Target:
+    def target(self, language: str, ids: Sequence[int]) -> DecoderTokens:
         """Return what the decoder is given and is to learn."""
         prompt = self.whisper.tokens.prompt(language, "transcribe")
-        return Target([*prompt, *ids], len(prompt))
+        return DecoderTokens([*prompt, *ids], len(prompt))
 
-    def _targets(self, texts: Sequence[str]) -> list[Target]:
+    def _targets(self, texts: Sequence[str]) -> list[DecoderTokens]:
         tokenizer, end = self.whisper.tokenizer, self.whisper.tokens.end
         return [
             self.target(
@@ -352,7 +350,7 @@ class Distillation:
         layers = recipe.layers
         kept = material.best_layers(layers) if isinstance(layers, int) else layers
         self.student = pruned(material.teacher, kept)
-        freeze(self.student, encoder=not recipe.unfrozen, decoder=False, embed_positions=False)
+        freeze(self.student, Freeze(encoder=not recipe.unfrozen))
         for module in (self.student.model.decoder, *self.student.model.decoder.layers):
             module.dropout = recipe.dropout
         parts = (
@@ -379,10 +377,10 @@ class Distillation:
         """Train to the end; the student is then what is to be scored."""
         recipe = self.recipe
         optimizer = torch.optim.AdamW(self.groups, lr=recipe.learning_rate, weight_decay=0.0)
-        average = MovingAverage(self.trained, recipe.average) if recipe.average else None
+        schedule = Schedule(warmup_steps=recipe.warmup_steps)
         self.student.train()
         for step in range(recipe.steps):
-            factor = learning_rate_factor("linear", step, recipe.warmup_steps, recipe.steps)
+            factor = learning_rate_factor(schedule, step, recipe.steps)
             unfrozen = step >= recipe.steps * (1 - recipe.unfrozen)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * factor * group["share"]
@@ -393,10 +391,6 @@ class Distillation:
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if average:
-                average.update()
-        if average:
-            average.leave_in_place()
         self.student.eval()
 
     def _terms(self, visits: Sequence[Visit], unfrozen: bool) -> LossTerms:
@@ -477,7 +471,7 @@ def live_step_seconds(material: Material) -> float:
     and KL are made of whole logits.
     """
     student = pruned(material.teacher, (0, 3)).train()
-    freeze(student, encoder=True, decoder=False, embed_positions=False)
+    freeze(student, Freeze())
     optimizer = torch.optim.AdamW(student.model.decoder.parameters(), lr=1e-3, weight_decay=0.0)
     short_inputs, short_labels = decoder_sequences(
         material.targets["pseudo"][:16], material.whisper.tokens.end
