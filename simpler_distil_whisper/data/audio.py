@@ -1,7 +1,7 @@
 """Files and parts of files -> mono 16 kHz waveforms, or the reason why not.
 
-Owns decoding and resampling. It knows nothing of manifests or models. Called by `manifest.py` for
-durations and by `batches.py` for waveforms, there in worker processes: hence no import of torch.
+Owns decoding and resampling. It knows nothing of manifests, models or torch: worker processes need
+nothing else.
 """
 
 import math
@@ -13,15 +13,15 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # of every Whisper
-# What soundfile raises; TypeError for the name of a headerless file, such as "speech.raw".
+# What soundfile raises; TypeError for headerless files, such as "speech.raw".
 UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
 # Times in manifests are rounded, and an MP3's header may count the encoder's delay (20 ms).
 TOLERANCE_SECONDS = 0.05
-BLOCK_FRAMES = 1 << 20  # read at once
+BLOCK_FRAMES = 2**20  # read at once
 
 
 class AudioError(Exception):
-    """This audio cannot be used; the message says why, without the path."""
+    """This audio cannot be used; the message is the reason, without the path."""
 
 
 def load_audio(
@@ -32,21 +32,22 @@ def load_audio(
     min_seconds: float = 0.0,
     max_seconds: float = math.inf,
 ) -> np.ndarray:
-    """Return a file, or the part of it that the two times name, as one channel at 16 kHz.
+    """Return a file, or a part of it, as one channel at 16 kHz.
 
     Args:
         path: any format that libsndfile reads, at any rate, with any number of channels.
         start_seconds: where the part begins.
-        duration_seconds: length of the part; None reads to the end.
+        duration_seconds: length of the part; None: to the end of the file.
         min_seconds: shorter audio is an error.
-        max_seconds: longer audio is an error, found from the header before anything is decoded.
+        max_seconds: longer audio is an error, which the header shows before anything is decoded.
 
     Returns:
         float32 [S]: the mean of the channels, resampled by soxr "HQ" (what `librosa.load` does),
         about -1 to 1.
 
     Raises:
-        AudioError: missing, undecodable, empty, damaged, not finite, too short or too long.
+        AudioError: the file is missing, undecodable, empty, damaged, not finite, too short or too
+            long.
     """
     try:
         with soundfile.SoundFile(path) as file:
@@ -61,7 +62,7 @@ def load_audio(
         raise AudioError(_why_unreadable(path, error)) from None
     if len(mono) == 0:
         raise AudioError("empty: it decodes to no samples")
-    # The header only spares us decoding hours of audio; what was decoded decides.
+    # The header is checked only to avoid decoding hours of audio; the decoded length decides.
     check_length(len(mono) / rate, min_seconds, max_seconds)
     if not np.isfinite(mono).all():
         raise AudioError("not finite: some samples are NaN or infinite")
@@ -72,25 +73,26 @@ def load_audio(
 
 
 def _read_mono(file: soundfile.SoundFile, frames: int) -> np.ndarray:
-    """Return float32 [frames]: the mean of the channels of the next frames, -1 for all there are.
+    """Return float32 [frames]: the mean of the channels of the next frames; -1: of all that follow.
 
-    It is read in blocks, so that all channels of half an hour are never in memory at once.
+    The file is read in blocks, so that all channels of half an hour are never in memory at once.
     """
     blocks = [np.zeros(0, dtype=np.float32)]
     while frames != 0:
-        wanted = BLOCK_FRAMES if frames < 0 else min(BLOCK_FRAMES, frames)
-        block = file.read(wanted, dtype="float32", always_2d=True)
+        requested = BLOCK_FRAMES if frames < 0 else min(BLOCK_FRAMES, frames)
+        block = file.read(requested, dtype="float32", always_2d=True)
         blocks.append(block.mean(axis=1))
-        if len(block) < wanted:
+        if len(block) < requested:
             break
-        frames -= wanted if frames > 0 else 0
+        if frames > 0:
+            frames -= requested
     return np.concatenate(blocks)
 
 
 def audio_seconds(
     path: Path, start_seconds: float = 0.0, duration_seconds: float | None = None
 ) -> float:
-    """Return how long a file or a part of it is, from the header alone.
+    """Return the length of a file, or of a part of it, from the header alone.
 
     Raises:
         AudioError: the file cannot be opened or the part lies outside it.
@@ -104,7 +106,7 @@ def audio_seconds(
 
 def _part_seconds(whole: float, start: float, duration: float | None) -> float:
     if whole == 0:
-        raise AudioError("empty: its header says that it has no samples")
+        raise AudioError("empty: by its header, it has no samples")
     if start >= whole:
         raise AudioError(f"the part starts at {start:g} s, the file ends at {whole:.3f} s")
     if duration is None:
@@ -115,7 +117,7 @@ def _part_seconds(whole: float, start: float, duration: float | None) -> float:
 
 
 def check_length(seconds: float, min_seconds: float, max_seconds: float) -> None:
-    """Raise AudioError, which says why, if audio is too short or too long."""
+    """Raise AudioError if audio is too short or too long."""
     if seconds < min_seconds:
         raise AudioError(f"too short: {seconds:.3f} s, the minimum is {min_seconds:g} s")
     if seconds > max_seconds:
@@ -123,7 +125,7 @@ def check_length(seconds: float, min_seconds: float, max_seconds: float) -> None
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    # Unlike Path.exists, it bears a name that is longer than any file can have.
+    # Unlike Path.exists, this does not raise for a name that is longer than file systems allow.
     if not os.path.exists(path):  # noqa: PTH110
         return "no such file"
     if path.is_file() and path.stat().st_size == 0:

@@ -1,6 +1,6 @@
-"""JSON lines: one object a line, read with a reason for every line that holds none.
+"""JSON lines: one object per line, read with a reason for every line that holds none.
 
-Called by `manifest.py` and `hypotheses.py`, whose files are JSON lines.
+Owns what counts as a row; which fields a row needs is decided in `manifest.py` and elsewhere.
 """
 
 import codecs
@@ -14,7 +14,9 @@ from simpler_distil_whisper.config import ConfigError
 
 Row = dict[str, Any]
 
-DEEPEST = 100  # levels of a row; with ten times as many Python can neither copy nor send it
+DEEPEST = (
+    100  # nested levels of a row; with ten times as many, Python can neither copy nor pickle it
+)
 
 
 class RowError(ValueError):
@@ -55,8 +57,8 @@ def parse_row(line: bytes) -> Row:
     """Return the JSON object in one line.
 
     Raises:
-        RowError: the line holds no object, or one that standard JSON in UTF-8 cannot hold, or a key
-            twice, of which one value would be lost.
+        RowError: the line holds no object, or one that standard JSON in UTF-8 cannot represent, or
+            the same key twice, so that a value would be lost.
     """
     try:
         row = _decoder.decode(line.removeprefix(codecs.BOM_UTF8).decode())
@@ -82,7 +84,7 @@ def parse_row(line: bytes) -> Row:
 
 
 def to_line(row: object) -> str:
-    """Return the line that holds a row, with its end."""
+    """Return a row as a line, with its line end."""
     return _encoder.encode(row) + "\n"
 
 
@@ -101,14 +103,14 @@ def _finite(number: str) -> float:
     return value
 
 
-# What Python reads but cannot write again would end the run when an answer is kept, hence `_finite`
-# and the writing of rows with escapes: only these can hold half a character.
+# What Python can read but not write again would end a run when it writes a result. Hence `_finite`,
+# and in `parse_row` the encoding of rows with escapes, which alone can hold half a character.
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def _depth(value: object) -> int:
-    """Return how many lists and objects stand within each other."""
+    """Return how deeply lists and objects are nested."""
     if not isinstance(value, dict | list):
         return 0
     return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)

@@ -1,7 +1,7 @@
 """Manifests: audio lists as JSON lines, read with a reason for every row that is not usable.
 
-Owns the type `Utterance`, the columns of a manifest and the limits of what is used. Called by all
-scripts but eval.py.
+Owns the type `Utterance`, the columns of a manifest and the limits of what is used. It opens no
+audio; that is done when an utterance is loaded.
 """
 
 import codecs
@@ -30,10 +30,7 @@ from simpler_distil_whisper.config import (
 )
 from simpler_distil_whisper.data.audio import audio_seconds, load_audio
 from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
-from simpler_distil_whisper.run import (
-    DataError,
-    log,
-)
+from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import whisper_language
 
 
@@ -60,7 +57,7 @@ class DataLimits(StrictModel):
         "unless decoding.long_form takes it.",
     )
     max_utterances: PositiveInt | None = Field(
-        None, description="Take only the first so many rows."
+        None, description="Take only the first rows, at most this many."
     )
     max_bad_fraction: Ratio = Field(
         0.1, description="End with exit code 3 when a larger share of the rows is unusable."
@@ -78,7 +75,7 @@ class DataLimits(StrictModel):
 
 
 class ManifestData(DataLimits):
-    """The `data` section of the scripts that answer row by row."""
+    """The `data` section of the scripts that write a result for each row."""
 
     manifest: Path = Field(description="JSON lines, one utterance each.")
     columns: Columns = Columns()
@@ -86,17 +83,17 @@ class ManifestData(DataLimits):
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One usable row of a manifest: an audio file, or a part of one, with what is known of it.
+    """One usable row of a manifest: an audio file, or a part of one, with text and language.
 
     Attributes:
         number: position among the rows, from 0.
         place: "train.jsonl:17", for messages.
-        json: the row, as it stands in the manifest.
-        audio: path of the file, found.
+        json: the row as it is in the manifest.
+        audio: path of the file, relative to the working directory or absolute.
         start_seconds: where the part begins.
         duration_seconds: length of the part; None: to the end of the file.
         text: the transcript, verbatim; None: there is none.
-        language: code that Whisper knows, such as "zh"; None: the row does not say.
+        language: code that Whisper knows, such as "zh"; None: the row names none.
     """
 
     number: int
@@ -116,7 +113,7 @@ class Utterance:
         return row
 
     def header_seconds(self) -> float:
-        """Return how long the audio is, from the file's header alone.
+        """Return the length of the audio, from the file's header alone.
 
         Raises:
             AudioError: the file cannot be opened or the part lies outside it.
@@ -140,7 +137,7 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A row that is not used, and why; `row` is what stands in the manifest."""
+    """A row that is not used, and why; `row` is its content in the manifest."""
 
     number: int
     place: str
@@ -149,29 +146,29 @@ class Rejection:
 
 
 def reject(utterance: Utterance, reason: str) -> Rejection:
-    """Return that a row, usable as it stands, has turned out not to be."""
+    """Return the rejection of a row that has turned out to be unusable."""
     return Rejection(utterance.number, utterance.place, reason, utterance.row)
 
 
 def first_reasons(rejections: Sequence[Rejection]) -> str:
     """Return the first few rejections for a message, each on a line of its own."""
-    return "".join(f"\n  {one.place}: {one.reason}" for one in rejections[:5])
+    return "".join(f"\n  {rejection.place}: {rejection.reason}" for rejection in rejections[:5])
 
 
 class Utterances(Sequence[Utterance]):
-    """The usable rows of a manifest, in order; each is read from the file when it is asked for.
+    """The usable rows of a manifest, in order; each is read from the file when it is accessed.
 
-    Kept is only where each row stands, so that a million rows take 24 megabytes.
+    Only the offset of each row is kept in memory, so that a million rows take 24 megabytes.
 
     Attributes:
-        numbers: of each utterance, its position among all rows.
+        numbers: the position of each utterance among all rows.
     """
 
     def __init__(self, path: Path, columns: Columns) -> None:
-        """Begin without rows; remember which file this is, to notice when it changes.
+        """Begin without rows; note size and time of the file, to notice when it changes.
 
         Raises:
-            ConfigError: the file cannot be read, or not more than once.
+            ConfigError: the file cannot be read more than once.
         """
         self.path = path
         self.columns = columns
@@ -183,7 +180,7 @@ class Utterances(Sequence[Utterance]):
         self._version = self._version_now() if path.exists() else None
 
     def append(self, number: int, line: int, offset: int) -> None:
-        """Add the row that stands in a line of the file, from 1, and begins at a byte, from 0."""
+        """Add a row by the number of its line, from 1, and its offset in bytes."""
         self.numbers.append(number)
         self._lines.append(line)
         self._offsets.append(offset)
@@ -245,15 +242,15 @@ class Manifest:
 
     @property
     def row_count(self) -> int:
-        """How many rows were read."""
+        """The number of rows that were read."""
         return len(self.utterances) + len(self.rejections)
 
     def fingerprint(self) -> str:
-        """Return a hash of all rows and of which are rejected: another one is another manifest."""
+        """Return a hash of all rows and of which of them are rejected."""
         return self.sha256
 
     def check(self, max_bad_fraction: float) -> "Manifest":
-        """Return the manifest itself, having said what is unusable.
+        """Log how many rows are unusable, and return the manifest itself.
 
         Raises:
             DataError: more than `max_bad_fraction` of the rows is unusable, or all rows are.
@@ -277,15 +274,15 @@ def read_manifest(
     languages: Collection[str] | None = None,
     new_fields: Collection[str] = (),
 ) -> Manifest:
-    """Return the rows of a manifest, each checked but its audio not opened.
+    """Return the rows of a manifest, checked without opening their audio.
 
     Args:
         path: the manifest.
         columns: which key holds what.
-        max_utterances: take only the first so many rows.
+        max_utterances: take only the first rows, at most this many.
         languages: codes that a row may name; None: all of Whisper's.
-        new_fields: fields that the run adds; a row that has one already is rejected, since it would
-            be lost.
+        new_fields: fields that the run adds; a row that already has one is rejected, since its
+            value would be lost.
 
     Raises:
         ConfigError: the manifest cannot be read.
@@ -320,7 +317,7 @@ def read_manifest(
 
 
 def _check_row(row: Row, folder: str, columns: Columns) -> None:
-    """Raise ValueError, whose text says why, if the row is unusable."""
+    """Raise RowError if the row is unusable."""
     audio = row.get(columns.audio)
     if not isinstance(audio, str) or not audio:
         raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
@@ -339,7 +336,7 @@ def _check_seconds(row: Row, column: str | None) -> None:
     value = row.get(column) if column else None
     if value is None:
         return
-    # bool is an int.
+    # In Python, a bool is an int.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise RowError(f'"{column}" is not a time in seconds: {value!r}')
 
@@ -362,7 +359,7 @@ def _language(row: Row, columns: Columns) -> str | None:
 
 @functools.lru_cache(maxsize=1000)
 def _whisper_language(name: str) -> str | ValueError:
-    """Look a name up once, not once per row: to find similar names takes a millisecond."""
+    """Return the code of a name; cached, since the search for similar names takes a millisecond."""
     try:
         return whisper_language(name)
     except ValueError as error:
@@ -370,8 +367,11 @@ def _whisper_language(name: str) -> str | ValueError:
 
 
 def find_audio(name: str, folder: str) -> str | None:
-    """Return the path as it is, if absolute; else relative to the manifest or working directory."""
-    # Not Path, which alone would take longer than all other checks of a row.
+    """Return the path of an audio file, which may be relative to `folder`; None if there is none.
+
+    A path that does not exist in `folder` is tried relative to the working directory.
+    """
+    # Not with Path, which alone would take longer than all other checks of a row.
     for path in (os.path.join(folder, name), name):  # noqa: PTH118
         if os.path.exists(path):  # noqa: PTH110
             return path
@@ -381,7 +381,7 @@ def find_audio(name: str, folder: str) -> str | None:
 def _utterance(
     row: Row, line: bytes, number: int, place: str, folder: str, columns: Columns
 ) -> Utterance:
-    """Return a row that has been checked as an utterance."""
+    """Return the utterance of a row that has been checked."""
     identity = row.get(columns.id) if columns.id else None
     start = row.get(columns.start_seconds) if columns.start_seconds else None
     duration = row.get(columns.duration_seconds) if columns.duration_seconds else None
@@ -391,7 +391,7 @@ def _utterance(
         place=place,
         json=line.removeprefix(codecs.BOM_UTF8).decode(),
         id=place if identity is None else str(identity),
-        # What is gone by now is rejected when its audio is wanted, like damaged audio.
+        # A file that has gone since the check is rejected when it is loaded, like damaged audio.
         audio=Path(find_audio(audio, folder) or Path(folder, audio)),
         start_seconds=float(start or 0.0),
         duration_seconds=None if duration is None else float(duration),

@@ -1,8 +1,7 @@
-"""The answers of a run that answers row by row, kept so that a kill loses none.
+"""The results of labelling and inference, row by row, kept so that a kill loses none.
 
-Owns the parts to which each process appends what it has finished, and the files into which they are
-put in the manifest's order at the end. Called by labelling and inference; training writes its
-rejections in the same form.
+Owns the parts to which each process appends its finished rows, the files into which they are merged
+in the manifest's order at the end, and the form of `rejected.jsonl`, which training writes too.
 """
 
 import contextlib
@@ -27,22 +26,27 @@ if sys.platform != "win32":
     import fcntl
 
 
-class RowResults:
-    """The answers of a run, row by row: flushed as they come, in the manifest's order at the end.
+# Endings of the parts' names.
+RESULTS = "answers"
+REJECTED = "rejected"
 
-    Each process appends what it has finished to two files of its own in `parts/`, one of answers
-    and one of rejections. A killed run loses at most the batch under way; the next one, with any
-    number of processes, goes on from `done`. `finish` puts the rows in order into `name`, those
-    without an answer into `rejected.jsonl`, and removes the parts: while `name` is not there, the
-    parts are all there is, and once it is, nothing else is needed.
+
+class RowResults:
+    """The results of a run, row by row: flushed at once, merged in the manifest's order at the end.
+
+    Each process appends its finished rows to two files of its own in `parts/`, one of results and
+    one of rejections. A killed run loses at most the batch under way; the next run, with any number
+    of processes, continues from `done`. `finish` merges the results into the file `name`, the
+    rejections into `rejected.jsonl`, and removes the parts. Until `name` exists, all rows are in
+    the parts; once it exists, the parts are no longer needed.
 
     Attributes:
-        done: bool [rows of the manifest]: which of them have an answer or a rejection.
+        done: bool [rows of the manifest]: which of them have a result or a rejection.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Remember where the results are; `open_for` opens them."""
-        self._answers = folder / name
+        """Name the files; `open_for` opens them."""
+        self._results = folder / name
         self._rejected = folder / "rejected.jsonl"
         self._folder = folder / "parts"
         self._manifest_hash = b""
@@ -50,40 +54,40 @@ class RowResults:
         self.done = np.zeros(0, dtype=bool)
 
     def open_for(self, manifest: Manifest) -> None:
-        """Read what an earlier run has left, and open this process's own parts.
+        """Read the parts of an earlier run, and open this process's own parts.
 
         Raises:
-            ConfigError: the results were begun with another manifest, whose rows had these numbers,
-                or another run is at work in the same folder.
+            ConfigError: the parts are of another manifest, in which the row numbers mean other
+                rows, or another run is at work in the same folder.
         """
         self._manifest_hash = manifest.fingerprint().encode()
         self.done = np.full(manifest.row_count, self._merged())
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._folder / f"{process_rank()}.lock")
-        for part in [*self._parts("answers"), *self._parts("rejected")]:
+        for part in [*self._parts(RESULTS), *self._parts(REJECTED)]:
             if part.manifest_hash not in (b"", self._manifest_hash):
                 raise ConfigError(
-                    f"output_dir: {self._folder.parent} holds answers to other rows than those "
+                    f"output_dir: {self._folder.parent} holds results of other rows than those "
                     f'that {manifest.path} has now: restore it, or choose another "output_dir"'
                 )
             self.done[part.numbers] = True
-        self._own = {kind: self._open_own(kind) for kind in ("answers", "rejected")}
+        self._own = {kind: self._open_own(kind) for kind in (RESULTS, REJECTED)}
 
     def append(
-        self, answers: Iterable[tuple[Utterance, Row]], rejected: Iterable[Rejection]
+        self, results: Iterable[tuple[Utterance, Row]], rejections: Iterable[Rejection]
     ) -> None:
-        """Keep the answers of one batch; once this returns, a kill does not lose them."""
-        self._append("answers", [(one.number, to_line(row)) for one, row in answers])
-        self._append("rejected", [(one.number, rejection_line(one)) for one in rejected])
+        """Keep the results of one batch; once this returns, a kill does not lose them."""
+        self._append(RESULTS, [(utterance.number, to_line(row)) for utterance, row in results])
+        self._append(REJECTED, _numbered_lines(rejections))
 
     @property
     def rejected_parts(self) -> str:
-        """Where the reasons stand until `finish`."""
-        return str(self._folder / "*.rejected")
+        """A pattern of the files that hold the rejections until `finish`."""
+        return str(self._folder / f"*.{REJECTED}")
 
     def rejected_so_far(self) -> int:
         """Return how many rows all processes have rejected, in earlier runs and in this one."""
-        for path in self._folder.glob("*.rejected"):
+        for path in self._folder.glob(f"*.{REJECTED}"):
             end, lines = self._counted.get(path, (0, -1))  # the first line is no row
             with path.open("rb") as file:
                 file.seek(end)
@@ -94,14 +98,14 @@ class RowResults:
     def finish(
         self, unread: Iterable[Rejection], wait_for_everyone: Callable[[], None]
     ) -> tuple[int, int]:
-        """Write the ordered files and remove the parts; return how many rows went into each.
+        """Merge and remove the parts; return the numbers of results and of rejections.
 
         Args:
             unread: rows that were rejected when the manifest was read.
-            wait_for_everyone: returns when every process has come here.
+            wait_for_everyone: returns when every process has called it.
 
         Raises:
-            DataError: the answer to some row is missing.
+            DataError: a row has neither a result nor a rejection.
         """
         for file in self._own.values():
             file.close()
@@ -109,9 +113,9 @@ class RowResults:
         counts = (0, 0)
         if is_main_process():
             if not self._merged():
-                self._merge([(one.number, rejection_line(one).encode()) for one in unread])
-            counts = (_count_lines(self._answers), _count_lines(self._rejected))
-            self._check_all_there(sum(counts))
+                self._merge(unread)
+            counts = (_count_lines(self._results), _count_lines(self._rejected))
+            self._check_complete(sum(counts))
             for path in self._folder.iterdir():
                 path.unlink()
             self._folder.rmdir()
@@ -119,8 +123,8 @@ class RowResults:
         return counts
 
     def _merged(self) -> bool:
-        """Return whether an earlier run was stopped after its results had been put in order."""
-        return self._answers.exists()
+        """Return whether an earlier run was stopped after it had merged its results."""
+        return self._results.exists()
 
     def _parts(self, kind: str) -> list["_Part"]:
         return [_read_part(path) for path in sorted(self._folder.glob(f"*.{kind}"))]
@@ -136,7 +140,7 @@ class RowResults:
         return file
 
     def _append(self, kind: str, lines: list[tuple[int, str]]) -> None:
-        # The rest of a batch that was torn by a kill was computed again with what had been kept.
+        # A batch that a kill has torn is computed again as a whole: some rows are already kept.
         new = [f"{number}\t{line}" for number, line in lines if not self.done[number]]
         if new:
             self._own[kind].write("".join(new).encode())
@@ -144,27 +148,28 @@ class RowResults:
             os.fsync(self._own[kind].fileno())
             self.done[[number for number, _ in lines]] = True
 
-    def _merge(self, unread: list[tuple[int, bytes]]) -> None:
-        answers, rejected = (_RowsInParts(self._parts(kind)) for kind in ("answers", "rejected"))
-        self._check_all_there(len(answers) + len(rejected) + len(unread))
+    def _merge(self, unread: Iterable[Rejection]) -> None:
+        never_read = [(number, line.encode()) for number, line in _numbered_lines(unread)]
+        results, rejected = (_RowsInParts(self._parts(kind)) for kind in (RESULTS, REJECTED))
+        self._check_complete(len(results) + len(rejected) + len(never_read))
         with written_atomically(self._rejected) as file:
-            file.writelines(line for _, line in heapq.merge(rejected, unread))
-        with written_atomically(self._answers) as file:
-            file.writelines(line for _, line in answers)
+            file.writelines(line for _, line in heapq.merge(rejected, never_read))
+        with written_atomically(self._results) as file:
+            file.writelines(line for _, line in results)
 
-    def _check_all_there(self, found: int) -> None:
-        if found != len(self.done):
+    def _check_complete(self, count: int) -> None:
+        if count != len(self.done):
             raise DataError(
-                f"{self._folder.parent}: of {len(self.done)} rows {found} are accounted for; do "
+                f"{self._folder.parent}: of {len(self.done)} rows {count} are accounted for; do "
                 "all processes write to one shared output_dir?"
             )
 
 
 class _Part(NamedTuple):
-    """What stands in one part: a hash of the manifest, then for each row its number and its line.
+    """The content of a part file: a hash of the manifest, then the number and line of each row.
 
     Attributes:
-        manifest_hash: empty if the process was killed before it had written any.
+        manifest_hash: empty if the process was killed before it had written it.
         numbers: int64 [rows]
         offsets: int64 [rows]: where the line of each row begins, in bytes.
         end: where the last whole line ends.
@@ -197,10 +202,10 @@ def _int64(*parts: "array[int] | np.ndarray") -> np.ndarray:
 
 
 class _RowsInParts:
-    """Number and line of every row that stands in some parts, in the order of the numbers."""
+    """Number and line of every row in some parts, in the order of the numbers."""
 
     def __init__(self, parts: list[_Part]) -> None:
-        """Find out where each line stands: 24 bytes a row, however long the lines are."""
+        """Note the part and the offset of each row: 24 bytes, however long its line is."""
         self._paths = [part.path for part in parts]
         which = [np.full(len(part.numbers), place) for place, part in enumerate(parts)]
         self._numbers, first = np.unique(
@@ -231,7 +236,7 @@ def _lock(path: Path) -> BinaryIO:
     file = path.open("ab")
     if sys.platform != "win32":
         try:
-            # Unlike those of flock, these locks do not pass to the workers, which outlive a kill.
+            # Unlike locks of flock, these are not inherited by workers, which outlive a kill.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
@@ -247,7 +252,7 @@ def _count_lines(path: Path) -> int:
 
 
 def places_in(path: Path) -> set[str]:
-    """Return the places of the rows that a `rejected.jsonl` accounts for; none if it is absent."""
+    """Return the places of all rows in a `rejected.jsonl`; none if there is no such file."""
     if not path.exists():
         return set()
     with path.open("rb") as file:
@@ -255,5 +260,10 @@ def places_in(path: Path) -> set[str]:
 
 
 def rejection_line(rejection: Rejection) -> str:
-    """Return the line of `rejected.jsonl` that accounts for one row."""
+    """Return the line of `rejected.jsonl` for one row."""
     return to_line({"place": rejection.place, "reason": rejection.reason, "row": rejection.row})
+
+
+def _numbered_lines(rejections: Iterable[Rejection]) -> list[tuple[int, str]]:
+    """Return the row number and the line of `rejected.jsonl` for each rejection."""
+    return [(rejection.number, rejection_line(rejection)) for rejection in rejections]

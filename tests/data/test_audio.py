@@ -1,4 +1,4 @@
-"""Any file that libsndfile reads becomes a mono 16 kHz waveform, or says why not."""
+"""Any file that libsndfile reads becomes a mono 16 kHz waveform, or is rejected with a reason."""
 
 import contextlib
 import json
@@ -40,12 +40,12 @@ def test_every_rate_and_channel_count_is_what_librosa_loads(
 ) -> None:
     path = write(tmp_path / "x.wav", speechlike(1.237, rate, channels), rate)
     expected, _ = librosa.load(path, sr=16_000, mono=True, res_type="soxr_hq")
-    found = load_audio(path)
-    assert found.dtype == np.float32
+    loaded = load_audio(path)
+    assert loaded.dtype == np.float32
     # librosa appends a zero where the length is no whole number of samples.
-    assert 0 <= len(expected) - len(found) <= 1
-    assert not expected[len(found) :].any()
-    np.testing.assert_allclose(found, expected[: len(found)], rtol=0, atol=1e-6)
+    assert 0 <= len(expected) - len(loaded) <= 1
+    assert not expected[len(loaded) :].any()
+    np.testing.assert_allclose(loaded, expected[: len(loaded)], rtol=0, atol=1e-6)
 
 
 def test_mono_is_the_mean_of_the_channels(tmp_path: Path) -> None:
@@ -89,12 +89,12 @@ def test_every_format_sounds_like_what_was_written(
 ) -> None:
     sound = speechlike(1.5, 16_000)[:, 0]
     path = write(tmp_path / f"x.{suffix}", sound, 16_000, subtype)
-    found = load_audio(path)
+    loaded = load_audio(path)
     block = 505 if subtype == "IMA_ADPCM" else 0  # a whole number of blocks is stored
-    assert len(found) == pytest.approx(24_000, abs=160 + block)  # 10 ms
+    assert len(loaded) == pytest.approx(24_000, abs=160 + block)  # 10 ms
     assert audio_seconds(path) == pytest.approx(1.5, abs=0.01 + block / 16_000)
-    length = min(len(found), len(sound))
-    rms = np.sqrt(np.mean((found[:length] - sound[:length]) ** 2))
+    length = min(len(loaded), len(sound))
+    rms = np.sqrt(np.mean((loaded[:length] - sound[:length]) ** 2))
     assert rms < noise * np.sqrt(np.mean(sound**2)) * 3
 
 
