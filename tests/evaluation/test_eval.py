@@ -86,9 +86,9 @@ def test_summary_of_one_system_by_hand(tmp_path: Path) -> None:
 def test_each_utterance_is_listed_with_its_counts_and_alignment(tmp_path: Path) -> None:
     rows = [*ROWS, {"id": 7, "text": "…", "hypothesis": "", "language": None}]
     evaluate(tmp_path, config_for(tmp_path, write_rows(tmp_path / "one.jsonl", rows)))
-    found = {row["id"]: row for row in lines_of(tmp_path / "out" / "utterances.jsonl")}
-    assert list(found) == ["a", "b", "c", "d", "7"]
-    assert found["b"] == {
+    utterances = {row["id"]: row for row in lines_of(tmp_path / "out" / "utterances.jsonl")}
+    assert list(utterances) == ["a", "b", "c", "d", "7"]
+    assert utterances["b"] == {
         "id": "b",
         "system": "one",
         "unit": "word",
@@ -97,16 +97,16 @@ def test_each_utterance_is_listed_with_its_counts_and_alignment(tmp_path: Path) 
         "word": {"hits": 1, "substitutions": 1, "deletions": 1, "insertions": 0},
         "reference": "Hello, big world!",
         "hypothesis": "hello word",
-        "alignment": found["b"]["alignment"],
+        "alignment": utterances["b"]["alignment"],
         "signs": [],
     }
-    assert found["a"]["alignment"] == [
+    assert utterances["a"]["alignment"] == [
         ["equal", "她很", "她很"],
         ["substitute", "擔心", "謝的"],
         ["equal", "大兒子", "大兒子"],
     ]
-    assert found["c"]["alignment"] == [["delete", "你好", ""]]
-    assert [found[key]["rate"] for key in ("a", "c", "d", "7")] == [2 / 7, 1.0, None, None]
+    assert utterances["c"]["alignment"] == [["delete", "你好", ""]]
+    assert [utterances[key]["rate"] for key in ("a", "c", "d", "7")] == [2 / 7, 1.0, None, None]
 
 
 def test_the_table_is_printed_and_written(tmp_path: Path) -> None:
@@ -249,15 +249,15 @@ def test_systems_are_compared_with_the_first(tmp_path: Path) -> None:
     keys = {"columns": columns, "metric": PLAIN, "group_by": []}
     done = evaluate(tmp_path, config_for(tmp_path, *paths, **keys))
     assert done.returncode == 0, done.stderr
-    found = summary_in(tmp_path)["comparisons"]
-    assert list(found) == ["good", "same"]
-    good = found["good"]
+    comparisons = summary_in(tmp_path)["comparisons"]
+    assert list(comparisons) == ["good", "same"]
+    good = comparisons["good"]
     assert good["baseline"] == "base"
     assert good["difference"] == pytest.approx(-28 / 600)
     assert good["low"] < -28 / 600 < good["high"] < 0
     assert good["p_value"] < 0.01
     assert (good["better"], good["worse"], good["equal"]) == (28 / 60, 0, 32 / 60)
-    assert (found["same"]["difference"], found["same"]["p_value"]) == (0, 1)
+    assert (comparisons["same"]["difference"], comparisons["same"]["p_value"]) == (0, 1)
     assert "good minus base: -0.0467 (-0.0" in done.stdout
     assert "better in 46.7% of the utterances, worse in 0.0%." in done.stdout
 
@@ -295,9 +295,9 @@ def test_rows_without_a_reference_are_searched_for_invented_text(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     one = summary_in(tmp_path)["systems"]["one"]
     assert one["corpus"]["utterances"] == 4
-    found = one["hallucination"]
-    assert (found["utterances"], found["without_reference"]) == (6, 2)
-    assert found["phrases"] == {"thank you for watching": 1}
+    invented = one["hallucination"]
+    assert (invented["utterances"], invented["without_reference"]) == (6, 2)
+    assert invented["phrases"] == {"thank you for watching": 1}
     signs = {row["id"]: row["signs"] for row in lines_of(tmp_path / "out" / "utterances.jsonl")}
     assert signs["e"] == ["repetition"]
     assert signs["f"] == ["known_phrase"]
@@ -334,7 +334,7 @@ def test_what_is_known_of_an_utterance_is_read_from_the_first_system(tmp_path: P
     assert lengths == {"no token": 1, "1 to 5 tokens": 2, "6 to 10 tokens": 1}
 
 
-def test_speed_and_size_are_found_beside_the_hypotheses(tmp_path: Path) -> None:
+def test_speed_and_size_are_read_beside_the_hypotheses(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "one.jsonl", [*ROWS])
     config = config_for(tmp_path, path, report={**NO_PAGE, "html": True})
     speed = {"rtfx": 12.5, "parameters": 1_960_000, "model_bytes": 4_000_000, "tokens": 7}
@@ -346,14 +346,14 @@ def test_speed_and_size_are_found_beside_the_hypotheses(tmp_path: Path) -> None:
         shown = [words in page for words in ("<td>12.5</td>", "1.96 M", "4 MB")]
         assert shown == [content != "["] * 3
         contents.append((tmp_path / "out" / "summary.json").read_bytes())
-    assert contents[0] == contents[1]  # it says nothing of how fast this machine is today
+    assert contents[0] == contents[1]  # no figure of today's speed is in it
 
 
 def page_data(folder: Path) -> Row:
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found
-    return {**json.loads(found[1]), "page": page}
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match
+    return {**json.loads(match[1]), "page": page}
 
 
 def test_the_page_shows_the_same_utterances_whatever_order_the_files_have(tmp_path: Path) -> None:
@@ -372,16 +372,16 @@ def test_the_page_shows_the_same_utterances_whatever_order_the_files_have(tmp_pa
         keys["report"] = {"html": True, "worst_utterances": 2, "embed_audio": embed}
         done = evaluate(tmp_path, config_for(tmp_path, *paths, **keys))
         assert done.returncode == 0, done.stderr
-        found = page_data(tmp_path)
-        by_id = {row["id"]: row for row in found["utterances"]}
+        data = page_data(tmp_path)
+        by_id = {row["id"]: row for row in data["utterances"]}
         assert len(by_id) == 60
-        assert [heard["errors"] for heard in by_id["7"]["systems"]] == [0, 10]
-        assert [heard["errors"] for heard in by_id["9"]["systems"]] == [0, 10]
+        assert [system["errors"] for system in by_id["7"]["systems"]] == [0, 10]
+        assert [system["errors"] for system in by_id["9"]["systems"]] == [0, 10]
         assert by_id["3"]["audio"] == "../clip.wav#t=0.5,1.5"
         assert by_id["7"]["audio"] is None
         assert by_id["9"]["seconds"] == 1
-        assert ("data:audio/mpeg;base64," in found["page"]) == embed
-        cards = re.findall(r'<article class="row" id="u(\d+)">', found["page"])
+        assert ("data:audio/mpeg;base64," in data["page"]) == embed
+        cards = re.findall(r'<article class="row" id="u(\d+)">', data["page"])
         assert sorted(cards) == ["7", "9"]
 
 
@@ -391,10 +391,10 @@ def test_a_transcript_cannot_change_the_page(tmp_path: Path) -> None:
     report = {"html": True, "worst_utterances": 4, "embed_audio": True}
     done = evaluate(tmp_path, config_for(tmp_path, path, report=report))
     assert done.returncode == 0, done.stderr
-    found = page_data(tmp_path)
-    assert "<script>alert" not in found["page"]
-    assert "<img" not in found["page"]
-    assert found["utterances"][0]["systems"][0]["hypothesis"] == evil
+    data = page_data(tmp_path)
+    assert "<script>alert" not in data["page"]
+    assert "<img" not in data["page"]
+    assert data["utterances"][0]["systems"][0]["hypothesis"] == evil
 
 
 @pytest.mark.parametrize("rows", [[], [{**ROWS[0], "text": 1}], ["nonsense", ""]])
@@ -410,7 +410,7 @@ def test_nothing_to_compare_is_a_data_error_that_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_reference_column_is_answered_with_the_columns_found(tmp_path: Path) -> None:
+def test_a_wrong_reference_column_is_refused_with_the_columns_that_exist(tmp_path: Path) -> None:
     columns = {"id": "id", "reference": "txt", "hypothesis": "hypothesis", "language": None}
     path = write_rows(tmp_path / "one.jsonl", [*ROWS])
     done = evaluate(tmp_path, config_for(tmp_path, path, columns=columns))

@@ -41,8 +41,8 @@ def test_interval_is_that_of_plain_bootstrap_t() -> None:
     ratios, errors = ratio_and_error(pairs[random.integers(0, 60, (40_000, 60))])
     quantiles = np.quantile((ratios - ratio) / errors, [0.95, 0.05])
     expected = ratio[0] - quantiles * error[0]
-    found = bootstrap_interval(counts, Resampling(confidence=0.9, samples=40_000, seed=1))
-    assert found == pytest.approx(expected, abs=0.03 * (expected[1] - expected[0]))
+    interval = bootstrap_interval(counts, Resampling(confidence=0.9, samples=40_000, seed=1))
+    assert interval == pytest.approx(expected, abs=0.03 * (expected[1] - expected[0]))
 
 
 @settings(deadline=None)
@@ -107,9 +107,9 @@ def arrays(*columns: list[int]) -> list[np.ndarray]:
 
 
 def test_comparison_by_hand() -> None:
-    found = paired_difference(*arrays([3, 0, 1, 0, 5, 2], [1, 0, 2, 0, 0, 0], [10] * 6))
-    assert found.difference == -8 / 60
-    assert (found.better, found.worse, found.equal) == (3 / 6, 1 / 6, 2 / 6)
+    comparison = paired_difference(*arrays([3, 0, 1, 0, 5, 2], [1, 0, 2, 0, 0, 0], [10] * 6))
+    assert comparison.difference == -8 / 60
+    assert (comparison.better, comparison.worse, comparison.equal) == (3 / 6, 1 / 6, 2 / 6)
     # Of the 16 ways to sign 2, 1, 5, 2, those at least 8 from 0: +8 (the 1 other way), +10 and both
     # turned round.
     tosses = [abs(np.dot(signs, [2, 1, 5, 2])) >= 8 for signs in product((-1, 1), repeat=4)]
@@ -122,9 +122,9 @@ def test_comparison_by_hand() -> None:
 
 def test_equal_systems_differ_by_nothing_and_that_is_no_certainty() -> None:
     same = np.arange(100) % 3
-    found = paired_difference(same, same, np.full(100, 10))
-    assert (found.difference, found.p_value, found.equal) == (0.0, 1.0, 1.0)
-    low, high = found.interval or (0, 0)
+    comparison = paired_difference(same, same, np.full(100, 10))
+    assert (comparison.difference, comparison.p_value, comparison.equal) == (0.0, 1.0, 1.0)
+    low, high = comparison.interval or (0, 0)
     assert low == -high < 0
 
 
@@ -132,30 +132,30 @@ def test_a_large_difference_is_seen() -> None:
     random = np.random.default_rng(0)
     tokens = random.integers(5, 20, 300)
     baseline, other = random.binomial(tokens, 0.3), random.binomial(tokens, 0.1)
-    found = paired_difference(baseline, other, tokens)
-    assert found.p_value == 1 / 1001
-    low, high = found.interval or (0, 0)
+    comparison = paired_difference(baseline, other, tokens)
+    assert comparison.p_value == 1 / 1001
+    low, high = comparison.interval or (0, 0)
     assert low < -0.2 < high < -0.1
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), min_size=5, max_size=40))
 def test_what_the_test_does_not_reject_is_in_the_interval(rows: list[tuple[int, int, int]]) -> None:
-    found = paired_difference(*np.array(rows).T, None, Resampling(0.95, 400))
-    if found.interval and found.difference is not None:
-        assert found.interval[0] <= found.difference <= found.interval[1]
-        if found.p_value > 0.06:
-            assert found.interval[0] <= 0 <= found.interval[1]
+    comparison = paired_difference(*np.array(rows).T, None, Resampling(0.95, 400))
+    if comparison.interval and comparison.difference is not None:
+        assert comparison.interval[0] <= comparison.difference <= comparison.interval[1]
+        if comparison.p_value > 0.06:
+            assert comparison.interval[0] <= 0 <= comparison.interval[1]
 
 
 def test_where_no_difference_can_be_rejected_there_is_no_interval() -> None:
-    found = paired_difference(*arrays([0] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]))
-    assert (found.difference, found.p_value, found.interval) == (1.0, 1.0, None)
+    comparison = paired_difference(*arrays([0] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]))
+    assert (comparison.difference, comparison.p_value, comparison.interval) == (1.0, 1.0, None)
     # Of five utterances all signs are alike in 2 of 32 tosses, of seven in 2 of 128.
     for number, known in ((5, False), (7, True)):
         counts = np.arange(number)
-        found = paired_difference(counts, counts + 1 + counts % 2, counts + 9)
-        assert (found.interval is not None) == known
+        comparison = paired_difference(counts, counts + 1 + counts % 2, counts + 9)
+        assert (comparison.interval is not None) == known
 
 
 def test_turning_the_systems_round_turns_the_difference_round() -> None:
