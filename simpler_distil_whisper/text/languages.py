@@ -1,7 +1,7 @@
-"""Languages and tokens: names of languages, characters and words, repetition, joining.
+"""Languages and scripts: names of languages, what an error rate counts, repetition, joining.
 
-Owns what is known of scripts and languages. Called by the scripts that prompt Whisper for a
-language and by whatever counts tokens.
+Owns what the package knows of languages. The "tokens" here are the characters or words that error
+rates count, not a model's tokens.
 """
 
 import difflib
@@ -17,44 +17,58 @@ Unit = Literal["auto", "character", "word", "mixed"]
 """What an error rate counts; "auto" becomes "character" or "word" for each utterance."""
 
 # The language tokens of large-v3; models before it have all of these but `yue`.
+# fmt: off
 WHISPER_LANGUAGES: dict[str, str] = {
-    **{"en": "english", "zh": "chinese", "de": "german", "es": "spanish", "ru": "russian"},
-    **{"ko": "korean", "fr": "french", "ja": "japanese", "pt": "portuguese", "tr": "turkish"},
-    **{"pl": "polish", "ca": "catalan", "nl": "dutch", "ar": "arabic", "sv": "swedish"},
-    **{"it": "italian", "id": "indonesian", "hi": "hindi", "fi": "finnish", "vi": "vietnamese"},
-    **{"he": "hebrew", "uk": "ukrainian", "el": "greek", "ms": "malay", "cs": "czech"},
-    **{"ro": "romanian", "da": "danish", "hu": "hungarian", "ta": "tamil", "no": "norwegian"},
-    **{"th": "thai", "ur": "urdu", "hr": "croatian", "bg": "bulgarian", "lt": "lithuanian"},
-    **{"la": "latin", "mi": "maori", "ml": "malayalam", "cy": "welsh", "sk": "slovak"},
-    **{"te": "telugu", "fa": "persian", "lv": "latvian", "bn": "bengali", "sr": "serbian"},
-    **{"az": "azerbaijani", "sl": "slovenian", "kn": "kannada", "et": "estonian"},
-    **{"mk": "macedonian", "br": "breton", "eu": "basque", "is": "icelandic", "hy": "armenian"},
-    **{"ne": "nepali", "mn": "mongolian", "bs": "bosnian", "kk": "kazakh", "sq": "albanian"},
-    **{"sw": "swahili", "gl": "galician", "mr": "marathi", "pa": "punjabi", "si": "sinhala"},
-    **{"km": "khmer", "sn": "shona", "yo": "yoruba", "so": "somali", "af": "afrikaans"},
-    **{"oc": "occitan", "ka": "georgian", "be": "belarusian", "tg": "tajik", "sd": "sindhi"},
-    **{"gu": "gujarati", "am": "amharic", "yi": "yiddish", "lo": "lao", "uz": "uzbek"},
-    **{"fo": "faroese", "ht": "haitian creole", "ps": "pashto", "tk": "turkmen"},
-    **{"nn": "nynorsk", "mt": "maltese", "sa": "sanskrit", "lb": "luxembourgish"},
-    **{"my": "myanmar", "bo": "tibetan", "tl": "tagalog", "mg": "malagasy", "as": "assamese"},
-    **{"tt": "tatar", "haw": "hawaiian", "ln": "lingala", "ha": "hausa", "ba": "bashkir"},
-    **{"jw": "javanese", "su": "sundanese", "yue": "cantonese"},
+    "en": "english", "zh": "chinese", "de": "german", "es": "spanish", "ru": "russian",
+    "ko": "korean", "fr": "french", "ja": "japanese", "pt": "portuguese", "tr": "turkish",
+    "pl": "polish", "ca": "catalan", "nl": "dutch", "ar": "arabic", "sv": "swedish",
+    "it": "italian", "id": "indonesian", "hi": "hindi", "fi": "finnish", "vi": "vietnamese",
+    "he": "hebrew", "uk": "ukrainian", "el": "greek", "ms": "malay", "cs": "czech",
+    "ro": "romanian", "da": "danish", "hu": "hungarian", "ta": "tamil", "no": "norwegian",
+    "th": "thai", "ur": "urdu", "hr": "croatian", "bg": "bulgarian", "lt": "lithuanian",
+    "la": "latin", "mi": "maori", "ml": "malayalam", "cy": "welsh", "sk": "slovak",
+    "te": "telugu", "fa": "persian", "lv": "latvian", "bn": "bengali", "sr": "serbian",
+    "az": "azerbaijani", "sl": "slovenian", "kn": "kannada", "et": "estonian",
+    "mk": "macedonian", "br": "breton", "eu": "basque", "is": "icelandic", "hy": "armenian",
+    "ne": "nepali", "mn": "mongolian", "bs": "bosnian", "kk": "kazakh", "sq": "albanian",
+    "sw": "swahili", "gl": "galician", "mr": "marathi", "pa": "punjabi", "si": "sinhala",
+    "km": "khmer", "sn": "shona", "yo": "yoruba", "so": "somali", "af": "afrikaans",
+    "oc": "occitan", "ka": "georgian", "be": "belarusian", "tg": "tajik", "sd": "sindhi",
+    "gu": "gujarati", "am": "amharic", "yi": "yiddish", "lo": "lao", "uz": "uzbek",
+    "fo": "faroese", "ht": "haitian creole", "ps": "pashto", "tk": "turkmen",
+    "nn": "nynorsk", "mt": "maltese", "sa": "sanskrit", "lb": "luxembourgish",
+    "my": "myanmar", "bo": "tibetan", "tl": "tagalog", "mg": "malagasy", "as": "assamese",
+    "tt": "tatar", "haw": "hawaiian", "ln": "lingala", "ha": "hausa", "ba": "bashkir",
+    "jw": "javanese", "su": "sundanese", "yue": "cantonese",
 }
+# fmt: on
 
 # Other names -> Whisper's code: the first twelve are Whisper's own, the others are what data sets
 # and the ISO 639 standards call the same languages.
+# fmt: off
 LANGUAGE_ALIASES: dict[str, str] = {
-    **{"burmese": "my", "valencian": "ca", "flemish": "nl", "haitian": "ht", "castilian": "es"},
-    **{"letzeburgesch": "lb", "pushto": "ps", "panjabi": "pa", "moldavian": "ro"},
-    **{"moldovan": "ro", "sinhalese": "si", "mandarin": "zh"},
-    **{"cmn": "zh", "zho": "zh", "zh-yue": "yue", "simplified chinese": "zh"},
-    **{"traditional chinese": "zh", "mandarin chinese": "zh", "putonghua": "zh", "farsi": "fa"},
-    **{"jv": "jw", "iw": "he", "in": "id", "ji": "yi", "nb": "no", "fil": "tl", "filipino": "tl"},
+    "burmese": "my", "valencian": "ca", "flemish": "nl", "haitian": "ht", "castilian": "es",
+    "letzeburgesch": "lb", "pushto": "ps", "panjabi": "pa", "moldavian": "ro",
+    "moldovan": "ro", "sinhalese": "si", "mandarin": "zh",
+    "cmn": "zh", "zho": "zh", "zh-yue": "yue", "simplified chinese": "zh",
+    "traditional chinese": "zh", "mandarin chinese": "zh", "putonghua": "zh", "farsi": "fa",
+    "jv": "jw", "iw": "he", "in": "id", "ji": "yi", "nb": "no", "fil": "tl", "filipino": "tl",
 }
+# fmt: on
 
 HOKKIEN_NAMES = {
-    *("hokkien", "nan", "taiwanese", "minnan", "min nan", "min-nan", "southern min", "taigi"),
-    *("tai-gi", "hoklo", "zh-min-nan", "taiwanese hokkien"),
+    "hokkien",
+    "nan",
+    "taiwanese",
+    "minnan",
+    "min nan",
+    "min-nan",
+    "southern min",
+    "taigi",
+    "tai-gi",
+    "hoklo",
+    "zh-min-nan",
+    "taiwanese hokkien",
 }
 
 # Written without spaces between words, or (Korean) with spaces that even careful writers set
@@ -80,18 +94,18 @@ SPACED_WORD = re.compile(rf"[^\W_{UNSPACED}]+")
 # Korean, though counted by character, has spaces between words.
 NEVER_SPACED = re.compile(rf"[{HAN_AND_KANA}{OTHER_UNSPACED}]")
 
-LONGEST_NGRAM = 100  # tokens: a loop of longer pieces is hardly one
+LONGEST_NGRAM = 100  # tokens; loops of longer pieces are not looked for
 
 
 def whisper_language(name: str) -> str:
     """Return Whisper's code of a language given as a code, a locale or an English name.
 
     Raises:
-        ValueError: Whisper has no such language; the message says what to write instead.
+        ValueError: Whisper has no such language; the message suggests what to write instead.
     """
-    wanted = " ".join(name.lower().replace("_", "-").split())
-    base = wanted.split("-")[0]
-    if wanted in HOKKIEN_NAMES or base in HOKKIEN_NAMES:
+    key = " ".join(name.lower().replace("_", "-").split())
+    base = key.split("-")[0]
+    if key in HOKKIEN_NAMES or base in HOKKIEN_NAMES:
         raise ValueError(
             f'"{name}": Whisper has no token for Hokkien (Taiwanese, Min Nan); use "zh", under '
             "which it learns and writes Hokkien in Han characters"
@@ -102,21 +116,21 @@ def whisper_language(name: str) -> str:
         **LANGUAGE_ALIASES,
     }
     # "zh-TW", "pt_BR" and "zh-Hant-TW" name a language and a place or a script.
-    for key in (wanted, "-".join(wanted.split("-")[:2]), base):
-        if key in names:
-            return names[key]
-    near = difflib.get_close_matches(wanted, names, n=1)
+    for candidate in (key, "-".join(key.split("-")[:2]), base):
+        if candidate in names:
+            return names[candidate]
+    near = difflib.get_close_matches(key, names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else '; write a code such as "en" or "zh"'
     raise ValueError(f'"{name}" is no language that Whisper knows{hint}')
 
 
 def tokens(text: str, unit: Unit) -> list[str]:
-    """Return the pieces of a text that an error rate in this unit counts.
+    """Return the characters or words of a text that an error rate in this unit counts.
 
     Args:
         text: the text, normalised or not.
         unit: "character": Unicode code points without whitespace; "word": what whitespace
-            separates; "mixed": Han characters and kana one by one, all else by words.
+            separates; "mixed": each Han character and kana by itself, all else by words.
 
     Raises:
         ValueError: the unit is "auto", which `unit_for` turns into one of the others.
@@ -131,36 +145,36 @@ def tokens(text: str, unit: Unit) -> list[str]:
 
 
 def unit_for(language: str | None, text: str) -> Unit:
-    """Return "character" or "word", whichever tells more in this language.
+    """Return the unit that suits a language: "character" or "word".
 
     A word error rate of a language without spaces is all or nothing: one wrong character makes the
     whole sentence one wrong word.
 
     Args:
-        language: a name or code; where it is None or not one of Whisper's, the script decides.
-        text: the reference, looked at only where the language does not decide.
+        language: a name or code; if it is None or unknown to Whisper, the script of `text` decides.
+        text: the reference.
     """
     code = code_or_none(language) if language else None
     if code:
         return "character" if code in CHARACTER_LANGUAGES else "word"
-    # A word against a character, not letters against letters: one English brand name must not
-    # outweigh the Chinese sentence around it.
+    # A whole word counts as much as one character: an English brand name must not outweigh the
+    # Chinese sentence around it.
     unspaced = len(UNSPACED_CHARACTER.findall(text))
     return "character" if unspaced and unspaced >= len(SPACED_WORD.findall(text)) else "word"
 
 
 def longest_repetition(pieces: Sequence[str]) -> int:
-    """Return how many tokens the longest run of an n-gram that follows itself at once covers.
+    """Return the length, in tokens, of the longest immediate repetition of an n-gram.
 
-    "one two one two one two three" has "one two" three times in a row, which covers 6 words; a
-    last copy that is not whole does not count. 0 where nothing is said twice in a row. N-grams have
-    up to `LONGEST_NGRAM` tokens, so that the time is proportional to the length of the text.
+    "one two one two one two three" has "one two" three times in a row, which is 6 words; an
+    incomplete last copy does not count. 0 if nothing is repeated. N-grams have up to
+    `LONGEST_NGRAM` tokens, so that the time is proportional to the length of the text.
     """
     numbers: dict[str, int] = {}
     codes = np.array([numbers.setdefault(piece, len(numbers)) for piece in pieces])
     longest = 0
     for n in range(1, min(LONGEST_NGRAM, len(codes) // 2) + 1):
-        # Where each of `same` successive tokens is that of n places before, n + same tokens repeat.
+        # If `same` successive tokens each equal the token n places before, n + same tokens repeat.
         differs = np.flatnonzero(codes[n:] != codes[:-n])
         same = int(np.diff(differs, prepend=-1, append=len(codes) - n).max()) - 1
         if same >= n:
@@ -169,10 +183,10 @@ def longest_repetition(pieces: Sequence[str]) -> int:
 
 
 def join_texts(texts: Sequence[str]) -> str:
-    """Return the texts one after the other, apart by a space unless their script has none.
+    """Return the texts one after the other, separated by a space unless their script has none.
 
-    There is no space where both neighbours are characters of such a script or full-width signs; a
-    space at the very beginning stays, because real Whispers say one.
+    There is no space where both neighbours are characters of such a script or full-width signs. A
+    space at the very beginning stays, because real Whispers predict one.
     """
     joined = ""
     for text in texts:
@@ -186,7 +200,7 @@ def join_texts(texts: Sequence[str]) -> str:
 
 
 def _never_spaced(characters: Iterable[str]) -> bool:
-    """Return whether the first telling character is of a script without spaces, or full-width."""
+    """Return whether the first letter, digit or full-width sign is of a script without spaces."""
     for character in characters:
         if unicodedata.east_asian_width(character) in "WF" and not character.isalnum():
             return True

@@ -1,7 +1,7 @@
-"""Text as it is compared: what is made equal in the copies that errors are counted on.
+"""Normalisation: what is made equal in the copies of texts on which errors are counted.
 
-Owns everything that decides what counts as "the same text"; it never changes a text that is kept.
-Called by `metrics.py`.
+Owns all that decides whether two texts count as the same. Texts that are written to files are never
+normalised.
 """
 
 import functools
@@ -80,10 +80,10 @@ class TextNormalization(StrictModel):
 def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], str]:
     """Return the function that normalises one text, given the language it is in, if known.
 
-    Its own steps change nothing when they are used again. Whisper's English normaliser is kept as
-    published, and can: it reads "double oh seven" as "007", and that as "7".
+    Our own steps are idempotent. Whisper's English normaliser, kept as published, is not: it turns
+    "double oh seven" into "007", and that into "7".
     """
-    # Japanese 驚 and 飛 are not Chinese in another script.
+    # Chinese conversion would change Japanese text: 驚 and 飛 are ordinary characters there.
     with_own_han = options.chinese_script and make_normalizer(
         options.model_copy(update={"chinese_script": None})
     )
@@ -102,7 +102,7 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
             steps = english
         text = _in_turn(steps, text)
         while fillers and (rest := fillers.sub(" ", text)) != text:
-            # What one leaves can be the words of another, or a sign that has lost its word.
+            # The rest can form another filler, or hold a sign that has lost its word.
             text = _in_turn(own if steps is own else [], rest)
         return text
 
@@ -123,7 +123,7 @@ def _in_turn(steps: Sequence[Step], text: str) -> str:
 def _own_steps(options: TextNormalization) -> list[Step]:
     steps: list[Step] = []
     if options.remove_punctuation:
-        # Before all else, because what an invisible character keeps apart can compose.
+        # First of all: characters that an invisible one separates can compose once it is gone.
         steps.append(functools.partial(INVISIBLE.sub, ""))
     if options.unicode:
         steps.append(functools.partial(unicodedata.normalize, options.unicode))
@@ -135,13 +135,13 @@ def _own_steps(options: TextNormalization) -> list[Step]:
     punctuation: list[Step] = [_without_punctuation] if options.remove_punctuation else []
     steps += script + punctuation
     if options.numerals:
-        # Both again: 一干 keeps its 干 where 1干 does not, and 百分之五 has become 5%.
+        # Both again: OpenCC keeps the 干 of 一干 but not of 1干, and 百分之五 has become 5%.
         steps += [with_digits, *script, *punctuation]
     return steps
 
 
 def _conversions_alone(options: TextNormalization) -> list[Step]:
-    """Return what goes before Whisper's normalisers, with the Unicode form that it needs."""
+    """Return the steps before Whisper's normalisers, with the Unicode form that they need."""
     conversions = _script_conversion(options)
     if options.numerals:
         conversions.append(with_digits)
@@ -156,12 +156,12 @@ def _script_conversion(options: TextNormalization) -> list[Step]:
 
 @functools.cache
 def _whisper_normalizers() -> tuple[Step, Step]:
-    # Here, because most runs need neither.
+    # Imported here, because most runs need neither.
     from whisper_normalizer.basic import BasicTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer
 
     english = EnglishTextNormalizer()
-    # The package's own: as published, a cause stays a cause.
+    # The package adds these patterns to the published ones, which leave "cause" alone.
     for pattern in BESIDES_PUBLISHED:
         english.replacers.pop(pattern, None)
     return english, BasicTextNormalizer()
@@ -171,7 +171,7 @@ def _whisper_english(text: str) -> str:
     english, basic = _whisper_normalizers()
     try:
         return english(text)
-    except AssertionError:  # a number of more digits than Python reads, from a loop
+    except AssertionError:  # a number with more digits than Python reads, from a loop
         return basic(text)
 
 
@@ -180,13 +180,13 @@ def _whisper_basic(text: str) -> str:
 
 
 def _filler_pattern(options: TextNormalization) -> re.Pattern[str] | None:
-    """Return what finds the fillers in a normalised text; None where there are none."""
+    """Return a pattern of the fillers in a normalised text; None if there are none."""
     if not options.fillers:
         return None
     plain = make_normalizer(options.model_copy(update={"fillers": []}))
-    # As English rows have them and as others do.
+    # As they are in normalised English rows, and in others.
     fillers = {plain(filler, language) for filler in options.fillers for language in (None, "en")}
-    # The longest first, or its beginning would go alone.
+    # The longest first: otherwise only the beginning of a longer filler would be removed.
     ordered = sorted(fillers - {""}, key=lambda filler: (-len(filler), filler))
     return re.compile("|".join(map(_whole_words, ordered))) if ordered else None
 
@@ -199,12 +199,12 @@ def _whole_words(filler: str) -> str:
 
 @functools.cache
 def _chinese_converter(script: Literal["simplified", "traditional"]) -> Callable[[str], str]:
-    import opencc  # here, because few runs need it
+    import opencc  # imported here, because few runs need it
 
     converter = opencc.OpenCC("t2s" if script == "simplified" else "s2t")
 
     def convert(text: str) -> str:
-        # Twice, because OpenCC goes from 薴 by way of 苧 to 苎.
+        # Twice, because OpenCC converts 薴 to 苧, and 苧 to 苎.
         return str(converter.convert(converter.convert(text)))
 
     return convert
@@ -234,15 +234,15 @@ PUNCTUATION_TO_SPACE = _PunctuationTable()
 def _without_punctuation(text: str) -> str:
     text = DIGIT_GROUP_COMMA.sub("", text.translate(PUNCTUATION_TO_SPACE))
     stray = _stray_signs()
-    found = 1
-    while found:  # one sign that goes can leave the next one without its word
-        text, found = stray.subn(" ", text)
+    removed = 1
+    while removed:  # removing one sign can leave the next one without its word
+        text, removed = stray.subn(" ", text)
     return text
 
 
 @functools.cache
 def _stray_signs() -> re.Pattern[str]:
-    """Return what finds apostrophes, decimal signs and combining marks that belong to no word."""
+    """Return a pattern of apostrophes, decimal signs and combining marks that belong to no word."""
     marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
     letter = rf"[^\s'{DECIMAL_SIGNS}{UNSPACED}]"
     return re.compile(

@@ -1,23 +1,25 @@
-"""Numbers written in Han characters, and the digits of all scripts, as 0-9.
-
-Owns how such numbers are read. Called by `normalization.py`.
-"""
+"""Numbers in Han characters, and the digits of all scripts, written as 0-9."""
 
 import re
 import unicodedata
 from decimal import Decimal
 
-# The largest first: a number is read from its largest unit outwards.
+# The largest first: a number is split at its largest unit.
 UNITS = {"億": 10**8, "萬": 10**4, "千": 1000, "百": 100, "十": 10}
 SAME_UNIT = str.maketrans({"亿": "億", "万": "萬", "仟": "千", "佰": "百"})
 UNIT = "十百佰千仟万萬亿億"
-LONGEST_NUMBER = 40  # characters; nobody says a longer one, and Python reads up to 4300 digits
+LONGEST_NUMBER = 40  # characters; longer runs are no numbers, and Python reads up to 4300 digits
 
 HAN_DIGITS = {
     **dict(zip("〇一二三四五六七八九", "0123456789", strict=True)),
-    **{"零": "0", "两": "2", "兩": "2", "廿": "2十", "卅": "3十", "卌": "4十"},
+    "零": "0",
+    "两": "2",
+    "兩": "2",
+    "廿": "2十",
+    "卅": "3十",
+    "卌": "4十",
 }
-# As cheques have them. Most are words too (參加, 大陸, 收拾), but not side by side.
+# Numerals of cheques. Most are also parts of words (參加, 大陸, 收拾), but not side by side.
 FORMAL_DIGITS = str.maketrans("壹贰貳叁叄参參肆伍陆陸柒捌玖拾", "12233334566789十")
 FORMAL = "壹贰貳叁叄参參肆伍陆陸柒捌玖"
 FORMAL_NUMERAL = re.compile(
@@ -50,24 +52,24 @@ DIGITS = _DigitTable()
 def with_digits(text: str) -> str:
     """Return the text with its numbers in 0-9: 二十三 as 23, 三點五 as 3.5, 1.5萬 as 15000.
 
-    百分之五 becomes 5%. Digits become digits wherever they stand, also in words (一起); what has
-    units but is no number (千萬, 十五六) keeps them.
+    百分之五 becomes 5%. Han digits are converted everywhere, also in words (一起); units that form
+    no number (千萬, 十五六) stay as they are.
     """
-    text = FORMAL_NUMERAL.sub(lambda found: found[0].translate(FORMAL_DIGITS), text)
+    text = FORMAL_NUMERAL.sub(lambda match: match[0].translate(FORMAL_DIGITS), text)
     text = SCALED_DECIMAL.sub(_scaled, text.translate(DIGITS))
     text = POINT.sub(".", NUMBER.sub(_in_digits, text))
-    return PERCENT.sub(lambda found: f"{found[1].replace('百', '100')}%", text)
+    return PERCENT.sub(lambda match: f"{match[1].replace('百', '100')}%", text)
 
 
-def _scaled(found: re.Match[str]) -> str:
-    value = Decimal(f"{found[1]}.{found[2]}")
-    for unit in found[3].translate(SAME_UNIT):
+def _scaled(match: re.Match[str]) -> str:
+    value = Decimal(f"{match[1]}.{match[2]}")
+    for unit in match[3].translate(SAME_UNIT):
         value *= UNITS[unit]
     return f"{value.normalize():f}"
 
 
-def _in_digits(found: re.Match[str]) -> str:
-    run = found[0]
+def _in_digits(match: re.Match[str]) -> str:
+    run = match[0]
     if run.isdecimal() or len(run) > LONGEST_NUMBER:
         return run
     value = _value(run.translate(SAME_UNIT))
@@ -75,7 +77,7 @@ def _in_digits(found: re.Match[str]) -> str:
 
 
 def _value(number: str) -> int | None:
-    """Return the value of digits and units, or None where they are no number."""
+    """Return the value of digits and units, or None if they form no number."""
     unit = next((unit for unit in UNITS if unit in number), None)
     if unit is None:
         return int(number) if number else None
