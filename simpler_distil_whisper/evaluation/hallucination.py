@@ -21,7 +21,7 @@ FEWEST_TOKENS = 3  # fewer surplus tokens are a slip, however short the referenc
 # Tokens per second; nobody speaks faster. Han characters are spoken more slowly than letters.
 MAX_SPEED = {"character": 25.0, "word": 8.0, "mixed": 12.0}
 
-SIGN_LIMITS = {
+HALLUCINATION_LIMITS = {
     "repetition": MAX_REPETITION,
     "length_ratio": MAX_LENGTH_RATIO,
     "insertions": MAX_INSERTION_RATE,

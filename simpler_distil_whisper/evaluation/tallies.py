@@ -13,7 +13,7 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.evaluation.hallucination import SIGN_LIMITS, SIGNS
+from simpler_distil_whisper.evaluation.hallucination import HALLUCINATION_LIMITS, SIGNS
 from simpler_distil_whisper.evaluation.intervals import Resampling, bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Edit, ErrorCounts, total
 from simpler_distil_whisper.evaluation.scoring import CountsByUnit, ScoredUtterance
@@ -35,8 +35,8 @@ MOST_CONFUSIONS = 20  # of a kind, in the summary
 MOST_KEPT = 200_000  # distinct confusions while counting; beyond, the rarer half is dropped
 
 AUDIO_LENGTH, REFERENCE_LENGTH = "audio length", "reference length"
-SECONDS = (2, 5, 10, 20, 30)
-TOKENS = (5, 10, 20, 50)
+AUDIO_LENGTH_EDGES = (2, 5, 10, 20, 30)  # seconds
+REFERENCE_LENGTH_EDGES = (5, 10, 20, 50)  # tokens
 LENGTHS = {
     AUDIO_LENGTH: ["under 2 s", "2 to 5 s", "5 to 10 s", "10 to 20 s", "20 to 30 s", "from 30 s"],
     REFERENCE_LENGTH: [
@@ -233,7 +233,7 @@ class SystemScores:
             length_ratio=hypothesis_tokens / tokens if tokens else None,
             any=self._sign_count("any"),
             signs={sign: self._sign_count(sign) for sign in SIGNS},
-            limits=SIGN_LIMITS,
+            limits=HALLUCINATION_LIMITS,
             phrases=dict(self.phrases.most_common()),
         )
 
@@ -265,8 +265,12 @@ def length_groups(seconds: float, reference_tokens: int) -> dict[str, str]:
     """
     groups = {}
     if not math.isnan(seconds):
-        groups[AUDIO_LENGTH] = LENGTHS[AUDIO_LENGTH][bisect.bisect_right(SECONDS, seconds)]
-    index = 1 + bisect.bisect_left(TOKENS, reference_tokens) if reference_tokens else 0
+        groups[AUDIO_LENGTH] = LENGTHS[AUDIO_LENGTH][
+            bisect.bisect_right(AUDIO_LENGTH_EDGES, seconds)
+        ]
+    index = (
+        1 + bisect.bisect_left(REFERENCE_LENGTH_EDGES, reference_tokens) if reference_tokens else 0
+    )
     groups[REFERENCE_LENGTH] = LENGTHS[REFERENCE_LENGTH][index]
     return groups
 
