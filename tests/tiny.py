@@ -1,7 +1,8 @@
-"""Small real Whispers and small real audio for the tests: nothing here is mocked."""
+"""Small real Whispers and small real audio for tests: nothing here is mocked."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -49,16 +50,10 @@ def make_model_folder(
     languages: list[str] | None = None,
     english_only: bool = False,
     mels: int = 80,
-    encoder_layers: int = 2,
-    decoder_layers: int = 2,
     width: int = 16,
     window_seconds: int = 2,
-    max_target_positions: int = 448,
-    vocab_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    generation_config: bool = True,
-    processor: bool = True,
     sharp: float = 4.0,
     talkative: bool = False,
     **config: object,
@@ -66,35 +61,39 @@ def make_model_folder(
     """Write a random Whisper of the given layout.
 
     Args:
-        sharp: factor of the weights: a freshly initialised Whisper knows next to nothing for sure.
-        talkative: say different things of different length to different audio, as `sharp` alone
-            does not; seed 53 with languages en, zh, ja is a good one.
+        sharp: factor of the weights: a freshly initialised Whisper is sure of next to nothing.
+        talkative: predict different texts of different lengths for different audio, as `sharp`
+            alone does not; seed 53 with languages en, zh, ja is a good one.
+        config: other fields of `WhisperConfig`.
     """
     codes = list(WHISPER_LANGUAGES)[:99] if languages is None else languages
     tokenizer = make_tokenizer(codes, window_seconds)
     ids = tokenizer.get_vocab()
     end = ids["<|endoftext|>"]
     torch.manual_seed(seed)
+    layout: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "max_target_positions": 448,
+        **config,
+    }
     model = WhisperForConditionalGeneration(
         WhisperConfig(
-            vocab_size=vocab_size or len(tokenizer),
             num_mel_bins=mels,
             d_model=width,
-            encoder_layers=encoder_layers,
-            decoder_layers=decoder_layers,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
             encoder_ffn_dim=2 * width,
             decoder_ffn_dim=2 * width,
             max_source_positions=window_seconds * 50,
-            max_target_positions=max_target_positions,
             pad_token_id=end,
             bos_token_id=end,
             eos_token_id=end,
             decoder_start_token_id=ids["<|startoftranscript|>"],
             suppress_tokens=None,
             begin_suppress_tokens=None,
-            **config,
+            **layout,
         )
     )
     with torch.no_grad():
@@ -102,7 +101,8 @@ def make_model_folder(
             if parameter.ndim > 1 and "conv" not in name and "encoder.embed_positions" not in name:
                 parameter.mul_(sharp)
         if talkative:
-            _loosen_tongue(model, end, ids["<|notimestamps|>"])
+            _make_talkative(model, end, ids["<|notimestamps|>"])
+    last_layer = layout["decoder_layers"] - 1
     model.generation_config = GenerationConfig(
         bos_token_id=end,
         eos_token_id=end,
@@ -112,28 +112,25 @@ def make_model_folder(
         no_timestamps_token_id=ids["<|notimestamps|>"],
         suppress_tokens=[ids["#"], ids["$"]],
         begin_suppress_tokens=[ids["Ġ"], end],
-        alignment_heads=[[decoder_layers - 1, 0], [decoder_layers - 1, 1]],
-        max_length=max_target_positions,
+        alignment_heads=[[last_layer, 0], [last_layer, 1]],
+        max_length=layout["max_target_positions"],
     )
     if not english_only:
         model.generation_config.lang_to_id = {f"<|{code}|>": ids[f"<|{code}|>"] for code in codes}
         tasks = ("transcribe", "translate")
         model.generation_config.task_to_id = {task: ids[f"<|{task}|>"] for task in tasks}
-    if talkative:  # in ASCII, so that its text gives back its tokens
+    if talkative:  # in ASCII, so that its text can be turned back into its tokens
         text = {character: id for character, id in ids.items() if id < end}
         model.generation_config.suppress_tokens = sorted(
             id for character, id in text.items() if not character.isascii() and character != "Ġ"
         )
     model.to(dtype).save_pretrained(folder)
-    if not generation_config:
-        (folder / "generation_config.json").unlink()
-    if processor:
-        save_processor(folder, tokenizer, mels, window_seconds)
+    save_processor(folder, tokenizer, mels, window_seconds)
     return folder
 
 
-def _loosen_tongue(model: WhisperForConditionalGeneration, end: int, last_special: int) -> None:
-    """Make place, audio and prompt matter more than the last token; make the end token possible."""
+def _make_talkative(model: WhisperForConditionalGeneration, end: int, last_special: int) -> None:
+    """Make position, audio and prompt outweigh the last token; make the end token likely."""
     encoder, decoder = model.model.encoder, model.model.decoder
     for convolution in (encoder.conv1, encoder.conv2):
         convolution.weight.mul_(4)
@@ -156,7 +153,7 @@ def save_processor(
 
 
 def write_tone(path: Path, seconds: float = 1.0, rate: int = SIXTEEN_KHZ, seed: int = 0) -> Path:
-    """Write a noisy tone; different seeds sound different to a random Whisper."""
+    """Write a noisy tone; a random Whisper can tell those of different seeds apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate

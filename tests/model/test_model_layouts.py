@@ -86,12 +86,14 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
-def without_generation_config(folder: Path) -> Path:
-    return plain(folder, generation_config=False)
+def without_generation_config(folder: Path, **layout: Any) -> Path:
+    plain(folder, **layout)
+    (folder / "generation_config.json").unlink()
+    return folder
 
 
 def english_without_generation_config(folder: Path) -> Path:
-    return plain(folder, english_only=True, vocab_size=51864, generation_config=False)
+    return without_generation_config(folder, english_only=True, vocab_size=51864)
 
 
 def forced_ids(folder: Path) -> Path:
@@ -104,7 +106,7 @@ def forced_ids(folder: Path) -> Path:
 
 def generation_settings_in_config(folder: Path) -> Path:
     """As openai's were before there was a generation_config.json."""
-    plain(folder, generation_config=False)
+    without_generation_config(folder)
     edit(
         folder / "config.json",
         suppress_tokens=[1, 2, 3],
@@ -221,9 +223,9 @@ def test_yue_shifts_the_tasks_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("with_file", [True, False])
 def test_an_english_only_model_is_given_no_language(tmp_path: Path, with_file: bool) -> None:
     # Real English-only tokenizers have all language tokens; the model does not know them.
-    path = make_model_folder(
-        tmp_path, english_only=True, vocab_size=51864, generation_config=with_file
-    )
+    path = make_model_folder(tmp_path, english_only=True, vocab_size=51864)
+    if not with_file:
+        (path / "generation_config.json").unlink()
     whisper = loaded(path)
     names = ["<|startoftranscript|>", "<|notimestamps|>"]
     assert whisper.tokens.prompt(None, "transcribe") == whisper.tokenizer.convert_tokens_to_ids(
