@@ -1,50 +1,36 @@
 """Transcribe a manifest with any Whisper folder: the teacher, a student, a distilled model.
 
-Writes `hypotheses.jsonl`: the rows of the manifest, in order and with all their fields, the
-hypothesis and, where they are asked for, its segments; `rejected.jsonl`: every other row, with the
-reason; `speed.json`.
+Writes `hypotheses.jsonl`: the rows of the manifest, in order and with all their fields, with the
+hypothesis and, if the config asks for them, its segments; `rejected.jsonl`: every other row, with
+the reason; `speed.json`.
 """
 
-import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import RunOptions, StrictModel
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, ManifestData, Utterance, read_manifest
 from simpler_distil_whisper.data.results import RowResults
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+from simpler_distil_whisper.decoding.speed import Speed, write_speed
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
+from simpler_distil_whisper.model.options import AssistantOptions, DecodingOptions, ModelOptions
 from simpler_distil_whisper.run import Run, run_script
 
-if TYPE_CHECKING:
-    from simpler_distil_whisper.decoding.transcriber import Hypothesis
-
-
-class AssistantOptions(StrictModel):
-    """A student that drafts for the model: the same greedy text, sooner at a batch size of 1."""
-
-    path: Path | None = Field(
-        None, description="Model folder of a student of this model; null: it decodes alone."
-    )
-    processor: Path | None = Field(
-        None, description="Folder of tokenizer and feature extractor; null: the student's own."
-    )
+Prepared = tuple[ModelFolder, ModelFolder | None, Manifest]
 
 
 class OutputColumns(StrictModel):
     """What the new columns are called."""
 
-    hypothesis: str = Field("hypothesis", description="What the model heard.")
+    hypothesis: str = Field("hypothesis", description="The model's text.")
     segments: str = Field(
         "segments",
-        description="What was said when, with decoding.timestamps or a decoding.long_form: a list "
-        "of start_seconds, end_seconds and text.",
+        description="With decoding.timestamps or decoding.long_form: a list of start_seconds, "
+        "end_seconds and text.",
     )
 
 
@@ -57,14 +43,8 @@ class Config(RunOptions):
     decoding: DecodingOptions = DecodingOptions()
     output_columns: OutputColumns = OutputColumns()
 
-    @property
-    def new_columns(self) -> list[str]:
-        """The columns that the hypotheses add to the rows."""
-        columns = self.output_columns
-        return [columns.hypothesis, *([columns.segments] if self.decoding.with_segments else [])]
-
     @model_validator(mode="after")
-    def _drafts_are_for_greedy_decoding(self) -> "Config":
+    def _assistant_needs_greedy_decoding(self) -> "Config":
         greedy = self.decoding.num_beams == 1 and self.decoding.temperatures[0] == 0
         if self.assistant.path is not None and not greedy:
             raise ValueError(
@@ -74,83 +54,68 @@ class Config(RunOptions):
         return self
 
 
-def prepare(config: Config) -> tuple[ModelFolder, ModelFolder | None, Manifest]:
+def prepare(config: Config) -> Prepared:
     """Return the folders of the model and its assistant, and the usable rows of the manifest."""
     folder = read_model_folder(config.model.path, config.model.processor, "model")
     folder.check_language(config.decoding.language, "decoding.language")
-    assistant, data = config.assistant, config.data
-    assistant_folder = (
-        read_model_folder(assistant.path, assistant.processor, "assistant")
-        if assistant.path
-        else None
-    )
+    assistant, data, columns = config.assistant, config.data, config.output_columns
+    assistant_folder = None
+    if assistant.path:
+        assistant_folder = read_model_folder(assistant.path, assistant.processor, "assistant")
+    new_fields = [columns.hypothesis]
+    if config.decoding.with_segments:
+        new_fields.append(columns.segments)
     manifest = read_manifest(
         data.manifest,
         data.columns,
         max_utterances=data.max_utterances,
         languages=folder.row_languages,
-        new_fields=config.new_columns,
+        new_fields=new_fields,
     )
     return folder, assistant_folder, manifest.check(data.max_bad_fraction)
 
 
-def work(
-    config: Config, prepared: tuple[ModelFolder, ModelFolder | None, Manifest], run: Run
-) -> str:
+def work(config: Config, prepared: Prepared, run: Run) -> str:
     """Write `hypotheses.jsonl`, `rejected.jsonl` and `speed.json`."""
-    from simpler_distil_whisper.decoding.speculative import Assistant
-    from simpler_distil_whisper.decoding.transcriber import Transcriber
-    from simpler_distil_whisper.decoding.transcription import (
-        Speed,
-        load_for_decoding,
-        transcribe_manifest,
-        warm_up,
-    )
+    from simpler_distil_whisper.decoding import transcription
     from simpler_distil_whisper.model.devices import join_processes
-    from simpler_distil_whisper.model.whisper import load_whisper
 
     folder, assistant_folder, manifest = prepared
     state = join_processes()
-    whisper = load_for_decoding(folder, config.model, state, run)
-    assistant = None
-    if assistant_folder:
-        options = config.model
-        student = load_whisper(assistant_folder, options.dtype, options.attention, state.device)
-        assistant = Assistant(student, whisper)
-    transcriber = Transcriber(whisper, config.decoding, config.seed, assistant)
-    warm_up(transcriber)
-    results = RowResults(run.folder, "hypotheses.jsonl")
-    speed = Speed()
-    for done in transcribe_manifest(transcriber, manifest, config.data, results, run):
-        speed.add(done)
-        answered = [
-            (utterance, answered_row(utterance, hypothesis, config))
+    transcriber = transcription.load_transcriber(
+        folder, assistant_folder, config.model, config.decoding, config.seed, state, run
+    )
+    results, speed = RowResults(run.folder, "hypotheses.jsonl"), Speed()
+    batches = transcription.transcribe_manifest(transcriber, manifest, config.data, results, run)
+    for done in batches:
+        tokens = [hypothesis.token_count for hypothesis in done.hypotheses]
+        speed.add(done.batch.seconds, done.compute_seconds, tokens)
+        rows = [
+            (utterance, result_row(utterance, hypothesis, config))
             for utterance, hypothesis in zip(done.batch.utterances, done.hypotheses, strict=True)
         ]
-        results.append(answered, done.batch.rejections)
-    report = speed.report(transcriber) | {"model_bytes": folder.weight_bytes}
-    if assistant:
-        report |= assistant.report()
+        results.append(rows, done.batch.rejections)
+    report = transcription.speed_report(speed, transcriber, folder.weight_bytes)
+    drafts = transcriber.assistant.report() if transcriber.assistant else {}
     written, rejected = results.finish(manifest.rejections, state.wait_for_everyone)
-    hypotheses = run.folder / "hypotheses.jsonl"
     if state.is_main_process:
-        text = json.dumps(report, indent=2)
-        write_atomically(run.folder / "speed.json", text.encode())
+        write_speed(run.folder, report, drafts)
     return (
-        f"{hypotheses}: {written} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
-        f"{report['rtfx'] or '?'} times faster than real time. Next: python eval.py eval.json"
+        f"{run.folder / 'hypotheses.jsonl'}: {written} rows; "
+        f"{run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
+        f"{report.rtfx or '?'} times faster than real time. Next: python eval.py eval.json"
     )
 
 
-def answered_row(utterance: Utterance, hypothesis: "Hypothesis", config: Config) -> Row:
-    """Return the row with the hypothesis, and its audio's path as it holds from this folder."""
-    row = utterance.row
+def result_row(utterance: Utterance, hypothesis: Hypothesis, config: Config) -> Row:
+    """Return the row with the hypothesis, and with a path that holds from the working directory."""
+    row, columns = utterance.row, config.output_columns
     row[config.data.columns.audio] = str(utterance.audio)
     if config.data.columns.language and utterance.language is None:
         row[config.data.columns.language] = hypothesis.language
-    row[config.output_columns.hypothesis] = hypothesis.text.strip()
+    row[columns.hypothesis] = hypothesis.text.strip()
     if config.decoding.with_segments:
-        row[config.output_columns.segments] = [asdict(segment) for segment in hypothesis.segments]
+        row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
     return row
 
 

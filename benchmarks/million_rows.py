@@ -76,14 +76,14 @@ def stage_label(folder: Path) -> Iterator[str]:
 
 def stage_continue(folder: Path) -> Iterator[str]:
     """Go on: index, what is done, the first batch that is not."""
-    from simpler_distil_whisper.decoding.transcription import own_batches
+    from simpler_distil_whisper.decoding.transcription import process_batches
 
     yield "read"
     manifest, results = read(folder), RowResults(folder, "answers.jsonl")
     yield "find what is done"
     results.open_for(manifest)
     yield "form the first batch"
-    first = next(own_batches(manifest.utterances, BATCH, results.done, DataLimits()))
+    first = next(process_batches(manifest.utterances, BATCH, results.done, DataLimits()))
     assert len(first) == BATCH
 
 

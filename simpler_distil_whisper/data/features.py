@@ -1,4 +1,11 @@
-"""Mono 16 kHz waveforms -> log-mels, equal to transformers' and openai/whisper's."""
+"""Mono 16 kHz waveforms -> log-mels, equal to those of transformers and openai/whisper.
+
+Owns both kinds: padded to the model's window, and of a whole recording that is longer.
+
+Letters of tensor shapes in this project: B batch, S samples, M mel bins (80 or 128), T log-mel
+frames of a window (3000), F log-mel frames of a recording, E encoder positions (1500), D model
+width, H attention heads, L tokens, V vocabulary. Modules that need other letters explain them.
+"""
 
 from collections.abc import Sequence
 
@@ -22,28 +29,28 @@ def log_mel(waveforms: Sequence[object], extractor: WhisperFeatureExtractor) -> 
 def long_log_mel(waveform: np.ndarray, extractor: WhisperFeatureExtractor) -> Tensor:
     """Return float32 [M, F]: the log-mel of a whole recording, one frame for each 10 ms.
 
-    The same as openai/whisper's, where silence follows the end, and the maximum of the whole
-    recording is what all of it is measured by. It is made window by window: the spectrum of half an
-    hour would take gigabytes.
+    The values are openai/whisper's: silence follows the end, and the whole recording is normalised
+    by its maximum. The spectrum is computed one window at a time, since that of half an hour would
+    take gigabytes.
 
     Args:
-        waveform: float32 [S], mono, 16 kHz, not shorter than the extractor's window.
-        extractor: that of the model.
+        waveform: float32 [S]: mono, 16 kHz, not shorter than the extractor's window.
+        extractor: the feature extractor of the model.
     """
     hop, half, block = extractor.hop_length, extractor.n_fft // 2, extractor.nb_max_frames
     samples = torch.from_numpy(waveform)
-    window = torch.hann_window(extractor.n_fft)
+    hann = torch.hann_window(extractor.n_fft)
     filters = torch.from_numpy(extractor.mel_filters).to(torch.float32).T
-    log_mel = torch.empty(len(filters), len(samples) // hop)
-    for first in range(0, log_mel.shape[1], block):
-        last = min(first + block, log_mel.shape[1])
+    result = torch.empty(len(filters), len(samples) // hop)
+    for first in range(0, result.shape[1], block):
+        last = min(first + block, result.shape[1])
         begin, end = first * hop - half, (last - 1) * hop + half
         piece = samples[max(begin, 0) : end]
-        if first == 0:  # before the beginning there is its mirror image
+        if first == 0:  # the beginning is padded by reflection
             piece = torch.cat([samples[1 : half + 1].flip(0), piece])
         piece = functional.pad(piece, (0, end - begin - len(piece)))
         spectrum = torch.stft(
-            piece, extractor.n_fft, hop, window=window, center=False, return_complex=True
+            piece, extractor.n_fft, hop, window=hann, center=False, return_complex=True
         )
-        log_mel[:, first:last] = (filters @ spectrum.abs() ** 2).clamp_(min=1e-10).log10_()
-    return log_mel.clamp_(min=float(log_mel.max()) - 8.0).add_(4.0).div_(4.0)
+        result[:, first:last] = (filters @ spectrum.abs() ** 2).clamp_(min=1e-10).log10_()
+    return result.clamp_(min=float(result.max()) - 8.0).add_(4.0).div_(4.0)

@@ -1,6 +1,7 @@
-"""Processes that compute ahead of the model, and whose death costs no more than what killed them.
+"""Worker processes that compute ahead of the model, and recovery when one of them dies.
 
-It knows nothing of audio. Called by `batches.py` and by what loads training examples.
+Owns the settings of the DataLoaders, and which item is given up when a worker dies. It knows
+nothing of audio or models.
 """
 
 import itertools
@@ -18,63 +19,61 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Died(Generic[Item]):
-    """Stands for the result of an item during which a worker process died."""
+class WorkerDeath(Generic[Item]):
+    """Takes the place of an item's result if a worker process died before it was there."""
 
     item: Item
     reason: str
 
 
-def ahead(
+def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, prefetch: int = 2
-) -> Iterator[Result | Died[Item]]:
+) -> Iterator[Result | WorkerDeath[Item]]:
     """Yield the function's results in order, computed by processes ahead of use.
 
     When a process dies, the first item without a result is given up, and new processes go on with
-    the next. With several workers, or a `prefetch` above 1, it need not be the item that is to
-    blame: one worker that prefetches 1 has only one in hand.
+    the next. With several workers, or a `prefetch` above 1, that need not be the item that killed
+    the process: only one worker that prefetches 1 has a single item in hand.
 
     Args:
-        function: what is computed for each item; runs in the workers.
+        function: computes the result of an item; runs in the workers.
         items: taken only as they are needed.
-        workers: how many processes; with 0 it is this one, whose death nothing survives.
+        workers: how many processes; with 0 the function runs in this process, without recovery.
         prefetch: how many items each worker has in hand.
     """
     if workers == 0:
         yield from map(function, items)
         return
-    rest = iter(items)
+    remaining = iter(items)
     in_hand: deque[Item] = deque()
 
-    def handed_out(source: Iterable[Item]) -> Iterator[Item]:
+    def hand_out(source: Iterable[Item]) -> Iterator[Item]:
         for item in source:
             in_hand.append(item)
             yield item
 
-    died = True
-    while died:
-        again, died = list(in_hand), False
+    while True:
+        again = list(in_hand)
         in_hand.clear()
-        loader = load_ahead(
-            _Function(function), workers, handed_out(itertools.chain(again, rest)), prefetch
-        )
+        order = hand_out(itertools.chain(again, remaining))
+        loader = load_ahead(_FunctionDataset(function), workers, order, prefetch)
         results = _iterate_undisturbed(loader)
         try:
             for result in results:
                 in_hand.popleft()
                 yield result
+            return
         except (RuntimeError, OSError, EOFError) as error:
             if not _is_death(error) or not in_hand:
                 raise
-            died, reason = True, str(error).partition("\n")[0]
-        if died:
-            yield Died(in_hand.popleft(), reason)
+            reason = str(error).partition("\n")[0]
+        yield WorkerDeath(in_hand.popleft(), reason)
 
 
 def _iterate_undisturbed(loader: DataLoader[Item]) -> Iterator[Item]:
-    """Return an iterator that tells of a worker's death when it is asked for the next item.
+    """Return an iterator that reports a worker's death when it is asked for the next item.
 
-    A DataLoader's own signal handler would raise in the midst of whatever the script does then.
+    The DataLoader's own signal handler would raise in the midst of whatever the script does then.
     """
     if not hasattr(signal, "SIGCHLD"):  # Windows
         return iter(loader)
@@ -85,11 +84,11 @@ def _iterate_undisturbed(loader: DataLoader[Item]) -> Iterator[Item]:
 
 
 def _is_death(error: Exception) -> bool:
-    """Return whether a worker's end, not an error within a worker, has raised this."""
+    """Return whether an error reports a worker's death, not an error raised within a worker."""
     return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
 
 
-class _Function(Dataset[Result]):
+class _FunctionDataset(Dataset[Result]):
     """Lets a DataLoader call a function: the indices are the items."""
 
     def __init__(self, function: Callable[[Any], Result]) -> None:
@@ -105,22 +104,22 @@ def load_ahead(
     order: Iterable[Any] | None = None,
     prefetch: int | None = None,
 ) -> DataLoader[Item]:
-    """Return an iterator over the items of a dataset, in order, made by processes ahead of use."""
+    """Return an iterable of a dataset's items, in order, loaded by processes ahead of use."""
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=order,
         num_workers=workers,
         prefetch_factor=prefetch,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_the_main_process,
-        # Else it would draw a number from the random state on which the student's dropout depends,
-        # and a resumed run, which makes its loader anew, would go another way.
+        # The default would draw a number from the random state on which the student's dropout
+        # depends, and a resumed run, which makes its loader anew, would get other numbers.
         generator=torch.Generator(),
     )
 
 
-def _as_it_is(item: Item) -> Item:
+def _unchanged(item: Item) -> Item:
     return item
 
 

@@ -1,10 +1,8 @@
-"""Manifest rows -> batches of tensors, decoded in worker processes ahead of the model.
+"""Utterances -> batches of log-mels, made in worker processes ahead of the model.
 
-Owns the first half of both roads: utterance -> waveform -> log-mel, and for training the two token
-sequences. It knows nothing of models. Called by the scripts.
-
-Legend of all tensor shapes in this project: B batch, S samples, M mel bins (80 or 128), T log-mel
-frames (3000), E encoder positions (1500), D model width, L label tokens, V vocabulary.
+Owns the reading of audio for decoding, the order by length, and the rejection of audio that cannot
+be used. It builds no token sequences and runs no model. `data/features.py` explains the letters of
+tensor shapes.
 """
 
 import math
@@ -17,14 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
-from simpler_distil_whisper.data.audio import (
-    SAMPLE_RATE,
-    AudioError,
-    check_length,
-)
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, check_length
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
-from simpler_distil_whisper.data.workers import Died, ahead
+from simpler_distil_whisper.data.workers import WorkerDeath, map_ahead
 from simpler_distil_whisper.model.teacher_cache import (
     CachedEncoderStates,
     EncoderStateCache,
@@ -40,13 +34,14 @@ class SpeechBatch:
     """Some utterances of a manifest, ready for the encoder.
 
     Attributes:
-        utterances: those whose audio could be used, those longer than the model's window last.
-        input_features: float32 [B, M, T]: log-mels of the others; None if there are none. With a
-            cache, only of the rows that it lacks.
-        seconds: how long each utterance is.
-        rejections: those whose audio could not.
-        recordings: float32 [M, F] each: log-mels of those that are longer than the window.
-        cached: what a teacher cache has of the others' encoder states; None: there is no cache.
+        utterances: those whose audio can be used: first the short-form ones, then the long-form
+            ones, which are longer than the model's window.
+        input_features: float32 [B, M, T]: log-mels of the short-form utterances, with a cache only
+            of the missing ones; None if there are none.
+        seconds: length of each utterance.
+        rejections: the utterances whose audio cannot be used.
+        recordings: float32 [M, F] each: log-mels of the long-form utterances.
+        cached: what the cache has of the short-form utterances' encoder states; None: no cache.
     """
 
     utterances: list[Utterance]
@@ -57,8 +52,8 @@ class SpeechBatch:
     cached: CachedEncoderStates | None = None
 
     @property
-    def in_window(self) -> int:
-        """How many utterances are not longer than the model's window."""
+    def short_form_count(self) -> int:
+        """The number of utterances that are not longer than the model's window."""
         return len(self.utterances) - len(self.recordings)
 
 
@@ -73,12 +68,12 @@ class SpeechReader:
         *,
         long_form: bool = False,
     ) -> None:
-        """Remember the limits; nothing is read yet.
+        """Set which lengths are used; nothing is read yet.
 
         Args:
-            extractor: that of the model.
+            extractor: the feature extractor of the model.
             limits: which lengths are used.
-            cache: where encoder states may be already.
+            cache: is asked for encoder states first.
             long_form: whether audio longer than the model's window is used.
         """
         self.extractor = extractor
@@ -90,20 +85,24 @@ class SpeechReader:
         self.max_seconds = min(limits.max_duration_seconds or longest, longest)
 
     def __call__(self, utterances: Sequence[Utterance]) -> SpeechBatch:
-        """Return one batch; what cannot be decoded is in its `rejections`, with the reason."""
+        """Return one batch; audio that cannot be used is in its `rejections`, with the reason."""
         if self.max_seconds <= self.window:
-            return self._read_windows(utterances)
-        recordings = [one for one in utterances if self._is_long(one)]
-        windows = [one for one in utterances if one not in recordings]
-        return joined([self._read_windows(windows), self._read_recordings(recordings)])
+            return self._read_short_form(utterances)
+        short_form, long_form = list[Utterance](), list[Utterance]()
+        for utterance in utterances:
+            if self._is_long_form(utterance):
+                long_form.append(utterance)
+            else:
+                short_form.append(utterance)
+        return joined([self._read_short_form(short_form), self._read_long_form(long_form)])
 
-    def _is_long(self, utterance: Utterance) -> bool:
+    def _is_long_form(self, utterance: Utterance) -> bool:
         try:
             return utterance.header_seconds() > self.window
-        except AudioError:  # which is also what decoding it will come to
+        except AudioError:  # decoding it will fail too, and give the reason
             return False
 
-    def _read_recordings(self, utterances: Sequence[Utterance]) -> SpeechBatch:
+    def _read_long_form(self, utterances: Sequence[Utterance]) -> SpeechBatch:
         """Return a batch of utterances longer than the window."""
         batch = SpeechBatch([], None, [], [])
         for utterance in utterances:
@@ -111,20 +110,20 @@ class SpeechReader:
                 waveform = utterance.load_audio(self.min_seconds, self.max_seconds)
                 batch.recordings.append(long_log_mel(waveform, self.extractor))
             except (AudioError, MemoryError) as error:
-                batch.rejections.append(reject(utterance, why_unusable(utterance, error)))
+                batch.rejections.append(_reject_audio(utterance, error))
             else:
                 batch.utterances.append(utterance)
                 batch.seconds.append(len(waveform) / SAMPLE_RATE)
         return batch
 
-    def _read_windows(self, utterances: Sequence[Utterance]) -> SpeechBatch:
+    def _read_short_form(self, utterances: Sequence[Utterance]) -> SpeechBatch:
         """Return a batch of utterances no longer than the window."""
         waveforms, seconds, used, rejections = [], [], [], []
         cached = self.cache.look_up(utterances) if self.cache else None
         for row, utterance in enumerate(utterances):
             try:
-                # With a cache the length is the header's, whether the states are found or not: a
-                # run that is continued finds what it had computed, and is to write the same.
+                # With a cache the length is the header's, for hits and misses alike: a resumed
+                # run, for which more rows are hits, must write the same numbers.
                 if cached:
                     length = utterance.header_seconds()
                     check_length(length, self.min_seconds, self.max_seconds)
@@ -133,7 +132,7 @@ class SpeechReader:
                 seconds.append(length if cached else len(waveforms[-1]) / SAMPLE_RATE)
                 used.append(row)
             except (AudioError, MemoryError) as error:
-                rejections.append(reject(utterance, why_unusable(utterance, error)))
+                rejections.append(_reject_audio(utterance, error))
         features = log_mel(waveforms, self.extractor) if waveforms else None
         kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
@@ -149,23 +148,19 @@ class SpeechDataset(Dataset[SpeechBatch]):
         extractor: WhisperFeatureExtractor,
         limits: DataLimits,
     ) -> None:
-        """Keep what is needed to make the batches; nothing is read yet."""
         self.batches = batches
         self.read = SpeechReader(extractor, limits)
 
     def __len__(self) -> int:
-        """Return how many batches there are."""
         return len(self.batches)
 
     def __getitem__(self, index: int) -> SpeechBatch:
-        """Return one batch."""
         return self.read(self.batches[index])
 
 
-def why_unusable(utterance: Utterance, error: Exception) -> str:
-    """Return the reason for a rejection."""
+def _reject_audio(utterance: Utterance, error: Exception) -> Rejection:
     reason = "too large for the memory" if isinstance(error, MemoryError) else str(error)
-    return f"{utterance.audio}: {reason}"
+    return reject(utterance, f"{utterance.audio}: {reason}")
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -183,7 +178,7 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def longest_first(utterances: Sequence[Utterance]) -> list[tuple[Utterance, float]]:
     """Return utterances and their seconds by length; those of equal length stay in order.
 
-    Rows of one length say about as much, so that a batch of them ends together.
+    Texts of utterances of one length end at about the same time, and so do rows of their batch.
     """
     return _by_length(utterances, [_seconds(utterance) for utterance in utterances])
 
@@ -195,7 +190,7 @@ def _by_length(
 
 
 def _seconds(utterance: Utterance) -> float:
-    """Return how long an utterance is: as the row says, else the header; 0 if neither does."""
+    """Return the length of an utterance by its row, else by the header; 0 if neither gives it."""
     if utterance.duration_seconds is not None:
         return utterance.duration_seconds
     try:
@@ -204,20 +199,20 @@ def _seconds(utterance: Utterance) -> float:
         return 0.0
 
 
-def windows_by_length(
-    windows: Iterable[Sequence[Utterance]], workers: int
+def groups_by_length(
+    groups: Iterable[Sequence[Utterance]], workers: int
 ) -> Iterator[list[tuple[Utterance, float]]]:
-    """Yield each window with the longest utterances first; headers are read in a worker ahead."""
-    for found in ahead(longest_first, windows, min(workers, 1)):
-        if isinstance(found, Died):
-            each = ahead(_seconds, found.item, 1, prefetch=1)
-            seconds = (0.0 if isinstance(length, Died) else length for length in each)
-            yield _by_length(found.item, seconds)
+    """Yield each group with the longest utterances first; a worker reads the headers ahead."""
+    for result in map_ahead(longest_first, groups, min(workers, 1)):
+        if isinstance(result, WorkerDeath):
+            each = map_ahead(_seconds, result.item, 1, prefetch=1)
+            seconds = (0.0 if isinstance(length, WorkerDeath) else length for length in each)
+            yield _by_length(result.item, seconds)
         else:
-            yield found
+            yield result
 
 
-def batches_of(
+def batches_within(
     timed: Iterable[tuple[Utterance, float]], size: int, max_seconds: float
 ) -> Iterator[list[Utterance]]:
     """Yield batches of at most `size` utterances and `max_seconds` of audio, but at least one."""
@@ -238,22 +233,23 @@ def speech_batches(
 ) -> Iterator[SpeechBatch]:
     """Yield what the reader makes of each batch, in worker processes ahead of use.
 
-    A row whose decoding ends the process, as damaged audio can through a bug of a library, or the
-    memory of the machine, is rejected; the others of its batch are not.
+    A row whose decoding kills the process, through a bug of a library or for lack of memory, is
+    rejected; the others of its batch are not.
     """
-    for found in ahead(read, batches, workers):
-        yield _row_by_row(found, read) if isinstance(found, Died) else found
+    for result in map_ahead(read, batches, workers):
+        yield _row_by_row(result, read) if isinstance(result, WorkerDeath) else result
 
 
-def _row_by_row(died: "Died[Sequence[Utterance]]", read: SpeechReader) -> SpeechBatch:
-    log.warning("A worker died (%s); its batch is read row by row", died.reason)
+def _row_by_row(death: "WorkerDeath[Sequence[Utterance]]", read: SpeechReader) -> SpeechBatch:
+    log.warning("A worker died (%s); its batch is read row by row", death.reason)
     rows = []
-    for found in ahead(read, ([row] for row in died.item), 1, prefetch=1):
-        if isinstance(found, Died):
-            reason = f"{found.item[0].audio}: a process that decodes it dies ({found.reason})"
-            rows.append(SpeechBatch([], None, [], [reject(found.item[0], reason)]))
+    for result in map_ahead(read, ([utterance] for utterance in death.item), 1, prefetch=1):
+        if isinstance(result, WorkerDeath):
+            [utterance] = result.item
+            reason = f"{utterance.audio}: a process that decodes it dies ({result.reason})"
+            rows.append(SpeechBatch([], None, [], [reject(utterance, reason)]))
         else:
-            rows.append(found)
+            rows.append(result)
     return joined(rows)
 
 
@@ -261,14 +257,15 @@ def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
     """Return several batches as one."""
     features = [batch.input_features for batch in batches if batch.input_features is not None]
 
-    def windows_first(rows: Callable[[SpeechBatch], list[Item]]) -> list[Item]:
-        windows = [row for batch in batches for row in rows(batch)[: batch.in_window]]
-        return windows + [row for batch in batches for row in rows(batch)[batch.in_window :]]
+    def short_form_first(rows_of: Callable[[SpeechBatch], list[Item]]) -> list[Item]:
+        short_form = [row for batch in batches for row in rows_of(batch)[: batch.short_form_count]]
+        long_form = [row for batch in batches for row in rows_of(batch)[batch.short_form_count :]]
+        return short_form + long_form
 
     return SpeechBatch(
-        windows_first(lambda batch: batch.utterances),
+        short_form_first(lambda batch: batch.utterances),
         torch.cat(features) if features else None,
-        windows_first(lambda batch: batch.seconds),
+        short_form_first(lambda batch: batch.seconds),
         [rejection for batch in batches for rejection in batch.rejections],
         [recording for batch in batches for recording in batch.recordings],
         joined_states([batch.cached for batch in batches if batch.cached is not None]),
@@ -276,15 +273,16 @@ def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
 
 
 def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
-    """Return a batch of several utterances in two parts: windows and recordings, or two halves."""
-    middle = batch.in_window
+    """Return a batch of several utterances in two parts: short and long form, or two halves."""
+    middle = batch.short_form_count
     if middle in (0, len(batch.utterances)):
         middle = len(batch.utterances) // 2
     assert middle, "there is nothing to halve"
 
     def part(rows: range, rejections: list[Rejection]) -> SpeechBatch:
-        windows = [row for row in rows if row < batch.in_window]
-        with_features = batch.cached.missing if batch.cached else range(batch.in_window)
+        short_form = [row for row in rows if row < batch.short_form_count]
+        long_form = [row for row in rows if row >= batch.short_form_count]
+        with_features = batch.cached.missing if batch.cached else range(batch.short_form_count)
         places = [place for place, row in enumerate(sorted(with_features)) if row in rows]
         features = batch.input_features
         return SpeechBatch(
@@ -292,8 +290,8 @@ def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
             features[places] if features is not None and places else None,
             [batch.seconds[row] for row in rows],
             rejections,
-            [batch.recordings[row - batch.in_window] for row in rows if row >= batch.in_window],
-            batch.cached.keep(windows) if batch.cached else None,
+            [batch.recordings[row - batch.short_form_count] for row in long_form],
+            batch.cached.keep(short_form) if batch.cached else None,
         )
 
     whole = range(len(batch.utterances))

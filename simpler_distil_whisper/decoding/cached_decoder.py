@@ -1,8 +1,10 @@
-"""A Whisper's decoder, token by token: everything is computed once that can be.
+"""A Whisper's decoder, run token by token with a cache of keys and values.
 
-The weights are those of transformers' decoder; what is ours is the order of the work. Keys and
-values of the audio are computed once per utterance, those of the text are written into memory that
-is there from the start, and rows that have ended leave. It chooses no token: `search.py` does.
+The weights are those of transformers' decoder; the order of the work is ours. Cross-attention keys
+and values are computed once per utterance, those of the self-attention are written into memory
+allocated at the start, and rows that have ended are dropped. Tokens are chosen by `search.py`.
+
+Letters of shapes besides those in `data/features.py`: U utterances, K beams of each, R = U * K.
 """
 
 from dataclasses import dataclass
@@ -18,57 +20,58 @@ QUERIES, KEYS_VALUES = "q_proj", ("k_proj", "v_proj")  # transformers' names
 
 @dataclass
 class DecoderCache:
-    """Keys and values of R rows of text about U utterances: K = R / U rows, or beams, for each.
+    """Keys and values of R rows of tokens about U utterances.
 
     Attributes:
-        text: float [layers, 2, R, H, capacity, D/H]: keys and values of the tokens so far.
-        audio: float [layers, 2, U, H, E, D/H]: keys and values of the encoder states.
-        lengths: int64 [R]: how many tokens each row has; what lies behind them is overwritten.
-        longest: the greatest of them.
-        even: all of them are the same.
+        own: float [layers, 2, R, H, capacity, D/H]: self-attention keys and values of the tokens
+            so far.
+        cross: float [layers, 2, U, H, E, D/H]: cross-attention keys and values.
+        lengths: int64 [R]: how many tokens each row has; memory behind them is overwritten.
+        longest: the greatest of the lengths.
+        even: whether all lengths are the same.
     """
 
-    text: Tensor
-    audio: Tensor
+    own: Tensor
+    cross: Tensor
     lengths: Tensor
     longest: int
     even: bool
 
     def repeat(self, beams: int) -> None:
         """Make `beams` rows of each."""
-        self.text = self.text.repeat_interleave(beams, dim=2)
+        self.own = self.own.repeat_interleave(beams, dim=2)
         self.lengths = self.lengths.repeat_interleave(beams)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row `rows[i]` of the same utterance has said."""
-        self.text[:, :, :, :, : self.longest] = self.text[:, :, rows, :, : self.longest]
+        """Continue row i from the tokens of row `rows[i]`, which is of the same utterance."""
+        self.own[:, :, :, :, : self.longest] = self.own[:, :, rows, :, : self.longest]
 
     def keep(self, order: Tensor, beams: int = 1) -> None:
-        """Keep some utterances and drop the others, whose places are filled from the end.
+        """Keep some utterances and drop the others.
 
         Args:
-            order: int64 [U']: the old places of those that stay, as `places_to_keep` orders them:
-                most stay where they are, and only the few that move are copied.
-            beams: rows for each utterance.
+            order: int64 [U']: the old indices of those to keep, as `indices_to_keep` orders them:
+                most stay in place, and only the few that move are copied.
+            beams: rows of each utterance.
         """
         places = torch.arange(len(order), device=order.device)
         moved = order != places
         here, there = places[moved], order[moved]
-        self.audio[:, :, here] = self.audio[:, :, there]
-        self.audio = self.audio[:, :, : len(order)]
+        self.cross[:, :, here] = self.cross[:, :, there]
+        self.cross = self.cross[:, :, : len(order)]
         if beams > 1:
             offsets = torch.arange(beams, device=order.device)
             here = (here[:, None] * beams + offsets).flatten()
             there = (there[:, None] * beams + offsets).flatten()
-        self.text[:, :, here, :, : self.longest] = self.text[:, :, there, :, : self.longest]
-        self.text = self.text[:, :, : len(order) * beams]
+        self.own[:, :, here, :, : self.longest] = self.own[:, :, there, :, : self.longest]
+        self.own = self.own[:, :, : len(order) * beams]
         self.lengths[here] = self.lengths[there]
         self.lengths = self.lengths[: len(order) * beams]
         if not self.even and len(order):  # the longest may be gone
             self._measure()
 
     def advance(self, count: Tensor | int) -> None:
-        """Count the tokens that were added, the same number or int64 [R]."""
+        """Add to the lengths: the same number for all rows, or int64 [R]."""
         self.lengths = self.lengths + count
         if isinstance(count, int):  # then no GPU need be waited for
             self.longest += count
@@ -80,8 +83,11 @@ class DecoderCache:
         self.even = bool((self.lengths == self.longest).all())
 
 
-def places_to_keep(ended: Tensor) -> Tensor:
-    """Return int64 [U']: which places stay, given bool [U], so that as few as can be must move."""
+def indices_to_keep(ended: Tensor) -> Tensor:
+    """Return int64 [U']: the indices of the utterances to keep, given bool [U]: which have ended.
+
+    Gaps are filled from the end, so that as few utterances as possible change their place.
+    """
     alive = (~ended).nonzero()[:, 0]
     count = len(alive)
     order = torch.arange(count, device=ended.device)
@@ -108,78 +114,80 @@ class CachedDecoder:
         self._layers: list[Any] = list(self.decoder.layers)
         with torch.no_grad():
             self._own = [_fused(layer.self_attn, QUERIES, *KEYS_VALUES) for layer in self._layers]
-            self._audio = [_fused(layer.encoder_attn, *KEYS_VALUES) for layer in self._layers]
+            self._cross = [_fused(layer.encoder_attn, *KEYS_VALUES) for layer in self._layers]
 
     def start(self, states: Tensor, capacity: int, *, uneven: bool) -> DecoderCache:
-        """Return an empty cache for the texts about some utterances.
+        """Return a cache with the cross-attention keys and values of some utterances, and no token.
 
         Args:
-            states: float [U, E, D]: their encoder states.
-            capacity: the most tokens that a text, with what is put before it, can have.
-            uneven: whether the texts will come to have different lengths.
+            states: float [U, E, D]: encoder states.
+            capacity: the most tokens that a row can have, its prompt included.
+            uneven: whether the rows will come to have different lengths.
         """
         count, positions, _ = states.shape
         shape = (count, positions, 2, self.heads, self.head_width)
-        first = functional.linear(states, *self._audio[0])
-        audio = first.new_empty(len(self._layers), 2, count, self.heads, positions, self.head_width)
-        for layer, (weight, bias) in enumerate(self._audio):
+        first = functional.linear(states, *self._cross[0])
+        cross = first.new_empty(len(self._layers), 2, count, self.heads, positions, self.head_width)
+        for layer, (weight, bias) in enumerate(self._cross):
             projected = first if layer == 0 else functional.linear(states, weight, bias)
-            audio[layer] = projected.view(shape).permute(2, 0, 3, 1, 4)
-        text = audio.new_empty(len(self._layers), 2, count, self.heads, capacity, self.head_width)
+            cross[layer] = projected.view(shape).permute(2, 0, 3, 1, 4)
+        own = cross.new_empty(len(self._layers), 2, count, self.heads, capacity, self.head_width)
         if uneven:  # What a shorter row has not written is multiplied by its attention of zero.
-            text.zero_()
+            own.zero_()
         lengths = torch.zeros(count, dtype=torch.int64, device=states.device)
-        return DecoderCache(text, audio, lengths, longest=0, even=True)
+        return DecoderCache(own, cross, lengths, longest=0, even=True)
 
     def read(self, ids: Tensor, cache: DecoderCache) -> Tensor:
         """Return float [R, L, D]: decoder states of the next tokens of each row.
 
-        Their keys and values are in the cache afterwards, but they are not counted:
-        `DecoderCache.advance` says how many of them stay.
+        Their keys and values are written into the cache, but not counted: call
+        `DecoderCache.advance` with the number of tokens to keep.
 
         Args:
-            ids: int64 [R, L]: tokens that follow those in the cache.
-            cache: what the rows have said so far.
+            ids: int64 [R, L]: the tokens that follow those in the cache.
+            cache: of the tokens before them.
         """
         count = ids.shape[1]
         positions = cache.lengths[:, None] + torch.arange(count, device=ids.device)
         hidden = self.decoder.embed_tokens(ids) + self.decoder.embed_positions.weight[positions]
-        seen = cache.longest + count
+        visible = cache.longest + count
         mask = None
         if count > 1 or not cache.even:
-            later = torch.arange(seen, device=ids.device) > positions[..., None]
+            later = torch.arange(visible, device=ids.device) > positions[..., None]
             mask = torch.zeros(later.shape, dtype=hidden.dtype, device=ids.device)
             mask = mask.masked_fill_(later, torch.finfo(mask.dtype).min)[:, None]
         for number, layer in enumerate(self._layers):
             normed = layer.self_attn_layer_norm(hidden)
-            queries, keys, values = self._write(number, normed, positions, cache)
-            heard = self._attend(queries, keys[:, :, :seen], values[:, :, :seen], mask)
-            hidden = hidden + layer.self_attn.out_proj(_joined(heard))
+            queries, keys, values = self._append(number, normed, positions, cache)
+            output = self._attend(queries, keys[:, :, :visible], values[:, :, :visible], mask)
+            hidden = hidden + layer.self_attn.out_proj(_joined(output))
             normed = layer.encoder_attn_layer_norm(hidden)
-            hidden = hidden + layer.encoder_attn.out_proj(self._listen(number, normed, cache))
+            hidden = hidden + layer.encoder_attn.out_proj(self._cross_attend(number, normed, cache))
             normed = layer.final_layer_norm(hidden)
             hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
         states: Tensor = self.decoder.layer_norm(hidden)
         return states
 
     def logits(self, states: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return float32 [..., V] of decoder states [..., D]: a bfloat16 tail would be lost.
+        """Return float32 [..., V]: the logits of decoder states.
+
+        In bfloat16 the small differences of their softmax would be lost.
 
         Args:
-            states: decoder states.
-            bias: float [V], added on the way: minus infinity for what must not be said.
+            states: float [..., D]: decoder states.
+            bias: float [V]: added on the way; minus infinity for tokens that are ruled out.
         """
         weight = self.model.proj_out.weight
         return functional.linear(states, weight, bias).float()
 
-    def _write(
+    def _append(
         self, number: int, normed: Tensor, positions: Tensor, cache: DecoderCache
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries of the new tokens, and keys and values of all, those of them added."""
+        """Return the queries of the new tokens, and the keys and values of all tokens."""
         rows, count, _ = normed.shape
         fused = functional.linear(normed, *self._own[number])
         new = fused.view(rows, count, 3, self.heads, self.head_width)
-        keys, values = cache.text[number]
+        keys, values = cache.own[number]
         if cache.even:
             spot = slice(cache.longest, cache.longest + count)
             keys[:, :, spot], values[:, :, spot] = (new[:, :, i].transpose(1, 2) for i in (1, 2))
@@ -188,13 +196,13 @@ class CachedDecoder:
             keys[row, :, positions], values[row, :, positions] = new[:, :, 1], new[:, :, 2]
         return new[:, :, 0].transpose(1, 2), keys, values
 
-    def _listen(self, number: int, normed: Tensor, cache: DecoderCache) -> Tensor:
-        """Return float [R, L, D]: what the new tokens hear in the audio.
+    def _cross_attend(self, number: int, normed: Tensor, cache: DecoderCache) -> Tensor:
+        """Return float [R, L, D]: the attention output of the new tokens over the encoder states.
 
-        The beams of an utterance ask the same keys, so they are further queries, not further rows.
+        The beams of an utterance share its keys, so they are further queries, not further rows.
         """
         rows, count, width = normed.shape
-        keys, values = cache.audio[number]
+        keys, values = cache.cross[number]
         queries = self._layers[number].encoder_attn.q_proj(normed)
         queries = queries.view(len(keys), -1, self.heads, self.head_width).transpose(1, 2)
         return _joined(self._attend(queries, keys, values, None)).view(rows, count, width)

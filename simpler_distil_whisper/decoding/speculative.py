@@ -1,8 +1,10 @@
-"""Speculative decoding: a student drafts, and its teacher reads several tokens at once.
+"""Speculative decoding: a student drafts tokens, and its teacher verifies several at once.
 
-What comes out are the teacher's own greedy tokens; the student only decides how fast. Decoding one
+The result are the teacher's own greedy tokens; the student only changes the speed. Decoding one
 token at a time is mostly fetching weights, and to read a few tokens at once costs hardly more
-(Leviathan et al. 2023; with a distilled Whisper: Gandhi et al. 2023). Called by `decoding.py`.
+(Leviathan et al. 2023; with a distilled Whisper: Gandhi et al. 2023).
+
+Letters of shapes: U utterances of a batch, R of which go on, k drafted tokens of each.
 """
 
 from collections.abc import Sequence
@@ -17,33 +19,38 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.decoding.cached_decoder import (
     CachedDecoder,
     DecoderCache,
-    places_to_keep,
+    indices_to_keep,
 )
-from simpler_distil_whisper.decoding.search import Found, Start, found, read_prompts
+from simpler_distil_whisper.decoding.search import (
+    PromptedBatch,
+    SearchResult,
+    read_prompts,
+    search_results,
+)
 from simpler_distil_whisper.decoding.token_rules import TokenRules
 from simpler_distil_whisper.model.whisper import Whisper
 
 # Measured on one CPU thread, one utterance at a time, 12 decoder layers of Whisper small and 2 of
-# the student: to draft 5 tokens and to read 6 costs as much as 3.4 single tokens. It is the best
-# number where 80 % or more are accepted (of 80, 90 and 95 %: 1.1, 1.4 and 1.6 times as fast); where
-# fewer than about 75 % are, 5 does not pay. The more rows a batch has, the less there is to gain.
+# the student: to draft 5 tokens and verify them costs as much as 3.4 single tokens. 5 is best where
+# 80 % or more of the drafts are accepted (80, 90, 95 %: 1.1, 1.4, 1.6 times as fast); where fewer
+# than about 75 % are, it does not pay. The more rows a batch has, the less there is to gain.
 DRAFT_TOKENS = 5
 
 
 @dataclass(frozen=True)
-class Drafts:
-    """How much was drafted, and how much of it the teacher would have said itself.
+class DraftCounts:
+    """How many tokens were drafted, and how many of these were accepted.
 
     Attributes:
-        drafted: tokens, end tokens included; those behind one are not counted.
-        accepted: the tokens of them that were said.
+        drafted: tokens up to the end token, which is included.
+        accepted: those of them that the teacher chose too.
     """
 
     drafted: int = 0
     accepted: int = 0
 
-    def __add__(self, other: "Drafts") -> "Drafts":
-        return Drafts(self.drafted + other.drafted, self.accepted + other.accepted)
+    def __add__(self, other: "DraftCounts") -> "DraftCounts":
+        return DraftCounts(self.drafted + other.drafted, self.accepted + other.accepted)
 
 
 class Assistant:
@@ -51,59 +58,59 @@ class Assistant:
 
     Attributes:
         student: the loaded model.
-        own_encoder: whether it has one; else it uses the teacher's, and its copy is let go.
-        drafts: the sums over everything that it has drafted.
+        own_encoder: whether it needs an encoder of its own; if not, the two share the teacher's.
+        draft_counts: sums over everything that it has drafted.
     """
 
     def __init__(self, student: Whisper, teacher: Whisper) -> None:
-        """Compare the two.
+        """Check that the student fits the teacher; share the encoder if the weights are equal.
 
         Raises:
-            ConfigError: they do not take the same audio, or do not have the same tokens.
+            ConfigError: the two do not take the same log-mels, or do not have the same tokens.
         """
         if difference := _difference(student, teacher):
             raise ConfigError(
-                f"assistant.path: it cannot draft for the model: {difference}. "
+                f"assistant.path: this student cannot draft for the model: {difference}. "
                 "Name a student of that model, or null"
             )
-        parts, teachers_parts = student.model.model, teacher.model.model
-        self.own_encoder = not _same_weights(parts.encoder, teachers_parts.encoder)
+        parts, teacher_parts = student.model.model, teacher.model.model
+        self.own_encoder = not _same_weights(parts.encoder, teacher_parts.encoder)
         if not self.own_encoder:
-            parts.encoder = teachers_parts.encoder
+            parts.encoder = teacher_parts.encoder
         self.student = student
         self.decoder = CachedDecoder(student.model)
-        self.drafts = Drafts()
+        self.draft_counts = DraftCounts()
 
     def speculate(
         self,
         teacher: CachedDecoder,
         rules: TokenRules,
-        start: Start,
+        batch: PromptedBatch,
         states: Tensor,
         prompts: Sequence[Sequence[int]],
-    ) -> list[Found]:
-        """Return the teacher's most probable tokens, those of `search.sample` at temperature 0.
+    ) -> list[SearchResult]:
+        """Return the teacher's greedy tokens, those of `search.sample` at temperature 0.
 
         Args:
-            teacher: the decoder whose cache `start` has.
-            rules: what may be said.
-            start: the batch; its cache is used up.
-            states: float [U, E, D]: of the encoder that the assistant uses.
+            teacher: the decoder that made the cache of the batch.
+            rules: which tokens are allowed.
+            batch: its cache is used up.
+            states: float [U, E, D]: encoder states of the encoder that the assistant uses.
             prompts: those that the teacher has read.
         """
         positions = self.student.model.config.max_target_positions
         cache = self.decoder.start(states, positions, uneven=True)
         read_prompts(self.decoder, cache, prompts)
         last = torch.tensor([prompt[-1] for prompt in prompts], device=states.device)
-        speculation = _Speculation(teacher, self.decoder, rules, start, cache, last)
+        speculation = _Speculation(teacher, self.decoder, rules, batch, cache, last)
         while len(speculation.rows):
-            speculation.judge(speculation.draft())
-        self.drafts += Drafts(*speculation.tally.tolist())
-        return speculation.results()
+            speculation.verify(speculation.draft())
+        self.draft_counts += DraftCounts(*speculation.draft_counts.tolist())
+        return search_results(speculation.tokens, batch.limits, speculation.total, rules.end)
 
     def report(self) -> dict[str, object]:
-        """Return what was drafted in all processes together; call it in every one of them."""
-        everyone = sum(gather_object([self.drafts]), Drafts())
+        """Return the counts of all processes together; call it in every one of them."""
+        everyone = sum(gather_object([self.draft_counts]), DraftCounts())
         drafted, accepted = everyone.drafted, everyone.accepted
         return {
             "drafted_tokens": drafted,
@@ -113,20 +120,20 @@ class Assistant:
 
 
 class _Speculation:
-    """A batch of U utterances, of which R go on.
+    """The drafting and verifying of one batch.
 
-    The teacher's cache has all tokens but the last, the student's all but the last two: to read
-    both at once costs the student no more than one, and the last token of its own draft it then
-    need not read, just in case that all are accepted.
+    The teacher's cache has all tokens but the last, the student's all but the last two: it costs
+    the student no more to read both at once than to read one, and so it need not read the last
+    token of its own draft just in case that all are accepted.
 
     Attributes:
-        said: int64 [U, limit + 1]: the tokens of each utterance; behind them, what was rejected.
-        total: float32 [U]: their log-probability.
-        rows: int64 [R]: which utterances go on.
+        tokens: int64 [U, limit + 1]: the chosen tokens; behind them stand rejected drafts.
+        total: float32 [U]: the log-probability of the chosen tokens.
+        rows: int64 [R]: the utterances that go on.
         counts: int64 [R]: how many tokens they have.
         limits: int64 [R]: the most that they may have.
-        pair: int64 [R, 2]: their last two tokens, those of the prompt included.
-        tally: int64 [2]: how many tokens were drafted, and how many accepted.
+        last_two: int64 [R, 2]: their last two tokens, those of the prompt included.
+        draft_counts: int64 [2]: how many tokens were drafted, and how many accepted.
     """
 
     def __init__(
@@ -134,69 +141,61 @@ class _Speculation:
         teacher: CachedDecoder,
         student: CachedDecoder,
         rules: TokenRules,
-        start: Start,
+        batch: PromptedBatch,
         student_cache: DecoderCache,
         last: Tensor,
     ) -> None:
         self.teacher, self.student, self.rules = teacher, student, rules
-        self.teacher_cache, self.student_cache = start.cache, student_cache
+        self.teacher_cache, self.student_cache = batch.cache, student_cache
         count, device = len(last), last.device
-        self.all_limits = self.limits = start.limits
-        self.said = torch.full((count, int(start.limits.max()) + 1), rules.end, device=device)
+        self.limits = batch.limits
+        self.tokens = torch.full((count, int(batch.limits.max()) + 1), rules.end, device=device)
         self.total = torch.zeros(count, device=device)
         self.rows = torch.arange(count, device=device)
         self.counts = torch.zeros_like(self.rows)
-        self.pair = last[:, None].expand(-1, 2)
-        self.tally = torch.zeros(2, dtype=torch.int64, device=device)
-        # The first token needs no draft: it is as if the last of the prompt had just been judged.
-        start.cache.advance(-1)
+        self.last_two = last[:, None].expand(-1, 2)
+        self.draft_counts = torch.zeros(2, dtype=torch.int64, device=device)
+        # The first token needs no draft: the prompt is treated as a draft that was just verified.
+        batch.cache.advance(-1)
         student_cache.advance(-2)
-        logits = teacher.logits(start.hidden, rules.bias(0))
-        rules.apply(logits, self.said[:, :0])
-        self._say(logits[:, None], self.said[:, :0])
+        logits = teacher.logits(batch.states, rules.bias(0))
+        rules.apply(logits, self.tokens[:, :0])
+        self._accept(logits[:, None], self.tokens[:, :0])
 
     def draft(self) -> Tensor:
-        """Return int64 [R, k]: what the student would say next.
+        """Return int64 [R, k]: the student's next tokens.
 
-        No row's draft is longer than any row's limit allows, or than until all have ended.
+        Drafting ends where the first row reaches its limit, or when every row has an end token.
         """
         length = min(DRAFT_TOKENS, int((self.limits - self.counts).min()))
-        tokens, before = self.pair, self.student_cache.longest
-        drafts = self.pair[:, :0]
+        tokens, before = self.last_two, self.student_cache.longest
+        drafts = self.last_two[:, :0]
         for number in range(length):
-            hidden = self.student.read(tokens, self.student_cache)[:, -1:]
+            states = self.student.read(tokens, self.student_cache)[:, -1:]
             self.student_cache.advance(tokens.shape[1])
-            logits = self.student.logits(hidden, self.rules.bias(1))
-            self._rule_out(logits, number)
+            logits = self.student.logits(states, self.rules.bias(1))
+            self._apply_rules(logits, number)
             tokens = logits.argmax(-1)
             drafts = torch.cat([drafts, tokens], dim=1)
-            self.said[self.rows, self.counts + number] = tokens[:, 0]
+            self.tokens[self.rows, self.counts + number] = tokens[:, 0]
             if bool((drafts == self.rules.end).any(dim=1).all()):
                 break
         self.student_cache.advance(before - self.student_cache.longest)
         return drafts
 
-    def judge(self, drafts: Tensor) -> None:
-        """Let the teacher read int64 [R, k] and say what it would have said without them."""
-        tokens = torch.cat([self.pair[:, 1:], drafts], dim=1)
+    def verify(self, drafts: Tensor) -> None:
+        """Let the teacher read int64 [R, k], and accept the drafts that it would have chosen."""
+        tokens = torch.cat([self.last_two[:, 1:], drafts], dim=1)
         states = self.teacher.read(tokens, self.teacher_cache)
         logits = self.teacher.logits(states, self.rules.bias(1))
-        self._rule_out(logits, 0)
-        self._say(logits, drafts)
+        self._apply_rules(logits, 0)
+        self._accept(logits, drafts)
 
-    def results(self) -> list[Found]:
-        """Return what was found, once no row goes on."""
-        columns = self.said.tolist(), self.all_limits.tolist(), self.total.tolist()
-        return [
-            found(ids, limit, self.rules.end, log_probability)
-            for ids, limit, log_probability in zip(*columns, strict=True)
-        ]
+    def _apply_rules(self, logits: Tensor, ahead: int) -> None:
+        """Apply the rules to float32 [R, n, V]: n tokens in a row, behind `ahead` drafted ones.
 
-    def _rule_out(self, logits: Tensor, ahead: int) -> None:
-        """Apply the rules to float32 [R, n, V], n tokens in a row of which `ahead` are drafted.
-
-        The rows have different numbers of tokens before, so the shorter ones are filled up in front
-        with their first token: to have said that timestamp twice changes nothing.
+        The rows have different numbers of tokens before, so shorter rows are padded in front with
+        their first token: to repeat that timestamp changes nothing.
         """
         if not self.rules.timestamps:
             return
@@ -204,11 +203,11 @@ class _Speculation:
         lengths = self.counts[:, None] + ahead + numbers
         longest = int(lengths.max())
         places = lengths[..., None] + torch.arange(-longest, 0, device=logits.device)
-        said = self.said[self.rows[:, None, None], places.clamp(min=0)]
-        self.rules.apply(logits.flatten(0, 1), said.flatten(0, 1))
+        before = self.tokens[self.rows[:, None, None], places.clamp(min=0)]
+        self.rules.apply(logits.flatten(0, 1), before.flatten(0, 1))
 
-    def _say(self, logits: Tensor, drafts: Tensor) -> None:
-        """Choose tokens up to the first that is not the draft's, and let go who has ended.
+    def _accept(self, logits: Tensor, drafts: Tensor) -> None:
+        """Add the accepted drafts and the teacher's next token; drop the rows that have ended.
 
         Args:
             logits: float32 [R, k + 1, V]: of the teacher, for each drafted token and the next.
@@ -216,60 +215,61 @@ class _Speculation:
         """
         tokens = logits.argmax(-1)
         ends = tokens == self.rules.end
-        agreed = (tokens[:, :-1] == drafts).cumprod(dim=1).bool()
+        accepted = (tokens[:, :-1] == drafts).cumprod(dim=1).bool()
         numbers = torch.arange(tokens.shape[1], device=tokens.device)
         places = self.counts[:, None] + numbers
-        new = functional.pad(agreed, (1, 0), value=True) & ~_behind(ends)
+        new = functional.pad(accepted, (1, 0), value=True) & ~_behind(ends)
         new &= places < self.limits[:, None]
-        chosen = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
-        self.total[self.rows] += chosen.masked_fill(~new, 0.0).sum(dim=1)
-        self.said[self.rows[:, None], places] = tokens
+        log_probability = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+        self.total[self.rows] += log_probability.masked_fill(~new, 0.0).sum(dim=1)
+        self.tokens[self.rows[:, None], places] = tokens
         drafted = ~_behind(drafts == self.rules.end)
-        self.tally += torch.stack([drafted.sum(), (drafted & agreed).sum()])
-        count = agreed.sum(dim=1, keepdim=True)
-        self.pair = torch.cat([self.pair[:, 1:], tokens], dim=1).gather(
+        self.draft_counts += torch.stack([drafted.sum(), (drafted & accepted).sum()])
+        count = accepted.sum(dim=1, keepdim=True)
+        self.last_two = torch.cat([self.last_two[:, 1:], tokens], dim=1).gather(
             1, count + torch.arange(2, device=tokens.device)
         )
         self.counts = self.counts + new.sum(dim=1)
-        self._go_on((new & ends).any(dim=1) | (self.counts == self.limits), count[:, 0] + 1)
+        self._drop_ended((new & ends).any(dim=1) | (self.counts == self.limits), count[:, 0] + 1)
 
-    def _go_on(self, ended: Tensor, more: Tensor) -> None:
-        """Count int64 [R] tokens into both caches, and drop the rows that have ended, bool [R]."""
-        order = places_to_keep(ended)
+    def _drop_ended(self, ended: Tensor, added: Tensor) -> None:
+        """Count int64 [R] added tokens in both caches, and drop the rows that ended, bool [R]."""
+        order = indices_to_keep(ended)
         for cache in (self.teacher_cache, self.student_cache):
-            # Whoever leaves is no longer to count for the longest row.
-            cache.advance(torch.where(ended, -cache.lengths, more))
+            # A row that is dropped must no longer count as the longest.
+            cache.advance(torch.where(ended, -cache.lengths, added))
             if len(order) < len(ended):
                 cache.keep(order)
-        self.rows, self.counts, self.limits, self.pair = (
-            values[order] for values in (self.rows, self.counts, self.limits, self.pair)
-        )
+        self.rows, self.counts = self.rows[order], self.counts[order]
+        self.limits, self.last_two = self.limits[order], self.last_two[order]
 
 
 def _behind(ends: Tensor) -> Tensor:
-    """Return bool [R, n]: what stands behind an end token, given where these are."""
+    """Return bool [R, n]: the places behind the first end token, given the places of end tokens."""
     return ends.cumsum(dim=1) > ends
 
 
-def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    mine, its = one.state_dict(), other.state_dict()
-    return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+def _same_weights(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def _difference(student: Whisper, teacher: Whisper) -> str | None:
-    """Return in what a student differs from a model that it is to draft for, if in anything."""
+    """Return what keeps a student from drafting for a model, in words; None: nothing does."""
     for name, what in (
         ("num_mel_bins", "mel bins"),
         ("max_source_positions", "positions of audio"),
         ("max_target_positions", "positions of text"),
         ("vocab_size", "tokens"),
     ):
-        mine, its = (getattr(whisper.model.config, name) for whisper in (student, teacher))
-        if mine != its:
-            return f"it has {mine} {what}, the model {its}"
+        ours, theirs = (getattr(whisper.model.config, name) for whisper in (student, teacher))
+        if ours != theirs:
+            return f"it has {ours} {what}, the model {theirs}"
     vocabularies = [whisper.tokenizer.get_vocab() for whisper in (student, teacher)]
     if vocabularies[0] == vocabularies[1]:
         return None
-    mine, its = ({id: token for token, id in words.items()} for words in vocabularies)
-    id = min(id for id in mine.keys() | its.keys() if mine.get(id) != its.get(id))
-    return f"its token {id} is {mine.get(id)}, that of the model {its.get(id)}"
+    ours, theirs = ({id: token for token, id in words.items()} for words in vocabularies)
+    id = min(id for id in ours.keys() | theirs.keys() if ours.get(id) != theirs.get(id))
+    return f"its token {id} is {ours.get(id)}, that of the model {theirs.get(id)}"

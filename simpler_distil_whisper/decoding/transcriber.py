@@ -1,13 +1,10 @@
 """Encoder states -> hypotheses with their evidence, for audio up to the model's window.
 
-Owns the prompts, the languages and when to try again; `search.py` finds the tokens, and
-`long_form.py` cuts longer audio into windows. It reads and writes no files. Called by labelling,
-inference and validation.
+Owns the prompts, the language detection and the fallback to higher temperatures; `search.py` finds
+the tokens, and `long_form.py` cuts longer audio into windows. It reads and writes no files.
 """
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,71 +12,19 @@ from torch import Tensor
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, DecoderCache
-from simpler_distil_whisper.decoding.search import Found, Start, beam_search, read_prompts, sample
-from simpler_distil_whisper.decoding.speculative import Assistant, Drafts
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, compression_ratio
+from simpler_distil_whisper.decoding.search import (
+    PromptedBatch,
+    SearchResult,
+    beam_search,
+    read_prompts,
+    sample,
+)
+from simpler_distil_whisper.decoding.speculative import Assistant, DraftCounts
 from simpler_distil_whisper.decoding.token_rules import TokenRules
 from simpler_distil_whisper.model.devices import suitable_batch_size
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What was said between two timestamps.
-
-    Attributes:
-        start_seconds: from the beginning of the audio.
-        end_seconds: likewise; None where the model has not said it, so: to the end of the audio.
-        text: without special tokens.
-    """
-
-    start_seconds: float
-    end_seconds: float | None
-    text: str
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """What the model heard in one utterance, and how sure it was.
-
-    Attributes:
-        text: without special tokens; with the space before the first word that real Whispers say,
-            so that tokenising it gives the model's own tokens back.
-        language: the code that was given or detected.
-        token_ids: the tokens of the text and the timestamps, without the end token.
-        segments: the sentences between the timestamps; none without timestamps.
-        average_log_probability: of the tokens and the end token, natural logarithm.
-        no_speech_probability: of `<|nospeech|>` as the first token; None if the model has none.
-        compression_ratio: bytes of the text over its zlib-compressed bytes; loops score high.
-        temperature: at which the tokens were drawn; 0: the most probable ones.
-        complete: the model ended the text itself, not the limit `max_new_tokens`.
-    """
-
-    text: str
-    language: str
-    token_ids: tuple[int, ...]
-    segments: tuple[Segment, ...]
-    average_log_probability: float
-    no_speech_probability: float | None
-    compression_ratio: float
-    temperature: float
-    complete: bool
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the model has said, without the end token."""
-        return len(self.token_ids)
-
-    def evidence(self) -> dict[str, object]:
-        """Return what a row of results keeps beside the text, rounded to what is meaningful."""
-        silence = self.no_speech_probability
-        return {
-            "average_log_probability": round(self.average_log_probability, 4),
-            "no_speech_probability": None if silence is None else round(silence, 4),
-            "compression_ratio": round(self.compression_ratio, 3),
-            "temperature": self.temperature,
-            "complete": self.complete,
-        }
 
 
 class Transcriber:
@@ -102,26 +47,26 @@ class Transcriber:
         Args:
             whisper: the model.
             options: how it is decoded.
-            seed: by which tokens are drawn at temperatures above 0.
-            assistant: drafts for the model at temperature 0; that changes the speed alone.
+            seed: by which tokens are sampled at temperatures above 0.
+            assistant: drafts for the model at temperature 0, which changes the speed alone.
 
         Raises:
-            ConfigError: the model lacks a token that the options need, or the assistant is of no
-                use to them.
+            ConfigError: the model lacks a token that the options need, or the options make no use
+                of the assistant.
         """
         self.whisper = whisper
         self.options = options
         self.seed = seed
         self.decoder = CachedDecoder(whisper.model)
         self.positions: int = whisper.model.config.max_target_positions
-        # openai/whisper's model has as many positions as two texts: the half before is for context.
+        # As in openai/whisper, one half of the positions is for the previous text.
         self.max_new_tokens = options.max_new_tokens or self.positions // 2
         self.batch_size = (
             suitable_batch_size(whisper.model)
             if options.batch_size == "auto"
             else options.batch_size
         )
-        self._rules = {timed: TokenRules(whisper, timed) for timed in (False, True)}
+        self._rules = {timestamps: TokenRules(whisper, timestamps) for timestamps in (False, True)}
         if options.timestamps and not whisper.tokens.timestamps:
             raise ConfigError("decoding.timestamps: the model has no timestamp tokens")
         if options.long_form == "sequential" and not whisper.tokens.timestamps:
@@ -144,8 +89,8 @@ class Transcriber:
 
         Args:
             features: float [B, M, T]: log-mels, on any device.
-            languages: the code of each utterance, or None where the options or the model decide.
-            keys: numbers that tell the utterances apart, for drawing tokens.
+            languages: the code of each utterance; None leaves it to the options or the model.
+            keys: a number for each utterance, from which its random numbers are made.
 
         Raises:
             ConfigError: the model has no token for a language.
@@ -156,8 +101,7 @@ class Transcriber:
     def encode(self, features: Tensor) -> Tensor:
         """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T].
 
-        If there is an assistant with an encoder of its own, its states stand behind them: [B, E,
-        D + D'].
+        If the assistant has an encoder of its own, its states stand behind them: [B, E, D + D'].
         """
         states = self.whisper.encode(features)
         if self.assistant is not None and self.assistant.own_encoder:
@@ -176,84 +120,84 @@ class Transcriber:
     ) -> list[Hypothesis]:
         """Return one hypothesis per utterance.
 
-        Where a hypothesis looks like a loop or like guessing, it is drawn again at the next of the
-        options' temperatures.
+        A hypothesis that looks like a loop or a guess is sampled again at the next of the options'
+        temperatures.
 
         Args:
             states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
-            languages: the code of each utterance, or None where the options or the model decide.
-            previous: tokens of what was said before each utterance; None: the option `prompt`.
-            keys: numbers that tell the utterances apart: tokens are drawn by these and the seed,
-                whatever else is in the batch.
-            timestamps: whether they are said; None: as the options say.
+            languages: the code of each utterance; None leaves it to the options or the model.
+            previous: tokens of the text before each utterance; None: the option `prompt`.
+            keys: a number for each utterance, from which, with the seed, its random numbers are
+                made, whatever else is in the batch.
+            timestamps: whether to decode with timestamps; None: as the options say.
 
         Raises:
             ConfigError: the model has no token for a language.
         """
-        timed = self.options.timestamps if timestamps is None else timestamps
-        states, assistants_states = self._divided(states)
-        pasts = previous or [self.prompt_ids] * len(languages)
-        uneven = self.assistant is not None or len({len(past) for past in pasts}) > 1
+        timestamps = self.options.timestamps if timestamps is None else timestamps
+        states, assistant_states = self._split(states)
+        previous = previous or [self.prompt_ids] * len(languages)
+        uneven = self.assistant is not None or len({len(tokens) for tokens in previous}) > 1
         cache = self.decoder.start(states, self.positions, uneven=uneven)
-        codes = self._known_languages(languages, cache)
-        tokens = self.whisper.tokens
+        codes = self._languages(languages, cache)
         prompts = [
-            self._context(past) + tokens.prompt(code, self.options.task, timed)
-            for past, code in zip(pasts, codes, strict=True)
+            self._context(tokens) + self.whisper.tokens.prompt(code, self.options.task, timestamps)
+            for tokens, code in zip(previous, codes, strict=True)
         ]
         keys = keys or [0] * len(codes)
         rows = list(range(len(codes)))
         hypotheses: dict[int, Hypothesis] = {}
-        for attempt in range(len(self.options.temperatures)):
+        for attempt, temperature in enumerate(self.options.temperatures):
             if attempt:
                 rows = [row for row in rows if self._fails(hypotheses[row])]
                 if not rows:
                     break
                 cache = self.decoder.start(states[rows], self.positions, uneven=uneven)
-            again = [prompts[row] for row in rows]
-            found, silence = self._search(
-                cache, again, [keys[row] for row in rows], attempt, timed, assistants_states[rows]
+            results, no_speech = self._search(
+                cache,
+                [prompts[row] for row in rows],
+                [keys[row] for row in rows],
+                attempt,
+                timestamps,
+                assistant_states[rows],
             )
-            for place, row in enumerate(rows):
-                temperature = self.options.temperatures[attempt]
+            for row, result, probability in zip(rows, results, no_speech, strict=True):
                 hypotheses[row] = self._hypothesis(
-                    found[place], codes[row] or "en", silence[place], temperature
+                    result, codes[row] or "en", probability, temperature
                 )
         return [hypotheses[row] for row in range(len(codes))]
 
     def warm_up(self) -> None:
-        """Transcribe one batch of silence, so that what is measured later pays for no start-up."""
+        """Transcribe a batch of silence, so that no measured time includes the costs of a start."""
         config, extractor = self.whisper.model.config, self.whisper.feature_extractor
         shape = (self.batch_size, config.num_mel_bins, extractor.nb_max_frames)
         language = next(iter(self.whisper.tokens.languages), None)
         self(torch.zeros(shape), [language] * self.batch_size)
         if self.assistant is not None:
-            self.assistant.drafts = Drafts()
+            self.assistant.draft_counts = DraftCounts()
 
-    def _divided(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the encoder states of the model, and of its assistant: its own, or the same."""
+    def _split(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the encoder states of the model and of its assistant, which may be the same."""
         width = self.decoder.width
         if self.assistant is not None and self.assistant.own_encoder:
             return states[..., :width], states[..., width:]
         return states, states
 
-    def _known_languages(
-        self, languages: Sequence[str | None], cache: DecoderCache
-    ) -> list[str | None]:
+    def _languages(self, languages: Sequence[str | None], cache: DecoderCache) -> list[str | None]:
         """Return the code of each utterance: its own, that of the options, or the detected one."""
         known = [language or self.options.language for language in languages]
         if not self.whisper.tokens.languages or None not in known:
             return known
         codes = list(self.whisper.tokens.languages)
-        ids = torch.tensor(list(self.whisper.tokens.languages.values()), device=cache.text.device)
+        ids = torch.tensor(list(self.whisper.tokens.languages.values()), device=cache.own.device)
         start = torch.full_like(cache.lengths, self.whisper.tokens.start)[:, None]
-        # It is not counted into the cache, so the prompt is written over it.
+        # The start token is not counted in the cache, so the prompt will overwrite it.
         logits = self.decoder.logits(self.decoder.read(start, cache)[:, 0])
         detected = [codes[best] for best in logits[:, ids].argmax(-1).tolist()]
-        return [language or found for language, found in zip(known, detected, strict=True)]
+        return [language or guess for language, guess in zip(known, detected, strict=True)]
 
     def _context(self, previous: Sequence[int]) -> list[int]:
-        """Return the tokens that tell the model what was said before: the end of it, if long."""
+        """Return the tokens of the previous text for the prompt; of a long one, only the end."""
         before = self.whisper.tokens.previous
         if not previous or before is None:
             return []
@@ -265,53 +209,52 @@ class Transcriber:
         prompts: list[list[int]],
         keys: list[int],
         attempt: int,
-        timed: bool,
-        assistants_states: Tensor,
-    ) -> tuple[list[Found], list[float | None]]:
-        """Return the tokens of each utterance, and the probability that there is no speech."""
+        timestamps: bool,
+        assistant_states: Tensor,
+    ) -> tuple[list[SearchResult], list[float | None]]:
+        """Return the tokens and the no-speech probability of each utterance."""
         states = read_prompts(self.decoder, cache, prompts)
-        every = torch.arange(len(prompts), device=states.device)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=states.device)
+        device = states.device
+        every = torch.arange(len(prompts), device=device)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         limits = (self.positions - 1 - last).clamp(max=self.max_new_tokens)
-        start = Start(cache, states[every, last], limits)
+        batch = PromptedBatch(cache, states[every, last], limits)
         starts = [prompt.index(self.whisper.tokens.start) for prompt in prompts]
-        silence = self._no_speech(states[every, torch.tensor(starts, device=states.device)])
-        temperature = self.options.temperatures[attempt]
-        rules = self._rules[timed]
+        no_speech = self._no_speech(states[every, torch.tensor(starts, device=device)])
+        temperature, beams = self.options.temperatures[attempt], self.options.num_beams
+        decoder, rules = self.decoder, self._rules[timestamps]
         if temperature > 0:
             longest = int(limits.max())
             draws = [np.random.default_rng([self.seed, attempt, k]).random(longest) for k in keys]
-            randoms = torch.tensor(np.stack(draws), dtype=torch.float32, device=states.device)
-            return sample(self.decoder, rules, start, temperature, randoms), silence
-        if self.options.num_beams > 1:
-            return beam_search(self.decoder, rules, start, self.options.num_beams), silence
-        if self.assistant is not None:
-            return self.assistant.speculate(
-                self.decoder, rules, start, assistants_states, prompts
-            ), silence
-        return sample(self.decoder, rules, start), silence
+            randoms = torch.tensor(np.stack(draws), dtype=torch.float32, device=device)
+            results = sample(decoder, rules, batch, temperature, randoms)
+        elif beams > 1:
+            results = beam_search(decoder, rules, batch, beams)
+        elif self.assistant is not None:
+            results = self.assistant.speculate(decoder, rules, batch, assistant_states, prompts)
+        else:
+            results = sample(decoder, rules, batch)
+        return results, no_speech
 
     def _no_speech(self, start_states: Tensor) -> list[float | None]:
+        """Return the no-speech probabilities, from the decoder states of the start tokens."""
         token = self.whisper.tokens.no_speech
         if token is None:
             return [None] * len(start_states)
-        probabilities: list[float | None] = (
-            self.decoder.logits(start_states).softmax(-1)[:, token].tolist()
-        )
+        logits = self.decoder.logits(start_states)
+        probabilities: list[float | None] = logits.softmax(-1)[:, token].tolist()
         return probabilities
 
     def _fails(self, hypothesis: Hypothesis) -> bool:
-        """Return whether to draw it again: a loop, or improbable and yet not silence."""
-        options = self.options
-        limit = options.compression_ratio_threshold
-        if self._is_improbable(hypothesis) and self.is_silence(hypothesis):
+        """Return whether to sample it again: a loop, or improbable although there is speech."""
+        improbable = self._is_improbable(hypothesis)
+        if improbable and self.is_silence(hypothesis):
             return False
-        if limit is not None and hypothesis.compression_ratio > limit:
-            return True
-        return self._is_improbable(hypothesis)
+        limit = self.options.compression_ratio_threshold
+        return improbable or (limit is not None and hypothesis.compression_ratio > limit)
 
     def is_silence(self, hypothesis: Hypothesis) -> bool:
-        """Return whether nothing was said: no speech is probable, and the text is improbable."""
+        """Return whether there is no speech: that is probable, and the text is improbable."""
         limit, probability = self.options.no_speech_threshold, hypothesis.no_speech_probability
         if limit is None or probability is None or probability <= limit:
             return False
@@ -322,51 +265,52 @@ class Transcriber:
         return limit is not None and hypothesis.average_log_probability < limit
 
     def _hypothesis(
-        self, found: Found, language: str, silence: float | None, temperature: float
+        self, result: SearchResult, language: str, no_speech: float | None, temperature: float
     ) -> Hypothesis:
-        text = self.text_of(found.ids)
+        text = self.text_of(result.ids)
         return Hypothesis(
             text=text,
             language=language,
-            token_ids=tuple(found.ids),
-            segments=tuple(self.segments_of(found.ids)),
-            average_log_probability=found.log_probability / (len(found.ids) + found.complete),
-            no_speech_probability=silence,
+            token_ids=tuple(result.ids),
+            segments=tuple(self.segments_of(result.ids)),
+            average_log_probability=result.log_probability / (len(result.ids) + result.complete),
+            no_speech_probability=no_speech,
             compression_ratio=compression_ratio(text),
             temperature=temperature,
-            complete=found.complete,
+            complete=result.complete,
         )
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without timestamps."""
-        words = [id for id in ids if id < self.whisper.tokens.end]
+        text_ids = [id for id in ids if id < self.whisper.tokens.end]
         # Cleaning up would change the spaces before punctuation, and with them the tokens.
-        return str(self.whisper.tokenizer.decode(words, clean_up_tokenization_spaces=False))
+        return str(self.whisper.tokenizer.decode(text_ids, clean_up_tokenization_spaces=False))
 
     def segments_of(self, ids: Sequence[int]) -> list[Segment]:
-        """Return the sentences between timestamps."""
-        segments, words = [], list[int]()
+        """Return the texts between timestamps."""
+        segments, text_ids = [], list[int]()
         start: float | None = None
         for id in ids:
             if id < self.whisper.tokens.end:
-                words.append(id)
+                text_ids.append(id)
                 continue
             seconds = (id - self.whisper.tokens.timestamps.start) * TIME_STEP
-            if start is not None and words:
-                segments.append(Segment(round(start, 2), round(seconds, 2), self.text_of(words)))
-                words, start = [], None
+            if start is not None and text_ids:
+                text = self.text_of(text_ids)
+                segments.append(Segment(round(start, 2), round(seconds, 2), text))
+                text_ids, start = [], None
             else:
                 start = seconds
-        if start is not None and words:
-            segments.append(Segment(round(start, 2), None, self.text_of(words)))
+        if start is not None and text_ids:
+            segments.append(Segment(round(start, 2), None, self.text_of(text_ids)))
         return segments
 
 
 def prompt_ids(whisper: Whisper, prompt: str) -> tuple[int, ...]:
-    """Return the tokens of a text that the model is to take for what was said before.
+    """Return the tokens of a text that the model takes for the text before the audio.
 
     Raises:
-        ConfigError: the model does not know of such texts, or it names a special token.
+        ConfigError: the model has no token for previous text, or the text has a special token.
     """
     if whisper.tokens.previous is None:
         raise ConfigError("decoding.prompt: the model has no token <|startofprev|>")
@@ -375,9 +319,3 @@ def prompt_ids(whisper: Whisper, prompt: str) -> tuple[int, ...]:
         token = whisper.tokenizer.convert_ids_to_tokens(special[0])
         raise ConfigError(f"decoding.prompt: {token} is no text; take it out")
     return tuple(ids)
-
-
-def compression_ratio(text: str) -> float:
-    """Return the bytes of a text over its compressed bytes, openai/whisper's measure of loops."""
-    data = text.encode()
-    return len(data) / len(zlib.compress(data))

@@ -1,8 +1,8 @@
-"""A whole manifest through the decoder: in fixed batches, shared between processes, resumable.
+"""Whole manifests through the decoder: in fixed batches, shared between processes, resumable.
 
-Owns the road from manifest to hypotheses that labelling and inference have in common, and what
-happens on it when memory does not suffice or too many rows fail; what becomes of a hypothesis is
-theirs. Called by these two scripts.
+Owns the loop that labelling and inference have in common, the batches of a manifest, and what
+happens when memory runs out or too many rows fail. What is done with a hypothesis is up to the
+scripts.
 """
 
 import functools
@@ -21,14 +21,17 @@ from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.batches import (
     SpeechBatch,
     SpeechReader,
-    batches_of,
+    batches_within,
+    groups_by_length,
     halved,
     joined,
     speech_batches,
-    windows_by_length,
 )
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.decoding.long_form import transcribe_long
-from simpler_distil_whisper.decoding.transcriber import Hypothesis, Segment, Transcriber
+from simpler_distil_whisper.decoding.speculative import Assistant
+from simpler_distil_whisper.decoding.speed import Speed, SpeedReport, speed_side_by_side
+from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.devices import (
     decoding_dtype,
     leave_a_core_to_audio,
@@ -36,23 +39,23 @@ from simpler_distil_whisper.model.devices import (
     peak_memory_megabytes,
 )
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.model.options import ModelOptions
+from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.run import DataError, Progress, Run, log, process_count, process_rank
 
-BATCHES_IN_A_WINDOW = 64  # whose rows are sorted by length together
-SECONDS_IN_A_BATCH = 7200.0  # at most; the log-mel of an hour is up to 200 megabytes
+BATCHES_OF_A_GROUP = 64  # whose rows are sorted by length together
+MAX_BATCH_SECONDS = 7200.0  # the log-mel of an hour takes up to 200 megabytes
 
 
 @dataclass(frozen=True)
-class Transcribed:
+class TranscribedBatch:
     """One batch with its hypotheses.
 
     Attributes:
-        batch: the utterances, and those of them whose audio could not be used.
-        hypotheses: one per utterance of the batch.
-        compute_seconds: what the model took for them, without audio decoding.
+        batch: the utterances, and the rejections of those whose audio cannot be used.
+        hypotheses: one for each utterance of the batch.
+        compute_seconds: how long the model took for them, without audio decoding.
     """
 
     batch: SpeechBatch
@@ -60,52 +63,10 @@ class Transcribed:
     compute_seconds: float
 
 
-@dataclass
-class Speed:
-    """Sums over what one process has transcribed."""
-
-    utterances: int = 0
-    audio_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    tokens: int = 0
-
-    def add(self, done: Transcribed) -> None:
-        """Count one batch."""
-        self.utterances += len(done.hypotheses)
-        self.audio_seconds += sum(done.batch.seconds)
-        self.compute_seconds += done.compute_seconds
-        self.tokens += sum(hypothesis.tokens for hypothesis in done.hypotheses)
-
-    def report(self, transcriber: Transcriber) -> dict[str, object]:
-        """Return the speed of all processes together; call it in every one of them.
-
-        `rtfx` is seconds of audio per second of computing, the inverse of the real-time factor;
-        audio decoding runs beside it and is not in it.
-        """
-        everyone: list[Speed] = gather_object([self])
-        audio = sum(speed.audio_seconds for speed in everyone)
-        # Processes work side by side: the slowest one decides.
-        compute = max(speed.compute_seconds for speed in everyone)
-        tokens = sum(speed.tokens for speed in everyone)
-        model = transcriber.whisper.model
-        return {
-            "rtfx": round(audio / compute, 2) if compute else None,
-            "tokens_per_second": round(tokens / compute, 1) if compute else None,
-            "audio_seconds": round(audio, 3),
-            "compute_seconds": round(compute, 3),
-            "utterances": sum(speed.utterances for speed in everyone),
-            "tokens": tokens,
-            "batch_size": transcriber.batch_size,
-            "processes": len(everyone),
-            "parameters": model.num_parameters(),
-            "peak_memory_megabytes": peak_memory_megabytes(model.device),
-        }
-
-
 def load_for_decoding(
     folder: ModelFolder, options: ModelOptions, state: PartialState, run: Run
 ) -> Whisper:
-    """Return the model of a folder on this process's device, and note what "auto" has chosen."""
+    """Return the model of a folder on this process's device, and log what "auto" has chosen."""
     quieten_libraries()
     leave_a_core_to_audio()
     dtype = decoding_dtype(options.dtype, state.device)
@@ -121,17 +82,48 @@ def load_for_decoding(
     return whisper
 
 
-def warm_up(transcriber: Transcriber) -> None:
-    """Transcribe a batch of silence; if it does not fit into memory, no batch of rows will either.
+def load_transcriber(
+    folder: ModelFolder,
+    assistant_folder: ModelFolder | None,
+    model: ModelOptions,
+    decoding: DecodingOptions,
+    seed: int,
+    state: PartialState,
+    run: Run,
+) -> Transcriber:
+    """Return a transcriber, with its assistant if there is one, that has been warmed up.
 
-    But theirs are decoded in halves then.
+    Raises:
+        ConfigError: the model or its assistant cannot be loaded or does not suit the options.
     """
+    whisper = load_for_decoding(folder, model, state, run)
+    assistant = None
+    if assistant_folder:
+        dtype = whisper.model.dtype  # also where "auto" decodes in another dtype than it trains in
+        student = load_whisper(assistant_folder, dtype, model.attention, state.device)
+        assistant = Assistant(student, whisper)
+    transcriber = Transcriber(whisper, decoding, seed, assistant)
     try:
         transcriber.warm_up()
     except (RuntimeError, MemoryError) as error:
+        # No full batch of rows will fit either, but these are decoded in halves then.
         if not out_of_memory(error):
             raise
     clear_device_cache()
+    return transcriber
+
+
+def speed_report(speed: Speed, transcriber: Transcriber, model_bytes: int) -> SpeedReport:
+    """Return the speed of all processes together; call it in every one of them."""
+    processes: list[Speed] = gather_object([speed])
+    model = transcriber.whisper.model
+    return speed_side_by_side(processes).report(
+        batch_size=transcriber.batch_size,
+        processes=len(processes),
+        parameters=model.num_parameters(),
+        peak_memory_megabytes=peak_memory_megabytes(model.device),
+        model_bytes=model_bytes,
+    )
 
 
 def transcribe_manifest(
@@ -141,21 +133,21 @@ def transcribe_manifest(
     results: RowResults,
     run: Run,
     cache: EncoderStateCache | None = None,
-) -> Iterator[Transcribed]:
+) -> Iterator[TranscribedBatch]:
     """Yield this process's share of the batches that have no results yet.
 
     Which utterances form a batch depends on the manifest and the batch size alone, so neither a
-    resumed run nor the number of processes changes a single bit of what is computed. The caller
-    keeps each batch in the results before it asks for the next.
+    resumed run nor the number of processes changes a single bit of the results. The caller must
+    append each batch to the results before it asks for the next.
 
     Raises:
         ConfigError: the results were begun with another manifest.
-        DataError: more than `data.max_bad_fraction` of the rows has turned out unusable.
+        DataError: more than `data.max_bad_fraction` of the rows is unusable.
         Interrupted: a stop signal came; everything yielded before is in the results.
     """
     results.open_for(manifest)
-    _stop_if_hopeless(manifest, results, data)
-    batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data)
+    _check_rejections(manifest, results, data)
+    batches = process_batches(manifest.utterances, transcriber.batch_size, results.done, data)
     read = SpeechReader(
         transcriber.whisper.feature_extractor,
         data,
@@ -163,7 +155,7 @@ def transcribe_manifest(
         long_form=transcriber.options.long_form != "reject",
     )
     decode = functools.partial(_transcribe, transcriber, cache)
-    # Each process shows the progress of its share, which is as large as those of the others.
+    # Each process shows the progress of its own share; the shares are of equal size.
     total = len(manifest.utterances) // process_count()
     done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
     with Progress("transcribing", "utterances", total, done) as progress:
@@ -171,20 +163,20 @@ def transcribe_manifest(
             run.stop_if_asked()
             started = time.perf_counter()
             batch, hypotheses = decode_halving(decode, loaded)
-            yield Transcribed(batch, hypotheses, time.perf_counter() - started)
+            yield TranscribedBatch(batch, hypotheses, time.perf_counter() - started)
             progress.advance(len(batch.utterances) + len(batch.rejections))
             if batch.rejections:
-                _stop_if_hopeless(manifest, results, data, batch.rejections[-1].reason)
+                _check_rejections(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
 
 
-def own_batches(
+def process_batches(
     utterances: Utterances, size: int, done: np.ndarray, data: DataLimits
 ) -> Iterator[list[Utterance]]:
     """Yield this process's batches that have no results yet, each of utterances of similar length.
 
-    They are cut from windows of consecutive rows that are sorted by length, the longest first: what
-    does not fit into the memory is met early. A window is formed only when its turn comes, so that
+    Groups of consecutive rows are sorted by length, the longest first, and cut into batches: what
+    does not fit into the memory is met early. A group is sorted only when its turn comes, so that
     no start waits for the headers of a million files.
 
     Args:
@@ -194,28 +186,29 @@ def own_batches(
         data: how many workers read headers ahead.
     """
     numbers = np.array(utterances.numbers)
-    length = BATCHES_IN_A_WINDOW * size
+    length = BATCHES_OF_A_GROUP * size
     starts = [
         start
         for start in range(0, len(utterances), length)
         if not done[numbers[start : start + length]].all()
     ]
-    windows = (utterances[start : start + length] for start in starts)
-    by_length = windows_by_length(windows, data.num_workers)
-    for start, window in zip(starts, by_length, strict=True):
-        batches = batches_of(window, size, SECONDS_IN_A_BATCH)
+    groups = (utterances[start : start + length] for start in starts)
+    by_length = groups_by_length(groups, data.num_workers)
+    for start, group in zip(starts, by_length, strict=True):
+        batches = batches_within(group, size, MAX_BATCH_SECONDS)
         for number, batch in enumerate(batches, start // size):
-            own = number % process_count() == process_rank()
-            if own and not done[[utterance.number for utterance in batch]].all():
+            is_own = number % process_count() == process_rank()
+            if is_own and not done[[utterance.number for utterance in batch]].all():
                 yield batch
 
 
 def _transcribe(
     transcriber: Transcriber, cache: EncoderStateCache | None, batch: SpeechBatch
 ) -> list[Hypothesis]:
+    """Return one hypothesis for each utterance of a batch, short-form or long-form."""
     languages = [utterance.language for utterance in batch.utterances]
     keys = [utterance.number for utterance in batch.utterances]
-    count = batch.in_window
+    count = batch.short_form_count
     hypotheses: list[Hypothesis] = []
     if cache and count:
         states = _encoder_states(batch, cache, transcriber)
@@ -227,22 +220,29 @@ def _transcribe(
             transcriber, batch.recordings, languages[count:], keys[count:]
         )
     if transcriber.options.with_segments:
-        hypotheses = [
-            h if h.segments or not h.text else replace(h, segments=(Segment(0.0, seconds, h.text),))
-            for h, seconds in zip(hypotheses, batch.seconds, strict=True)
+        return [
+            _with_segments(hypothesis, seconds)
+            for hypothesis, seconds in zip(hypotheses, batch.seconds, strict=True)
         ]
     return hypotheses
+
+
+def _with_segments(hypothesis: Hypothesis, seconds: float) -> Hypothesis:
+    """Return the hypothesis with its segments; a text without timestamps is a single segment."""
+    if hypothesis.segments or not hypothesis.text:
+        return hypothesis
+    return replace(hypothesis, segments=(Segment(0.0, seconds, hypothesis.text),))
 
 
 def _encoder_states(
     batch: SpeechBatch, cache: EncoderStateCache, transcriber: Transcriber
 ) -> torch.Tensor:
-    """Return float [B, E, D]: all encoder states, having computed and kept the missing ones."""
+    """Return float [B, E, D]: all encoder states, after computing and storing the missing ones."""
     model, features = transcriber.whisper.model, batch.input_features
     assert batch.cached is not None, "the reader has the cache too"
-    wanted = torch.empty(0) if features is None else features
+    missing = torch.empty(0) if features is None else features
     states = cache.complete(
-        batch.cached.to(model.device), wanted.to(model.device), model.model.encoder
+        batch.cached.to(model.device), missing.to(model.device), model.model.encoder
     )
     return states.to(model.dtype)
 
@@ -252,7 +252,7 @@ def decode_halving(
 ) -> tuple[SpeechBatch, list[Hypothesis]]:
     """Return the batch with one hypothesis per utterance, decoded in halves if memory runs out.
 
-    An utterance that runs out of memory even alone is among the rejections of the returned batch.
+    An utterance for which memory runs out even alone is among the rejections of the returned batch.
     """
     if not batch.utterances:
         return batch, []
@@ -262,27 +262,28 @@ def decode_halving(
         if not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-    # Here the error is gone, and with it the tensors of the attempt, which its traceback held.
+    # The error is gone now, and with it the tensors of the attempt, which its traceback held.
     clear_device_cache()
     if len(batch.utterances) == 1:
         why = f"out of memory even in a batch of its own: {reason}"
         rejections = [*batch.rejections, reject(batch.utterances[0], why)]
         return SpeechBatch([], None, [], rejections), []
-    _say_once_that_memory_ran_out(len(batch.utterances))
+    _warn_once_of_halving(len(batch.utterances))
     done = [decode_halving(decode, half) for half in halved(batch)]
-    return joined([half for half, _ in done]), [each for _, found in done for each in found]
+    hypotheses = [hypothesis for _, part in done for hypothesis in part]
+    return joined([half for half, _ in done]), hypotheses
 
 
 @functools.cache
-def _say_once_that_memory_ran_out(batch_size: int) -> None:
+def _warn_once_of_halving(batch_size: int) -> None:
     log.warning(
-        "A batch of %d did not fit into the memory: it is decoded in halves, as others like it "
-        "will be; a smaller decoding.batch_size would save these attempts.",
+        "A batch of %d did not fit into the memory: it is decoded in halves, and so are later "
+        "ones; a smaller decoding.batch_size would save these attempts.",
         batch_size,
     )
 
 
-def _stop_if_hopeless(
+def _check_rejections(
     manifest: Manifest, results: RowResults, data: DataLimits, last_reason: str | None = None
 ) -> None:
     """Raise DataError if all processes together have rejected more rows than the config allows."""

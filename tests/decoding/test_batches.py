@@ -1,4 +1,4 @@
-"""Utterances become log-mels in the manifest's order; what cannot be decoded says why."""
+"""Utterances become log-mels in the manifest's order, or rejections with a reason."""
 
 import multiprocessing
 import os
@@ -19,17 +19,17 @@ from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance, read_manifest
-from simpler_distil_whisper.data.workers import Died, ahead, load_ahead
+from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.decoding.batches import (
     SpeechBatch,
     SpeechDataset,
     SpeechReader,
+    groups_by_length,
     halved,
     in_batches,
     joined,
     longest_first,
     speech_batches,
-    windows_by_length,
 )
 
 WINDOW = 2
@@ -71,7 +71,7 @@ def test_an_utterances_log_mel_depends_on_no_other_utterance(
 ) -> None:
     everyone = clips(tmp_path, 0.5, 2.0, 1.3)
     together = SpeechDataset([everyone], extractor, DataLimits())[0].input_features
-    alone = SpeechDataset([[one] for one in everyone], extractor, DataLimits())
+    alone = SpeechDataset([[utterance] for utterance in everyone], extractor, DataLimits())
     assert together is not None
     for number in range(3):
         assert torch.equal(together[number : number + 1], alone[number].input_features)
@@ -98,11 +98,11 @@ def test_what_cannot_be_used_is_rejected_and_the_others_are_not(
     rows = utterances(tmp_path, *({"audio": f"{name}.wav", "n": name} for name in names))
     (tmp_path / "gone.wav").unlink()
     batch = SpeechDataset([rows], extractor, DataLimits())[0]
-    assert [one.row["n"] for one in batch.utterances] == ["a", "b", "c"]
+    assert [utterance.row["n"] for utterance in batch.utterances] == ["a", "b", "c"]
     assert batch.seconds == [0.1, 2.0, 1.0]
     assert batch.input_features is not None
     assert len(batch.input_features) == 3
-    reasons = {one.row["n"]: one.reason for one in batch.rejections}  # type: ignore[index]
+    reasons = {r.row["n"]: r.reason for r in batch.rejections}  # type: ignore[index]
     assert list(reasons) == ["short", "text", "long", "gone"]
     for name, why in zip(
         reasons,
@@ -110,8 +110,8 @@ def test_what_cannot_be_used_is_rejected_and_the_others_are_not(
         strict=True,
     ):
         assert reasons[name].startswith(f"{tmp_path / name}.wav: {why}")
-    assert [one.number for one in batch.rejections] == [0, 2, 4, 6]
-    assert [one.place for one in batch.rejections] == [
+    assert [rejection.number for rejection in batch.rejections] == [0, 2, 4, 6]
+    assert [rejection.place for rejection in batch.rejections] == [
         f"{tmp_path}/m.jsonl:{n}" for n in (1, 3, 5, 7)
     ]
 
@@ -153,12 +153,12 @@ def test_workers_change_neither_the_order_nor_a_bit(
     own = list(load_ahead(dataset, 0))
     theirs = list(load_ahead(dataset, workers))
     assert [batch.utterances for batch in own] == [[] if row is rows[2] else [row] for row in rows]
-    for one, other in zip(own, theirs, strict=True):
-        assert one.utterances == other.utterances
-        assert one.rejections == other.rejections
-        assert (one.input_features is None) == (other.input_features is None)
-        if one.input_features is not None:
-            assert torch.equal(one.input_features, other.input_features)
+    for mine, other in zip(own, theirs, strict=True):
+        assert mine.utterances == other.utterances
+        assert mine.rejections == other.rejections
+        assert (mine.input_features is None) == (other.input_features is None)
+        if mine.input_features is not None:
+            assert torch.equal(mine.input_features, other.input_features)
 
 
 def test_ctrl_c_leaves_the_workers_alone(
@@ -167,12 +167,12 @@ def test_ctrl_c_leaves_the_workers_alone(
     rows = clips(tmp_path, *[0.5] * 8)
     before = set(multiprocessing.active_children())
     batches = iter(load_ahead(SpeechDataset([[row] for row in rows], extractor, DataLimits()), 1))
-    found = [next(batches)]
+    loaded = [next(batches)]
     (worker,) = set(multiprocessing.active_children()) - before
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGINT)
-    found += batches
-    assert [batch.utterances for batch in found] == [[row] for row in rows]
+    loaded += batches
+    assert [batch.utterances for batch in loaded] == [[row] for row in rows]
 
 
 def test_a_worker_can_be_ended_although_the_script_handles_the_signal(
@@ -227,43 +227,17 @@ def test_the_longest_come_first_and_equals_stay_in_order(tmp_path: Path) -> None
         {"audio": "c.wav", "duration_seconds": 0.5},
         {"audio": "b.wav", "start_seconds": 0.7},
         {"audio": "c.wav"},
-        {"audio": "broken.wav", "duration_seconds": 1.1},  # what a row says needs no file
+        {
+            "audio": "broken.wav",
+            "duration_seconds": 1.1,
+        },  # the length that a row gives needs no file
         {"audio": "c.wav"},
     )
-    by_length = [one.number for one, _ in longest_first(rows)]
+    by_length = [row.number for row, _ in longest_first(rows)]
     assert by_length == [3, 5, 4, 6, 0, 2, 1]
     for workers in (0, 2):
-        windows = list(windows_by_length([rows, rows[:2]], workers))
-        assert [[one.number for one, _ in window] for window in windows] == [by_length, [0, 1]]
-
-
-def die_at_three(item: int) -> int:
-    if item == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return item * item
-
-
-def test_what_is_computed_ahead_comes_in_order_and_survives_a_death() -> None:
-    assert list(ahead(die_at_three, [0, 1, 2], 0)) == [0, 1, 4]
-    assert list(ahead(die_at_three, [5, 4, 6], 2)) == [25, 16, 36]
-    assert list(ahead(die_at_three, [], 1)) == []
-    before = signal.getsignal(signal.SIGCHLD)
-    found = list(ahead(die_at_three, iter([1, 3, 2, 5]), 1, prefetch=1))
-    assert [one for one in found if not isinstance(one, Died)] == [1, 4, 25]
-    assert isinstance(found[1], Died)
-    assert found[1].item == 3
-    assert "exited unexpectedly" in found[1].reason
-    # Else the next death would interrupt the script wherever it is.
-    assert signal.getsignal(signal.SIGCHLD) is before
-
-
-def fail(item: int) -> int:
-    raise RuntimeError(f"a bug at {item}")
-
-
-def test_an_error_in_a_worker_is_no_death() -> None:
-    with pytest.raises(RuntimeError, match="a bug at 7"):
-        list(ahead(fail, [7], 1))
+        groups = list(groups_by_length([rows, rows[:2]], workers))
+        assert [[row.number for row, _ in group] for group in groups] == [by_length, [0, 1]]
 
 
 class DeadlyReader(SpeechReader):
@@ -287,14 +261,14 @@ def test_a_row_that_kills_its_worker_is_rejected_and_no_other(
     (deadly,) = utterances(tmp_path, {"audio": "deadly.wav"})
     batches = [rows[:4], [*rows[4:6], deadly, *rows[6:8]], rows[8:]]
     read = DeadlyReader(extractor, DataLimits())
-    found = list(speech_batches(iter(batches), read, workers))
-    assert [batch.utterances for batch in found] == [rows[:4], rows[4:8], rows[8:]]
-    for batch in found:
+    loaded = list(speech_batches(iter(batches), read, workers))
+    assert [batch.utterances for batch in loaded] == [rows[:4], rows[4:8], rows[8:]]
+    for batch in loaded:
         expected = SpeechReader(extractor, DataLimits())(batch.utterances)
         assert batch.seconds == expected.seconds
         assert batch.input_features is not None
         assert expected.input_features is not None
         assert torch.equal(batch.input_features, expected.input_features)
-    (rejection,) = [one for batch in found for one in batch.rejections]
+    (rejection,) = [rejection for batch in loaded for rejection in batch.rejections]
     assert rejection.place == deadly.place
     assert "deadly.wav: a process that decodes it dies" in rejection.reason

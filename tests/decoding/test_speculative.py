@@ -15,15 +15,16 @@ from torch import Tensor
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.decoding.speculative import DRAFT_TOKENS, Assistant, Drafts
-from simpler_distil_whisper.decoding.transcriber import Hypothesis, Transcriber
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+from simpler_distil_whisper.decoding.speculative import DRAFT_TOKENS, Assistant, DraftCounts
+from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 
 LANGUAGES = ["zh", "en", "ja", "zh", "en", "ja", "zh", "en"]
-# What was said before: nothing, a little, and more than the model remembers.
+# Tokens of the previous text: none, a few, and more than the model takes.
 PREVIOUS = [[], [1, 2, 3], list(range(50, 150)) * 3, [7], [], [9] * 60, [5, 6], [8] * 30]
 DEMO = REPOSITORY / "demo_data"
 
@@ -39,7 +40,7 @@ def loaded(path: Path) -> Whisper:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
-    """It says 96 to 224 tokens, different ones to each utterance, and timestamps among them."""
+    """It gives 96 to 224 tokens, other ones for each utterance, with timestamps among them."""
     folder = tmp_path_factory.mktemp("teacher")
     return loaded(make_model_folder(folder, languages=["en", "zh", "ja"], talkative=True, seed=53))
 
@@ -56,7 +57,7 @@ def pruned(teacher: Whisper, encoder: Sequence[int], decoder: Sequence[int]) -> 
 
 
 def contrary(teacher: Whisper) -> Whisper:
-    """A student that always says what the teacher thinks the least likely."""
+    """A student that always drafts the least probable token of the teacher."""
     model = copy.deepcopy(teacher.model)
     with torch.no_grad():
         model.model.decoder.layer_norm.weight.neg_()
@@ -64,7 +65,7 @@ def contrary(teacher: Whisper) -> Whisper:
     return dataclasses.replace(teacher, model=model)
 
 
-def heard(
+def transcribed(
     teacher: Whisper,
     student: Whisper | None,
     features: Tensor,
@@ -72,7 +73,7 @@ def heard(
     batch_size: int = 8,
     previous: Sequence[Sequence[int]] | None = None,
     **options: object,
-) -> tuple[list[Hypothesis], Drafts]:
+) -> tuple[list[Hypothesis], DraftCounts]:
     """The hypotheses of the teacher, alone or with an assistant, and how much that drafted."""
     assistant = Assistant(student, teacher) if student else None
     transcriber = Transcriber(teacher, DecodingOptions(**options), assistant=assistant)
@@ -85,15 +86,20 @@ def heard(
             previous=previous[batch] if previous else None,
             keys=range(len(features))[batch],
         )
-    return hypotheses, assistant.drafts if assistant else Drafts()
+    return hypotheses, assistant.draft_counts if assistant else DraftCounts()
 
 
 def assert_same(hypotheses: list[Hypothesis], alone: list[Hypothesis]) -> None:
     assert [h.token_ids for h in hypotheses] == [h.token_ids for h in alone]
-    for one, other in zip(hypotheses, alone, strict=True):
-        assert (one.complete, one.language) == (other.complete, other.language)
-        assert one.average_log_probability == pytest.approx(other.average_log_probability, abs=1e-5)
-        assert one.no_speech_probability == pytest.approx(other.no_speech_probability, rel=1e-4)
+    for hypothesis, other in zip(hypotheses, alone, strict=True):
+        assert hypothesis.complete == other.complete
+        assert hypothesis.language == other.language
+        assert hypothesis.average_log_probability == pytest.approx(
+            other.average_log_probability, abs=1e-5
+        )
+        assert hypothesis.no_speech_probability == pytest.approx(
+            other.no_speech_probability, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -116,12 +122,12 @@ def test_the_same_tokens_as_the_teacher_alone(
     student = pruned(teacher, [0] if own_encoder else [0, 1], [1])
     assert Assistant(student, teacher).own_encoder == own_encoder
     options = {"timestamps": timestamps, "previous": previous, "max_new_tokens": 115}
-    alone, _ = heard(teacher, None, features, **options)
-    together, drafts = heard(teacher, student, features, **options)
+    alone, _ = transcribed(teacher, None, features, **options)
+    together, drafts = transcribed(teacher, student, features, **options)
     assert_same(together, alone)
     assert 0 < drafts.accepted < drafts.drafted, "right and wrong drafts must both have occurred"
     assert {h.complete for h in alone} == {True, False}
-    assert len({h.tokens for h in alone}) > 2, "the utterances must end at different times"
+    assert len({h.token_count for h in alone}) > 2, "the utterances must end at different times"
     times = teacher.tokens.timestamps
     if timestamps:
         assert max(sum(id in times for id in h.token_ids) for h in alone) > 4
@@ -129,8 +135,8 @@ def test_the_same_tokens_as_the_teacher_alone(
 
 def test_one_by_one_as_in_a_batch(teacher: Whisper, features: Tensor) -> None:
     student = pruned(teacher, [0, 1], [1])
-    alone, _ = heard(teacher, None, features, max_new_tokens=50)
-    single, drafts = heard(teacher, student, features, batch_size=1, max_new_tokens=50)
+    alone, _ = transcribed(teacher, None, features, max_new_tokens=50)
+    single, drafts = transcribed(teacher, student, features, batch_size=1, max_new_tokens=50)
     assert_same(single, alone)
     assert 0 < drafts.accepted < drafts.drafted
 
@@ -138,60 +144,62 @@ def test_one_by_one_as_in_a_batch(teacher: Whisper, features: Tensor) -> None:
 @pytest.mark.parametrize("limit", [1, 2, DRAFT_TOKENS, DRAFT_TOKENS + 1, DRAFT_TOKENS + 2, 97])
 def test_limits_are_kept(teacher: Whisper, features: Tensor, limit: int) -> None:
     """At 97 some end, some are cut one token before the end, and others in the middle."""
-    alone, _ = heard(teacher, None, features, max_new_tokens=limit)
+    alone, _ = transcribed(teacher, None, features, max_new_tokens=limit)
     for student in (teacher, pruned(teacher, [0, 1], [1])):
-        together, drafts = heard(teacher, copy.deepcopy(student), features, max_new_tokens=limit)
+        together, drafts = transcribed(
+            teacher, copy.deepcopy(student), features, max_new_tokens=limit
+        )
         assert_same(together, alone)
         assert (drafts.drafted == 0) == (limit == 1), "the first token needs no draft"
 
 
 def test_texts_that_reach_the_last_position(tmp_path: Path, features: Tensor) -> None:
-    """With more said before, fewer positions are left: the rows end at different limits."""
+    """With more previous text, fewer positions are left: the rows end at different limits."""
     folder = make_model_folder(
         tmp_path, languages=["en", "zh", "ja"], talkative=True, seed=53, max_target_positions=60
     )
     teacher = loaded(folder)
-    with torch.no_grad():  # It never says the end token.
+    with torch.no_grad():  # It never chooses the end token.
         teacher.model.model.decoder.embed_tokens.weight[teacher.tokens.end].zero_()
     student = pruned(teacher, [0, 1], [1])
     options = {"max_new_tokens": 1000, "previous": [[1] * 5 * n for n in range(8)]}
-    together, _ = heard(teacher, student, features, **options)
-    alone, _ = heard(teacher, None, features, **options)
+    together, _ = transcribed(teacher, student, features, **options)
+    alone, _ = transcribed(teacher, None, features, **options)
     assert_same(together, alone)
-    assert len({h.tokens for h in together if not h.complete}) > 3
+    assert len({h.token_count for h in together if not h.complete}) > 3
 
 
 def test_a_student_that_always_agrees(teacher: Whisper, features: Tensor) -> None:
     """30 tokens: the first, and then in each of five rounds five of the draft and one more."""
-    alone, _ = heard(teacher, None, features[:1], max_new_tokens=30)
-    together, drafts = heard(teacher, copy.deepcopy(teacher), features[:1], max_new_tokens=30)
+    alone, _ = transcribed(teacher, None, features[:1], max_new_tokens=30)
+    together, drafts = transcribed(teacher, copy.deepcopy(teacher), features[:1], max_new_tokens=30)
     assert_same(together, alone)
     assert DRAFT_TOKENS == 5
-    assert drafts == Drafts(drafted=25, accepted=25)
+    assert drafts == DraftCounts(drafted=25, accepted=25)
     # Where the end is drafted, no more is counted: n tokens and the end are made of rounds of six.
-    whole, everything = heard(teacher, copy.deepcopy(teacher), features, previous=PREVIOUS)
+    whole, everything = transcribed(teacher, copy.deepcopy(teacher), features, previous=PREVIOUS)
     assert all(h.complete for h in whole)
-    assert everything.drafted == sum(h.tokens - h.tokens // 6 for h in whole)
+    assert everything.drafted == sum(h.token_count - h.token_count // 6 for h in whole)
     assert everything.accepted == everything.drafted
-    timed = heard(teacher, copy.deepcopy(teacher), features, timestamps=True)[1]
+    timed = transcribed(teacher, copy.deepcopy(teacher), features, timestamps=True)[1]
     assert timed.accepted == timed.drafted > 25
 
 
 def test_a_student_that_never_agrees(teacher: Whisper, features: Tensor) -> None:
     """8 tokens: the first, and then seven rounds with as many drafts as the limit leaves room."""
-    alone, _ = heard(teacher, None, features, max_new_tokens=110)
-    together, drafts = heard(teacher, contrary(teacher), features, max_new_tokens=110)
+    alone, _ = transcribed(teacher, None, features, max_new_tokens=110)
+    together, drafts = transcribed(teacher, contrary(teacher), features, max_new_tokens=110)
     assert_same(together, alone)
     assert drafts.accepted == 0 < drafts.drafted
-    few = heard(teacher, contrary(teacher), features[:1], max_new_tokens=8)[1]
-    assert few == Drafts(drafted=5 + 5 + 5 + 4 + 3 + 2 + 1, accepted=0)
+    few = transcribed(teacher, contrary(teacher), features[:1], max_new_tokens=8)[1]
+    assert few == DraftCounts(drafted=5 + 5 + 5 + 4 + 3 + 2 + 1, accepted=0)
 
 
 def test_drafts_are_for_the_first_temperature_alone(teacher: Whisper, features: Tensor) -> None:
     options = {"temperatures": [0.0, 0.7], "log_probability_threshold": -0.0, "max_new_tokens": 20}
     options["no_speech_threshold"] = None
-    alone, _ = heard(teacher, None, features, **options)
-    together, drafts = heard(teacher, pruned(teacher, [0, 1], [1]), features, **options)
+    alone, _ = transcribed(teacher, None, features, **options)
+    together, drafts = transcribed(teacher, pruned(teacher, [0, 1], [1]), features, **options)
     assert_same(together, alone)
     assert {h.temperature for h in alone} == {0.7}
     assert drafts.drafted > 0
@@ -200,7 +208,7 @@ def test_drafts_are_for_the_first_temperature_alone(teacher: Whisper, features: 
 def test_warming_up_does_not_count(teacher: Whisper) -> None:
     assistant = Assistant(pruned(teacher, [0, 1], [1]), teacher)
     Transcriber(teacher, DecodingOptions(batch_size=2), assistant=assistant).warm_up()
-    assert assistant.drafts == Drafts()
+    assert assistant.draft_counts == DraftCounts()
     assert assistant.report()["acceptance_rate"] is None
 
 
@@ -261,7 +269,7 @@ def test_the_same_texts_on_the_demo_recordings(layers: list[int]) -> None:
     )
     assert_same(together, alone)
     assert len({h.text for h in alone}) > 40
-    assert 0 < assistant.drafts.accepted < assistant.drafts.drafted
+    assert 0 < assistant.draft_counts.accepted < assistant.draft_counts.drafted
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from simpler_distil_whisper.data.manifest import (
 )
 from simpler_distil_whisper.decoding import transcription
 from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
-from simpler_distil_whisper.decoding.transcription import decode_halving, own_batches
+from simpler_distil_whisper.decoding.transcription import decode_halving, process_batches
 from simpler_distil_whisper.model.teacher_cache import CachedEncoderStates
 
 SIZE = 3
@@ -32,8 +32,8 @@ SIZE = 3
 
 @pytest.fixture
 def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    """50 rows that say how long they are, two of them unusable; windows of four batches."""
-    monkeypatch.setattr(transcription, "BATCHES_IN_A_WINDOW", 4)
+    """50 rows with their lengths, two of them unusable; groups of four batches."""
+    monkeypatch.setattr(transcription, "BATCHES_OF_A_GROUP", 4)
     (tmp_path / "x.wav").touch()
     rows: list[object] = [
         {"audio": "x.wav", "duration_seconds": 0.1 + 7 * number % 13} for number in range(50)
@@ -49,8 +49,8 @@ def shares(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def share(rank: int, processes: int, done: np.ndarray) -> list[list[int]]:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        batches = own_batches(manifest.utterances, SIZE, done, DataLimits(num_workers=0))
-        return [[one.number for one in batch] for batch in batches]
+        batches = process_batches(manifest.utterances, SIZE, done, DataLimits(num_workers=0))
+        return [[utterance.number for utterance in batch] for batch in batches]
 
     return share
 
@@ -60,16 +60,18 @@ def test_batches_hold_rows_of_similar_length_the_longest_first(
 ) -> None:
     batches = shares(0, 1, np.zeros(50, dtype=bool))
     assert sorted(number for batch in batches for number in batch) == sorted(
-        one.number for one in manifest.utterances
+        utterance.number for utterance in manifest.utterances
     )
     assert {len(batch) for batch in batches} == {SIZE}  # 48 rows
-    seconds = {one.number: one.duration_seconds or 0.0 for one in manifest.utterances}
-    window = 4 * SIZE
-    usable = [one.number for one in manifest.utterances]
-    for start in range(0, len(usable), window):
+    seconds = {
+        utterance.number: utterance.duration_seconds or 0.0 for utterance in manifest.utterances
+    }
+    group = 4 * SIZE
+    usable = [utterance.number for utterance in manifest.utterances]
+    for start in range(0, len(usable), group):
         here = batches[start // SIZE : start // SIZE + 4]
         order = [number for batch in here for number in batch]
-        expected = sorted(usable[start : start + window], key=lambda n: (-seconds[n], n))
+        expected = sorted(usable[start : start + group], key=lambda n: (-seconds[n], n))
         assert order == expected
 
 
@@ -103,15 +105,15 @@ def test_whatever_is_done_the_other_batches_stay_as_they_are(
 def test_no_header_is_read_before_its_time(
     manifest: Manifest, tmp_path: Path, shares: Callable[..., list[list[int]]]
 ) -> None:
-    """Rows that say nothing of their length: those of a window that is done are not even opened."""
+    """Rows without their length: those of a group that is done are not even opened."""
     rows = [{"audio": "x.wav"} for _ in range(24)]
     unsaid = read_manifest(write_rows(tmp_path / "unsaid.jsonl", rows), Columns()).utterances
     opened = []
     hook = lambda event, arguments: event == "open" and opened.append(str(arguments[0]))  # noqa: E731
     sys.addaudithook(hook)
     done = np.repeat([True, False], 12)
-    first = next(own_batches(unsaid, SIZE, done, DataLimits(num_workers=0)))
-    assert [one.number for one in first] == [12, 13, 14]
+    first = next(process_batches(unsaid, SIZE, done, DataLimits(num_workers=0)))
+    assert [utterance.number for utterance in first] == [12, 13, 14]
 
 
 def batch_of(count: int) -> SpeechBatch:
@@ -123,7 +125,7 @@ def batch_of(count: int) -> SpeechBatch:
 
 
 def decoder_with_room_for(rows: int, too_large: float = -1) -> Callable[[SpeechBatch], list[float]]:
-    """A decoder that asks torch for more memory than there is for larger batches, or one row."""
+    """A decoder that asks torch for too much memory for larger batches, or for one row."""
 
     def decode(batch: SpeechBatch) -> list[float]:
         assert batch.input_features is not None
@@ -137,21 +139,21 @@ def decoder_with_room_for(rows: int, too_large: float = -1) -> Callable[[SpeechB
 
 @pytest.mark.parametrize("room", [1, 2, 3, 5, 8, 9])
 def test_a_batch_too_large_for_the_memory_is_decoded_in_parts(room: int) -> None:
-    batch, found = decode_halving(decoder_with_room_for(room), batch_of(9))  # type: ignore[arg-type]
-    assert found == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    assert [one.number for one in batch.utterances] == found
+    batch, values = decode_halving(decoder_with_room_for(room), batch_of(9))  # type: ignore[arg-type]
+    assert values == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert [utterance.number for utterance in batch.utterances] == values
     assert batch.seconds == [1.0] * 9
-    assert [one.reason for one in batch.rejections] == ["broken"]
+    assert [rejection.reason for rejection in batch.rejections] == ["broken"]
 
 
 def test_a_row_too_large_for_the_memory_is_rejected_and_no_other() -> None:
-    batch, found = decode_halving(decoder_with_room_for(4, 5.0), batch_of(9))  # type: ignore[arg-type]
-    assert found == [0, 1, 2, 3, 4, 6, 7, 8]
-    assert [one.number for one in batch.utterances] == found
-    assert [one.number for one in batch.rejections] == [99, 5]
+    batch, values = decode_halving(decoder_with_room_for(4, 5.0), batch_of(9))  # type: ignore[arg-type]
+    assert values == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert [utterance.number for utterance in batch.utterances] == values
+    assert [rejection.number for rejection in batch.rejections] == [99, 5]
     assert batch.rejections[1].reason.startswith("out of memory even in a batch of its own: ")
     assert batch.input_features is not None
-    assert batch.input_features[:, 0, 0].tolist() == found
+    assert batch.input_features[:, 0, 0].tolist() == values
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_a_row_too_large_for_the_memory_is_rejected_and_no_other() -> None:
         MemoryError("Unable to allocate 9 TiB"),
     ],
 )
-def test_what_runs_out_of_memory_says_so_in_many_words(error: Exception) -> None:
+def test_errors_of_many_kinds_mean_a_lack_of_memory(error: Exception) -> None:
     def decode(batch: SpeechBatch) -> list[int]:
         if len(batch.utterances) > 1:
             raise error
@@ -196,24 +198,24 @@ def test_each_half_keeps_what_the_cache_has_of_it() -> None:
     first, second = halved(windows)
     assert [len(part.utterances) for part in (windows, recordings, first, second)] == [5, 2, 2, 3]
     assert [each.item() for each in recordings.recordings] == [5.0, 6.0]
-    for part, found, features, missing in (
+    for part, cached, features, missing in (
         (first, [0.0], [1.0], {1: "b"}),
         (second, [2.0, 3.0], [4.0], {2: None}),
     ):
         assert part.cached is not None and part.input_features is not None
-        assert part.cached.states.tolist() == found
+        assert part.cached.states.tolist() == cached
         assert part.input_features.flatten().tolist() == features
         assert part.cached.missing == missing
         assert not part.recordings
     assert second.seconds == [2.0, 3.0, 4.0]
 
 
-def test_a_lack_of_memory_is_told_once(
+def test_a_lack_of_memory_is_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transcription.log, "handlers", [caplog.handler])
     monkeypatch.setattr(transcription.log, "propagate", False)
-    transcription._say_once_that_memory_ran_out.cache_clear()
+    transcription._warn_once_of_halving.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             decode_halving(decoder_with_room_for(4), batch_of(7))  # type: ignore[arg-type]
@@ -262,9 +264,9 @@ def test_a_hopeless_run_stops_early(tmp_path: Path, processes: int) -> None:
     assert done.returncode == (3 if processes == 1 else 1)  # torchrun's own
     assert "of 40 rows are unusable, data.max_bad_fraction is 0.2" in done.stderr
     assert "cannot be decoded" in done.stderr
-    answered = list((tmp_path / "out/parts").glob("*.answers"))
+    written = list((tmp_path / "out/parts").glob("*.answers"))
     # One process may have done its half of the good rows before the other meets its first bad one.
-    assert sum(path.read_bytes().count(b"\n") - 1 for path in answered) < 20
+    assert sum(path.read_bytes().count(b"\n") - 1 for path in written) < 20
     # A second start does not go on to the next bad row.
     again = label(tmp_path, config, 1)
     assert again.returncode == 3
@@ -295,18 +297,18 @@ def test_short_and_long_rows_in_one_manifest(
     }
     write_rows(tmp_path / "m.jsonl", rows)
     assert run_script("offline_inference", config).returncode == 0
-    heard = {row["id"]: row for row in read_rows(tmp_path / "out/hypotheses.jsonl")}
-    assert list(heard) == ["u0", "u1", "u2", "u3", "u4", "u5", "u7"]
-    for row in heard.values():
+    hypotheses = {row["id"]: row for row in read_rows(tmp_path / "out/hypotheses.jsonl")}
+    assert list(hypotheses) == ["u0", "u1", "u2", "u3", "u4", "u5", "u7"]
+    for row in hypotheses.values():
         assert row["segments"] and row["hypothesis"]
         assert all(s["start_seconds"] <= s["end_seconds"] for s in row["segments"])
-    assert heard["u2"]["segments"][-1]["end_seconds"] > 4
-    assert heard["u4"]["segments"] == [
-        {"start_seconds": 0.0, "end_seconds": 1.5, "text": heard["u4"]["hypothesis"]}
+    assert hypotheses["u2"]["segments"][-1]["end_seconds"] > 4
+    assert hypotheses["u4"]["segments"] == [
+        {"start_seconds": 0.0, "end_seconds": 1.5, "text": hypotheses["u4"]["hypothesis"]}
     ]
     # Without the long one and with it, the others' texts are the same.
     write_rows(tmp_path / "m.jsonl", [row for row in rows if row["id"] != "u2"])
     again = run_script("offline_inference", config | {"output_dir": "short"})
     assert again.returncode == 0
     for row in read_rows(tmp_path / "short/hypotheses.jsonl"):
-        assert row["hypothesis"] == heard[row["id"]]["hypothesis"]
+        assert row["hypothesis"] == hypotheses[row["id"]]["hypothesis"]

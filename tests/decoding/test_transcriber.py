@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import zlib
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,8 @@ from torch import Tensor
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.decoding.search import drawn
-from simpler_distil_whisper.decoding.transcriber import (
-    Hypothesis,
-    Segment,
-    Transcriber,
-    compression_ratio,
-)
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
+from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
@@ -34,7 +28,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
-    """A model that says 96 to 224 tokens, different ones to each utterance."""
+    """A model that gives 96 to 224 tokens, other ones for each utterance."""
     return multilingual(tmp_path_factory.mktemp("model"), seed=53)
 
 
@@ -112,7 +106,7 @@ def test_same_text_as_generate(whisper: Whisper, features: Tensor, limit: int) -
     ours = transcribe(whisper, features, languages, max_new_tokens=limit)
     assert [h.text for h in ours] == generated_texts(whisper, features, languages, limit)
     if limit == 224:
-        lengths = [h.tokens for h in ours]
+        lengths = [h.token_count for h in ours]
         assert min(lengths) < 110 < max(lengths), "neither all short nor all at the limit"
         assert len({h.text for h in ours}) > UTTERANCES / 2
 
@@ -136,16 +130,16 @@ def test_same_tokens_as_generate_with_beams_and_timestamps(
     expected = generated_tokens(
         whisper, features, languages, 100, beams=beams, timestamps=timestamps
     )
-    heard = transcribe(
+    hypotheses = transcribe(
         whisper, features, languages, max_new_tokens=100, num_beams=beams, timestamps=timestamps
     )
-    assert [list(h.token_ids) for h in heard] == expected
-    assert len({h.token_ids for h in heard}) > 4
-    said = {id in whisper.tokens.timestamps for h in heard for id in h.token_ids}
-    assert said == ({True, False} if timestamps else {False})
+    assert [list(h.token_ids) for h in hypotheses] == expected
+    assert len({h.token_ids for h in hypotheses}) > 4
+    kinds = {id in whisper.tokens.timestamps for h in hypotheses for id in h.token_ids}
+    assert kinds == ({True, False} if timestamps else {False})
 
 
-def test_a_prompt_is_what_was_said_before(whisper: Whisper, features: Tensor) -> None:
+def test_a_prompt_is_the_previous_text(whisper: Whisper, features: Tensor) -> None:
     settings = copy.deepcopy(whisper.model.generation_config)
     settings.suppress_tokens = never_text(whisper)
     ids = whisper.model.generate(
@@ -161,21 +155,21 @@ def test_a_prompt_is_what_was_said_before(whisper: Whisper, features: Tensor) ->
     expected = [row[row.index(whisper.tokens.start) :] for row in ids.tolist()]
     expected = [[id for id in row if id < whisper.tokens.end] for row in expected]
     languages = ["zh"] * UTTERANCES
-    heard = transcribe(whisper, features, languages, max_new_tokens=60, prompt="Taipei, tea ")
-    assert [list(h.token_ids) for h in heard] == expected
+    hypotheses = transcribe(whisper, features, languages, max_new_tokens=60, prompt="Taipei, tea ")
+    assert [list(h.token_ids) for h in hypotheses] == expected
     without = transcribe(whisper, features, languages, max_new_tokens=60)
-    assert [h.text for h in heard] != [h.text for h in without]
+    assert [h.text for h in hypotheses] != [h.text for h in without]
 
 
 def test_each_row_has_its_own_past(whisper: Whisper, features: Tensor) -> None:
-    """Prompts of different lengths in one batch, one of them longer than the model remembers."""
+    """Prompts of different lengths in one batch, one of them longer than the model takes."""
     transcriber = Transcriber(whisper, DecodingOptions(language="zh"))
     states = transcriber.encode(features[:4])
     pasts = [[], [65], list(range(40, 90)), [66, 67] * 200]
     together = transcriber.from_encoder_states(states, [None] * 4, previous=pasts)
     for row, past in enumerate(pasts):
-        one = states[row : row + 1]
-        alone = transcriber.from_encoder_states(one, [None], previous=[past])[0]
+        row_states = states[row : row + 1]
+        alone = transcriber.from_encoder_states(row_states, [None], previous=[past])[0]
         assert together[row].token_ids == alone.token_ids
         assert together[row].average_log_probability == pytest.approx(
             alone.average_log_probability, abs=1e-5
@@ -194,17 +188,7 @@ def test_a_prompt_must_be_text(whisper: Whisper) -> None:
         Transcriber(whisper, DecodingOptions(prompt="a<|endoftext|>b"))
 
 
-def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
-    logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0, -torch.inf]])
-    randoms = torch.linspace(0, 1, 100_001)[:-1]
-    tokens = drawn(logits.expand(len(randoms), -1), randoms)
-    shares = tokens.bincount(minlength=5) / len(randoms)
-    assert shares == pytest.approx(logits.softmax(-1)[0], abs=2e-5)
-    assert drawn(logits, torch.tensor([0.0])).tolist() == [0], "not what is impossible"
-    assert drawn(logits, torch.tensor([1.0])).tolist() == [3]
-
-
-def test_an_utterances_luck_is_its_own(whisper: Whisper, features: Tensor) -> None:
+def test_random_numbers_are_those_of_the_utterance(whisper: Whisper, features: Tensor) -> None:
     options = DecodingOptions(temperatures=[1.0], max_new_tokens=30)
     languages, keys = ["zh"] * UTTERANCES, list(range(UTTERANCES))
     together = Transcriber(whisper, options, seed=5)(features, languages, keys)
@@ -217,7 +201,7 @@ def test_an_utterances_luck_is_its_own(whisper: Whisper, features: Tensor) -> No
     assert {h.temperature for h in together} == {1.0}
 
 
-def test_only_what_fails_is_drawn_again(whisper: Whisper, features: Tensor) -> None:
+def test_only_what_fails_is_sampled_again(whisper: Whisper, features: Tensor) -> None:
     languages, keys = ["zh"] * UTTERANCES, list(range(UTTERANCES))
     greedy = transcribe(whisper, features, languages, max_new_tokens=40)
     threshold = sorted(h.average_log_probability for h in greedy)[UTTERANCES // 2]
@@ -228,23 +212,23 @@ def test_only_what_fails_is_drawn_again(whisper: Whisper, features: Tensor) -> N
         "no_speech_threshold": None,
         "max_new_tokens": 40,
     }
-    heard = Transcriber(whisper, DecodingOptions(**options))(features, languages, keys)
-    for before, after in zip(greedy, heard, strict=True):
+    hypotheses = Transcriber(whisper, DecodingOptions(**options))(features, languages, keys)
+    for before, after in zip(greedy, hypotheses, strict=True):
         if before.average_log_probability >= threshold:
             assert after == before
         else:
             assert after.temperature > 0 and after.text != before.text
-    assert {h.temperature for h in heard} >= {0.0, 1.0}
+    assert {h.temperature for h in hypotheses} >= {0.0, 1.0}
     # What is probably silence is left as it is.
     options["no_speech_threshold"] = 0.0
     assert Transcriber(whisper, DecodingOptions(**options))(features, languages, keys) == greedy
 
 
-def test_loops_are_drawn_again(whisper: Whisper, features: Tensor) -> None:
+def test_loops_are_sampled_again(whisper: Whisper, features: Tensor) -> None:
     languages = ["zh"] * UTTERANCES
     ratios = [h.compression_ratio for h in transcribe(whisper, features, languages)]
     limit = sorted(set(ratios))[-2]
-    heard = transcribe(
+    hypotheses = transcribe(
         whisper,
         features,
         languages,
@@ -252,7 +236,7 @@ def test_loops_are_drawn_again(whisper: Whisper, features: Tensor) -> None:
         compression_ratio_threshold=limit,
         log_probability_threshold=None,
     )
-    again = [h.temperature > 0 for h in heard]
+    again = [h.temperature > 0 for h in hypotheses]
     assert again == [ratio > limit for ratio in ratios]
     assert any(again) and not all(again)
 
@@ -261,8 +245,8 @@ def test_sentences_stand_between_their_timestamps(whisper: Whisper, features: Te
     transcriber = Transcriber(whisper, DecodingOptions())
     time = whisper.tokens.timestamps.start
     a, b = (whisper.tokenizer(c, add_special_tokens=False).input_ids[0] for c in "ab")
-    said = [time, a, a, time + 25, time + 30, b, time + 61, time + 70, a]
-    assert transcriber.segments_of(said) == [
+    ids = [time, a, a, time + 25, time + 30, b, time + 61, time + 70, a]
+    assert transcriber.segments_of(ids) == [
         Segment(0.0, 0.5, "aa"),
         Segment(0.6, 1.22, "b"),
         Segment(1.4, None, "a"),
@@ -285,13 +269,13 @@ def test_the_languages_of_the_rows_decide(whisper: Whisper, features: Tensor) ->
 
 
 def test_the_option_is_for_rows_that_name_no_language(whisper: Whisper, features: Tensor) -> None:
-    heard = transcribe(whisper, features[:2], [None, "zh"], language="ja", max_new_tokens=5)
-    assert [h.language for h in heard] == ["ja", "zh"]
+    hypotheses = transcribe(whisper, features[:2], [None, "zh"], language="ja", max_new_tokens=5)
+    assert [h.language for h in hypotheses] == ["ja", "zh"]
 
 
 def test_detects_the_same_languages_as_generate(tmp_path: Path, features: Tensor) -> None:
     whisper = multilingual(tmp_path, seed=37)
-    # Louder or softer features make the random model hear different languages.
+    # Louder or softer features make the random model detect different languages.
     features = torch.cat([features, -features, 4 * features, features.flip(-1)])
     ids = whisper.model.detect_language(features)
     names = {id: code for code, id in whisper.tokens.languages.items()}
@@ -299,8 +283,8 @@ def test_detects_the_same_languages_as_generate(tmp_path: Path, features: Tensor
     ours = transcribe(whisper, features, [None] * len(features), max_new_tokens=20)
     assert [h.language for h in ours] == theirs
     assert len(set(theirs)) > 1
-    told = transcribe(whisper, features, theirs, max_new_tokens=20)
-    assert [h.text for h in ours] == [h.text for h in told]
+    given = transcribe(whisper, features, theirs, max_new_tokens=20)
+    assert [h.text for h in ours] == [h.text for h in given]
 
 
 def test_neither_batch_size_nor_order_nor_neighbours_matter(
@@ -327,24 +311,26 @@ def test_neither_batch_size_nor_order_nor_neighbours_matter(
 
 def test_probabilities_are_those_of_a_full_forward_pass(whisper: Whisper, features: Tensor) -> None:
     """No cache, no batch: prompt and text at once, then the sum over what greedy could choose."""
-    heard = transcribe(whisper, features, ["zh"] * UTTERANCES)
-    assert {h.complete for h in heard} == {True, False}
+    hypotheses = transcribe(whisper, features, ["zh"] * UTTERANCES)
+    assert {h.complete for h in hypotheses} == {True, False}
     prompt = whisper.tokens.prompt("zh", "transcribe")
-    for row, hypothesis in enumerate(heard):
+    for row, hypothesis in enumerate(hypotheses):
         text = whisper.tokenizer(hypothesis.text, add_special_tokens=False).input_ids
-        assert len(text) == hypothesis.tokens
-        said = [*text, whisper.tokens.end] if hypothesis.complete else text
+        assert len(text) == hypothesis.token_count
+        chosen = [*text, whisper.tokens.end] if hypothesis.complete else text
         with torch.no_grad():
             logits = whisper.model(
-                features[row : row + 1], decoder_input_ids=torch.tensor([[*prompt, *said[:-1]]])
+                features[row : row + 1], decoder_input_ids=torch.tensor([[*prompt, *chosen[:-1]]])
             ).logits[0]
         allowed = logits[len(prompt) - 1 :].double()
         allowed[:, never_text(whisper)] = -torch.inf
         allowed[0, whisper.model.generation_config.begin_suppress_tokens] = -torch.inf
         log_probabilities = allowed.log_softmax(-1)
-        assert allowed.argmax(-1).tolist() == said
-        of_said = log_probabilities[range(len(said)), said]
-        assert hypothesis.average_log_probability == pytest.approx(float(of_said.mean()), abs=1e-5)
+        assert allowed.argmax(-1).tolist() == chosen
+        chosen_log_probabilities = log_probabilities[range(len(chosen)), chosen]
+        assert hypothesis.average_log_probability == pytest.approx(
+            float(chosen_log_probabilities.mean()), abs=1e-5
+        )
         silence = logits[0].double().softmax(-1)[whisper.tokens.no_speech]
         assert hypothesis.no_speech_probability == pytest.approx(float(silence), rel=1e-4)
 
@@ -356,9 +342,9 @@ def test_the_limit_is_kept_and_what_it_cut_is_not_complete(
     whole = transcribe(whisper, features, languages)
     cut = transcribe(whisper, features, languages, max_new_tokens=100)
     for long, short in zip(whole, cut, strict=True):
-        assert short.tokens == min(long.tokens, 100)
+        assert short.token_count == min(long.token_count, 100)
         assert long.text.startswith(short.text)
-        assert short.complete == (long.tokens < 100)
+        assert short.complete == (long.token_count < 100)
     assert {h.complete for h in cut} == {True, False}
 
 
@@ -367,24 +353,24 @@ def test_the_end_token_at_the_limit_makes_a_text_complete(
 ) -> None:
     whole = transcribe(whisper, features, ["zh"] * UTTERANCES)
     row, ended = next((row, h) for row, h in enumerate(whole) if h.complete)
-    for limit, complete in ((ended.tokens, False), (ended.tokens + 1, True)):
+    for limit, complete in ((ended.token_count, False), (ended.token_count + 1, True)):
         again = transcribe(whisper, features[row : row + 1], ["zh"], max_new_tokens=limit)[0]
         assert (again.text, again.complete) == (ended.text, complete)
 
 
 def test_default_limit_is_half_of_the_positions(whisper: Whisper, features: Tensor) -> None:
-    lengths = [h.tokens for h in transcribe(whisper, features, ["zh"] * UTTERANCES)]
+    lengths = [h.token_count for h in transcribe(whisper, features, ["zh"] * UTTERANCES)]
     assert max(lengths) == 224
 
 
 def test_a_limit_beyond_the_positions_is_no_crash(tmp_path: Path, features: Tensor) -> None:
     whisper = multilingual(tmp_path, seed=53, max_target_positions=40)
-    heard = transcribe(whisper, features, ["zh"] * UTTERANCES, max_new_tokens=1000)
-    assert max(h.tokens for h in heard) == 36
+    hypotheses = transcribe(whisper, features, ["zh"] * UTTERANCES, max_new_tokens=1000)
+    assert max(h.token_count for h in hypotheses) == 36
 
 
-def test_suppressed_tokens_are_never_said(whisper: Whisper, features: Tensor) -> None:
-    """Forbid what the model likes best: it must say something else, still without specials."""
+def test_suppressed_tokens_are_never_chosen(whisper: Whisper, features: Tensor) -> None:
+    """Rule out the favourite tokens: others must be chosen, still no special ones."""
     free = transcribe(whisper, features, ["zh"] * UTTERANCES, max_new_tokens=40)
     first = {h.text[0] for h in free}
     favourites = set("".join(h.text[1:] for h in free)) - first
@@ -396,12 +382,12 @@ def test_suppressed_tokens_are_never_said(whisper: Whisper, features: Tensor) ->
     model.generation_config.suppress_tokens += ids(favourites)
     model.generation_config.begin_suppress_tokens += ids(first)
     restrained = dataclasses.replace(whisper, model=model)
-    heard = transcribe(restrained, features, ["zh"] * UTTERANCES, max_new_tokens=40)
-    said = set("".join(h.text for h in heard))
-    assert not said & favourites
-    assert not first & {h.text[0] for h in heard}
-    assert said & first, "those are forbidden at the beginning alone"
-    assert not any("<|" in h.text for h in heard)
+    hypotheses = transcribe(restrained, features, ["zh"] * UTTERANCES, max_new_tokens=40)
+    characters = set("".join(h.text for h in hypotheses))
+    assert not characters & favourites
+    assert not first & {h.text[0] for h in hypotheses}
+    assert characters & first, "those are forbidden at the beginning alone"
+    assert not any("<|" in h.text for h in hypotheses)
 
 
 def test_warm_up_changes_nothing(whisper: Whisper, features: Tensor) -> None:
@@ -447,13 +433,6 @@ def test_translating_is_another_prompt(whisper: Whisper, features: Tensor) -> No
 def test_options_that_mean_nothing_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DecodingOptions(**options)
-
-
-def test_compression_ratio_by_hand() -> None:
-    assert compression_ratio("") == 0.0
-    loop = "你好" * 50  # 300 bytes of UTF-8
-    assert compression_ratio(loop) == 300 / len(zlib.compress(loop.encode()))
-    assert compression_ratio(loop) > 10 > 2.4 > 1 > compression_ratio("q8Zr")
 
 
 def test_evidence_is_rounded_and_plain(whisper: Whisper, features: Tensor) -> None:

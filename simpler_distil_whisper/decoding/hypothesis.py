@@ -1,0 +1,72 @@
+"""What decoding returns for an utterance: its text and the evidence of how good the text is.
+
+Owns the types; it needs no torch, so that the scripts can import it at once.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The text between two timestamps.
+
+    Attributes:
+        start_seconds: from the beginning of the audio.
+        end_seconds: likewise; None if the model gave no end: then it is the end of the audio.
+        text: without special tokens.
+    """
+
+    start_seconds: float
+    end_seconds: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """The model's text for one utterance, and how probable it is.
+
+    Attributes:
+        text: without special tokens; with the space before the first word that real Whispers
+            write, so that tokenising it gives the model's own tokens back.
+        language: code of the language that was given or detected.
+        token_ids: the tokens of the text and the timestamps, without the end token.
+        segments: the texts between the timestamps; empty without timestamps.
+        average_log_probability: of the tokens and the end token, natural logarithm.
+        no_speech_probability: of `<|nospeech|>` as the first token; None if the model has none.
+        compression_ratio: bytes of the text over its zlib-compressed bytes; high for loops.
+        temperature: at which the tokens were sampled; 0 for the most probable ones.
+        complete: the model ended the text itself; False if it reached `max_new_tokens`.
+    """
+
+    text: str
+    language: str
+    token_ids: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    average_log_probability: float
+    no_speech_probability: float | None
+    compression_ratio: float
+    temperature: float
+    complete: bool
+
+    @property
+    def token_count(self) -> int:
+        """The number of tokens, without the end token."""
+        return len(self.token_ids)
+
+    def evidence(self) -> dict[str, object]:
+        """Return the columns that a labelled row keeps beside the text, rounded."""
+        no_speech = self.no_speech_probability
+        return {
+            "average_log_probability": round(self.average_log_probability, 4),
+            "no_speech_probability": None if no_speech is None else round(no_speech, 4),
+            "compression_ratio": round(self.compression_ratio, 3),
+            "temperature": self.temperature,
+            "complete": self.complete,
+        }
+
+
+def compression_ratio(text: str) -> float:
+    """Return the bytes of a text over its compressed bytes, openai/whisper's measure of loops."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data))

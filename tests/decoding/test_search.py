@@ -1,0 +1,16 @@
+"""The parts of a search that need no model."""
+
+import pytest
+import torch
+
+from simpler_distil_whisper.decoding.search import drawn
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0, -torch.inf]])
+    randoms = torch.linspace(0, 1, 100_001)[:-1]
+    tokens = drawn(logits.expand(len(randoms), -1), randoms)
+    shares = tokens.bincount(minlength=5) / len(randoms)
+    assert shares == pytest.approx(logits.softmax(-1)[0], abs=2e-5)
+    assert drawn(logits, torch.tensor([0.0])).tolist() == [0], "not what is impossible"
+    assert drawn(logits, torch.tensor([1.0])).tolist() == [3]
