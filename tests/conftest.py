@@ -1,4 +1,4 @@
-"""What tests of several parts share: folders of outside data, and scripts as one runs them."""
+"""Fixtures of several test files: folders of outside data, and scripts run as a user runs them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def folder_named_by(variable: str) -> Path:
 
 @pytest.fixture(scope="session")
 def real_speech() -> Path:
-    """Recordings of people, with a manifest.jsonl that says how long each is."""
+    """Recordings of people, with a manifest.jsonl that states the length of each."""
     return folder_named_by("SDW_REAL_SPEECH")
 
 

@@ -1,4 +1,4 @@
-"""The distilled folder in plain transformers, which knows nothing of this project."""
+"""The distilled model folder in plain transformers, without this project."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def ours(final: Path, clips: list[Path]) -> list[str]:
     whisper = load_whisper(read_model_folder(final, None, "model"))
     features = log_mel([load_audio(clip) for clip in clips], whisper.feature_extractor)
     transcriber = Transcriber(whisper, DecodingOptions(max_new_tokens=LIMIT))
-    texts = [h.text for h in transcriber(features, ["en"] * CLIPS)]
+    texts = [hypothesis.text for hypothesis in transcriber(features, ["en"] * CLIPS)]
     assert texts == ["hello", "good day", "so long now", "bye"], "else it has learnt too little"
     return texts
 
@@ -83,7 +83,7 @@ def generated(model: WhisperForConditionalGeneration, folder: Path, clips: list[
 
 
 @pytest.mark.parametrize("kind", [WhisperForConditionalGeneration, AutoModelForSpeechSeq2Seq])
-def test_plain_transformers_hears_the_same(
+def test_plain_transformers_predicts_the_same(
     final: Path, clips: list[Path], ours: list[str], kind: type
 ) -> None:
     model = kind.from_pretrained(final)
@@ -92,13 +92,13 @@ def test_plain_transformers_hears_the_same(
     assert generated(model, final, clips) == ours
 
 
-def test_the_pipeline_hears_the_same(final: Path, clips: list[Path], ours: list[str]) -> None:
+def test_the_pipeline_predicts_the_same(final: Path, clips: list[Path], ours: list[str]) -> None:
     recognize = pipeline("automatic-speech-recognition", model=str(final), device="cpu")
-    heard = recognize(
+    results = recognize(
         [{"raw": load_audio(clip), "sampling_rate": 16_000} for clip in clips],
         generate_kwargs={"language": "en", "task": "transcribe", "max_new_tokens": LIMIT},
     )
-    assert [result["text"] for result in heard] == ours
+    assert [result["text"] for result in results] == ours
 
 
 def test_every_part_of_the_processor_loads(final: Path, setting: Setting) -> None:

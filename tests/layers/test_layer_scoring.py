@@ -1,4 +1,4 @@
-"""Scores of decoder layers: what they say, of which rows, and the student that comes of them."""
+"""Scores of decoder layers: what they measure, on which rows, and the student made from them."""
 
 import json
 import os
@@ -84,14 +84,14 @@ def score(whisper: Whisper, labelled: list[Labelled], encoder: tuple[int, ...] =
 
 
 def log_probabilities(model: Any, one: Labelled, teacher: Whisper) -> torch.Tensor:
-    """Return float64 [tokens, V]: what a model says in place of each token of the label."""
+    """Return float64 [tokens, V]: a model's prediction of each token of the label."""
     _, ids, prompt_length = one
     sound, _ = soundfile.read(one.utterance.audio, dtype="float32")
     features = teacher.feature_extractor(sound, 16_000, return_tensors="pt").input_features
     with torch.no_grad():
         logits = model(features, decoder_input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits
-    found: torch.Tensor = logits[0, prompt_length - 1 :].double().log_softmax(-1)
-    return found
+    predicted: torch.Tensor = logits[0, prompt_length - 1 :].double().log_softmax(-1)
+    return predicted
 
 
 @pytest.mark.parametrize("encoder", [(0, 1, 2), (0, 2)])
@@ -104,8 +104,8 @@ def test_a_score_is_the_divergence_of_the_student_that_would_be_made(
     expected = [log_probabilities(teacher.model, one, teacher) for one in some]
     for layers in SETS:
         student = prune_whisper(teacher.model, encoder, layers)
-        found = [log_probabilities(student, one, teacher) for one in some]
-        p, q = torch.cat(expected), torch.cat(found)
+        actual = [log_probabilities(student, one, teacher) for one in some]
+        p, q = torch.cat(expected), torch.cat(actual)
         kl = float((p.exp() * (p - q)).sum(-1).mean())
         assert scores[layers].kl == pytest.approx(kl, rel=1e-5, abs=1e-6), layers
         agreed = (p.argmax(-1) == q.argmax(-1)).double().mean()
@@ -152,10 +152,10 @@ def with_idle_layers(whisper: Whisper, idle: list[int]) -> Whisper:
 def test_layers_that_do_nothing_are_the_ones_to_go(folder: Path, labelled: list[Labelled]) -> None:
     whisper = load_whisper(read_model_folder(folder / "teacher", None, "teacher"))
     scorer = LayerScorer(with_idle_layers(whisper, [0, 2]), (0, 1, 2), labelled, lambda: None)
-    found = search_layers(4, 2, scorer)
-    assert found[0].layers == (1, 3)
-    assert found[0].score == (0.0, 1.0)
-    assert found[1].score.kl > 0.01
+    ranked = search_layers(4, 2, scorer)
+    assert ranked[0].layers == (1, 3)
+    assert ranked[0].score == (0.0, 1.0)
+    assert ranked[1].score.kl > 0.01
 
 
 def test_the_layers_that_work_are_found_among_many(tmp_path: Path, folder: Path) -> None:
@@ -166,9 +166,9 @@ def test_the_layers_that_work_are_found_among_many(tmp_path: Path, folder: Path)
     whisper = load_whisper(read_model_folder(tmp_path / "deep", None, "teacher"))
     with_idle_layers(whisper, sorted(set(range(14)) - working))
     labelled = selected(tmp_path / "deep", folder / "zh-0.jsonl", max_utterances=2)
-    found = search_layers(14, 6, LayerScorer(whisper, (0, 1), labelled, lambda: None))
-    assert set(found[0].layers) == working
-    assert found[0].score == (0.0, 1.0)
+    ranked = search_layers(14, 6, LayerScorer(whisper, (0, 1), labelled, lambda: None))
+    assert set(ranked[0].layers) == working
+    assert ranked[0].score == (0.0, 1.0)
 
 
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
@@ -263,17 +263,17 @@ def test_audio_that_turns_out_to_be_unusable_is_left_out(
     write_rows(tmp_path / "good.jsonl", rows)
     write_rows(tmp_path / "bad.jsonl", [*rows[:4], bad, *rows[4:]])
     write_rows(tmp_path / "worse.jsonl", [bad])
-    found = {}
+    scores = {}
     for name in ("good", "bad"):
         config = settings(folder, tmp_path / name)
         config["layer_scoring"]["manifest"] = str(tmp_path / f"{name}.jsonl")
         with caplog.at_level("INFO", logger="simpler_distil_whisper"):
             output = create_student(config)
-        found[name] = json.loads((output / "layer_scores.json").read_text())
+        scores[name] = json.loads((output / "layer_scores.json").read_text())
     assert f"{tmp_path / 'bad.jsonl'}:5: {tmp_path / 'nan.wav'}: " in caplog.text
-    assert found["bad"]["utterances"] == found["good"]["utterances"] == 9
-    assert found["bad"]["tokens"] == found["good"]["tokens"]
-    for one, other in zip(found["bad"]["scores"], found["good"]["scores"], strict=True):
+    assert scores["bad"]["utterances"] == scores["good"]["utterances"] == 9
+    assert scores["bad"]["tokens"] == scores["good"]["tokens"]
+    for one, other in zip(scores["bad"]["scores"], scores["good"]["scores"], strict=True):
         assert one["layers"] == other["layers"]
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-5)
     config = settings(folder, tmp_path / "worse")

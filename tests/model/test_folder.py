@@ -1,4 +1,4 @@
-"""What a model folder says of itself, and what is wrong with one that cannot be used."""
+"""The facts of a model folder, and the mistakes in one that cannot be used."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every layout in which Whispers are published: labelled, pruned and distilled, or refused."""
+"""Every layout of published Whispers: used for labels, pruned and distilled, or refused."""
 
 import json
 import shutil
@@ -162,10 +162,10 @@ def label(folder: Path, audio: Path, language: str | None = None) -> tuple[str, 
     whisper = loaded(folder)
     features = log_mel([load_audio(audio)], whisper.feature_extractor)
     options = DecodingOptions(max_new_tokens=6)
-    heard = Transcriber(whisper, options)(features, [language])[0]
-    assert 0 < heard.tokens <= 6 or heard.complete
-    assert "<|" not in heard.text
-    return heard.text, heard.language
+    hypothesis = Transcriber(whisper, options)(features, [language])[0]
+    assert 0 < hypothesis.token_count <= 6 or hypothesis.complete
+    assert "<|" not in hypothesis.text
+    return hypothesis.text, hypothesis.language
 
 
 def check_the_whole_road(teacher: Path, folder: Path, language: str) -> None:
@@ -239,9 +239,9 @@ def test_forced_ids_do_not_win_over_the_language(tmp_path: Path) -> None:
     old, new = forced_ids(tmp_path / "old"), plain(tmp_path / "new", talkative=True, seed=53)
     whisper = loaded(old)
     assert whisper.model.generation_config.forced_decoder_ids is None
-    heard = [label(old, audio, language) for language in LANGUAGES]
-    assert heard == [label(new, audio, language) for language in LANGUAGES]
-    assert len(set(heard)) == len(LANGUAGES)
+    labels = [label(old, audio, language) for language in LANGUAGES]
+    assert labels == [label(new, audio, language) for language in LANGUAGES]
+    assert len(set(labels)) == len(LANGUAGES)
 
 
 @pytest.mark.parametrize("with_file", [True, False])
@@ -295,8 +295,8 @@ def test_auto_is_float32_without_a_gpu(tmp_path: Path) -> None:
 def test_half_precision_labels_on_a_cpu(tmp_path: Path, dtype: str) -> None:
     whisper = loaded(plain(tmp_path / "m"), dtype=dtype)
     features = torch.randn(2, 80, 200, generator=torch.Generator().manual_seed(0))
-    heard = Transcriber(whisper, DecodingOptions(max_new_tokens=5))(features, ["zh", "en"])
-    assert all(h.average_log_probability < 0 for h in heard)
+    hypotheses = Transcriber(whisper, DecodingOptions(max_new_tokens=5))(features, ["zh", "en"])
+    assert all(h.average_log_probability < 0 for h in hypotheses)
 
 
 # Folders that cannot be used

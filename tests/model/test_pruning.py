@@ -73,7 +73,7 @@ def logits_of(model: Model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("available", "wanted", "kept"),
+    ("available", "count", "kept"),
     [
         (32, 2, [0, 31]),
         (32, 3, [0, 15, 31]),
@@ -87,19 +87,19 @@ def logits_of(model: Model) -> torch.Tensor:
         (3, 3, [0, 1, 2]),
     ],
 )
-def test_spread_layers_by_hand(available: int, wanted: int, kept: list[int]) -> None:
-    assert spread_layers(available, wanted) == kept
-    assert chosen_layers(available, wanted, None) == kept
+def test_spread_layers_by_hand(available: int, count: int, kept: list[int]) -> None:
+    assert spread_layers(available, count) == kept
+    assert chosen_layers(available, count, None) == kept
 
 
 @given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
 def test_spread_layers_are_in_order_and_end_with_the_last(case: tuple[int, int]) -> None:
-    available, wanted = case
-    kept = spread_layers(available, wanted)
+    available, count = case
+    kept = spread_layers(available, count)
     assert kept == sorted(set(kept))
-    assert len(kept) == wanted
+    assert len(kept) == count
     assert kept[-1] == available - 1
-    assert wanted == 1 or kept[0] == 0
+    assert count == 1 or kept[0] == 0
     gaps = [after - before for before, after in zip(kept, kept[1:], strict=False)]
     assert not gaps or max(gaps) - min(gaps) <= 1
     assert all(type(layer) is int for layer in kept)
@@ -119,10 +119,10 @@ def test_layers_that_make_no_sense_are_refused(indices: list[int]) -> None:
         chosen_layers(4, None, indices)
 
 
-@pytest.mark.parametrize("wanted", [0, -1, 5])
-def test_counts_that_do_not_exist_are_refused(wanted: int) -> None:
+@pytest.mark.parametrize("count", [0, -1, 5])
+def test_counts_that_do_not_exist_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match="cannot be kept"):
-        chosen_layers(4, wanted, None)
+        chosen_layers(4, count, None)
 
 
 def test_a_count_that_disagrees_with_the_layers_is_refused() -> None:
@@ -172,12 +172,12 @@ def test_the_kept_layers_are_the_teachers_and_the_student_is_its_own(teacher: Mo
     ids = torch.tensor([[256, 258, 5, 6, 7]])
     student = prune_whisper(teacher, [0, 2], [1, 3])
     with torch.no_grad():
-        expected, found = (
+        expected, actual = (
             model(features_of(model, 1), decoder_input_ids=ids, use_cache=False).logits
             for model in (by_hand, student)
         )
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, logits_of(teacher)[:1])
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, logits_of(teacher)[:1])
     before = [weight.clone() for weight in teacher.state_dict().values()]
     with torch.no_grad():
         for parameter in student.parameters():

@@ -1,4 +1,4 @@
-"""What is kept of the teacher: found by content, never wrong, bounded, changing no training."""
+"""The teacher cache: keyed by content, never wrong, bounded, and without effect on training."""
 
 import json
 import logging
@@ -73,10 +73,10 @@ def test_what_is_read_is_bit_for_bit_what_was_written(tmp_path: Path, dtype: tor
     written = some_tensor().to(dtype)
     TensorStore(tmp_path, ENOUGH).write("kind/group/key", written)
     other = TensorStore(tmp_path, ENOUGH)
-    found = other.read("kind/group/key")
-    assert found is not None
-    assert found.dtype == dtype
-    assert torch.equal(found, written)
+    kept = other.read("kind/group/key")
+    assert kept is not None
+    assert kept.dtype == dtype
+    assert torch.equal(kept, written)
     assert other.read("kind/group/another") is None
 
 
@@ -88,9 +88,9 @@ def test_no_damaged_byte_is_ever_believed(tmp_path: Path) -> None:
     noticed = 0
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        found = store.read("kind/group/key")
-        noticed += found is None
-        assert found is None or (found.dtype == written.dtype and torch.equal(found, written))
+        kept = store.read("kind/group/key")
+        noticed += kept is None
+        assert kept is None or (kept.dtype == written.dtype and torch.equal(kept, written))
     assert noticed > 0.9 * len(whole)  # the rest are blanks of the header
 
 
@@ -106,9 +106,9 @@ def test_a_truncated_entry_is_said_and_replaced(
         assert store.read("kind/group/key") is None
     assert f"{path}: damaged" in caplog.text
     store.write("kind/group/key", written)
-    found = store.read("kind/group/key")
-    assert found is not None
-    assert torch.equal(found, written)
+    kept = store.read("kind/group/key")
+    assert kept is not None
+    assert torch.equal(kept, written)
 
 
 def test_an_entry_under_the_name_of_another_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_disk_that_takes_nothing_more_ends_no_run(
 ) -> None:
     store = TensorStore(tmp_path, ENOUGH)
     store.write("kind/group/ab", some_tensor())
-    (tmp_path / "kind" / "group" / "cd").write_text("a file where a folder is wanted")
+    (tmp_path / "kind" / "group" / "cd").write_text("a file where a folder is required")
     with caplog.at_level(logging.WARNING):
         store.write("kind/group/cd", some_tensor())
         store.write("kind/group/ef", some_tensor())
@@ -191,11 +191,11 @@ def test_processes_write_at_once(tmp_path: Path, share: float) -> None:
         writer.join()
         assert writer.exitcode == 0
     store = TensorStore(together, bound)
-    found = [store.read(f"kind/group/{number:02}") for number in range(100)]
-    there = [number for number, tensor in enumerate(found) if tensor is not None]
+    kept = [store.read(f"kind/group/{number:02}") for number in range(100)]
+    there = [number for number, tensor in enumerate(kept) if tensor is not None]
     assert len(there) == len(entries_in(together))
     for number in there:
-        assert torch.equal(found[number], some_tensor(number, 50, 20))
+        assert torch.equal(kept[number], some_tensor(number, 50, 20))
     assert list((together / "writing").iterdir()) == []
     # What two processes write at the same moment can be counted twice, and add one entry each.
     assert bytes_in(together) <= bound + 4 * size
@@ -342,24 +342,24 @@ def test_missing_states_are_computed_and_kept_and_found_ones_are_not_computed(
     with torch.no_grad():
         alone = torch.cat([encoder(one[None]).last_hidden_state for one in features])
     expected = alone.to(getattr(torch, dtype))
-    heard: list[int] = []
-    encoder.register_forward_hook(lambda module, inputs, output: heard.append(len(inputs[0])))
+    encoded: list[int] = []
+    encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
     cache = open_cache(teacher, tmp_path / "cache", dtype=dtype)
 
     def states(*rows: int, keep: bool = True) -> torch.Tensor:
         stored = cache.look_up([clips[row] for row in rows])
         missing = dict.fromkeys(stored.missing) if not keep else stored.missing
-        wanted = features[[rows[place] for place in missing]]
-        return cache.complete(type(stored)(stored.states, missing), wanted, encoder)
+        required = features[[rows[place] for place in missing]]
+        return cache.complete(type(stored)(stored.states, missing), required, encoder)
 
     assert torch.equal(states(3, keep=False), expected[[3]])  # as of a file that cannot be decoded
     assert entries_in(tmp_path) == []
     assert torch.equal(states(1, 3), expected[[1, 3]])
     assert torch.equal(states(0, 1, 2, 3), expected[:4])
     assert torch.equal(states(4, 0), expected[[4, 0]])
-    assert heard == [1] * 6
+    assert encoded == [1] * 6
     assert torch.equal(states(4, 1, 0, 2, 3), expected[[4, 1, 0, 2, 3]])
-    assert (len(heard), cache.hits, cache.misses) == (6, 8, 6)
+    assert (len(encoded), cache.hits, cache.misses) == (6, 8, 6)
 
 
 # Training
@@ -395,7 +395,7 @@ def assert_same(run: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def filling(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> tuple[Path, Path]:
-    """A run of three epochs that has found an empty cache, and the cache."""
+    """A run of three epochs that began with an empty cache, and the cache."""
     folder = tmp_path_factory.mktemp("filling")
     return distil(run_config(folder / "run", setting, folder / "cache")), folder / "cache"
 
@@ -409,9 +409,9 @@ def cache(filling: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_the_first_epoch_fills_what_the_others_find(filling: tuple[Path, Path]) -> None:
     run, cache = filling
     assert len(entries_in(cache)) == 8
-    found = report(run)
-    assert (found["found"], found["computed"]) == (16, 8)
-    assert found["gigabytes_used"] * 1e9 == pytest.approx(bytes_in(cache), rel=0.02)
+    facts = report(run)
+    assert (facts["found"], facts["computed"]) == (16, 8)
+    assert facts["gigabytes_used"] * 1e9 == pytest.approx(bytes_in(cache), rel=0.02)
 
 
 def test_a_cache_changes_no_loss(
@@ -420,17 +420,17 @@ def test_a_cache_changes_no_loss(
     """In float32; an encoder may round a batch otherwise than its rows, so not bit for bit."""
     without = distil(run_config(tmp_path / "without", setting, None))
     for name in ("loss", "kl", "cross_entropy", "grad_norm"):
-        found = logged(filling[0], f"train/{name}")
-        assert found == pytest.approx(logged(without, f"train/{name}"), rel=1e-5)
+        losses = logged(filling[0], f"train/{name}")
+        assert losses == pytest.approx(logged(without, f"train/{name}"), rel=1e-5)
 
 
 def test_a_filled_cache_spares_audio_and_encoder_and_changes_no_bit(
     tmp_path: Path, setting: Setting, filling: tuple[Path, Path], cache: Path
 ) -> None:
     trainer, train, *_ = assemble(run_config(tmp_path / "run", setting, cache))
-    heard: list[object] = []
+    encoded: list[object] = []
     encoder = trainer.models.student.model.model.encoder
-    encoder.register_forward_hook(lambda *call: heard.append(call))
+    encoder.register_forward_hook(lambda *call: encoded.append(call))
     cache_of_states = trainer.models.caches.encoder
     complete, features = cache_of_states.complete, []
     cache_of_states.complete = lambda stored, log_mels, encoder: (  # type: ignore[method-assign]
@@ -438,7 +438,7 @@ def test_a_filled_cache_spares_audio_and_encoder_and_changes_no_bit(
         complete(stored, log_mels, encoder),
     )[1]
     train()
-    assert heard == []
+    assert encoded == []
     assert features == [0] * 6
     assert logged(tmp_path / "run", "train/loss") == logged(filling[0], "train/loss")
     assert (report(tmp_path / "run")["found"], report(tmp_path / "run")["computed"]) == (24, 0)
@@ -520,16 +520,16 @@ def test_the_states_of_undecodable_audio_are_not_kept(tmp_path: Path) -> None:
 def test_where_no_encoder_is_shared_nothing_is_kept(
     tmp_path: Path, setting: Setting, unshared: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wanted = unshared == "trained"
-    path = run_config(tmp_path / "run", setting, tmp_path / "cache", encoder_states=wanted)
+    named = unshared == "trained"
+    path = run_config(tmp_path / "run", setting, tmp_path / "cache", encoder_states=named)
     config = json.loads(path.read_text())
-    config["freeze"] = {"encoder": not wanted}
+    config["freeze"] = {"encoder": not named}
     config["schedule"]["max_steps"] = 1
     path.write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING):
         distil(path)
     assert entries_in(tmp_path / "cache") == []
-    assert ("teacher_cache.encoder_states: not used" in caplog.text) is wanted
+    assert ("teacher_cache.encoder_states: not used" in caplog.text) is named
 
 
 @pytest.mark.slow
@@ -568,11 +568,11 @@ def test_runs_killed_at_any_moment_go_on_as_if_never_stopped(
     assert_same(tmp_path / "run", filling[0])
 
 
-# The teacher's answers
+# The teacher's decoder states
 
 
-def with_answers(output: Path, setting: Setting, cache: Path | None, **changes: Any) -> Path:
-    """A run in which every epoch hears the clean clip and one altered version of it in turn."""
+def with_decoder_states(output: Path, setting: Setting, cache: Path | None, **changes: Any) -> Path:
+    """A run in which every epoch uses the clean clip and one altered version of it in turn."""
     path = run_config(output, setting, cache, decoder_states=True)
     config = json.loads(path.read_text())
     config["augmentation"] = {"views": 1, "waveform": {"noise_db": [5.0, 10.0]}}
@@ -584,18 +584,18 @@ def with_answers(output: Path, setting: Setting, cache: Path | None, **changes: 
 
 
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> tuple[Path, Path]:
-    """A run of three epochs that has found an empty cache of both kinds, and the cache."""
-    folder = tmp_path_factory.mktemp("answered")
-    return distil(with_answers(folder / "run", setting, folder / "cache")), folder / "cache"
+def filled(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> tuple[Path, Path]:
+    """A run of three epochs that began with both caches empty, and the cache folder."""
+    folder = tmp_path_factory.mktemp("filled")
+    return distil(with_decoder_states(folder / "run", setting, folder / "cache")), folder / "cache"
 
 
 def test_answers_change_no_loss_and_are_kept_for_each_view(
-    tmp_path: Path, setting: Setting, answered: tuple[Path, Path]
+    tmp_path: Path, setting: Setting, filled: tuple[Path, Path]
 ) -> None:
     """In float32, but for how a product is cut up where a row is encoded alone."""
-    without = distil(with_answers(tmp_path / "without", setting, None))
-    run, cache = answered
+    without = distil(with_decoder_states(tmp_path / "without", setting, None))
+    run, cache = filled
     for name in ("loss", "kl", "cross_entropy", "agreement", "grad_norm"):
         assert logged(run, f"train/{name}") == pytest.approx(
             logged(without, f"train/{name}"), rel=1e-4
@@ -606,24 +606,26 @@ def test_answers_change_no_loss_and_are_kept_for_each_view(
 
 
 def test_with_all_answers_there_the_teacher_is_not_loaded_and_no_bit_changes(
-    tmp_path: Path, setting: Setting, answered: tuple[Path, Path]
+    tmp_path: Path, setting: Setting, filled: tuple[Path, Path]
 ) -> None:
-    trainer, train, *_ = assemble(with_answers(tmp_path / "run", setting, answered[1]))
+    trainer, train, *_ = assemble(with_decoder_states(tmp_path / "run", setting, filled[1]))
     train()
     assert not trainer.models.teacher.loaded
     assert report(tmp_path / "run", "decoder_states")["computed"] == 0
-    assert logged(tmp_path / "run", "train/loss") == logged(answered[0], "train/loss")
+    assert logged(tmp_path / "run", "train/loss") == logged(filled[0], "train/loss")
 
 
 def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
     tmp_path: Path, setting: Setting
 ) -> None:
-    """The teacher hears with its own encoder, whatever the student's has become."""
+    """The teacher uses its own encoder, whatever the student's has become."""
     changes = {"freeze__encoder": False}
     cache = tmp_path / "cache"
-    without = distil(with_answers(tmp_path / "without", setting, None, **changes))
-    filling = distil(with_answers(tmp_path / "filling", setting, cache, **changes))
-    trainer, train, *_ = assemble(with_answers(tmp_path / "filled", setting, cache, **changes))
+    without = distil(with_decoder_states(tmp_path / "without", setting, None, **changes))
+    filling = distil(with_decoder_states(tmp_path / "filling", setting, cache, **changes))
+    trainer, train, *_ = assemble(
+        with_decoder_states(tmp_path / "filled", setting, cache, **changes)
+    )
     train()
     assert entries_in(cache / "encoder_states") == []
     assert not trainer.models.teacher.loaded
@@ -665,24 +667,24 @@ def test_an_answer_belongs_to_its_audio_its_view_and_its_tokens(
     facts = read_model_folder(teacher, None, "teacher")
     cache = DecoderStateCache(store, torch.float32, facts, extractor, "float32")
     one, two = (part(write_tone(tmp_path / f"{n}.wav", seed=n)) for n in range(2))
-    answer = some_tensor(0, 2, 4, 16)
+    states_of_batch = some_tensor(0, 2, 4, 16)
     batch = cache.look_up([one, two], ["", "noisy"], [[1, 2, 3, 4], [1, 2]])
-    assert torch.equal(cache.complete(batch, answer.clone), answer)
+    assert torch.equal(cache.complete(batch, states_of_batch.clone), states_of_batch)
 
-    def found(audio: Utterance, view: str | None, *ids: int) -> bool:
+    def is_cached(audio: Utterance, view: str | None, *ids: int) -> bool:
         return cache.look_up([audio], [view], [ids]).missing == {}
 
-    assert found(one, "", 1, 2, 3, 4)
-    assert found(two, "noisy", 1, 2)
-    assert not found(one, "noisy", 1, 2, 3, 4)
-    assert not found(two, "", 1, 2)
-    assert not found(one, "", 1, 2, 3)
-    assert not found(one, "", 1, 2, 3, 5)
-    assert not found(two, None, 1, 2)
+    assert is_cached(one, "", 1, 2, 3, 4)
+    assert is_cached(two, "noisy", 1, 2)
+    assert not is_cached(one, "noisy", 1, 2, 3, 4)
+    assert not is_cached(two, "", 1, 2)
+    assert not is_cached(one, "", 1, 2, 3)
+    assert not is_cached(one, "", 1, 2, 3, 5)
+    assert not is_cached(two, None, 1, 2)
     # Of a batch of which a part is there, the rest is computed and the part stays as it was.
     batch = cache.look_up([two, one], ["noisy", ""], [[1, 2], [7, 8, 9]])
     again = some_tensor(1, 2, 3, 16)
     states = cache.complete(batch, again.clone)
-    assert torch.equal(states[0, :2], answer[1, :2])
+    assert torch.equal(states[0, :2], states_of_batch[1, :2])
     assert torch.equal(states[1], again[1])
     assert (cache.hits, cache.misses) == (1, 3)

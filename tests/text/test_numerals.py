@@ -61,7 +61,7 @@ def test_numbers_by_hand(text: str, digits: str) -> None:
 
 
 def written(number: int) -> str:
-    """Write a number below 10,000 億 as people say it."""
+    """Write a number below 10,000 億 as it is spoken."""
     text, gap = "", False
     for place in reversed(range(12)):
         digit = number // 10**place % 10
