@@ -1,7 +1,7 @@
-"""How often a 95 % interval holds the truth, and how often chance alone looks significant.
+"""How often a 95 % interval holds the true rate, and how often chance alone looks significant.
 
 Whole evaluations are drawn from populations whose error rate is known, with errors as recognisers
-make them: most utterances right, some wrong throughout, now and then one that is invented. Run
+make them: most utterances right, some wrong throughout, now and then one with invented text. Run
 `python -m benchmarks.coverage`.
 """
 
@@ -39,7 +39,7 @@ def inventive(random: np.random.Generator, utterances: int) -> Integers:
 
 
 def speakers(random: np.random.Generator, number: int) -> Integers:
-    """Return the sums of so many speakers, about 20 utterances each; some are hard to hear."""
+    """Return the sums of so many speakers, about 20 utterances each, some of them unclear."""
     difficulty = 0.1 * random.gamma(1.5, 1 / 1.5, number)
     utterances = 1 + random.poisson(19, number)
     speaker = np.repeat(np.arange(number), utterances)
@@ -108,12 +108,12 @@ def differences_that_hold(
     truth = 0.0 if draw is swapped else (other - one) / tokens
     held = significant = 0
     for seed in range(evaluations):
-        found = paired_difference(
+        difference = paired_difference(
             *draw(random, utterances).T, None, Resampling(0.95, samples, seed)
         )
-        low, high = found.interval or (1, 1)
+        low, high = difference.interval or (1, 1)
         held += low <= truth <= high
-        significant += found.p_value < 0.05
+        significant += difference.p_value < 0.05
     return held / evaluations, significant / evaluations
 
 

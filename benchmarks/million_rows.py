@@ -1,9 +1,9 @@
-"""How long a run takes to begin, to go on and to end with a million rows, and in how much memory.
+"""Time and memory that a run of a million rows takes to begin, to be continued and to end.
 
-`python benchmarks/million_rows.py [ROWS]` makes a manifest over a few real clips in a temporary
-folder and measures, each in a process of its own: reading the manifest; going on where nine tenths
-of the rows have results, until the first batch is formed; putting all results in order. It needs no
-model: what stands here is what a run does beside the model's work.
+`python benchmarks/million_rows.py [ROWS]` makes a manifest of a few real clips in a temporary
+folder and measures, each in its own process: reading the manifest; continuing a run in which nine
+tenths of the rows have results, until the first batch is formed; merging all results. No model is
+needed: this is what a run does beside the model's work.
 """
 
 import itertools
@@ -50,14 +50,14 @@ def read(folder: Path) -> Manifest:
     return read_manifest(folder / "manifest.jsonl", Columns())
 
 
-def answer(results: RowResults, manifest: Manifest, until: float) -> None:
-    """Append answers to the rows that have none, up to a fraction of all; many at once."""
+def label(results: RowResults, manifest: Manifest, until: float) -> None:
+    """Append results of the rows that have none, up to a fraction of all; many at once."""
     end = round(until * len(manifest.utterances))
     for start in range(0, end, 10_000):
         rows = slice(start, min(start + 10_000, end))
         if not results.done[rows].all():
             chunk = manifest.utterances[rows]
-            results.append([(one, one.row | {"pseudo": one.text}) for one in chunk], [])
+            results.append([(row, row.row | {"pseudo": row.text}) for row in chunk], [])
 
 
 def stage_read(folder: Path) -> Iterator[str]:
@@ -68,19 +68,19 @@ def stage_read(folder: Path) -> Iterator[str]:
 
 def stage_label(folder: Path) -> Iterator[str]:
     """Give nine tenths of the rows results."""
-    manifest, results = read(folder), RowResults(folder, "answers.jsonl")
+    manifest, results = read(folder), RowResults(folder, "results.jsonl")
     results.open_for(manifest)
     yield "label"
-    answer(results, manifest, 0.9)
+    label(results, manifest, 0.9)
 
 
 def stage_continue(folder: Path) -> Iterator[str]:
-    """Go on: index, what is done, the first batch that is not."""
+    """Continue the run: read the manifest and the parts, form the first batch."""
     from simpler_distil_whisper.decoding.transcription import process_batches
 
     yield "read"
-    manifest, results = read(folder), RowResults(folder, "answers.jsonl")
-    yield "find what is done"
+    manifest, results = read(folder), RowResults(folder, "results.jsonl")
+    yield "read the parts"
     results.open_for(manifest)
     yield "form the first batch"
     first = next(process_batches(manifest.utterances, BATCH, results.done, DataLimits()))
@@ -88,10 +88,10 @@ def stage_continue(folder: Path) -> Iterator[str]:
 
 
 def stage_finish(folder: Path) -> Iterator[str]:
-    """Put all results in order."""
-    manifest, results = read(folder), RowResults(folder, "answers.jsonl")
+    """Merge all results."""
+    manifest, results = read(folder), RowResults(folder, "results.jsonl")
     results.open_for(manifest)
-    answer(results, manifest, 1.0)
+    label(results, manifest, 1.0)
     yield "finish"
     counts = results.finish(manifest.rejections, lambda: None)
     assert counts == (manifest.row_count, 0)
@@ -103,12 +103,13 @@ STAGES = {
 
 
 def measure(stage: str, folder: Path) -> None:
-    """Print how long each step of a stage took, and the most memory that the process has held."""
+    """Print the time of each step of a stage, and the most memory that the process has used."""
     steps, name, clocks = [], "", (0.0, 0.0)
     for step in itertools.chain(STAGES[stage](folder), [""]):
         before, clocks = clocks, (time.perf_counter(), time.process_time())
         wall, cpu = (now - then for now, then in zip(clocks, before, strict=True))
-        steps += [f"{name} {wall:.1f} s ({cpu:.1f} s of CPU)"] if name else []
+        if name:
+            steps.append(f"{name} {wall:.1f} s ({cpu:.1f} s of CPU)")
         name = step
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
     print(f"{stage.removeprefix('stage_'):10}{', '.join(steps)}; {megabytes} MB", flush=True)

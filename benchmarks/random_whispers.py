@@ -1,8 +1,8 @@
-"""Whispers of the released shapes with random weights, which say a fixed number of tokens.
+"""Whispers of the released shapes with random weights, which predict a fixed number of tokens.
 
-A random model's stops mean nothing, so the end token and all others that are not text are given
-logits that never win: all systems then decode exactly as many tokens as they are told to, without
-an option that one of them may lack.
+It means nothing when a random model predicts its end token. So the end token and all others that
+are not text are given logits that never win: all systems then decode exactly as many tokens as
+requested, without an option that some of them may lack.
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def _never_stop(model: WhisperForConditionalGeneration, prompt: list[int]) -> No
     embeddings[END:] = 0.0
     embeddings[END:, SILENT_CHANNEL] = NEVER
     embeddings[prompt] = kept
-    # Else it would say the same token again and again, and the same ones to all audio.
+    # Else it would repeat one token, and predict the same tokens for all audio.
     decoder.embed_positions.weight.mul_(10.0)
     for layer in decoder.layers:
         layer.encoder_attn.q_proj.weight.mul_(10.0)

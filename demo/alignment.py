@@ -1,7 +1,7 @@
 """Finds the decoder's cross-attention heads that follow the speech, for word timestamps.
 
-The synthesizer's own timing says when each character or word is spoken, so every head can be
-scored by how far the centre of its attention lies from the middle of the unit.
+The synthesizer's own timing tells when each character or word is spoken, so every head can be
+scored by the distance of its centre of attention from the middle of the unit.
 """
 
 from __future__ import annotations

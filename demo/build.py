@@ -120,7 +120,7 @@ def write_manifest(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _record_long(language: str, split: str, seconds: float, rng: random.Random) -> Clip:
-    """One speaker says sentences until the recording is long enough."""
+    """Returns a recording of sentences by one speaker, at least so many seconds long."""
     speaker = draw_speaker(language, split, rng)
     speeches, length = [], 0.0
     while length < seconds:

@@ -1,4 +1,4 @@
-"""Clips as the teacher hears them, and the shards of features that it is trained on."""
+"""The clips that the teacher is trained on, and the shards of features that it is trained on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording; of at most one window, where nothing else is said.
+    """A recording with the sentences that are spoken in it.
 
     Attributes:
         waveform: Samples at 16 kHz.
@@ -188,7 +188,7 @@ def write_shard(path: Path, clips: list[Clip], processor: WhisperProcessor) -> N
     path.mkdir(parents=True, exist_ok=True)
     np.save(path / "features.npy", np.concatenate(features))
     np.save(path / "labels.npy", np.concatenate(labels))
-    # Written last: its presence says that the shard is complete.
+    # Written last: its presence means that the shard is complete.
     (path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
 
 

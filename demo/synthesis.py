@@ -137,12 +137,12 @@ def _unit_starts(
         positions.append(positions[-1] + len(word) + 1)
     known = dict(events)
     known.setdefault(positions[0], 0.0)
-    heard = [k for k, position in enumerate(positions) if position in known]
+    timed = [k for k, position in enumerate(positions) if position in known]
     # A position that belongs to no word means that the event list cannot be trusted.
-    if len(heard) != len(known):
+    if len(timed) != len(known):
         return None
-    times = [known[positions[k]] for k in heard]
-    return np.interp(range(len(positions)), [*heard, len(positions)], [*times, seconds]).tolist()
+    times = [known[positions[k]] for k in timed]
+    return np.interp(range(len(positions)), [*timed, len(positions)], [*times, seconds]).tolist()
 
 
 class _Synthesizer:

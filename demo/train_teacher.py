@@ -1,7 +1,7 @@
 """Trains the demo's Whisper from scratch on shards of synthesized speech.
 
 Besides the decoder's cross-entropy the encoder learns, through a linear layer that is thrown away
-afterwards, which token is spoken in each frame: the synthesizer tells, and attention is found far
+afterwards, which token is spoken in each frame. The synthesizer knows it, and attention forms far
 sooner with it. The folder that is written holds an average of the weights.
 """
 
@@ -335,7 +335,7 @@ class Trainer:
         decoder_loss = functional.cross_entropy(
             logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=_LABEL_SMOOTHING
         )
-        # Neighbouring frames say much the same: every second one halves the cost.
+        # Neighbouring frames hold much the same: every second one halves the cost.
         parity = self.steps % 2
         frame_logits = self.frame_head(encoded[:, parity::2]).flatten(0, 1)
         frame_labels = batch.frame_labels[:, parity::2].flatten()
@@ -433,7 +433,7 @@ def _report(trainer: Trainer, losses: list[tuple[float, float]]) -> None:
 
 
 def main() -> None:
-    """Trains the teacher in a folder that holds the shards; resumes where a state is found."""
+    """Trains the teacher in a folder that holds the shards; resumes from a saved state."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("work", type=Path, help="folder with train-* and dev shards")
     parser.add_argument("--shards", default="train-*", help="pattern of the training shards")

@@ -1,8 +1,8 @@
 """Windows cut out of recordings of several sentences, as decoding of long recordings meets them.
 
-Sequential decoding begins a window where the last sentence ended, chunked decoding anywhere. What
-a window's target has to say follows from what openai's `transcribe` does with it: a sentence that
-the window's end cuts is only announced by its start, and the next window repeats it whole.
+Sequential decoding begins a window where the last sentence ended, chunked decoding anywhere. The
+label of a window follows from what openai's `transcribe` does with it: of a sentence that the
+window's end cuts, only the start time is predicted, and the next window repeats it whole.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from demo.tokenizer import WINDOW_SECONDS
 _FRAMES_PER_SECOND = 100
 _AT_SENTENCE_SHARE = 0.7
 _AFTER_THE_END_SHARE = 0.4
-# Chunked decoding wants plain text, sequential decoding timestamps.
+# Chunked decoding needs plain text, sequential decoding timestamps.
 _TIMED_SHARES = {True: 0.75, False: 0.3}
 _ZERO_PADDING_SHARE = 0.5
-# What lies this little outside the window is still heard, or seen coming.
+# In seconds: units this little outside the window still count as spoken in it, and a sentence that
+# begins so soon after it is announced.
 _TOLERANCE = 0.04
 _FORESIGHT = 0.1
 
@@ -31,7 +32,7 @@ def cut_windows(row: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]
         rng: Source of every choice.
 
     Returns:
-        Rows like those of single clips, with three keys more: `timed` (whether the target has
+        Rows like those of single clips, with three keys more: `timed` (whether the label has
         timestamps), `previous` (segments before the window) and `padding` (the feature value that
         follows where the recording ends within the window).
     """
@@ -62,7 +63,7 @@ def _pause_before(segments: list[dict[str, Any]], index: int, rng: random.Random
 
 
 def _cut_window(row: dict[str, Any], frame: int, timed: bool) -> dict[str, Any] | None:
-    """Returns the window from a frame on; None where it is empty or holds but part of a unit."""
+    """Returns the window from a frame on; None if it is empty or holds only part of a unit."""
     frames = min(WINDOW_SECONDS * _FRAMES_PER_SECOND, row["frames"] - frame)
     begin = frame / _FRAMES_PER_SECOND
     audible = [
@@ -73,12 +74,12 @@ def _cut_window(row: dict[str, Any], frame: int, timed: bool) -> dict[str, Any] 
     ]
     segments: list[dict[str, Any]] = []
     for segment in audible:
-        heard = _heard_part(segment, row["language"], begin)
+        spoken = _spoken_part(segment, row["language"], begin)
         if timed and segments and segment["end"] > begin + WINDOW_SECONDS + _TOLERANCE:
             start = min(segment["start"] - begin, WINDOW_SECONDS)
             segments.append({"text": "", "start": start, "end": WINDOW_SECONDS, "cut": True})
-        elif heard:
-            segments.append(heard)
+        elif spoken:
+            segments.append(spoken)
     if frames < 2 or (audible and not segments):
         return None
     return {
@@ -92,19 +93,19 @@ def _cut_window(row: dict[str, Any], frame: int, timed: bool) -> dict[str, Any] 
     }
 
 
-def _heard_part(segment: dict[str, Any], language: str, begin: float) -> dict[str, Any] | None:
-    """The units of a sentence that lie in the window, with their seconds from its begin."""
+def _spoken_part(segment: dict[str, Any], language: str, begin: float) -> dict[str, Any] | None:
+    """Returns the units of a sentence that lie in the window, timed from the window's start."""
     text, times = segment["text"], segment["boundaries"]
     units = text.split(" ") if language == "en" else [*text[:-2], text[-2:]]
     spans = zip(units, times[:-1], times[1:], strict=True)
     low, high = begin - _TOLERANCE, begin + WINDOW_SECONDS + _TOLERANCE
-    heard = [span for span in spans if span[1] >= low and span[2] <= high]
-    if not heard:
+    inside = [span for span in spans if span[1] >= low and span[2] <= high]
+    if not inside:
         return None
     return {
-        "text": (" " if language == "en" else "").join(unit for unit, _, _ in heard),
-        "start": max(0.0, heard[0][1] - begin),
-        "end": heard[-1][2] - begin,
+        "text": (" " if language == "en" else "").join(unit for unit, _, _ in inside),
+        "start": max(0.0, inside[0][1] - begin),
+        "end": inside[-1][2] - begin,
         "cut": False,
     }
 
