@@ -156,7 +156,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def _cpu_has_bfloat16() -> bool:
     """Return whether the CPU has instructions for it; emulated, it is slower than float32."""
-    # Private functions in torch 2.6 to 2.13; without them the answer is False, so float32.
+    # Private functions in torch 2.6 to 2.13; without them the result is False, so float32.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 

@@ -42,7 +42,7 @@ def chosen_layers(available: int, count: int | None, indices: Sequence[int] | No
     if kept != sorted(set(kept)):
         raise ValueError(f"{kept}: each layer once, in rising order")
     if count is not None and count != len(kept):
-        raise ValueError(f"{kept} are {len(kept)} layers, but {count} are asked for")
+        raise ValueError(f"{kept} are {len(kept)} layers, but {count} are requested")
     return kept
 
 

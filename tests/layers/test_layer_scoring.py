@@ -350,16 +350,16 @@ def test_the_best_is_kept_and_what_all_scored_is_written(
 
 
 def test_a_search_can_be_stopped_at_every_set(teacher: Whisper, labelled: list[Labelled]) -> None:
-    asked: list[None] = []
+    calls: list[None] = []
 
     def stop() -> None:
-        asked.append(None)
-        if len(asked) > before + 5:
+        calls.append(None)
+        if len(calls) > before + 5:
             raise Interrupted
 
     before = 100
     scorer = LayerScorer(teacher, (0, 1, 2), labelled, stop)
-    before = len(asked)
+    before = len(calls)
     with pytest.raises(Interrupted):
         scorer(SETS, "all")
 

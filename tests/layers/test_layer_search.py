@@ -24,19 +24,19 @@ def search(
     available: int, count: int, kl: Callable[[Layers], float]
 ) -> tuple[list[ScoredLayers], list[Layers]]:
     """Return the ranking by a score, and every set that was scored, in order."""
-    asked: list[Layers] = []
+    scored: list[Layers] = []
 
     def score(sets: Sequence[Layers], words: str) -> dict[Layers, LayerScore]:
         assert words
-        asked.extend(sets)
+        scored.extend(sets)
         return {layers: LayerScore(kl(layers), 0.5) for layers in sets}
 
-    return search_layers(available, count, score), asked
+    return search_layers(available, count, score), scored
 
 
 def test_where_there_are_few_sets_all_are_tried_once() -> None:
-    ranked, asked = search(4, 2, lambda layers: abs(layers[0] - 1) + abs(layers[1] - 2))
-    assert sorted(asked) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    ranked, scored = search(4, 2, lambda layers: abs(layers[0] - 1) + abs(layers[1] - 2))
+    assert sorted(scored) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     assert [one.layers for one in ranked][0] == (1, 2)
     assert [one.score.kl for one in ranked] == [0, 1, 1, 2, 2, 2]
     assert {one.layers for one in ranked if one.found_by == "spread"} == {(0, 3)}
@@ -59,10 +59,10 @@ def test_spaced_sets_by_hand() -> None:
 
 @given(st.sets(st.integers(0, 13), min_size=6, max_size=6))
 def test_many_layers_each_good_by_itself_are_found(planted: set[int]) -> None:
-    ranked, asked = search(14, 6, lambda layers: len(planted - set(layers)))
+    ranked, scored = search(14, 6, lambda layers: len(planted - set(layers)))
     assert set(ranked[0].layers) == planted
     assert ranked[0].score.kl == 0
-    assert len(asked) == len(set(asked)) < math.comb(14, 6)
+    assert len(scored) == len(set(scored)) < math.comb(14, 6)
     kls = [one.score.kl for one in ranked]
     assert kls == sorted(kls)
     assert {len(one.layers) for one in ranked} == {6}
@@ -111,8 +111,8 @@ def test_the_plan_states_the_numbers() -> None:
     # Removal: 12 + 11 + 10 + 9 + 8 + 7 + 6. Swaps: 5 kept times 7 others.
     for count in ("not all 792", "13 evenly", "50 by greedy", "63 by greedy", "35 by swaps"):
         assert count in words
-    _, asked = search(12, 5, lambda layers: sum(layers) % 7)
-    assert len(asked) <= 13 + 50 + 63 + 35 * 3
-    assert {layers for layers in asked if len(layers) == 11} == set(
+    _, scored = search(12, 5, lambda layers: sum(layers) % 7)
+    assert len(scored) <= 13 + 50 + 63 + 35 * 3
+    assert {layers for layers in scored if len(layers) == 11} == set(
         itertools.combinations(range(12), 11)
     )

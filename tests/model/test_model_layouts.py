@@ -97,7 +97,7 @@ def english_without_generation_config(folder: Path) -> Path:
 
 
 def forced_ids(folder: Path) -> Path:
-    """As the first checkpoints were: any language asked for would silently lose to these."""
+    """As the first checkpoints were: any requested language would silently lose to these."""
     plain(folder, talkative=True, seed=53)
     for name in ("config.json", "generation_config.json"):
         edit(folder / name, forced_decoder_ids=[[1, 259], [2, 261], [3, 265]])
@@ -276,11 +276,13 @@ def test_a_repaired_generation_config_survives_saving(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("asked", ["float32", "float16", "bfloat16"])
-def test_the_dtype_is_the_one_asked_for(tmp_path: Path, stored: torch.dtype, asked: str) -> None:
+@pytest.mark.parametrize("requested", ["float32", "float16", "bfloat16"])
+def test_the_dtype_is_the_requested_one(
+    tmp_path: Path, stored: torch.dtype, requested: str
+) -> None:
     folder = plain(tmp_path / "m", dtype=stored)
-    model = loaded(folder, dtype=asked).model
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, asked)}
+    model = loaded(folder, dtype=requested).model
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, requested)}
     assert {p.dtype for p in loaded(folder).model.parameters()} == {torch.float32}
     name = str(stored).removeprefix("torch.")
     assert read_model_folder(folder, None, "model").stored_dtype == name

@@ -126,7 +126,7 @@ def test_counts_that_do_not_exist_are_refused(count: int) -> None:
 
 
 def test_a_count_that_disagrees_with_the_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 are asked for"):
+    with pytest.raises(ValueError, match="3 are requested"):
         chosen_layers(4, 3, [0, 3])
 
 
