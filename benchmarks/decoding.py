@@ -3,9 +3,9 @@
     python -m benchmarks.decoding [--shapes tiny,base,small,demo] [--rounds 5] [--threads 1]
 
 Random weights of the released shapes, windows of 30 s and 60 forced tokens; "demo" is the demo's
-teacher with its own stops. Log-mels go in, token ids and texts come out. Each round runs every
-system once, in an order that moves on from round to round, after one round that is not counted. The
-Markdown that it prints is what `docs/benchmarks.md` holds.
+teacher, which ends its texts itself. Log-mels go in, token ids and texts come out. Each round runs
+every system once, beginning with another one each time, after a round that is not counted. It
+prints the Markdown of `docs/benchmarks.md`.
 """
 
 import argparse
@@ -46,18 +46,18 @@ DEMO = Path("demo_data")
 DEMO_CLIPS = 100
 DEMO_TOKENS = 64  # no clip of the demo has as many
 BARE = "bare matrix products"
-PAUSE_SECONDS = 0.2  # in which the waiting threads of one system's pool fall asleep
+PAUSE_SECONDS = 0.2  # for the waiting threads of the last system's pool to fall asleep
 
 
 @dataclass(frozen=True)
 class Clips:
-    """What is decoded.
+    """The audio to decode.
 
     Attributes:
         features: float32 [N, M, T]: log-mels, on the CPU.
-        languages: code of each.
-        seconds: of audio, all together.
-        forced: tokens that every answer must have; None where the model stops by itself.
+        languages: code of each clip.
+        seconds: of all clips together.
+        forced: how many tokens every clip must have; None: the model ends the texts itself.
     """
 
     features: Tensor
@@ -68,12 +68,13 @@ class Clips:
 
 @dataclass
 class Contestant:
-    """What is measured once a round.
+    """A system, or the bare arithmetic, with its measurements.
 
     Attributes:
         run: decodes `clips` clips.
-        answers: their token ids, those of the first run.
-        wall, cpu: milliseconds per clip, one of each round; CPU time is that of all threads.
+        tokens: token ids of each clip, from the first run.
+        wall: milliseconds per clip, of each round.
+        cpu: the same in CPU time of all threads.
         same: share of the clips with the reference's tokens.
     """
 
@@ -82,29 +83,29 @@ class Contestant:
     dtype: str
     clips: int
     run: Callable[[], object]
-    answers: list[list[int]] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     same: float | None = None
 
     @property
     def milliseconds(self) -> float:
-        """The median."""
+        """The median of the wall times."""
         return statistics.median(self.wall)
 
 
 def main() -> int:
-    """Measure and print; 1 if an answer is wrong, for then its time says nothing."""
+    """Measure and print; return 1 if tokens are wrong, which makes their time meaningless."""
     options = _options()
     quieten_libraries()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    print("\n".join(f"- {line}" for line in machine.describe(device, options.threads)))
+    print("\n".join(f"- {line}" for line in machine.machine_facts(device, options.threads)))
     print(f"- {options.rounds} rounds; medians, in brackets the least and the most", flush=True)
     complaints = []
     for shape in options.shapes.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            complaints += _compare(shape, Path(folder), device, options)
+            complaints += _measure_shape(shape, Path(folder), device, options)
     for complaint in complaints:
         print(f"WRONG: {complaint}", file=sys.stderr)
     return 1 if complaints else 0
@@ -119,12 +120,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--batches", default="16,64" if gpu else "1,8,16", help="batch sizes")
-    parser.add_argument("--systems", default="", help="only those whose names hold one of these")
+    parser.add_argument("--systems", default="", help="only those whose names contain one of these")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     return parser.parse_args()
 
 
-def _compare(
+def _measure_shape(
     shape: str, folder: Path, device: torch.device, options: argparse.Namespace
 ) -> list[str]:
     """Measure all systems at one shape, print their table and return what is wrong."""
@@ -135,14 +136,14 @@ def _compare(
         clips = _random_clips(shape, folder, max(sizes), device)
     model = Model(folder, device, clips.forced or DEMO_TOKENS, options.threads)
     baseline, *others = all_systems(device, sizes)
-    wanted = options.systems.split(",")
-    chosen = [baseline, *(s for s in others if any(part in s.name for part in wanted))]
+    parts = options.systems.split(",")
+    chosen = [baseline, *(s for s in others if any(part in s.name for part in parts))]
     reference = _decode_all(baseline.load(model), clips, max(sizes))
     contestants, notes = _contestants(chosen, model, clips)
     complaints = [_check(contestant, reference, clips.forced) for contestant in contestants]
     if clips.forced:
-        contestants += _bare(model, max(sizes), clips.forced)
-    _measure(contestants, options.rounds, device)
+        contestants += _bare_contestants(model, max(sizes), clips.forced)
+    _measure_rounds(contestants, options.rounds, device)
     _print_table(shape, clips, contestants)
     _print_ratios(contestants, model, clips)
     for reason, names in notes.items():
@@ -170,11 +171,11 @@ def _demo_clips() -> Clips:
 
 def _decode_all(decode: Decode, clips: Clips, size: int) -> list[list[int]]:
     """Return the token ids of each clip, decoded in batches."""
-    answers = []
+    tokens = []
     for start in range(0, len(clips.languages), size):
         batch = slice(start, start + size)
-        answers += decode(clips.features[batch], clips.languages[batch])
-    return answers
+        tokens += decode(clips.features[batch], clips.languages[batch])
+    return tokens
 
 
 def _contestants(
@@ -184,52 +185,51 @@ def _contestants(
     contestants: list[Contestant] = []
     notes: dict[str, list[str]] = {}
     for system in systems:
-        # With forced tokens one batch is like any other; with its own stops all clips are needed.
+        # With forced tokens all batches cost the same; otherwise all clips are needed.
         count = system.batch_size if clips.forced else len(clips.languages)
         part = dataclasses.replace(
             clips, features=clips.features[:count], languages=clips.languages[:count]
         )
         try:
             run = functools.partial(_decode_all, system.load(model), part, system.batch_size)
-            answers = run()
+            tokens = run()
         except Unavailable as reason:
             notes.setdefault(str(reason), []).append(system.name)
             continue
-        contestants.append(Contestant(system.name, system.kind, system.dtype, count, run, answers))
+        contestants.append(Contestant(system.name, system.kind, system.dtype, count, run, tokens))
         print(f"{system.name} is ready", file=sys.stderr)
     return contestants, notes
 
 
-def _bare(model: Model, windows: int, tokens: int) -> list[Contestant]:
+def _bare_contestants(model: Model, windows: int, tokens: int) -> list[Contestant]:
     """Return the bare matrix products of a batch in each dtype that the device computes in."""
     config = AutoConfig.from_pretrained(model.folder)
-    found = []
+    contestants = []
     for dtype in ("float32", "bfloat16"):
         if dtype == "bfloat16" and not machine.computes_in_bfloat16(model.device):
             continue
         products = matrix_products(config, windows, tokens)
         run = bare_products(products, model.device, getattr(torch, dtype))
         name = f"{BARE} {dtype}, batch {windows}"
-        found.append(Contestant(name, BARE, dtype, windows, run))
+        contestants.append(Contestant(name, BARE, dtype, windows, run))
         run()
-    return found
+    return contestants
 
 
 def _check(contestant: Contestant, reference: list[list[int]], forced: int | None) -> str | None:
-    """Count the reference's answers among a contestant's; return what must not be, if it is."""
-    answers = contestant.answers
-    same = [ours == theirs for ours, theirs in zip(answers, reference, strict=False)]
+    """Compare a contestant's tokens with the reference's; return what is wrong, if anything is."""
+    same = [ours == theirs for ours, theirs in zip(contestant.tokens, reference, strict=False)]
     contestant.same = statistics.mean(same)
-    lengths = {len(ids) for ids in answers}
+    lengths = {len(ids) for ids in contestant.tokens}
     if forced and lengths != {forced}:
         return f"{contestant.name}: {sorted(lengths)} tokens instead of {forced}"
     if contestant.kind == OURS and contestant.dtype == "float32" and contestant.same < 1:
-        return f"{contestant.name}: {contestant.same:.0%} of the rows as {HUGGING_FACE} says them"
+        return f"{contestant.name}: {contestant.same:.0%} of the rows as by {HUGGING_FACE}"
     return None
 
 
-def _measure(contestants: Sequence[Contestant], rounds: int, device: torch.device) -> None:
-    """Run everyone once a round, each round beginning with another one."""
+def _measure_rounds(contestants: Sequence[Contestant], rounds: int, device: torch.device) -> None:
+    """Run every contestant once a round, beginning with another one each time."""
     for number in range(rounds):
         first = number * len(contestants) // rounds
         for contestant in [*contestants[first:], *contestants[:first]]:
@@ -249,12 +249,12 @@ def _print_table(shape: str, clips: Clips, contestants: Sequence[Contestant]) ->
     print(f"\n### {shape}: clips of {seconds:.1f} s, {what}\n")
     print("| system | ms a clip | CPU ms | times real time | ratio | same rows |")
     print("|---|---|---|---|---|---|")
-    for one in contestants:
-        same = "" if one.same is None else f"{one.same:.0%}"
+    for row in contestants:
+        same = "" if row.same is None else f"{row.same:.0%}"
         print(
-            f"| {one.name} | {one.milliseconds:.1f} ({min(one.wall):.1f} to {max(one.wall):.1f}) "
-            f"| {statistics.median(one.cpu):.1f} | {seconds * 1000 / one.milliseconds:.0f} "
-            f"| {baseline.milliseconds / one.milliseconds:.2f} | {same} |"
+            f"| {row.name} | {row.milliseconds:.1f} ({min(row.wall):.1f} to {max(row.wall):.1f}) "
+            f"| {statistics.median(row.cpu):.1f} | {seconds * 1000 / row.milliseconds:.0f} "
+            f"| {baseline.milliseconds / row.milliseconds:.2f} | {same} |"
         )
     print(f"\nratio: to {baseline.name}; same rows: with the tokens of {HUGGING_FACE}\n")
 
@@ -269,7 +269,8 @@ def _print_ratios(contestants: Sequence[Contestant], model: Model, clips: Clips)
     ours = best.pop(OURS, None)
     if ours is None:
         return
-    for other in {one.name: one for one in (contestants[0], *best.values())}.values():
+    others = {other.name: other for other in (contestants[0], *best.values())}
+    for other in others.values():
         ratio = other.milliseconds / ours.milliseconds
         by_cpu = statistics.median(other.cpu) / statistics.median(ours.cpu)
         print(

@@ -1,7 +1,7 @@
-"""The time below which no decoder of the same arithmetic gets: a Whisper's bare matrix products.
+"""The bare matrix products of a Whisper: no decoder of the same arithmetic can be faster.
 
-Every product of encoder and decoder for a batch of windows, at its true size, on memory that is
-there already, and nothing between them: no softmax, no normalisation, no choice of a token.
+Owns every product of encoder and decoder for a batch of windows, at its true size, in memory that
+is allocated already, and nothing between them: no softmax, no normalisation, no choice of a token.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """How many additions and multiplications they are."""
+        """The number of additions and multiplications."""
         return 2 * self.rows * self.inner * self.columns * self.times * self.count
 
 
 def matrix_products(config: Any, windows: int, tokens: int) -> list[Product]:
-    """Return all products of decoding a batch of windows to `tokens` new tokens each.
+    """Return all products for a batch of windows with `tokens` new tokens each.
 
-    The prompt is read at once; the self-attention's keys are counted at their average number.
+    The prompt is read at once; the self-attention has its average number of keys in every step.
     """
     width, frames, positions = config.d_model, config.max_source_positions * 2, PROMPT_TOKENS
     states, head = windows * config.max_source_positions, width // config.encoder_attention_heads
@@ -45,12 +45,12 @@ def matrix_products(config: Any, windows: int, tokens: int) -> list[Product]:
         Product(states, width, width, layers),
         Product(states, width, config.encoder_ffn_dim, layers),
         Product(states, config.encoder_ffn_dim, width, layers),
-        # One window after the other: the scores of all would be far more memory than any cache.
+        # One window after the other: the scores of all windows would not fit into any cache.
         Product(states // windows, head, states // windows, layers * windows, heads),
         Product(states // windows, states // windows, head, layers * windows, heads),
     ]
     heads, layers = config.decoder_attention_heads, config.decoder_layers
-    head, seen = width // heads, positions + tokens // 2
+    head, keys = width // heads, positions + tokens // 2
     decoder = [Product(states, width, 2 * width, layers)]
     for rows, times in ((positions * windows, 1), (windows, tokens - 1)):
         queries, steps = rows // windows, layers * times
@@ -59,8 +59,8 @@ def matrix_products(config: Any, windows: int, tokens: int) -> list[Product]:
             Product(rows, width, width, 3 * steps),
             Product(rows, width, config.decoder_ffn_dim, steps),
             Product(rows, config.decoder_ffn_dim, width, steps),
-            Product(queries, head, seen, steps, windows * heads),
-            Product(queries, seen, head, steps, windows * heads),
+            Product(queries, head, keys, steps, windows * heads),
+            Product(queries, keys, head, steps, windows * heads),
             Product(queries, head, config.max_source_positions, steps, windows * heads),
             Product(queries, config.max_source_positions, head, steps, windows * heads),
             Product(windows, width, config.vocab_size, times),
@@ -71,7 +71,7 @@ def matrix_products(config: Any, windows: int, tokens: int) -> list[Product]:
 def bare_products(
     products: list[Product], device: torch.device, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """Return what computes the products once, one kind after the other."""
+    """Return a function that computes all products once, one kind after the other."""
     operands = [_operands(product, device, dtype) for product in products]
 
     @torch.inference_mode()
@@ -87,7 +87,7 @@ def bare_products(
 def _operands(
     product: Product, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both factors, the second transposed as weights and keys are, and the result."""
+    """Return memory for both factors, the second transposed as weights are, and the result."""
     left = torch.ones(product.count, product.rows, product.inner, device=device, dtype=dtype)
     right = torch.ones(product.count, product.columns, product.inner, device=device, dtype=dtype)
     out = torch.empty(product.count, product.rows, product.columns, device=device, dtype=dtype)

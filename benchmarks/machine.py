@@ -1,4 +1,4 @@
-"""What this machine is, as far as it decides a benchmark's figures."""
+"""The facts of this machine that decide a benchmark's figures, and its peak speed."""
 
 import importlib.metadata
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "transformers", "ctranslate2", "openai-whisper")
-# By these instructions bfloat16 and int8 products are several times as fast as float32's.
+# With these instructions bfloat16 and int8 products are several times as fast as float32's.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices by which the peak is measured
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices that measure the peak
 
 
-def describe(device: torch.device, threads: int) -> list[str]:
+def machine_facts(device: torch.device, threads: int) -> list[str]:
     """Return lines of a Markdown list: processor, instructions, threads, versions."""
     lines = [f"CPU: {_cpu_name()}, {threads} of {_cores()} threads"]
     flags = cpu_flags()
@@ -30,7 +30,7 @@ def describe(device: torch.device, threads: int) -> list[str]:
 
 
 def cpu_flags() -> set[str]:
-    """Return the instruction sets that the kernel names; none where there is no /proc."""
+    """Return the instruction sets in /proc/cpuinfo; an empty set where there is no such file."""
     path = Path("/proc/cpuinfo")
     if not path.is_file():
         return set()
@@ -39,7 +39,7 @@ def cpu_flags() -> set[str]:
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Return whether bfloat16 has instructions of its own; emulated, it is slower than float32."""
+    """Return whether bfloat16 has its own instructions; emulated, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
@@ -47,7 +47,7 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations per second of one large matrix product, the median of ten."""
-    size = PRODUCT[device.type]
+    size = PEAK_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     seconds = []
@@ -61,7 +61,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

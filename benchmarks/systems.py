@@ -1,8 +1,8 @@
 """The decoders that are compared: this project's, and those that people use.
 
 All of them take the same log-mels, have the same weights, decode greedily with the language given,
-and answer with token ids. The peers are optional: what is not installed, or does not take a model,
-is left out, and the table says why.
+and return token ids. The peers are optional: those that are not installed, or do not take a model,
+are left out, and the table gives the reason.
 """
 
 import functools
@@ -38,7 +38,7 @@ Decode = Callable[[Tensor, Sequence[str]], list[list[int]]]
 
 
 class Unavailable(Exception):
-    """A system cannot be measured here; the message says why."""
+    """A system cannot be measured here; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Model:
 
     Attributes:
         folder: a Hugging Face model folder.
-        max_new_tokens: where every decoder stops at the latest.
+        device: where it runs.
+        max_new_tokens: the most tokens of a clip, for every decoder.
         threads: of the CPU.
     """
 
@@ -62,7 +63,9 @@ class System:
     """A decoder in one setting.
 
     Attributes:
-        load: returns what decodes, or raises Unavailable.
+        kind: the decoder.
+        setting: what else tells it from others of its kind.
+        load: returns the function that decodes, or raises Unavailable.
     """
 
     kind: str
@@ -73,13 +76,13 @@ class System:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """Its name in the tables."""
         setting = f" {self.setting}" if self.setting else ""
         return f"{self.kind} {self.dtype}{setting}, batch {self.batch_size}"
 
 
 def all_systems(device: torch.device, batch_sizes: Sequence[int]) -> Iterator[System]:
-    """Yield what is compared on a device; the first one is what the ratios refer to.
+    """Yield the systems to compare on a device; the ratios refer to the first one.
 
     On a CPU that is transformers' `generate` with one utterance at a time in float32; on a GPU,
     where nobody does that, with a batch.
@@ -127,7 +130,7 @@ def _load_ours(dtype: Dtype, size: int, model: Model) -> Decode:
     transcriber = Transcriber(_whisper(model, dtype, "auto"), options)
 
     def decode(features: Tensor, languages: Sequence[str]) -> list[list[int]]:
-        return [list(heard.token_ids) for heard in transcriber(features, languages)]
+        return [list(hypothesis.token_ids) for hypothesis in transcriber(features, languages)]
 
     return decode
 
@@ -145,7 +148,7 @@ def _load_hugging_face(dtype: Dtype, attention: Attention, model: Model) -> Deco
             do_sample=False,
             num_beams=1,
         ).tolist()
-        whisper.tokenizer.batch_decode(rows, skip_special_tokens=True)  # the others do it too
+        whisper.tokenizer.batch_decode(rows, skip_special_tokens=True)  # as the others do
         return [_before(whisper.tokens.end, row) for row in rows]
 
     return decode
@@ -179,7 +182,7 @@ def _load_ctranslate2(compute_type: str, model: Model) -> Decode:
     def decode(features: Tensor, languages: Sequence[str]) -> list[list[int]]:
         mels = ctranslate2.StorageView.from_array(np.ascontiguousarray(features.numpy()))
         prompts = [tokens.prompt(code, "transcribe") for code in languages]
-        # It stops at half of `max_length`, as openai/whisper's model has context before the text.
+        # It stops at half of `max_length`: the other half is for the previous text.
         limit = 2 * model.max_new_tokens
         results = engine.generate(mels, prompts, beam_size=1, max_length=limit)
         rows = [list(result.sequences_ids[0]) for result in results]
@@ -210,11 +213,11 @@ def _load_openai(model: Model) -> Decode:
     )
     copy = openai.model.Whisper(dimensions).eval()
     weights = {openai_name(name): value for name, value in whisper.model.state_dict().items()}
-    weights.pop("proj_out.weight")  # it is the embedding of the tokens
+    weights.pop("proj_out.weight")  # the same tensor as the token embedding
     copy.load_state_dict(weights)
 
     def decode(features: Tensor, languages: Sequence[str]) -> list[list[int]]:
-        (language,) = set(languages)  # it takes one for all
+        (language,) = set(languages)  # one for the whole batch
         options = openai.DecodingOptions(
             language=language,
             without_timestamps=True,
