@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,13 @@ from simpler_distil_whisper.data.manifest import (
 )
 from simpler_distil_whisper.decoding import transcription
 from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
-from simpler_distil_whisper.decoding.transcription import decode_halving, process_batches
+from simpler_distil_whisper.decoding.transcription import (
+    decode_halving,
+    load_transcriber,
+    process_batches,
+)
+from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
 from simpler_distil_whisper.model.teacher_cache import CachedEncoderStates
 
 SIZE = 3
@@ -220,6 +227,22 @@ def test_a_lack_of_memory_is_logged_once(
         for _ in range(3):
             decode_halving(decoder_with_room_for(4), batch_of(7))  # type: ignore[arg-type]
     assert caplog.text.count("A batch of 7 did not fit into the memory") == 1
+
+
+def test_an_assistant_computes_in_the_dtype_of_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs that compute in bfloat16, "auto" is that; the two have encoders of their own."""
+    monkeypatch.setattr(transcription, "decoding_dtype", lambda *_: torch.bfloat16)
+    folders = [
+        read_model_folder(make_model_folder(tmp_path / str(seed), seed=seed), None, "model")
+        for seed in (1, 2)
+    ]
+    state, run = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(note=lambda **_: None)
+    options = ModelOptions(path=folders[0].path), DecodingOptions(batch_size=1, max_new_tokens=5)
+    transcriber = load_transcriber(*folders, *options, 0, state, run)  # type: ignore[arg-type]
+    assert transcriber.assistant is not None and transcriber.assistant.own_encoder
+    assert transcriber.assistant.student.model.dtype == torch.bfloat16
 
 
 def labelling_config(folder: Path, rows: list[object], **data: object) -> Path:
