@@ -76,6 +76,10 @@ RENAMED_KEYS = {
     "wer_threshold": "data.max_error_rate (a ratio: 10 % is 0.1)",
 }
 
+REMOVED_KEYS = {
+    "optimizer.average_decay": "since averaged weights were measured to score no better",
+}
+
 
 class ConfigError(Exception):
     """The config, or something that it names, cannot be used; the script ends with exit code 2."""
@@ -194,6 +198,8 @@ def _suggest(path: str, model: type[StrictModel]) -> str:
     """Return the end of a sentence: the new name of a retired key, or the nearest valid key."""
     section, _, name = path.rpartition(".")
     valid = [key for key, _ in key_paths(model)]
+    if why := REMOVED_KEYS.get(path):
+        return f": it is gone, {why}: delete the key"
     if new := RENAMED_KEYS.get(name):
         # In this script's config, the same key can be in another section.
         whole = [key for key in valid if f".{key}".endswith(f".{new}")]

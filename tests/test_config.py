@@ -359,6 +359,17 @@ def test_a_retired_key_is_answered_with_the_whole_new_name(tmp_path: Path) -> No
     ]
 
 
+def test_a_key_that_is_gone_is_answered_with_the_reason(tmp_path: Path) -> None:
+    config = json.loads((REPOSITORY / "run_distillation.json").read_text(encoding="utf-8"))
+    config["optimizer"]["average_decay"] = None
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.average_decay: unknown key: it is gone, since"
+    ):
+        load_config(path, run_distillation.Config)
+
+
 def test_every_retired_key_has_a_new_name_that_exists() -> None:
     models = [importlib.import_module(name).Config for name in SCRIPTS]
     valid = {path for model in models for path, _ in key_paths(model)}

@@ -1,8 +1,7 @@
-"""Views: altered versions of a clip, which teacher and student hear alike.
+"""Views: altered versions of a clip, the same for teacher and student.
 
 Owns what is drawn for a view, and what it does to the waveform, to the log-mel and to the times of
-a label. A teacher that hears the clean clip while the student hears a view teaches worse. Called by
-`training_data.py`, in worker processes.
+a label. Both models are given the view: a teacher that is given the clean clip teaches worse.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ DYNAMIC_RANGE = 2.0  # Whisper's log-mels are cut off at so much below their max
 
 
 class Mask(NamedTuple):
-    """Something silenced.
+    """A stretch of time or a band of frequency that is silenced.
 
     Attributes:
         place: 0 at the very beginning of the speech, or at the lowest mel, 1 at the other end.
@@ -43,7 +42,7 @@ class Mask(NamedTuple):
     width: int
 
     def within(self, size: int, masks: int) -> slice:
-        """Return where it is among `size`; all masks together leave half of them."""
+        """Return the frames or mels of `size` that it silences; all masks together leave half."""
         width = min(self.width, size // (2 * masks))
         first = round(self.place * (size - width))
         return slice(first, first + width)
@@ -61,7 +60,7 @@ class View:
         shift_seconds: of silence before the clip.
         time_masks: what is silenced of the speech, in frames.
         frequency_masks: which bands are, in mels.
-        reusable: whether it is ever used again.
+        reusable: whether it is used more than once, so that a cache may keep its states.
     """
 
     speed: float = 1.0
@@ -75,12 +74,12 @@ class View:
 
     @property
     def key(self) -> str:
-        """All that tells the view from other views of the clip, as JSON; "" for the clip itself."""
-        drawn = dataclasses.asdict(self)
+        """What distinguishes the view from others of the clip, as JSON; "" for the clip itself."""
+        values = dataclasses.asdict(self)
         changed = {
-            field.name: drawn[field.name]
+            field.name: values[field.name]
             for field in dataclasses.fields(self)
-            if drawn[field.name] != field.default and field.name != "reusable"
+            if values[field.name] != field.default and field.name != "reusable"
         }
         return json.dumps({"recipe": VIEW_RECIPE, **changed}) if changed else ""
 
@@ -99,7 +98,7 @@ class View:
         return waveform
 
     def of_time(self, seconds: float) -> float:
-        """Return when something is heard that is said at a time of the clip."""
+        """Return the time in the view of a time in the clip."""
         return seconds / self.speed + self.shift_seconds
 
     def mask(self, log_mel: Tensor, samples: int) -> None:
@@ -126,7 +125,7 @@ class View:
 
 
 class Views:
-    """Which version of a clip each of its uses hears."""
+    """Which version of a clip each of its uses is."""
 
     def __init__(self, options: Augmentation, window_seconds: float, seed: int) -> None:
         """Remember what may be drawn.
@@ -195,7 +194,7 @@ def _masks(random: np.random.Generator, count: int, widest: float) -> tuple[Mask
 def _noise() -> np.ndarray:
     """Return float32 [2 * NOISE_SAMPLES]: twice the same noise, equally loud in every octave.
 
-    To make noise for every view would take longer than all else that is done to it.
+    It is made once: new noise for every view would take longer than all other changes to it.
     """
     random = np.random.default_rng(0)
     spectrum = np.fft.rfft(random.standard_normal(NOISE_SAMPLES))

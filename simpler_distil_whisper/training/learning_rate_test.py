@@ -22,7 +22,7 @@ from simpler_distil_whisper.training.trainer import Trainer
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SECONDS = 60.0  # for all rates together
-STEPS = range(10, 31)  # of each run: fewer say little, more change little
+STEPS = range(10, 31)  # of each run: fewer tell little, more change little
 WARMUP_STEPS = 5  # Adam's first steps move every weight by the whole learning rate
 FAR_OFF = 3.0  # factor between learning rates
 CLOSE = 1.05  # factor between losses

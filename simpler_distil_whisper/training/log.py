@@ -139,7 +139,7 @@ class RunningMeans:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one object per line, and the same numbers for TensorBoard if wanted.
+    """`metrics.jsonl`, one object per line, and the same numbers for TensorBoard.
 
     A run that continues after a step first removes the lines that were logged after it.
     """

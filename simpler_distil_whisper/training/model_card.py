@@ -11,6 +11,7 @@ from typing import Any
 
 from simpler_distil_whisper import __version__
 from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.weights import parameter_count
 from simpler_distil_whisper.pages import render
@@ -99,14 +100,15 @@ def scores_at(metrics: Path, step: int) -> dict[str, Any] | None:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     student = [_scores(row, "student") for row in rows if row["step"] == step]
     teacher = [_scores(row, "teacher") for row in rows]
-    found = [scores for scores in student if scores]
-    if not found:
+    student = [scores for scores in student if scores]
+    teacher = [scores for scores in teacher if scores]
+    if not student:
         return None
-    return {"student": found[-1], "teacher": next(filter(None, reversed(teacher)), None)}
+    return {"student": student[-1], "teacher": teacher[-1] if teacher else None}
 
 
-def _scores(row: dict[str, Any], who: str) -> dict[str, Any]:
-    prefix = f"validation/{who}/"
+def _scores(row: Row, model: str) -> dict[str, Any]:
+    prefix = f"validation/{model}/"
     return {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}
 
 
@@ -116,9 +118,9 @@ def _size(folder: ModelFolder) -> dict[str, Any]:
 
 
 def _layer_map(student: Path) -> dict[str, list[int]] | None:
-    """Return which teacher layers the student began from; None where nothing says so."""
+    """Return which teacher layers the student was made of; None if no layer_map.json is there."""
     try:
-        found = json.loads((student / "layer_map.json").read_bytes())
-        return {part: found[part] for part in ("encoder", "decoder")}
+        layer_map = json.loads((student / "layer_map.json").read_bytes())
+        return {part: layer_map[part] for part in ("encoder", "decoder")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -31,16 +31,16 @@ from simpler_distil_whisper.model.options import (
 class TrainingColumns(Columns):
     """Which key of a labelled row holds what."""
 
-    text: str = Field("text", description="The label: what the student learns to say.")
+    text: str = Field("text", description="The label: the text that the student learns.")
     reference: str = Field(
-        "origin_text", description="What a person said; dev rows without it are scored on text."
+        "origin_text", description="The reference; dev rows without this column are scored on text."
     )
     error_rate: str = Field("cer/wer", description="Error rate of the label.")
     segments: str = Field(
-        "segments", description="The label's sentences with their times, as labelling writes them."
+        "segments", description="The label's segments with their times, as labelling writes them."
     )
     previous_text: str = Field(
-        "previous_text", description="What was said before in the same recording; optional."
+        "previous_text", description="The text before it in the same recording; optional."
     )
 
 
@@ -58,7 +58,7 @@ class TrainingData(DataLimits):
     dev_manifest: Path | None = Field(None, description="For validation; null: none.")
     columns: TrainingColumns = TrainingColumns()
     max_error_rate: Ratio | None = Field(
-        None, description="Rows with a higher error rate are not used; null: all rows are."
+        None, description="Rows with a higher error rate are not used; null: all are used."
     )
     max_label_tokens: PositiveInt | None = Field(
         None, description="Rows with a longer label are not used; null: what the decoder can hold."
@@ -86,12 +86,13 @@ class TrainingData(DataLimits):
 
 
 class TeacherOptions(ModelOptions):
-    """The model that teaches; it is not loaded as long as all it is asked is in the cache."""
+    """The model that teaches; it is not loaded while the cache holds all its states."""
 
     device: str | None = Field(
         None,
         pattern=r"^(cpu|cuda(:\d+)?)$",
-        description='"cpu" or "cuda:1", say, where the student leaves it no room; null: beside it.',
+        description='For example "cpu" or "cuda:1", where the student leaves it no room; null: the '
+        "student's device.",
     )
 
 
@@ -155,7 +156,7 @@ class Schedule(StrictModel):
 
 
 class BatchOptions(StrictModel):
-    """How an optimizer step is cut up."""
+    """How an optimizer step is divided."""
 
     micro_batch_size: PositiveInt = Field(16, description="Utterances at once, per process.")
     gradient_accumulation_steps: PositiveInt = Field(
@@ -213,7 +214,7 @@ class SpecAugmentOptions(StrictModel):
 
 
 class Augmentation(StrictModel):
-    """Altered versions of the clips, which teacher and student hear alike."""
+    """Altered versions of the clips, the same for teacher and student."""
 
     views: NonNegativeInt | None = Field(
         0,
@@ -240,12 +241,12 @@ class Augmentation(StrictModel):
 
 
 class ValidationOptions(StrictModel):
-    """Scoring the student on the dev manifest, against what a person said."""
+    """Scoring the student on the dev manifest, against its references."""
 
     every_steps: PositiveInt | None = Field(None, description="null: after each epoch.")
     max_utterances: PositiveInt | None = Field(None, description="Only the first so many rows.")
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="Stop after so many validations that found nothing better; null: never."
+        None, description="Stop after so many validations without a better score; null: never."
     )
     score_teacher: bool = Field(True, description="Once, before training, to compare with.")
     decoding: DecodingLimits = DecodingLimits()
