@@ -163,7 +163,6 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
     from simpler_distil_whisper.model.weights import encoders_are_equal
     from simpler_distil_whisper.model.whisper import load_whisper
     from simpler_distil_whisper.training.dataset import training_steps
-    from simpler_distil_whisper.training.losses import LossWeights
     from simpler_distil_whisper.training.model_card import ModelCard, facts_of
     from simpler_distil_whisper.training.models import TeacherAndStudent, freeze, open_caches
     from simpler_distil_whisper.training.teacher import Teacher
@@ -180,12 +179,8 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         student.model.model.decoder.compile(dynamic=True)
-    objective = config.objective
-    weights = LossWeights(
-        objective.cross_entropy_weight, objective.kl_weight, objective.temperature
-    )
-    caches = open_caches(config.teacher_cache, teacher, student, weights)
-    models = TeacherAndStudent(accelerator, teacher, student, weights, caches)
+    caches = open_caches(config.teacher_cache, teacher, student, config.objective)
+    models = TeacherAndStudent(accelerator, teacher, student, config.objective, caches)
     steps = training_steps(
         selection.examples,
         length,

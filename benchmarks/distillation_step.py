@@ -40,12 +40,13 @@ from simpler_distil_whisper.model.whisper import quieten_libraries, save_whisper
 from simpler_distil_whisper.run import Run
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.filters import Selection
-from simpler_distil_whisper.training.losses import IGNORE_INDEX, LossWeights, distillation_loss
+from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
+from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.plan import RunLength
 
 POSITIONS = 448  # of Whisper's decoder, to which distil-whisper's script pads all labels
 FRAMES, STATES = 3000, 1500  # of a window of 30 s: of the log-mel and of the encoder
-WEIGHTS = LossWeights(cross_entropy=0.8, kl=1.0, temperature=2.0)
+OBJECTIVE = Objective(cross_entropy_weight=0.8, kl_weight=1.0, temperature=2.0)
 LEARNING_RATE = 1e-5
 WARM_UP = (12,)  # tokens of the batch on which every way does one step before
 
@@ -349,14 +350,14 @@ def _plain_loss(
     cross_entropy: Tensor, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
 ) -> Tensor:
     """Return the mean loss from full logits [B, L, V], in as many operations as distil-whisper."""
-    temperature = WEIGHTS.temperature
+    temperature = OBJECTIVE.temperature
     target = (teacher_logits / temperature).softmax(-1)
     divergence = nn.KLDivLoss(reduction="none")(
         (student_logits / temperature).log_softmax(-1), target
     )
     real = (labels >= 0).unsqueeze(-1)
     kl = (divergence * real).sum() / real.sum() * temperature**2
-    return WEIGHTS.cross_entropy * cross_entropy + WEIGHTS.kl * kl
+    return OBJECTIVE.cross_entropy_weight * cross_entropy + OBJECTIVE.kl_weight * kl
 
 
 def _loss_alone(folder: Path, plain: bool) -> Step:
@@ -376,7 +377,7 @@ def _loss_alone(folder: Path, plain: bool) -> Step:
                 cross_entropy = functional.cross_entropy(said.flatten(0, 1), batch.labels.flatten())
                 loss = _plain_loss(cross_entropy, said, target, batch.labels)
             else:
-                terms = distillation_loss(states, learnt, taught, head, batch.labels, WEIGHTS)
+                terms = distillation_loss(states, learnt, taught, head, batch.labels, OBJECTIVE)
                 loss = terms.loss / terms.tokens
         loss.backward()
         learnt.grad = states.grad = None
@@ -397,9 +398,7 @@ def _this_project(folder: Path, states_kept: bool, answers_kept: bool) -> Step:
         "data": {"train_manifests": ["none"]},
         "schedule": {"max_steps": 1000, "epochs": None},
         "optimizer": {"learning_rate": LEARNING_RATE},
-        "objective": dict(
-            zip(("cross_entropy_weight", "kl_weight", "temperature"), WEIGHTS, strict=True)
-        ),
+        "objective": OBJECTIVE.model_dump(),
         "teacher_cache": {**cache, "decoder_states": answers_kept},
         "logging": {"tensorboard": False},
     }

@@ -42,12 +42,11 @@ from simpler_distil_whisper.training.augment import Views
 from simpler_distil_whisper.training.losses import (
     IGNORE_INDEX,
     LossTerms,
-    LossWeights,
     distillation_loss,
 )
 from simpler_distil_whisper.training.models import freeze
 from simpler_distil_whisper.training.optimizer import learning_rate_factor
-from simpler_distil_whisper.training.options import Augmentation, Freeze, Schedule
+from simpler_distil_whisper.training.options import Augmentation, Freeze, Objective, Schedule
 from simpler_distil_whisper.training.plan import TrainingPlan, Visit
 from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
@@ -72,9 +71,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-CE = LossWeights(cross_entropy=1.0, kl=0.0, temperature=1.0)
-KL = LossWeights(cross_entropy=0.0, kl=1.0, temperature=2.0)
-MIXED = LossWeights(cross_entropy=0.8, kl=1.0, temperature=2.0)
+CE = Objective(cross_entropy_weight=1.0, kl_weight=0.0, temperature=1.0)
+KL = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=2.0)
+MIXED = Objective(cross_entropy_weight=0.8, kl_weight=1.0, temperature=2.0)
+
+
+def at_temperature(temperature: float) -> Objective:
+    """Return the divergence from the teacher alone, at a temperature."""
+    return KL.model_copy(update={"temperature": temperature})
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Recipe:
         layers: the decoder layers that are kept; a number: so many, the best by their score.
         steps, batch, learning_rate, warmup_steps: of AdamW without weight decay; the rate falls
             linearly after the warm-up.
-        weights: of cross-entropy and KL, and the temperature.
+        objective: weights of cross-entropy and KL, and the temperature.
         labels: "pseudo" (the teacher's transcripts) or "reference" (what was said).
         max_error_rate: clips whose pseudo-label is worse are left out; None: none.
         views, view_kind: how many altered versions of each clip there are, and how they are made.
@@ -101,7 +105,7 @@ class Recipe:
     batch: int = 16
     learning_rate: float = 2e-3
     warmup_steps: int = 20
-    weights: LossWeights = KL
+    objective: Objective = KL
     labels: str = "pseudo"
     max_error_rate: float | None = 0.2
     views: int = 3
@@ -128,7 +132,7 @@ def huggingface(learning_rate: float) -> Recipe:
         layers=(0, 3),
         learning_rate=learning_rate,
         warmup_steps=50,
-        weights=MIXED,
+        objective=MIXED,
         max_error_rate=None,
         views=0,
     )
@@ -137,14 +141,14 @@ def huggingface(learning_rate: float) -> Recipe:
 STUDIES: dict[str, dict[str, Recipe]] = {
     "layers": {str(kept): Recipe(layers=kept) for kept in ((0, 1), (0, 2), (0, 3), (0, 1, 2))},
     "objective": {
-        "CE": Recipe(weights=CE),
-        "0.8 CE + 1.0 KL": Recipe(weights=MIXED),
-        "0.2 CE + 1.0 KL": Recipe(weights=KL._replace(cross_entropy=0.2)),
+        "CE": Recipe(objective=CE),
+        "0.8 CE + 1.0 KL": Recipe(objective=MIXED),
+        "0.2 CE + 1.0 KL": Recipe(objective=KL.model_copy(update={"cross_entropy_weight": 0.2})),
         "KL": Recipe(),
         "KL on what people said": Recipe(labels="reference", max_error_rate=None),
     },
     "temperature": {
-        f"{t:g}": Recipe(weights=KL._replace(temperature=t)) for t in (1.0, 2.0, 3.0, 4.0, 8.0)
+        f"{t:g}": Recipe(objective=at_temperature(t)) for t in (1.0, 2.0, 3.0, 4.0, 8.0)
     },
     "rate": {f"{rate:g}": Recipe(learning_rate=rate) for rate in (5e-4, 1e-3, 2e-3, 4e-3)},
     "views": {str(views): Recipe(views=views) for views in (0, 3)},
@@ -310,7 +314,12 @@ class Material:
         inputs, labels = decoder_sequences(targets, self.whisper.tokens.end)
         taught = self.taught(self.clean, "reference")[: len(states), : inputs.shape[1]]
         terms = [
-            self.loss(student, decode(student, *part[:2]), *part[2:], KL._replace(temperature=1.0))
+            self.loss(
+                student,
+                decode(student, *part[:2]),
+                *part[2:],
+                at_temperature(1.0),
+            )
             for part in zip(
                 *(each.split(BATCH) for each in (inputs, states, taught, labels)), strict=True
             )
@@ -323,11 +332,11 @@ class Material:
         said: Tensor,
         taught: Tensor,
         labels: Tensor,
-        weights: LossWeights,
+        objective: Objective,
     ) -> LossTerms:
         """Return the loss of last decoder states, the student's and the teacher's."""
         heads = student.proj_out.weight, self.teacher.proj_out.weight
-        return distillation_loss(said, heads[0], taught, heads[1], labels, weights)
+        return distillation_loss(said, heads[0], taught, heads[1], labels, objective)
 
     def best_layers(self, count: int) -> tuple[int, ...]:
         """Return the decoder layers with which an untaught student is closest to the teacher."""
@@ -395,7 +404,7 @@ class Distillation:
 
     def _terms(self, visits: Sequence[Visit], unfrozen: bool) -> LossTerms:
         """Return the loss of one batch."""
-        material, recipe, weights = self.material, self.recipe, self.recipe.weights
+        material, recipe, objective = self.material, self.recipe, self.recipe.objective
         rows = [self.rows[visit.example] for visit in visits]
         each = [material.heard(recipe.augmentation, visit.use) for visit in visits]
         states = torch.stack([heard.states[row] for heard, row in zip(each, rows, strict=True)])
@@ -404,7 +413,7 @@ class Distillation:
             features = [heard.features[row] for heard, row in zip(each, rows, strict=True)]
             own = self.student.model.encoder(torch.stack(features)).last_hidden_state
         if self.random.random() < recipe.on_policy:
-            weights = KL._replace(temperature=weights.temperature)
+            objective = at_temperature(objective.temperature)
             inputs, labels = self._own_words(rows, own.detach())
             with torch.no_grad():
                 taught = decode(material.teacher, inputs, states)
@@ -417,7 +426,7 @@ class Distillation:
             ]
             taught = torch.stack(lessons)
         said = decode(self.student, inputs, own)
-        return material.loss(self.student, said, taught, labels, weights)
+        return material.loss(self.student, said, taught, labels, objective)
 
     def _own_words(self, rows: Sequence[int], states: Tensor) -> tuple[Tensor, Tensor]:
         """Return decoder inputs and labels of what the student says for a batch by now."""

@@ -26,7 +26,7 @@ PLACES += " layers export"
 PURE = {
     "config": set(),
     "atomic": set(),
-    "training/losses": set(),
+    "training/losses": {"training/options"},
     "data/audio": set(),
     "text/languages": set(),
     "text/numerals": set(),

@@ -28,10 +28,11 @@ from simpler_distil_whisper.model.devices import suitable_batch_size
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import DataError, Progress, log
-from simpler_distil_whisper.training.losses import IGNORE_INDEX, LossWeights, distillation_loss
+from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
+from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
-ONLY_KL = LossWeights(cross_entropy=0.0, kl=1.0, temperature=1.0)
+ONLY_KL = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=1.0)
 DEFAULT_LIMITS = DataLimits()
 
 

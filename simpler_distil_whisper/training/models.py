@@ -14,8 +14,8 @@ from simpler_distil_whisper.model.teacher_cache import open_training_caches
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.dataset import StateCaches, TrainingBatch
-from simpler_distil_whisper.training.losses import LossTerms, LossWeights, distillation_loss
-from simpler_distil_whisper.training.options import Freeze
+from simpler_distil_whisper.training.losses import LossTerms, distillation_loss
+from simpler_distil_whisper.training.options import Freeze, Objective
 from simpler_distil_whisper.training.teacher import Teacher
 
 
@@ -32,14 +32,14 @@ class TeacherAndStudent:
         accelerator: Accelerator,
         teacher: Teacher,
         student: Whisper,
-        weights: LossWeights,
+        objective: Objective,
         caches: StateCaches = StateCaches(),  # noqa: B008 - it is immutable
     ) -> None:
         """Combine both; which of the student's parameters are trained is set before (`freeze`)."""
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
-        self.weights = weights
+        self.objective = objective
         self.caches = caches
-        self.module: nn.Module = StudentWithLoss(student.model, teacher.head, weights)
+        self.module: nn.Module = StudentWithLoss(student.model, teacher.head, objective)
 
     @property
     def precision(self) -> str:
@@ -54,7 +54,9 @@ class TeacherAndStudent:
             batch: on the student's device.
         """
         encoder_states = self._encoder_states(batch)
-        teacher_states = self._teacher_states(batch, encoder_states) if self.weights.kl else None
+        teacher_states = None
+        if self.objective.kl_weight:
+            teacher_states = self._teacher_states(batch, encoder_states)
         terms: LossTerms = self.module(batch, encoder_states, teacher_states)
         return terms
 
@@ -88,19 +90,19 @@ class StudentWithLoss(nn.Module):
     """
 
     def __init__(
-        self, student: WhisperForConditionalGeneration, teacher_head: Tensor, weights: LossWeights
+        self, student: WhisperForConditionalGeneration, teacher_head: Tensor, objective: Objective
     ) -> None:
         """Keep the parts of the loss.
 
         Args:
             student: float32 parameters; those that require gradients are trained.
             teacher_head: float [V, D'], any dtype.
-            weights: of the terms of the loss.
+            objective: weights of the terms of the loss.
         """
         super().__init__()
         self.student = student
         self.__dict__["teacher_head"] = teacher_head
-        self.weights = weights
+        self.objective = objective
 
     def train(self, mode: bool = True) -> "StudentWithLoss":
         """Set the mode of the student, whose frozen encoder never uses dropout."""
@@ -137,12 +139,12 @@ class StudentWithLoss(nn.Module):
             teacher_states,
             None if teacher_states is None else self.__dict__["teacher_head"],
             batch.labels,
-            self.weights,
+            self.objective,
         )
 
 
 def open_caches(
-    options: TeacherCacheOptions, teacher: Teacher, student: Whisper, weights: LossWeights
+    options: TeacherCacheOptions, teacher: Teacher, student: Whisper, objective: Objective
 ) -> StateCaches:
     """Return the caches that a config names, of the states that are of use.
 
@@ -159,7 +161,7 @@ def open_caches(
         )
     useful = {
         "encoder_states": options.encoder_states and teacher.shared_encoder,
-        "decoder_states": options.decoder_states and weights.kl > 0,
+        "decoder_states": options.decoder_states and objective.kl_weight > 0,
     }
     encoder, decoder = open_training_caches(
         options.model_copy(update=useful),

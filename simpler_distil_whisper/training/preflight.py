@@ -24,8 +24,8 @@ from simpler_distil_whisper.training.data_checks import check_data
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.learning_rate_test import ShortRuns, range_test
-from simpler_distil_whisper.training.losses import LossWeights
 from simpler_distil_whisper.training.models import TeacherAndStudent, computing_dtype
+from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.trainer import Trainer
 from simpler_distil_whisper.training.validation import Validation
 
@@ -125,7 +125,7 @@ def check_agreement(trainer: Trainer, steps: TrainingSteps) -> Agreement | None:
         ConfigError: they differ.
     """
     models = trainer.models
-    if not models.weights.kl:
+    if not models.objective.kl_weight:
         return None
     agreement = agreement_of_unpruned(models, first_group(steps.without_caches())[0])
     if not agreement.tokens:  # no audio of the batch can be read, which is reported elsewhere
@@ -165,8 +165,8 @@ def agreement_of_unpruned(models: TeacherAndStudent, batch: TrainingBatch) -> Ag
         )
     model.requires_grad_(False).to(accelerator.device)
     student = dataclasses.replace(whole, model=model)
-    weights = LossWeights(cross_entropy=0.0, kl=1.0, temperature=1.0)
-    unpruned = TeacherAndStudent(accelerator, teacher, student, weights)
+    objective = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=1.0)
+    unpruned = TeacherAndStudent(accelerator, teacher, student, objective)
     with torch.no_grad(), accelerator.autocast():
         terms = unpruned.loss_terms(batch.to(accelerator.device))
     kl, same, tokens = float(terms.kl), float(terms.agreement), int(terms.tokens)

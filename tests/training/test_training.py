@@ -23,14 +23,13 @@ from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.training.checkpoints import Checkpoints, TrainerState
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.log import MetricsLog, draw_curves
-from simpler_distil_whisper.training.losses import LossWeights
 from simpler_distil_whisper.training.models import StudentWithLoss, TeacherAndStudent, freeze
 from simpler_distil_whisper.training.optimizer import learning_rate_factor, parameter_groups
-from simpler_distil_whisper.training.options import Freeze, Schedule, TeacherOptions
+from simpler_distil_whisper.training.options import Freeze, Objective, Schedule, TeacherOptions
 from simpler_distil_whisper.training.teacher import Teacher
 
 Model = WhisperForConditionalGeneration
-WEIGHTS = LossWeights(cross_entropy=1.0, kl=1.0, temperature=2.0)
+OBJECTIVE = Objective(cross_entropy_weight=1.0, kl_weight=1.0, temperature=2.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +73,7 @@ def student(whisper: Whisper) -> Model:
 
 
 def together(teacher: Teacher, student: Whisper) -> TeacherAndStudent:
-    return TeacherAndStudent(teacher.accelerator, teacher, student, WEIGHTS)
+    return TeacherAndStudent(teacher.accelerator, teacher, student, OBJECTIVE)
 
 
 def random_batch(seed: int = 0) -> TrainingBatch:
@@ -276,8 +275,8 @@ def test_a_shared_encoder_is_run_once(folders: tuple[Path, Path], whisper: Whisp
 def test_without_a_part_of_the_teachers_it_is_never_loaded(
     teacher: Teacher, whisper: Whisper
 ) -> None:
-    weights = LossWeights(cross_entropy=1.0, kl=0.0, temperature=2.0)
-    terms = TeacherAndStudent(teacher.accelerator, teacher, whisper, weights).loss_terms(
+    objective = Objective(cross_entropy_weight=1.0, kl_weight=0.0, temperature=2.0)
+    terms = TeacherAndStudent(teacher.accelerator, teacher, whisper, objective).loss_terms(
         random_batch()
     )
     assert not teacher.loaded
@@ -340,7 +339,7 @@ def test_the_teacher_hears_the_whole_audio_whatever_the_student_config_masks(
 def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
     teacher: Teacher, student: Model
 ) -> None:
-    module = StudentWithLoss(student, teacher.head, WEIGHTS).train()
+    module = StudentWithLoss(student, teacher.head, OBJECTIVE).train()
     assert {name.split(".")[0] for name in module.state_dict()} == {"student"}
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert not teacher.model.training
