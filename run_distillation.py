@@ -164,8 +164,12 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
     from simpler_distil_whisper.model.whisper import load_whisper
     from simpler_distil_whisper.training.dataset import training_steps
     from simpler_distil_whisper.training.model_card import ModelCard, facts_of
-    from simpler_distil_whisper.training.models import TeacherAndStudent, freeze, open_caches
-    from simpler_distil_whisper.training.teacher import Teacher
+    from simpler_distil_whisper.training.models import (
+        Teacher,
+        TeacherAndStudent,
+        freeze,
+        open_caches,
+    )
     from simpler_distil_whisper.training.trainer import Trainer
     from simpler_distil_whisper.training.validation import Validation
 

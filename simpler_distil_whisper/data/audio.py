@@ -7,6 +7,7 @@ nothing else.
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -22,6 +23,20 @@ BLOCK_FRAMES = 2**20  # read at once
 
 class AudioError(Exception):
     """This audio cannot be used; the message is the reason, without the path."""
+
+
+class Clip(NamedTuple):
+    """A file, or the part of it that the two times name; `load_audio(*clip)` loads it.
+
+    Attributes:
+        path: the file.
+        start_seconds: where the part begins.
+        duration_seconds: length of the part; None: to the end of the file.
+    """
+
+    path: Path
+    start_seconds: float = 0.0
+    duration_seconds: float | None = None
 
 
 def load_audio(

@@ -8,7 +8,6 @@ import codecs
 import functools
 import hashlib
 import json
-import math
 import os
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import (
@@ -28,7 +26,7 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
 )
-from simpler_distil_whisper.data.audio import audio_seconds, load_audio
+from simpler_distil_whisper.data.audio import Clip
 from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import whisper_language
@@ -112,27 +110,10 @@ class Utterance:
         row: Row = json.loads(self.json)
         return row
 
-    def header_seconds(self) -> float:
-        """Return the length of the audio, from the file's header alone.
-
-        Raises:
-            AudioError: the file cannot be opened or the part lies outside it.
-        """
-        return audio_seconds(self.audio, self.start_seconds, self.duration_seconds)
-
-    def load_audio(self, min_seconds: float = 0.0, max_seconds: float = math.inf) -> np.ndarray:
-        """Return float32 [S]: the audio as one channel at 16 kHz.
-
-        Raises:
-            AudioError: it cannot be used, or is too short or too long.
-        """
-        return load_audio(
-            self.audio,
-            self.start_seconds,
-            self.duration_seconds,
-            min_seconds=min_seconds,
-            max_seconds=max_seconds,
-        )
+    @property
+    def clip(self) -> Clip:
+        """The audio that it is."""
+        return Clip(self.audio, self.start_seconds, self.duration_seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
-from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, check_length
+from simpler_distil_whisper.data.audio import (
+    SAMPLE_RATE,
+    AudioError,
+    audio_seconds,
+    check_length,
+    load_audio,
+)
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
 from simpler_distil_whisper.data.workers import WorkerDeath, map_ahead
@@ -98,7 +105,7 @@ class SpeechReader:
 
     def _is_long_form(self, utterance: Utterance) -> bool:
         try:
-            return utterance.header_seconds() > self.window
+            return audio_seconds(*utterance.clip) > self.window
         except AudioError:  # decoding it will fail too, and give the reason
             return False
 
@@ -107,7 +114,7 @@ class SpeechReader:
         batch = SpeechBatch([], None, [], [])
         for utterance in utterances:
             try:
-                waveform = utterance.load_audio(self.min_seconds, self.max_seconds)
+                waveform = self._load(utterance)
                 batch.recordings.append(long_log_mel(waveform, self.extractor))
             except (AudioError, MemoryError) as error:
                 batch.rejections.append(_reject_audio(utterance, error))
@@ -125,10 +132,10 @@ class SpeechReader:
                 # With a cache the length is the header's, for hits and misses alike: a resumed
                 # run, for which more rows are hits, must write the same numbers.
                 if cached:
-                    length = utterance.header_seconds()
+                    length = audio_seconds(*utterance.clip)
                     check_length(length, self.min_seconds, self.max_seconds)
                 if cached is None or row in cached.missing:
-                    waveforms.append(utterance.load_audio(self.min_seconds, self.max_seconds))
+                    waveforms.append(self._load(utterance))
                 seconds.append(length if cached else len(waveforms[-1]) / SAMPLE_RATE)
                 used.append(row)
             except (AudioError, MemoryError) as error:
@@ -137,6 +144,11 @@ class SpeechReader:
         kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
         return SpeechBatch(rows, features, seconds, rejections, cached=kept)
+
+    def _load(self, utterance: Utterance) -> np.ndarray:
+        return load_audio(
+            *utterance.clip, min_seconds=self.min_seconds, max_seconds=self.max_seconds
+        )
 
 
 class SpeechDataset(Dataset[SpeechBatch]):
@@ -194,7 +206,7 @@ def _seconds(utterance: Utterance) -> float:
     if utterance.duration_seconds is not None:
         return utterance.duration_seconds
     try:
-        return utterance.header_seconds()
+        return audio_seconds(*utterance.clip)
     except AudioError:
         return 0.0
 

@@ -20,9 +20,9 @@ import soundfile
 from pydantic import Field
 
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
-from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, Clip, load_audio
 from simpler_distil_whisper.data.jsonl import Row, numbered_lines, parse_row
-from simpler_distil_whisper.evaluation.facts import Clip, Facts, find_clip
+from simpler_distil_whisper.evaluation.facts import Facts, find_clip
 from simpler_distil_whisper.evaluation.hypotheses import ExaminedSystem, HypothesisColumns
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts
 from simpler_distil_whisper.evaluation.tallies import SystemScores, length_groups

@@ -11,12 +11,11 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.data.audio import AudioError, audio_seconds
+from simpler_distil_whisper.data.audio import AudioError, Clip, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import find_audio
 from simpler_distil_whisper.evaluation.hypotheses import (
@@ -24,20 +23,6 @@ from simpler_distil_whisper.evaluation.hypotheses import (
     HypothesisColumns,
     usable_rows,
 )
-
-
-class Clip(NamedTuple):
-    """The audio of an utterance.
-
-    Attributes:
-        path: an audio file that exists.
-        start_seconds: where in the file the utterance begins.
-        duration_seconds: how long it is; None: to the end of the file.
-    """
-
-    path: Path
-    start_seconds: float
-    duration_seconds: float | None
 
 
 class CategoryColumn:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simpler_distil_whisper.atomic import write_atomically
-from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import to_line
 from simpler_distil_whisper.data.manifest import Columns, Rejection, Utterance, reject
 from simpler_distil_whisper.decoding.speed import Speed, write_speed
@@ -77,7 +77,7 @@ def usable_clips(
     clips, rejections = [], []
     for utterance in utterances:
         try:
-            utterance.load_audio(SHORTEST_SECONDS, window_seconds)
+            load_audio(*utterance.clip, min_seconds=SHORTEST_SECONDS, max_seconds=window_seconds)
             clips.append(utterance)
         except AudioError as error:
             rejections.append(reject(utterance, f"{utterance.audio}: {error}"))
@@ -95,11 +95,11 @@ def transcribe(
     size = system.batch_size
     transcripts: list[Transcript] = []
     speed = Speed()
-    system.transcribe([clips[0].load_audio()], languages[:1])
+    system.transcribe([load_audio(*clips[0].clip)], languages[:1])
     with Progress(f"{name} transcribes", "clips", len(clips)) as progress:
         for start in range(0, len(clips), size):
             run.stop_if_asked()
-            waveforms = [clip.load_audio() for clip in clips[start : start + size]]
+            waveforms = [load_audio(*one.clip) for one in clips[start : start + size]]
             started = time.perf_counter()
             batch = system.transcribe(waveforms, languages[start : start + size])
             elapsed = time.perf_counter() - started

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pydantic import Field, field_validator
 
 from simpler_distil_whisper.config import PositiveInt, StrictModel
-from simpler_distil_whisper.data.audio import AudioError, check_length
+from simpler_distil_whisper.data.audio import AudioError, audio_seconds, check_length
 from simpler_distil_whisper.data.manifest import (
     Columns,
     DataLimits,
@@ -102,7 +102,8 @@ class Labeller:
         maximum = self.tokenize.max_label_tokens
         if len(label) > maximum:
             raise ValueError(f"label of {len(label)} tokens, the maximum is {maximum}")
-        check_length(utterance.header_seconds(), DataLimits().min_duration_seconds, self.window)
+        seconds = audio_seconds(*utterance.clip)
+        check_length(seconds, DataLimits().min_duration_seconds, self.window)
         return Labelled(utterance, [*prompt, *label, self.special.end], len(prompt))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
-from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError
+from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Rejection, reject
 from simpler_distil_whisper.data.workers import load_ahead
@@ -170,7 +170,8 @@ class TrainingDataset(Dataset[TrainingBatch]):
 
     def _load(self, example: Example) -> np.ndarray:
         # The feature extractor would cut what a wrong header had let pass.
-        return example.utterance.load_audio(max_seconds=float(self.extractor.chunk_length))
+        max_seconds = float(self.extractor.chunk_length)
+        return load_audio(*example.utterance.clip, max_seconds=max_seconds)
 
     def _log_mels(self, clips: Sequence[tuple[View, np.ndarray]]) -> Tensor:
         """Return float32 [N, M, T]: the log-mels of the views' waveforms, with their masks."""

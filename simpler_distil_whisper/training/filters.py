@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
-from simpler_distil_whisper.data.audio import AudioError
+from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
 from simpler_distil_whisper.labels.error_rate import why_dropped
 from simpler_distil_whisper.model.folder import ModelFolder
@@ -277,6 +277,6 @@ def _without_spaces(text: str) -> str:
 
 def _header_seconds(utterance: Utterance) -> float:
     try:
-        return utterance.header_seconds()
+        return audio_seconds(*utterance.clip)
     except AudioError as error:
         raise Dropped(UNREADABLE, f"{utterance.audio}: {error}") from None

@@ -40,6 +40,7 @@ from simpler_distil_whisper.training.learning_rate_test import (
     range_test,
     suggested,
 )
+from simpler_distil_whisper.training.models import Teacher
 from simpler_distil_whisper.training.options import TrainingColumns
 from simpler_distil_whisper.training.preflight import (
     agreement_of_unpruned,
@@ -48,7 +49,6 @@ from simpler_distil_whisper.training.preflight import (
     check_learning_rate,
     check_thoroughly,
 )
-from simpler_distil_whisper.training.teacher import Teacher
 from simpler_distil_whisper.training.tokens import Example
 
 SIGNS = {"average_log_probability": -0.1, "compression_ratio": 1.1}

@@ -23,10 +23,14 @@ from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.training.checkpoints import Checkpoints, TrainerState
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.log import MetricsLog, draw_curves
-from simpler_distil_whisper.training.models import StudentWithLoss, TeacherAndStudent, freeze
+from simpler_distil_whisper.training.models import (
+    StudentWithLoss,
+    Teacher,
+    TeacherAndStudent,
+    freeze,
+)
 from simpler_distil_whisper.training.optimizer import learning_rate_factor, parameter_groups
 from simpler_distil_whisper.training.options import Freeze, Objective, Schedule, TeacherOptions
-from simpler_distil_whisper.training.teacher import Teacher
 
 Model = WhisperForConditionalGeneration
 OBJECTIVE = Objective(cross_entropy_weight=1.0, kl_weight=1.0, temperature=2.0)
