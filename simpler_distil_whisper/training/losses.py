@@ -61,9 +61,9 @@ def token_terms(
     cross_entropy = functional.cross_entropy(logits, labels, reduction="sum")
     kl = agreement = torch.zeros_like(cross_entropy)
     if teacher_log_probs is not None:
-        log_probs = functional.log_softmax(logits / temperature, -1)
+        student_log_probs = functional.log_softmax(logits / temperature, -1)
         divergence = functional.kl_div(
-            log_probs, teacher_log_probs, reduction="sum", log_target=True
+            student_log_probs, teacher_log_probs, reduction="sum", log_target=True
         )
         kl = temperature**2 * divergence
         agreement = (logits.argmax(-1) == teacher_log_probs.argmax(-1)).sum()

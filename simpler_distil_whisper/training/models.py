@@ -60,7 +60,7 @@ class TeacherAndStudent:
         """
         encoder_states = self._encoder_states(batch)
         teacher_states = None
-        if self.objective.kl_weight:
+        if self.objective.uses_teacher:
             teacher_states = self._teacher_states(batch, encoder_states)
         terms: LossTerms = self.module(batch, encoder_states, teacher_states)
         return terms
@@ -245,7 +245,7 @@ def open_caches(
         )
     useful = {
         "encoder_states": options.encoder_states and teacher.shared_encoder,
-        "decoder_states": options.decoder_states and objective.kl_weight > 0,
+        "decoder_states": options.decoder_states and objective.uses_teacher,
     }
     encoder, decoder = open_training_caches(
         options.model_copy(update=useful),

@@ -107,9 +107,14 @@ class Objective(StrictModel):
     kl_weight: NonNegativeFloat = Field(1.0, description="Of the teacher's distribution.")
     temperature: PositiveFloat = Field(2.0, description="T of both distributions in KL.")
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a term of the loss depends on the teacher, which else is never loaded."""
+        return self.kl_weight > 0
+
     @model_validator(mode="after")
     def _some_weight(self) -> "Objective":
-        if self.cross_entropy_weight == self.kl_weight == 0:
+        if not self.cross_entropy_weight and not self.uses_teacher:
             raise ValueError("cross_entropy_weight and kl_weight are both 0: nothing to learn")
         return self
 

@@ -125,7 +125,7 @@ def check_agreement(trainer: Trainer, steps: TrainingSteps) -> Agreement | None:
         ConfigError: they differ.
     """
     models = trainer.models
-    if not models.objective.kl_weight:
+    if not models.objective.uses_teacher:
         return None
     agreement = agreement_of_unpruned(models, first_group(steps.without_caches())[0])
     if not agreement.tokens:  # no audio of the batch can be read, which is reported elsewhere

@@ -94,7 +94,7 @@ class Trainer:
         main = accelerator.is_main_process
         self.metrics = MetricsLog(run.folder, self.state.step, tensorboard, main)
         self.rejections = RejectionLog(run.folder / "rejected.jsonl")
-        self.means = RunningMeans(accelerator, models.objective.kl_weight > 0, self.state.unlogged)
+        self.means = RunningMeans(accelerator, models.objective.uses_teacher, self.state.unlogged)
         self._record_setup()
 
     def _record_setup(self) -> None:
