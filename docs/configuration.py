@@ -1,0 +1,90 @@
+"""Write `docs/configuration.md`: every key of every config, from the classes that read it.
+
+Run it as `python docs/configuration.py` when a key, a default or a description has changed.
+"""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from simpler_distil_whisper.config import StrictModel, help_table  # noqa: E402
+
+PAGE = REPOSITORY / "docs" / "configuration.md"
+COMMANDS = {
+    "run_pseudo_labelling": "python run_pseudo_labelling.py run_pseudo_labelling.json",
+    "create_student_model": "python create_student_model.py create_student_model.json",
+    "run_distillation": "python run_distillation.py run_distillation.json",
+    "offline_inference": "python offline_inference.py offline_inference.json",
+    "eval": "python eval.py eval.json",
+    "export": "python -m simpler_distil_whisper.export export.json",
+}
+MODULES = {"export": "simpler_distil_whisper.export.__main__"}
+INTRODUCTION = """\
+# Configuration
+
+Every key of the six JSON files. `python docs/configuration.py` writes this page from the classes
+that read them; `--help` of a script shows the same table.
+
+- A required key must be there. Every other key may be left out; the log then names the default.
+- Paths are relative to the working directory. Audio paths inside a manifest are tried from the
+  manifest's folder first.
+- Ratios go from 0 to 1. Units end a name: `_seconds`, `_steps`, `_gigabytes`.
+- `null` means "not used", or that the model decides. `"auto"` is the fastest right choice on this
+  device, and the log says which.
+- An unknown, misspelt, duplicate, missing or ill-typed key ends a script with exit code 2, with
+  every problem in one message. Keys of earlier projects are answered with the new name.
+- A default is not always the value in the shipped file: those files are made for the demo.
+"""
+ENTRY = re.compile(r"  (?P<key>\S+)\n      (?P<type>.*?), (?:required|default (?=(?P<rest>.*)))")
+
+
+def config_class(script: str) -> type[StrictModel]:
+    """Return the class of a script's config."""
+    config: type[StrictModel] = importlib.import_module(MODULES.get(script, script)).Config
+    return config
+
+
+def rows(script: str) -> list[tuple[str, str, str, str]]:
+    """Return key, type, default and meaning of each key of a script's config."""
+    table = help_table(config_class(script))
+    keys = []
+    for entry in re.split(r"\n(?=  \S)", table):
+        match = ENTRY.match(entry)
+        assert match, entry
+        default, end = "", match.end()
+        if match["rest"] is not None:
+            # A default is JSON, in which a point or a comma can stand too.
+            _, length = json.JSONDecoder().raw_decode(match["rest"])
+            default = match["rest"][:length]
+            end += length
+        meaning = entry[end:].removeprefix(".").strip()
+        keys.append((match["key"], match["type"], default, meaning))
+    return keys
+
+
+def page() -> str:
+    """Return the whole page."""
+    parts = [INTRODUCTION]
+    for script, command in COMMANDS.items():
+        parts.append(f"## {script}.json\n\n```sh\n{command}\n```\n")
+        lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, kind, default, meaning in rows(script):
+            shown = f"`{default}`" if default else "required"
+            cells = map(_in_cell, (f"`{key}`", kind, shown, meaning))
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _in_cell(text: str) -> str:
+    """Return a text of which no sign ends a cell of a table or begins a tag of HTML."""
+    return re.sub(r"<(?=[A-Za-z/])", "&lt;", text.replace("|", "\\|"))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
