@@ -14,7 +14,9 @@ from simpler_distil_whisper.training.losses import (
     CHUNK_TOKENS,
     IGNORE_INDEX,
     LossTerms,
+    _terms_and_gradient,
     distillation_loss,
+    token_terms,
 )
 from simpler_distil_whisper.training.options import Objective
 
@@ -166,6 +168,21 @@ def test_equals_the_plain_formula_on_full_logits(
     )
 
 
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_the_gradient_by_hand_is_that_of_the_formula(with_teacher: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 9, VOCABULARY, dtype=torch.float64, generator=random)
+    log_probs = (teacher / OBJECTIVE.temperature).log_softmax(-1) if with_teacher else None
+    labels = torch.randint(0, VOCABULARY, (9,), generator=random)
+    learning = logits.clone().requires_grad_()
+    terms = token_terms(learning, log_probs, labels, OBJECTIVE)
+    (expected,) = torch.autograd.grad(terms.loss, learning)
+    buffers = torch.empty(2, *logits.shape, dtype=torch.float64)
+    sums, gradient = _terms_and_gradient(logits, log_probs, labels, OBJECTIVE, list(buffers))
+    torch.testing.assert_close(gradient, expected)
+    assert sums.tolist() == pytest.approx([float(term.detach()) for term in terms[1:4]])
+
+
 @pytest.mark.parametrize("tokens", [CHUNK_TOKENS + more for more in (-1, 0, 1, CHUNK_TOKENS, 300)])
 def test_no_chunk_boundary_shows(tokens: int) -> None:
     assert_like_plain(random_case((tokens - 50, 50)), rtol=1e-5, atol=1e-4)
@@ -310,10 +327,12 @@ def shapes_made(case: dict[str, Tensor], backward: bool = True) -> list[tuple[in
 
 
 def test_the_logits_of_more_than_a_chunk_never_exist() -> None:
+    """Four tensors of a chunk are taken at once, and no more for more tokens."""
     for tokens in (4 * CHUNK_TOKENS, 9 * CHUNK_TOKENS + 5):
         shapes = shapes_made(random_case((tokens, 17)))
-        sizes = [math.prod(shape) for shape in shapes if VOCABULARY in shape]
-        assert max(sizes) == CHUNK_TOKENS * VOCABULARY
+        wide = sorted((shape for shape in shapes if VOCABULARY in shape), key=math.prod)
+        assert wide.pop() == (4, CHUNK_TOKENS, VOCABULARY)
+        assert math.prod(wide.pop()) < CHUNK_TOKENS * VOCABULARY
 
 
 def test_a_frozen_head_costs_no_gradient() -> None:
