@@ -21,19 +21,29 @@ IGNORE_INDEX = -100  # what torch's cross-entropy skips
 CHUNK_TOKENS = 128
 
 
-class LossTerms(NamedTuple):
-    """Sums over the real tokens of a micro-batch, scalars.
-
-    Sums, not means: added over micro-batches and processes and divided once by the tokens of the
-    optimizer step, they weigh every token alike however the step was divided.
+class TokenTerms(NamedTuple):
+    """Sums over some tokens, scalars.
 
     Attributes:
-        loss: the weighted sum of the terms, the only one with a gradient.
+        loss: the weighted sum of the terms.
         cross_entropy: without its weight.
         kl: T² KL without its weight; 0 without a teacher.
         agreement: tokens for which student and teacher have the same likeliest token; 0 without a
             teacher.
-        tokens: all real ones.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+
+class LossTerms(NamedTuple):
+    """`TokenTerms` over the real tokens of a micro-batch, and their number.
+
+    Sums, not means: added over micro-batches and processes and divided once by the tokens of the
+    optimizer step, they weigh every token alike however the step was divided. Only the loss has a
+    gradient.
     """
 
     loss: Tensor
@@ -45,7 +55,7 @@ class LossTerms(NamedTuple):
 
 def token_terms(
     logits: Tensor, teacher_log_probs: Tensor | None, labels: Tensor, objective: Objective
-) -> LossTerms:
+) -> TokenTerms:
     """Return the loss of Gandhi et al. 2023, section 4.1, summed over some tokens.
 
     cross_entropy = sum -log p_S(label)
@@ -60,14 +70,15 @@ def token_terms(
     """
     log_probs = functional.log_softmax(logits, -1)
     cross_entropy = -log_probs.gather(1, labels[:, None]).sum()
-    kl = agreement = torch.zeros_like(cross_entropy)
+    kl = agreement = cross_entropy.new_zeros(())
     if teacher_log_probs is not None:
         log_probs = functional.log_softmax(logits / objective.temperature, -1)
         divergence = teacher_log_probs.exp() * (teacher_log_probs - log_probs)
         kl = objective.temperature**2 * divergence.sum()
-        agreement = (logits.argmax(-1) == teacher_log_probs.argmax(-1)).sum()
+        same = logits.argmax(-1) == teacher_log_probs.argmax(-1)
+        agreement = same.sum().to(kl.dtype)
     loss = objective.cross_entropy_weight * cross_entropy + objective.kl_weight * kl
-    return LossTerms(loss, cross_entropy, kl, agreement, torch.tensor(len(labels)))
+    return TokenTerms(loss, cross_entropy, kl, agreement)
 
 
 def distillation_loss(
@@ -127,7 +138,7 @@ class _LossInChunks(torch.autograd.Function):
         needs_states, needs_head = ctx.needs_input_grad[:2]
         grad_states = torch.zeros_like(states, dtype=exact) if needs_states else None
         grad_head = torch.zeros_like(head, dtype=exact) if needs_head else None
-        sums = torch.zeros(3, dtype=exact, device=head.device)
+        sums = torch.zeros(4, dtype=exact, device=head.device)
         # Allocated once: allocating and freeing for each chunk leaves holes in a CPU's memory.
         size = min(CHUNK_TOKENS, len(labels)), len(head)
         workspace = torch.empty(4, *size, dtype=exact, device=head.device)
@@ -142,13 +153,14 @@ class _LossInChunks(torch.autograd.Function):
             chunk = states[places]
             _multiply(chunk, head.T, out=logits)
             if not (needs_states or needs_head):
-                terms = token_terms(logits, teacher_log_probs, labels[places], objective)
-                sums += torch.stack([terms.cross_entropy, terms.kl, terms.agreement])
+                sums += torch.stack(
+                    token_terms(logits, teacher_log_probs, labels[places], objective)
+                )
                 continue
-            added, gradient = _terms_and_gradient(
+            terms, gradient = _terms_and_gradient(
                 logits, teacher_log_probs, labels[places], objective, buffers
             )
-            sums += added
+            sums += torch.stack(terms)
             gradient = gradient.to(head.dtype)
             if grad_states is not None:
                 grad_states[places] = (gradient @ head).to(exact)
@@ -156,9 +168,8 @@ class _LossInChunks(torch.autograd.Function):
                 _add_product(grad_head, gradient.T, chunk)
         ctx.save_for_backward(grad_states, grad_head)
         ctx.dtypes = student_states.dtype, student_head.dtype
-        cross_entropy, kl, agreement = sums
+        loss, cross_entropy, kl, agreement = sums
         ctx.mark_non_differentiable(cross_entropy, kl, agreement)
-        loss = objective.cross_entropy_weight * cross_entropy + objective.kl_weight * kl
         return loss, cross_entropy, kl, agreement
 
     @staticmethod
@@ -187,8 +198,8 @@ def _terms_and_gradient(
     labels: Tensor,
     objective: Objective,
     buffers: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return what some tokens add to the sums of `token_terms`, and the gradient of their loss.
+) -> tuple[TokenTerms, Tensor]:
+    """Return `token_terms`, and float [C, V]: the gradient of their loss, in one of `buffers`.
 
     By hand and in place: autograd over `token_terms` takes 7 to 25 % longer on a CPU, and twice the
     memory. For one token, with p and q the softmaxes of teacher and student at temperature T,
@@ -202,9 +213,6 @@ def _terms_and_gradient(
         labels: int64 [C].
         objective: weights of the terms, and T.
         buffers: two tensors of the logits' size, overwritten.
-
-    Returns:
-        float [3]: cross-entropy, KL and agreement; float [C, V]: the gradient, in one of `buffers`.
     """
     gradient, log_q = buffers
     temperature = objective.temperature
@@ -213,15 +221,18 @@ def _terms_and_gradient(
     gradient.exp_()
     gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
     gradient *= objective.cross_entropy_weight
+    loss = objective.cross_entropy_weight * cross_entropy
     if teacher_log_probs is None:
-        return torch.stack([cross_entropy, *cross_entropy.new_zeros(2)]), gradient
+        none = cross_entropy.new_zeros(())
+        return TokenTerms(loss, cross_entropy, none, none), gradient
     chosen = teacher_log_probs.gather(1, logits.argmax(-1, keepdim=True))
-    agreement = (chosen == teacher_log_probs.amax(-1, keepdim=True)).sum()  # no second argmax
+    same = chosen == teacher_log_probs.amax(-1, keepdim=True)  # faster than a second argmax
     torch.log_softmax(logits.div_(temperature), -1, out=log_q)
     p = torch.exp(teacher_log_probs, out=logits)
     kl = temperature**2 * teacher_log_probs.sub_(log_q).mul_(p).sum()
     gradient.add_(log_q.exp_().sub_(p), alpha=objective.kl_weight * temperature)
-    return torch.stack([cross_entropy, kl, agreement]), gradient
+    loss = loss + objective.kl_weight * kl
+    return TokenTerms(loss, cross_entropy, kl, same.sum().to(kl.dtype)), gradient
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
