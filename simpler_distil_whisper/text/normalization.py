@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.text.chinese import chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import (
     HAN_AND_KANA,
     OTHER_UNSPACED,
@@ -51,11 +52,11 @@ class TextNormalization(StrictModel):
         "spaces, except apostrophes inside words and decimal signs between digits; 1,000 becomes "
         "1000; invisible characters go.",
     )
-    chinese_script: Literal["simplified", "traditional"] | None = Field(
-        default=None,
-        description="Compare Chinese in one script, converted by OpenCC in all rows but those in "
-        "Japanese and Korean; null converts nothing (right for Hokkien and Cantonese in Han "
-        "characters).",
+    chinese_script: Literal["auto", "simplified", "traditional"] | None = Field(
+        default="auto",
+        description='Compare Chinese in one script, converted by OpenCC. "auto": in Simplified, in '
+        'rows whose language is Chinese, Cantonese or Hokkien. "simplified" and "traditional": in '
+        "all rows but those in Japanese and Korean. null converts nothing.",
     )
     whisper: Literal["auto", "english", "basic"] | None = Field(
         default="auto",
@@ -83,18 +84,16 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
     Our own steps are idempotent. Whisper's English normaliser, kept as published, is not: it turns
     "double oh seven" into "007", and that into "7".
     """
-    # Chinese conversion would change Japanese text: 驚 and 飛 are ordinary characters there.
-    with_own_han = options.chinese_script and make_normalizer(
-        options.model_copy(update={"chinese_script": None})
-    )
+    if options.chinese_script is not None:
+        in_own_script = make_normalizer(options.model_copy(update={"chinese_script": None}))
     own = _own_steps(options)
     english = [*_conversions_alone(options), _whisper_english]
     basic = [*_conversions_alone(options), _whisper_basic]
     fillers = _filler_pattern(options)
 
     def normalize(text: str, language: str | None = None) -> str:
-        if with_own_han and language and code_or_none(language) in ("ja", "ko"):
-            return with_own_han(text, language)
+        if options.chinese_script and not _is_converted(options, language):
+            return in_own_script(text, language)
         steps = own
         if options.whisper == "basic":
             steps = basic
@@ -107,6 +106,12 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
         return text
 
     return normalize
+
+
+def _is_converted(options: TextNormalization, language: str | None) -> bool:
+    if options.chinese_script == "auto":
+        return is_chinese(language)
+    return language is None or code_or_none(language) not in ("ja", "ko")
 
 
 def is_english(language: str | None) -> bool:
@@ -151,7 +156,10 @@ def _conversions_alone(options: TextNormalization) -> list[Step]:
 
 
 def _script_conversion(options: TextNormalization) -> list[Step]:
-    return [_chinese_converter(options.chinese_script)] if options.chinese_script else []
+    if options.chinese_script is None:
+        return []
+    script = "simplified" if options.chinese_script == "auto" else options.chinese_script
+    return [chinese_converter(script)]
 
 
 @functools.cache
@@ -184,8 +192,9 @@ def _filler_pattern(options: TextNormalization) -> re.Pattern[str] | None:
     if not options.fillers:
         return None
     plain = make_normalizer(options.model_copy(update={"fillers": []}))
-    # As they are in normalised English rows, and in others.
-    fillers = {plain(filler, language) for filler in options.fillers for language in (None, "en")}
+    # As they are in normalised rows: in English, in Chinese and in languages left as they are.
+    languages = (None, "en", "zh", "ja")
+    fillers = {plain(filler, language) for filler in options.fillers for language in languages}
     # The longest first: otherwise only the beginning of a longer filler would be removed.
     ordered = sorted(fillers - {""}, key=lambda filler: (-len(filler), filler))
     return re.compile("|".join(map(_whole_words, ordered))) if ordered else None
@@ -195,19 +204,6 @@ def _whole_words(filler: str) -> str:
     before = rf"(?<!{SPACED_CHARACTER})" if re.match(SPACED_CHARACTER, filler) else ""
     after = rf"(?!{SPACED_CHARACTER})" if re.match(SPACED_CHARACTER, filler[-1]) else ""
     return before + re.escape(filler) + after
-
-
-@functools.cache
-def _chinese_converter(script: Literal["simplified", "traditional"]) -> Callable[[str], str]:
-    import opencc  # imported here, because few runs need it
-
-    converter = opencc.OpenCC("t2s" if script == "simplified" else "s2t")
-
-    def convert(text: str) -> str:
-        # Twice, because OpenCC converts 薴 to 苧, and 苧 to 苎.
-        return str(converter.convert(converter.convert(text)))
-
-    return convert
 
 
 class _PunctuationTable(dict[int, str]):

@@ -17,7 +17,7 @@ NORMALIZATIONS = st.builds(
     unicode=st.sampled_from(["NFKC", "NFC", None]),
     lowercase=st.booleans(),
     remove_punctuation=st.booleans(),
-    chinese_script=st.sampled_from([None, "simplified", "traditional"]),
+    chinese_script=st.sampled_from([None, "auto", "simplified", "traditional"]),
     whisper=st.none(),  # its English normaliser is not ours to change
     fillers=st.sampled_from(
         [(), ("um", "嗯"), ("a a", "a"), ("好", "12", "e\u0301"), ("一", "m 嗯"), ("干",)]
@@ -81,7 +81,22 @@ def test_each_step_of_the_normalisation_can_be_left_out() -> None:
     assert make_normalizer(signs)("Ａ，B") == "Ａ B"
 
 
-def test_chinese_is_compared_in_one_script_only_if_asked() -> None:
+@pytest.mark.parametrize("language", ["zh", "Chinese", "zh-TW", "yue", "nan", "hokkien"])
+def test_chinese_is_compared_in_one_script(language: str) -> None:
+    normalize = make_normalizer(TextNormalization())
+    assert normalize("我們在臺灣看著 LINE，頭髮乾淨", language) == normalize(
+        "我们在台湾看着 line 头发干净", language
+    )
+
+
+@pytest.mark.parametrize("language", ["ja", "ko", "en", "de", None])
+def test_no_other_language_is_taken_for_chinese(language: str | None) -> None:
+    assert make_normalizer(TextNormalization())("臺灣の頭髪", language) == "臺灣の頭髪"
+    unconverted = TextNormalization(chinese_script=None)
+    assert make_normalizer(unconverted)("臺灣国语", "zh") == "臺灣国语"
+
+
+def test_chinese_is_converted_in_all_rows_only_if_asked() -> None:
     assert make_normalizer(TextNormalization())("臺灣国语") == "臺灣国语"
     simplified = make_normalizer(TextNormalization(chinese_script="simplified"))
     traditional = make_normalizer(TextNormalization(chinese_script="traditional"))
@@ -135,7 +150,7 @@ def test_numbers_are_compared_as_digits_if_asked() -> None:
     ],
 )
 def test_fillers_are_left_out(fillers: list[str], text: str, normal: str) -> None:
-    assert make_normalizer(TextNormalization(fillers=fillers))(text, "nan") == normal
+    assert make_normalizer(TextNormalization(fillers=fillers))(text) == normal
 
 
 def test_english_rows_are_normalised_by_whisper_and_others_are_not() -> None:
