@@ -1,10 +1,12 @@
 """Distillation runs of tiny models in the tests' own process."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -14,7 +16,7 @@ import run_distillation
 from simpler_distil_whisper.config import load_config
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.pruning import prune_whisper
-from simpler_distil_whisper.model.whisper import load_whisper, save_whisper
+from simpler_distil_whisper.model.whisper import Whisper, load_whisper, save_whisper
 from simpler_distil_whisper.run import Run
 from simpler_distil_whisper.training.dataset import TrainingSteps
 from simpler_distil_whisper.training.trainer import Trainer
@@ -46,12 +48,16 @@ def make_setting(folder: Path, examples: int = 8, **layout: Any) -> Setting:
 
 def prune(teacher: Path, folder: Path) -> Path:
     """Write a student with the teacher's encoder and its last decoder layer."""
-    whisper = load_whisper(read_model_folder(teacher, None, "teacher"))
+    whisper = load_model(teacher)
     layers = whisper.model.config
     model = prune_whisper(whisper.model, range(layers.encoder_layers), [layers.decoder_layers - 1])
     folder.mkdir()
     save_whisper(model, whisper.processor_folder, folder)
     return folder
+
+
+def load_model(folder: Path) -> Whisper:
+    return load_whisper(read_model_folder(folder, None, "model"))
 
 
 def write_config(output: Path, setting: Setting, **changes: Any) -> Path:
@@ -119,6 +125,15 @@ def distil(path: Path) -> Path:
     return run.folder
 
 
+def adding_spaces(setting: Setting, folder: Path) -> Setting:
+    """The setting with a student whose tokenizer begins every text with a space."""
+    student = shutil.copytree(setting.student, folder / "adding_spaces")
+    path = student / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "add_prefix_space": True}), encoding="utf-8")
+    return setting._replace(student=student)
+
+
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -131,3 +146,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 def logged(folder: Path, name: str) -> list[Any]:
     """The values of one name in metrics.jsonl, in order."""
     return [row[name] for row in read_rows(folder / "metrics.jsonl") if name in row]
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -1,10 +1,9 @@
-"""Each check of a run's beginning: silent where all is well, heard where one thing is wrong."""
+"""The checks of a run's beginning: silent where all is well, clear where one thing is wrong."""
 
 import json
 import math
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -16,32 +15,26 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import RunScript
-from distilling import Assembled, Setting, assemble, distil, make_setting, write_config
+from distilling import (
+    Assembled,
+    Setting,
+    adding_spaces,
+    assemble,
+    distil,
+    make_setting,
+    warnings_in,
+    write_config,
+)
 from tiny import read_rows, write_rows, write_tone
 
 import run_distillation
 from simpler_distil_whisper import run
 from simpler_distil_whisper.config import ConfigError, load_config
-from simpler_distil_whisper.data.manifest import Manifest, read_manifest
-from simpler_distil_whisper.run import DataError, Interrupted, Run
-from simpler_distil_whisper.training import learning_rate_test, preflight
-from simpler_distil_whisper.training.data_checks import (
-    check_hours,
-    check_labels,
-    check_references,
-    check_shared_audio,
-)
+from simpler_distil_whisper.run import Interrupted
+from simpler_distil_whisper.training import preflight
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
-from simpler_distil_whisper.training.filters import Selection
-from simpler_distil_whisper.training.learning_rate_test import (
-    RATES,
-    ShortRun,
-    ShortRuns,
-    range_test,
-    suggested,
-)
+from simpler_distil_whisper.training.learning_rate_test import ShortRuns
 from simpler_distil_whisper.training.models import Teacher
-from simpler_distil_whisper.training.options import TrainingColumns
 from simpler_distil_whisper.training.preflight import (
     agreement_of_unpruned,
     check_agreement,
@@ -49,9 +42,6 @@ from simpler_distil_whisper.training.preflight import (
     check_learning_rate,
     check_thoroughly,
 )
-from simpler_distil_whisper.training.tokens import Example
-
-SIGNS = {"average_log_probability": -0.1, "compression_ratio": 1.1}
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +60,8 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(folder / "dev.jsonl", rows)
 
 
-def read(path: Path, **columns: str) -> Manifest:
-    return read_manifest(path, TrainingColumns(**columns))
-
-
 def first_batch(steps: TrainingSteps) -> TrainingBatch:
     return next(steps.since(0))[0]
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
 # Teacher and student, unpruned
@@ -154,183 +136,6 @@ def test_the_student_itself_does_not_say_what_the_teacher_says(
     assert agreement_of_unpruned(trainer.models, batch).kl < 1e-6
 
 
-# Labels
-
-
-def examples_of(
-    folder: Path, rows: list[dict[str, Any]], setting: Setting, **data: Any
-) -> tuple[Assembled, list[Example]]:
-    """The examples of some rows on the setting's first clip."""
-    audio = str(setting.train.parent / "0.wav")
-    common = {"audio": audio, "language": "en"}
-    train = write_rows(folder / "rows.jsonl", [common | row for row in rows])
-    changes = {f"data__{name}": value for name, value in data.items()}
-    assembled = assemble(write_config(folder / "run", setting._replace(train=train), **changes))
-    return assembled, assembled.prepared.selection.examples
-
-
-def adding_spaces(setting: Setting, folder: Path) -> Setting:
-    """The setting with a student whose tokenizer begins every text with a space."""
-    student = shutil.copytree(setting.student, folder / "adding_spaces")
-    path = student / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "add_prefix_space": True}), encoding="utf-8")
-    return setting._replace(student=student)
-
-
-TIMED = {
-    "text": "Ab Cd. 好的",
-    "segments": [
-        {"start_seconds": 0.0, "end_seconds": 0.2, "text": "Ab Cd."},
-        {"start_seconds": 0.2, "end_seconds": None, "text": "好的"},
-    ],
-}
-
-
-def test_labels_that_come_back_are_left_in_peace(
-    tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
-) -> None:
-    long_past = {"text": "x", "previous_text": "語" * 400}  # 3 tokens each: cut within a character
-    rows = [{"text": "  Two  spaces \n"}, TIMED, TIMED | {"previous_text": "Before."}, long_past]
-    options = {"timestamp_probability": 0.5, "previous_text_probability": 0.5}
-    (trainer, _, steps, _), examples = examples_of(tmp_path, rows, setting, **options)
-    assert check_labels(examples, steps.visit_tokens.data, trainer.models.student) == 0
-    assert not warnings_in(caplog)
-
-
-@pytest.mark.parametrize(
-    ("row", "options"),
-    [
-        ({"text": "ab"}, {}),
-        ({"text": " ab", "previous_text": "Before."}, {"previous_text_probability": 0.1}),
-    ],
-)
-def test_text_that_its_tokens_do_not_give_back(
-    tmp_path: Path,
-    setting: Setting,
-    caplog: pytest.LogCaptureFixture,
-    row: dict[str, Any],
-    options: dict[str, float],
-) -> None:
-    rows = [{"text": " ab", "previous_text": " Before."}] * 9 + [row]
-    spaced = adding_spaces(setting, tmp_path)
-    data = {"max_bad_fraction": 0.1, **options}
-    (trainer, _, steps, _), examples = examples_of(tmp_path, rows, spaced, **data)
-    section = steps.visit_tokens.data
-    assert check_labels(examples, section, trainer.models.student) == 1
-    text = "Before." if options else "ab"
-    [warning] = warnings_in(caplog)
-    assert f'rows.jsonl:10: "{text}"' in warning.replace("previous text ", "")
-    assert f'comes back as " {text}"' in warning
-    with pytest.raises(DataError, match="1 of 10 rows"):
-        strict = section.model_copy(update={"max_bad_fraction": 0.05})
-        check_labels(examples, strict, trainer.models.student)
-
-
-def test_a_million_labels_are_not_all_read(
-    tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer, _, steps, prepared = assemble(write_config(tmp_path / "run", setting))
-    with caplog.at_level("INFO"):
-        examples = prepared.selection.examples * 1000
-        check_labels(examples, steps.visit_tokens.data, trainer.models.student)
-    assert "200 labels, those looked at, survive" in caplog.text
-
-
-# Dev
-
-
-@pytest.mark.parametrize(
-    ("row", "columns", "fault"),
-    [
-        ({}, {}, False),
-        (SIGNS, {}, True),
-        (SIGNS | {"origin_text": "said"}, {}, False),
-        (SIGNS | {"origin_text": None}, {}, False),
-        (SIGNS | {"said": "said"}, {}, True),
-        (SIGNS | {"said": "said"}, {"reference": "said"}, False),
-        (SIGNS | {"origin_text": "said"}, {"reference": "text"}, True),
-    ],
-)
-def test_a_dev_row_without_a_reference_of_its_own(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    row: dict[str, Any],
-    columns: dict[str, str],
-    fault: bool,
-) -> None:
-    write_tone(tmp_path / "a.wav")
-    good = {"audio": "a.wav", "text": "a"}
-    path = write_rows(tmp_path / "dev.jsonl", [good, good | row])
-    manifest = read(path, **columns)
-    assert check_references(manifest, TrainingColumns(**columns)) == int(fault)
-    assert [f"{path}:2" in text for text in warnings_in(caplog)] == [True] * fault
-
-
-def shared(tmp_path: Path, setting: Setting, train: dict[str, Any], dev: dict[str, Any]) -> int:
-    """Return how many of the training rows, one of them as given, are heard in dev."""
-    folder = setting.train.parent
-    rows = [{"audio": str(folder / "1.wav")}, {"audio": str(folder / "2.wav")} | train]
-    _, examples = examples_of(tmp_path, [{"text": "a"} | row for row in rows], setting)
-    path = write_rows(tmp_path / "dev.jsonl", [{"audio": str(folder / "3.wav")}, dev])
-    return check_shared_audio(examples, read(path))
-
-
-def test_audio_in_train_and_dev(
-    tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
-) -> None:
-    clip, other = (setting.train.parent / name for name in ("2.wav", "7.wav"))
-    assert clip.stat().st_size == other.stat().st_size  # the same length, not the same sound
-    link, copy = tmp_path / "link.wav", tmp_path / "copy.wav"
-    link.symlink_to(clip)
-    shutil.copy(clip, copy)
-    begin = {"duration_seconds": 0.4}
-    rest = {"start_seconds": 0.4, "duration_seconds": 0.4}
-    across = {"start_seconds": 0.2, "duration_seconds": 0.4}
-    for train, dev, expected in [
-        ({}, {"audio": str(other)}, 0),
-        ({}, {"audio": str(clip)}, 1),
-        ({}, {"audio": str(link)}, 1),
-        ({}, {"audio": str(copy)}, 1),
-        (begin, {"audio": str(clip)} | rest, 0),
-        (begin, {"audio": str(clip)} | across, 1),
-        (begin, {"audio": str(copy)} | rest, 0),
-        (begin, {"audio": str(copy)} | across, 1),
-        (rest, {"audio": str(clip)}, 1),
-    ]:
-        caplog.clear()
-        assert shared(tmp_path, setting, train, dev) == expected, (train, dev)
-        heard = [
-            text for text in warnings_in(caplog) if "share audio with data.dev_manifest" in text
-        ]
-        assert len(heard) == expected
-        for text in heard:
-            assert f"{tmp_path}/rows.jsonl:2 and {tmp_path}/dev.jsonl:2" in text
-
-
-def test_files_as_large_as_a_dev_file_are_read_only_so_far(
-    tmp_path: Path,
-    setting: Setting,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    copy = tmp_path / "copy.wav"
-    shutil.copy(setting.train.parent / "2.wav", copy)
-    monkeypatch.setattr("simpler_distil_whisper.training.data_checks.BYTES_COMPARED", 1000)
-    with caplog.at_level("INFO"):
-        assert shared(tmp_path, setting, {}, {"audio": str(copy)}) == 0
-    assert "0 of 1 files as large as a dev file were compared" in caplog.text
-
-
-# Hours
-
-
-@pytest.mark.parametrize(("hours", "warned"), [(24.9, True), (25.0, False), (250.0, False)])
-def test_little_audio(hours: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
-    assert check_hours(Selection([], [], {"kept": {"rows": 1, "hours": hours}})) == hours
-    assert ["30 % from 25" in text for text in warnings_in(caplog)] == [True] * warned
-
-
 # The learning rate
 
 
@@ -348,62 +153,6 @@ def test_a_learning_rate_that_raises_the_loss(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not trainer.optimizer.state
     assert trainer.state.step == 0
-
-
-def test_the_lowest_loss_is_suggested() -> None:
-    worst = ShortRun(1e-5, [2.0, 2.0, 1.9])
-    good = ShortRun(1e-3, [2.0, 1.5, 1.0])
-    lucky = ShortRun(1e-4, [2.0, 0.1, 1.8])
-    broken = ShortRun(1e-2, [2.0, math.nan, math.nan])
-    assert broken.reached == math.inf
-    assert ShortRun(1.0, [9.0, 3.0, 2.0, 1.0]).reached == 1.0
-    assert ShortRun(1.0, [9.0] * 4 + [2.0, 4.0]).reached == 3.0
-    assert suggested([worst, lucky, good, broken]) == 1e-3
-    assert suggested([worst, broken]) is None
-
-
-@pytest.mark.parametrize(
-    ("configured", "rates"),
-    [(1e-6, (1e-5, 1e-3, 1.0)), pytest.param(3e-3, RATES, marks=pytest.mark.slow)],
-)
-def test_the_range_test_finds_what_learns(
-    tmp_path: Path,
-    setting: Setting,
-    configured: float,
-    rates: tuple[float, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(learning_rate_test, "RATES", rates)
-    path = write_config(
-        tmp_path / "run", setting, optimizer__learning_rate=configured, schedule__max_steps=40
-    )
-    trainer, _, steps, _ = assemble(path)
-    picture = tmp_path / "somewhere" / "curve.png"
-    suggestion = range_test(ShortRuns(trainer), steps, configured, 60.0, picture)
-    assert suggestion is not None
-    assert 3e-4 <= suggestion <= 1e-2
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    numbers = json.loads(picture.with_suffix(".json").read_text())
-    assert numbers["suggested"] == suggestion
-    reached = {run["learning_rate"]: run["loss"] for run in numbers["runs"]}
-    assert configured in reached
-    assert min(reached, key=lambda rate: reached[rate]) == suggestion
-    assert {len(run["losses"]) for run in numbers["runs"]} == {10}
-    assert len({run["losses"][0] for run in numbers["runs"]}) == 1  # the same start and batch
-    far_off = [text for text in warnings_in(caplog) if "optimizer.learning_rate is 1e-06" in text]
-    assert len(far_off) == (configured == 1e-6)
-
-
-def test_the_range_test_of_an_earlier_config_stands_in_no_ones_way(
-    tmp_path: Path, setting: Setting
-) -> None:
-    for wanted in (False, True):
-        changed = {"check": {"learning_rate_range_test": wanted}}
-        path = write_config(tmp_path / "run", setting, **changed)
-        run = Run("run_distillation", path, load_config(path, run_distillation.Config))
-        (run.folder / "checkpoints").mkdir(exist_ok=True)
-    assert run.resumed
 
 
 # All of it

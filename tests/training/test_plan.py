@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from simpler_distil_whisper.training.plan import MicroBatches, TrainingPlan, Visit
 
 
-def plan_of(
+def make_plan(
     lengths: Sequence[int],
     size: int,
     bucketing: bool,
@@ -33,7 +33,7 @@ def examples_in(plan: TrainingPlan, step: int) -> list[int]:
 
 
 PLAN = st.builds(
-    plan_of,
+    make_plan,
     st.lists(st.integers(1, 50), min_size=1, max_size=40),
     st.integers(1, 12),
     st.booleans(),
@@ -45,12 +45,12 @@ PLAN = st.builds(
 
 
 def test_the_order_is_what_it_has_always_been() -> None:
-    plan = plan_of([5, 1, 9, 3, 7, 2, 8, 4, 6, 10], 2, True, 3)
+    plan = make_plan([5, 1, 9, 3, 7, 2, 8, 4, 6, 10], 2, True, 3)
     assert [examples_in(plan, step) for step in range(10)] == [
         *([6, 9], [0, 2], [1, 4], [5, 7], [3, 8]),
         *([3, 8], [7, 9], [4, 6], [1, 2], [5, 0]),
     ]
-    plan = plan_of(range(40), 2, True, 3)
+    plan = make_plan(range(40), 2, True, 3)
     assert [examples_in(plan, step) for step in range(10)] == [
         *([11, 12], [32, 33], [2, 3], [17, 20], [23, 30]),
         *([29, 35], [0, 4], [25, 28], [38, 39], [21, 22]),
@@ -75,7 +75,7 @@ def test_every_example_comes_once_per_epoch(plan: TrainingPlan, epochs: int) -> 
 @given(st.integers(1, 30), st.integers(1, 10), st.integers(0, 3))
 @settings(deadline=None)
 def test_no_example_comes_again_before_all_have_come(count: int, size: int, seed: int) -> None:
-    plan = plan_of([1] * count, size, False, seed)
+    plan = make_plan([1] * count, size, False, seed)
     seen: Counter[int] = Counter()
     for step in range(3 * count // size + 1):
         seen.update(examples_in(plan, step))
@@ -87,7 +87,7 @@ def test_no_example_comes_again_before_all_have_come(count: int, size: int, seed
 @settings(deadline=None, max_examples=50)
 def test_a_resumed_run_sees_the_tail_of_the_whole_run(plan: TrainingPlan, start: int) -> None:
     whole = [plan.step(step) for step in range(15)]
-    again = plan_of(plan.length.args[0], plan.step_size, plan.pool_steps > 1, plan.seed)
+    again = make_plan(plan.length.args[0], plan.step_size, plan.pool_steps > 1, plan.seed)
     assert [again.step(step) for step in range(start, 15)] == whole[start:]
     # Nor does it matter what was asked before.
     assert [plan.step(step) for step in reversed(range(15))] == whole[::-1]
@@ -103,7 +103,7 @@ def test_a_step_holds_the_same_examples_however_it_is_shared(
     bucketing: bool, size: int, processes: int, accumulation: int
 ) -> None:
     lengths = np.random.default_rng(0).integers(1, 90, 100).tolist()
-    plan = plan_of(lengths, 12, bucketing, 5)
+    plan = make_plan(lengths, 12, bucketing, 5)
     steps = range(3, 20)
     lazy = [MicroBatches(plan, steps, size, rank, processes) for rank in range(processes)]
     shares = [list(share) for share in lazy]
@@ -124,14 +124,14 @@ def padding_share(plan: TrainingPlan, steps: int) -> float:
 
 def test_bucketing_puts_similar_lengths_together() -> None:
     lengths = np.random.default_rng(0).lognormal(2.5, 0.6, 3000).astype(int) + 1
-    shares = [padding_share(plan_of(lengths, 16, b, 0), 180) for b in (False, True)]
+    shares = [padding_share(make_plan(lengths, 16, b, 0), 180) for b in (False, True)]
     assert shares[0] > 0.4
     assert shares[1] < 0.15
 
 
 def test_bucketed_steps_do_not_come_sorted_and_their_neighbours_change() -> None:
     lengths = np.random.default_rng(0).integers(1, 400, 640)
-    plan = plan_of(lengths, 16, True, 0)
+    plan = make_plan(lengths, 16, True, 0)
     means = [lengths[examples_in(plan, step)].mean() for step in range(40)]
     rising = sum(a < b for a, b in zip(means, means[1:], strict=False))
     assert 10 < rising < 30
@@ -150,7 +150,7 @@ def test_bucketed_steps_do_not_come_sorted_and_their_neighbours_change() -> None
 @pytest.mark.parametrize("bucketing", [False, True])
 def test_seeds_and_epochs_differ(bucketing: bool) -> None:
     lengths = np.random.default_rng(0).integers(1, 50, 64)
-    first, same, other = (plan_of(lengths, 8, bucketing, seed) for seed in (0, 0, 1))
+    first, same, other = (make_plan(lengths, 8, bucketing, seed) for seed in (0, 0, 1))
     orders = [[examples_in(plan, step) for step in range(8)] for plan in (first, same, other)]
     assert orders[0] == orders[1] != orders[2]
     assert orders[0] != [examples_in(first, step) for step in range(8, 16)]
@@ -172,7 +172,7 @@ def uses_in_epochs(plan: TrainingPlan, bounds: list[int]) -> list[Counter[int]]:
 
 def test_an_epoch_uses_the_rows_of_a_manifest_as_often_as_its_weight_says() -> None:
     weights = [1.0] * 5 + [2.0] * 3 + [0.5] * 4
-    plan = plan_of([1] * 12, 1, False, 0, weights)
+    plan = make_plan([1] * 12, 1, False, 0, weights)
     epochs = uses_in_epochs(plan, [0, 13, 26, 39, 52])
     for epoch in epochs:
         assert all(epoch[example] == 1 for example in range(5))
@@ -183,7 +183,7 @@ def test_an_epoch_uses_the_rows_of_a_manifest_as_often_as_its_weight_says() -> N
 
 
 def test_rows_of_half_weight_do_not_always_come_together() -> None:
-    plan = plan_of([1] * 40, 1, False, 0, [0.5] * 40)
+    plan = make_plan([1] * 40, 1, False, 0, [0.5] * 40)
     halves = {frozenset(epoch) for epoch in uses_in_epochs(plan, list(range(0, 401, 20)))}
     assert len(halves) == 20
 
@@ -197,7 +197,7 @@ def test_rows_of_half_weight_do_not_always_come_together() -> None:
 def test_in_the_long_run_every_row_is_used_in_proportion_to_its_weight(
     weights: list[float], size: int, seed: int
 ) -> None:
-    plan = plan_of([1] * len(weights), size, False, seed, weights)
+    plan = make_plan([1] * len(weights), size, False, seed, weights)
     steps = round(20 * sum(weights)) // size + 1
     visits = [visit for step in range(steps) for visit in plan.step(step)]
     assert [visit.position for visit in visits] == list(range(len(visits)))
@@ -214,6 +214,6 @@ def test_in_the_long_run_every_row_is_used_in_proportion_to_its_weight(
 
 
 def test_epochs_are_as_long_as_the_weights_say() -> None:
-    bucketed = plan_of(range(64), 4, True, 0, [2.0] * 64)
+    bucketed = make_plan(range(64), 4, True, 0, [2.0] * 64)
     assert bucketed.pool_steps == 8
-    assert plan_of(range(64), 4, True, 0).pool_steps == 4
+    assert make_plan(range(64), 4, True, 0).pool_steps == 4

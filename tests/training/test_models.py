@@ -1,36 +1,29 @@
-"""The parts of the training loop: both models together, optimizer, schedule, checkpoints, log."""
+"""Teacher and student together: the loss, the shared encoder, what is trained and what is not."""
 
 import json
-import math
-import resource
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from distilling import prune
-from tiny import make_model_folder, read_rows
+from distilling import load_model, prune
+from tiny import make_model_folder
 from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.weights import encoders_are_equal, output_head
-from simpler_distil_whisper.model.whisper import Whisper, load_whisper
-from simpler_distil_whisper.run import DataError
-from simpler_distil_whisper.training.checkpoints import Checkpoints, TrainerState
+from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.training.dataset import TrainingBatch
-from simpler_distil_whisper.training.log import MetricsLog, draw_curves
 from simpler_distil_whisper.training.models import (
     StudentWithLoss,
     Teacher,
     TeacherAndStudent,
     freeze,
 )
-from simpler_distil_whisper.training.optimizer import learning_rate_factor, parameter_groups
-from simpler_distil_whisper.training.options import Freeze, Objective, Schedule, TeacherOptions
+from simpler_distil_whisper.training.options import Freeze, Objective, TeacherOptions
 
 Model = WhisperForConditionalGeneration
 OBJECTIVE = Objective(cross_entropy_weight=1.0, kl_weight=1.0, temperature=2.0)
@@ -56,10 +49,6 @@ def make_teacher(folder: Path, shared_encoder: bool = False) -> Teacher:
     return Teacher(facts, options, Accelerator(cpu=True), shared_encoder)
 
 
-def load(folder: Path) -> Whisper:
-    return load_whisper(read_model_folder(folder, None, "model"))
-
-
 @pytest.fixture
 def teacher(folders: tuple[Path, Path]) -> Teacher:
     return make_teacher(folders[0])
@@ -68,7 +57,7 @@ def teacher(folders: tuple[Path, Path]) -> Teacher:
 @pytest.fixture
 def whisper(folders: tuple[Path, Path]) -> Whisper:
     """The student as a whole."""
-    return load(folders[1])
+    return load_model(folders[1])
 
 
 @pytest.fixture
@@ -89,29 +78,7 @@ def random_batch(seed: int = 0) -> TrainingBatch:
     return TrainingBatch(features, inputs, labels, 1.0, [])
 
 
-# Parameters
-
-
-def test_biases_and_norms_do_not_decay_and_everything_else_does(student: Model) -> None:
-    decayed, free = parameter_groups(student, 0.1)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
-    for parameter in free["params"]:
-        assert names[id(parameter)].endswith("bias") or "layer_norm" in names[id(parameter)]
-    for parameter in decayed["params"]:
-        assert names[id(parameter)].endswith("weight")
-        assert "layer_norm" not in names[id(parameter)]
-
-
-def test_every_trained_tensor_is_optimized_exactly_once(student: Model) -> None:
-    freeze(student, Freeze(encoder=False, decoder=False, embed_positions=False))
-    listed = [p for group in parameter_groups(student, 0.1) for p in group["params"]]
-    assert len(listed) == len({id(p) for p in listed})
-    assert sum(p is student.proj_out.weight for p in listed) == 1  # tied to the token embedding
-    assert student.proj_out.weight is student.model.decoder.embed_tokens.weight
-    fixed = "model.encoder.embed_positions.weight"
-    trained = {id(p) for name, p in student.named_parameters() if name != fixed}
-    assert {id(p) for p in listed} == trained
+# Freezing
 
 
 @pytest.mark.parametrize("encoder", [True, False])
@@ -134,36 +101,7 @@ def test_freezing(student: Model, encoder: bool, decoder: bool, positions: bool)
     assert student.proj_out.weight.requires_grad is not decoder
 
 
-# Learning rate
-
-
-def schedule(kind: Any, warmup_steps: int) -> Schedule:
-    return Schedule(kind=kind, warmup_steps=warmup_steps)
-
-
-@pytest.mark.parametrize(
-    ("kind", "factors"),
-    [
-        ("linear", [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]),
-        ("cosine", [0.25, 0.5, 0.75, 1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]),
-        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]),
-    ],
-)
-def test_learning_rate_by_hand(kind: str, factors: list[float]) -> None:
-    """Three steps of warm-up in a run of seven."""
-    found = [learning_rate_factor(schedule(kind, 3), step, 7) for step in range(7)]
-    assert found == pytest.approx(factors)
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_learning_rate_without_warm_up_starts_at_the_top(kind: str) -> None:
-    assert learning_rate_factor(schedule(kind, 0), 0, 10) == 1.0
-    assert all(learning_rate_factor(schedule(kind, 0), step, 10) > 0 for step in range(10))
-    end = learning_rate_factor(schedule(kind, 0), 10, 10)
-    assert end == pytest.approx(1.0 if kind == "constant" else 0.0)
-
-
-# Two models
+# Equal encoders, and the head
 
 
 def test_encoders_are_equal_only_if_every_weight_is(
@@ -221,6 +159,9 @@ def test_the_head_is_read_without_the_model(
     assert torch.equal(head, again.model.decoder.embed_tokens.weight) is tied
 
 
+# The loss of both
+
+
 def test_loss_is_that_of_both_models_alone(
     folders: tuple[Path, Path], teacher: Teacher, whisper: Whisper
 ) -> None:
@@ -228,7 +169,9 @@ def test_loss_is_that_of_both_models_alone(
     batch = random_batch()
     terms = together(teacher, whisper).loss_terms(batch)
     ours, theirs = (
-        load(folder).model(batch.input_features, decoder_input_ids=batch.decoder_input_ids).logits
+        load_model(folder)
+        .model(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
+        .logits
         for folder in reversed(folders)
     )
     cross_entropy = nn.functional.cross_entropy(
@@ -246,7 +189,7 @@ def test_loss_is_that_of_both_models_alone(
 def test_the_student_of_all_layers_agrees_with_its_teacher(
     folders: tuple[Path, Path], teacher: Teacher
 ) -> None:
-    terms = together(teacher, load(folders[0])).loss_terms(random_batch())
+    terms = together(teacher, load_model(folders[0])).loss_terms(random_batch())
     assert float(terms.kl.detach()) == pytest.approx(0.0, abs=1e-4)
     assert int(terms.agreement) == int(terms.tokens)
 
@@ -254,7 +197,7 @@ def test_the_student_of_all_layers_agrees_with_its_teacher(
 def test_a_shared_encoder_changes_neither_loss_nor_gradient(folders: tuple[Path, Path]) -> None:
     results = []
     for shared in (True, False):
-        whisper = load(folders[1])
+        whisper = load_model(folders[1])
         freeze(whisper.model, Freeze(encoder=True, decoder=False, embed_positions=False))
         models = together(make_teacher(folders[0], shared), whisper)
         models.module.train()
@@ -347,160 +290,3 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
     assert {name.split(".")[0] for name in module.state_dict()} == {"student"}
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert not teacher.model.training
-
-
-# Checkpoints
-
-
-@pytest.fixture
-def accelerator() -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
-
-
-def trained_line(accelerator: Accelerator) -> tuple[nn.Linear, torch.optim.AdamW]:
-    torch.manual_seed(0)
-    return accelerator.prepare(line := nn.Linear(3, 3), torch.optim.AdamW(line.parameters()))
-
-
-def do_step(line: nn.Linear, optimizer: torch.optim.AdamW) -> None:
-    line(torch.rand(2, 3)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def test_a_restored_checkpoint_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, accelerator: Accelerator
-) -> None:
-    line, optimizer = trained_line(accelerator)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, accelerator)
-    assert checkpoints.restore_last() is None
-    do_step(line, optimizer)
-    checkpoints.save(TrainerState(1, 0.5, 0.25))
-    do_step(line, optimizer)
-    expected = line.weight.detach().clone()
-    torch.rand(7)
-    assert checkpoints.restore_last() == TrainerState(1, 0.5, 0.25)
-    do_step(line, optimizer)  # the same random input again: random states are in the checkpoint
-    assert torch.equal(line.weight, expected)
-
-
-def test_the_newest_checkpoints_are_kept(tmp_path: Path, accelerator: Accelerator) -> None:
-    trained_line(accelerator)
-    checkpoints = Checkpoints(tmp_path, 2, accelerator)
-    for step in (9, 10, 100, 1000):
-        checkpoints.save(TrainerState(step))
-        checkpoints.save(TrainerState(step))  # again, as a run that was set back does
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
-    assert checkpoints.restore_last() == TrainerState(1000)
-
-
-def test_a_save_that_was_killed_leaves_the_last_checkpoint(
-    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line, optimizer = trained_line(accelerator)
-    checkpoints = Checkpoints(tmp_path, 1, accelerator)
-    checkpoints.save(TrainerState(1))
-    saved = line.weight.detach().clone()
-    do_step(line, optimizer)
-    whole_save = accelerator.save_state
-
-    def killed(folder: str) -> None:
-        whole_save(folder)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(accelerator, "save_state", killed)
-        checkpoints.save(TrainerState(2))
-    assert checkpoints.restore_last() == TrainerState(1)
-    assert torch.equal(line.weight, saved)
-    checkpoints.save(TrainerState(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_whole(
-    tmp_path: Path, accelerator: Accelerator
-) -> None:
-    """Stood in for by the largest file that this process may write."""
-    line, optimizer = trained_line(accelerator)
-    checkpoints = Checkpoints(tmp_path, 1, accelerator)
-    do_step(line, optimizer)
-    checkpoints.save(TrainerState(1))
-    saved = line.weight.detach().clone()
-    do_step(line, optimizer)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(DataError, match="cannot be written.*checkpoints before it are whole"):
-            checkpoints.save(TrainerState(2))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert checkpoints.restore_last() == TrainerState(1)
-    assert torch.equal(line.weight, saved)
-
-
-# The log
-
-
-def test_the_log_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
-    for step in range(1, 6):
-        log.log(step, {"train/loss": step / 2, "validation/error_rate": None})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "train/lo')  # a kill tears the last line
-    log = MetricsLog(tmp_path, 3, tensorboard=False, enabled=True)
-    log.log(4, {"train/loss": 7.0})
-    rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert rows[-1] == {"step": 4, "train/loss": 7.0}
-    assert rows[0]["validation/error_rate"] is None
-
-
-def test_a_run_without_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
-    for _ in range(2):
-        log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
-        log.log(0, {"validation/teacher/error_rate": 0.5})
-    assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
-
-
-def test_the_log_stays_json_where_a_number_is_not_finite(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
-    log.log(1, {"train/grad_norm": float("inf"), "train/kl": float("nan"), "train/loss": 1.0})
-    [row] = read_rows(tmp_path / "metrics.jsonl")
-    assert row == {"step": 1, "train/grad_norm": None, "train/kl": None, "train/loss": 1.0}
-
-
-def test_other_processes_write_no_log(tmp_path: Path) -> None:
-    MetricsLog(tmp_path, 0, tensorboard=True, enabled=False).log(1, {"train/loss": 1.0})
-    assert not list(tmp_path.iterdir())
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = MetricsLog(tmp_path, 0, tensorboard=True, enabled=True)
-    log.log(1, {"train/loss": 0.5, "validation/error_rate": None})
-    log.log(2, {"train/loss": 0.25})
-    events = EventAccumulator(str(tmp_path / "logs")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == {
-        "step": 2,
-        "train/loss": 0.25,
-    }
-    assert math.isclose(len(events.Tags()["scalars"]), 1)
-
-
-def test_the_curves_are_drawn_from_whatever_is_there(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
-    picture = tmp_path / "training_curves.png"
-    log.log(0, {"validation/teacher/error_rate": 0.1})
-    draw_curves(tmp_path / "metrics.jsonl", picture)
-    first = picture.read_bytes()
-    assert first.startswith(b"\x89PNG")
-    for step in range(1, 80):
-        log.log(step, {"train/kl": 2 / step, "train/cross_entropy": None, "train/agreement": 0.5})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 80, "train/lo')  # a kill tears the last line
-    draw_curves(tmp_path / "metrics.jsonl", picture)
-    assert picture.read_bytes() != first

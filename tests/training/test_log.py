@@ -1,0 +1,72 @@
+"""metrics.jsonl, TensorBoard and the curves: one row a step, whatever ends the run."""
+
+import json
+import math
+from pathlib import Path
+
+from tiny import read_rows
+
+from simpler_distil_whisper.training.log import MetricsLog, draw_curves
+
+
+def test_the_log_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
+    for step in range(1, 6):
+        log.log(step, {"train/loss": step / 2, "validation/error_rate": None})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')  # a kill tears the last line
+    log = MetricsLog(tmp_path, 3, tensorboard=False, enabled=True)
+    log.log(4, {"train/loss": 7.0})
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1] == {"step": 4, "train/loss": 7.0}
+    assert rows[0]["validation/error_rate"] is None
+
+
+def test_a_run_without_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
+        log.log(0, {"validation/teacher/error_rate": 0.5})
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_the_log_stays_json_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
+    log.log(1, {"train/grad_norm": float("inf"), "train/kl": float("nan"), "train/loss": 1.0})
+    [row] = read_rows(tmp_path / "metrics.jsonl")
+    assert row == {"step": 1, "train/grad_norm": None, "train/kl": None, "train/loss": 1.0}
+
+
+def test_other_processes_write_no_log(tmp_path: Path) -> None:
+    MetricsLog(tmp_path, 0, tensorboard=True, enabled=False).log(1, {"train/loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0, tensorboard=True, enabled=True)
+    log.log(1, {"train/loss": 0.5, "validation/error_rate": None})
+    log.log(2, {"train/loss": 0.25})
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == {
+        "step": 2,
+        "train/loss": 0.25,
+    }
+    assert math.isclose(len(events.Tags()["scalars"]), 1)
+
+
+def test_the_curves_are_drawn_from_whatever_is_there(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
+    picture = tmp_path / "training_curves.png"
+    log.log(0, {"validation/teacher/error_rate": 0.1})
+    draw_curves(tmp_path / "metrics.jsonl", picture)
+    first = picture.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    for step in range(1, 80):
+        log.log(step, {"train/kl": 2 / step, "train/cross_entropy": None, "train/agreement": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 80, "train/lo')  # a kill tears the last line
+    draw_curves(tmp_path / "metrics.jsonl", picture)
+    assert picture.read_bytes() != first
