@@ -10,7 +10,7 @@ many to a row as fit into the model's window.
 
 import sys
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import ConfigError, RunOptions
 from simpler_distil_whisper.data.manifest import Manifest, read_manifest
@@ -28,6 +28,7 @@ from simpler_distil_whisper.labels.rows import (
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions, DecodingOptions, ModelOptions
 from simpler_distil_whisper.run import Run, log, run_script
+from simpler_distil_whisper.text.chinese import Script
 
 
 class Config(RunOptions):
@@ -38,6 +39,9 @@ class Config(RunOptions):
     decoding: DecodingOptions = DecodingOptions()
     metric: Metric = Metric()
     output_columns: OutputColumns = OutputColumns()
+    output_script: Script | None = Field(
+        None, description="In which the labels of Chinese rows are written; null: as decoded."
+    )
     quality: QualityOptions = QualityOptions()
     pack: PackOptions = PackOptions()
     teacher_cache: CacheOptions = CacheOptions()
@@ -66,7 +70,9 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
         max_utterances=data.max_utterances,
         languages=folder.row_languages,
         new_fields=config.output_columns.new_fields(
-            data.columns.text, with_segments=config.decoding.with_segments
+            data.columns.text,
+            with_segments=config.decoding.with_segments,
+            with_unconverted=config.output_script is not None,
         ),
     )
     return folder, manifest.check(data.max_bad_fraction)
@@ -91,17 +97,19 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
     )
     scorer = Scorer(config.metric)
     columns = LabelColumns.from_config(
-        config.data.columns, config.output_columns, with_segments=config.decoding.with_segments
+        config.data.columns,
+        config.output_columns,
+        with_segments=config.decoding.with_segments,
+        with_unconverted=config.output_script is not None,
     )
     results = RowResults(run.folder, "pseudo_labels.jsonl")
     for done in transcribe_manifest(transcriber, manifest, config.data, results, run, cache):
-        batch, language = done.batch, config.decoding.language
-        rows = [
-            (utterance, labelled_row(utterance, hypothesis, seconds, columns, scorer, language))
-            for utterance, hypothesis, seconds in zip(
-                batch.utterances, done.hypotheses, batch.seconds, strict=True
+        batch, rows = done.batch, []
+        for decoded in zip(batch.utterances, done.hypotheses, batch.seconds, strict=True):
+            row = labelled_row(
+                *decoded, columns, scorer, config.decoding.language, config.output_script
             )
-        ]
+            rows.append((decoded[0], row))
         results.append(rows, batch.rejections)
     kept, rejected = results.finish(manifest.rejections, state.wait_for_everyone)
 

@@ -4,7 +4,7 @@ Owns the names of the columns, with the sections of run_pseudo_labelling.json th
 what is measured of a single label. What all labels amount to is in `quality`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Columns, ManifestData, Utterance
 from simpler_distil_whisper.evaluation.metrics import Scorer
+from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
 if TYPE_CHECKING:
@@ -57,22 +58,32 @@ class OutputColumns(StrictModel):
     error_rate: str = Field(
         "cer/wer", description="Of the hypothesis; null where there is no text to compare with."
     )
+    unconverted_label: str = Field(
+        "unconverted_text",
+        description="The hypothesis as the teacher wrote it; only with output_script.",
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> "OutputColumns":
-        names = [self.pseudo_label, self.reference, self.error_rate, *NEW_COLUMNS, SEGMENTS]
+        names = [*self.model_dump().values(), *NEW_COLUMNS, SEGMENTS]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two columns would share the name {', '.join(twice)}")
         return self
 
-    def new_fields(self, text_column: str, *, with_segments: bool) -> set[str]:
+    def new_fields(
+        self, text_column: str, *, with_segments: bool, with_unconverted: bool
+    ) -> set[str]:
         """Return the fields that a row must not have yet, since labelling would overwrite them.
 
         The text column is meant to be replaced, so it is not among them; a reference that an
         earlier run has kept is.
         """
         fields = {self.pseudo_label, self.reference, self.error_rate, *NEW_COLUMNS} - {text_column}
-        return fields | {SEGMENTS} if with_segments else fields
+        if with_segments:
+            fields.add(SEGMENTS)
+        if with_unconverted:
+            fields.add(self.unconverted_label)
+        return fields
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,16 @@ class LabelColumns:
     error_rate: str
     segments: str | None = None
     speaker: str | None = None
+    unconverted: str | None = None
 
     @classmethod
     def from_config(
-        cls, columns: LabellingColumns, output: OutputColumns, *, with_segments: bool
+        cls,
+        columns: LabellingColumns,
+        output: OutputColumns,
+        *,
+        with_segments: bool,
+        with_unconverted: bool,
     ) -> "LabelColumns":
         """Return the columns of the manifest together with the new ones."""
         return cls(
@@ -106,6 +123,7 @@ class LabelColumns:
             error_rate=output.error_rate,
             segments=SEGMENTS if with_segments else None,
             speaker=columns.speaker,
+            unconverted=output.unconverted_label if with_unconverted else None,
         )
 
 
@@ -116,6 +134,7 @@ def labelled_row(
     columns: LabelColumns,
     scorer: Scorer,
     default_language: str | None,
+    script: Script | None = None,
 ) -> Row:
     """Return the row of the manifest with the hypothesis as its text and the new columns.
 
@@ -126,9 +145,13 @@ def labelled_row(
         columns: which key of the labelled row holds what.
         scorer: counts the errors, on normalised copies of the texts.
         default_language: the language of rows that name none; None: it is not known.
+        script: in which Chinese labels are written; None: as the teacher wrote them.
     """
     # Not the detected language: the unit of the error rate must not depend on the model.
     language = utterance.language or default_language
+    as_decoded = hypothesis.text
+    if script and is_chinese(language or hypothesis.language):
+        hypothesis = in_script(hypothesis, script)
     rate = None
     if utterance.text is not None:
         rate = scorer.count(utterance.text, hypothesis.text, language).rate
@@ -140,12 +163,27 @@ def labelled_row(
     row[columns.error_rate] = None if rate is None else round(rate, 6)
     if columns.language and utterance.language is None:
         row[columns.language] = hypothesis.language
+    if columns.unconverted:
+        row[columns.unconverted] = as_decoded
     if columns.segments:
         row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
     measured = measure_label(
         hypothesis.text, hypothesis.token_count, seconds, utterance.text, scorer, language
     )
     return row | hypothesis.evidence() | measured
+
+
+def in_script(hypothesis: "Hypothesis", script: Script) -> "Hypothesis":
+    """Return a Chinese hypothesis whose text and segments are written in a script."""
+    convert = chinese_converter(script)
+    segments = tuple(
+        replace(segment, text=convert(segment.text)) for segment in hypothesis.segments
+    )
+    text = convert(hypothesis.text)
+    # Phrases that two segments share may be converted differently as a whole.
+    if "".join(segment.text for segment in hypothesis.segments) == hypothesis.text:
+        text = "".join(segment.text for segment in segments)
+    return replace(hypothesis, text=text, segments=segments)
 
 
 def measure_label(

@@ -27,7 +27,10 @@ from simpler_distil_whisper.labels.rows import (
 )
 
 COLUMNS = LabelColumns.from_config(
-    LabellingColumns(speaker=None), OutputColumns(), with_segments=False
+    LabellingColumns(speaker=None),
+    OutputColumns(),
+    with_segments=False,
+    with_unconverted=False,
 )
 SCORER = Scorer(Metric())
 NONE_REJECTED = Rejected(rows=0, hours=0.0, reasons=[])

@@ -23,7 +23,9 @@ from simpler_distil_whisper.labels.packing import (
 from simpler_distil_whisper.labels.rows import LabelColumns, LabellingColumns, OutputColumns
 from simpler_distil_whisper.run import DataError
 
-COLUMNS = LabelColumns.from_config(LabellingColumns(), OutputColumns(), with_segments=True)
+COLUMNS = LabelColumns.from_config(
+    LabellingColumns(), OutputColumns(), with_segments=True, with_unconverted=False
+)
 SCORER = Scorer(Metric())
 LIMITS = PackLimits(seconds=30.0, tokens=444, error_rate=0.1)
 

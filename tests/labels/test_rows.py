@@ -1,7 +1,21 @@
 """The columns that labelling adds to a row."""
 
+from pathlib import Path
+
+import pytest
+from tiny import write_rows
+
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
-from simpler_distil_whisper.labels.rows import measure_label
+from simpler_distil_whisper.labels.rows import (
+    LabelColumns,
+    LabellingColumns,
+    OutputColumns,
+    labelled_row,
+    measure_label,
+)
+from simpler_distil_whisper.text.chinese import Script
 
 SCORER = Scorer(Metric())
 
@@ -19,3 +33,43 @@ def test_the_measurements_of_a_label_by_hand() -> None:
     chinese = measure_label("谢谢谢谢。我", 6, 3.0, None, SCORER, "zh")
     assert (chinese["longest_repetition"], chinese["reference_tokens"]) == (4, None)
     assert chinese["error_unit"] is None
+
+
+def decoded(*texts: str, language: str = "zh") -> Hypothesis:
+    """A hypothesis of some segments."""
+    segments = tuple(Segment(float(n), n + 1.0, text) for n, text in enumerate(texts))
+    evidence = (-0.1, 0.0, 1.0, 0.0, True)
+    return Hypothesis("".join(texts), language, (1,) * 9, segments, *evidence)
+
+
+@pytest.mark.parametrize(
+    ("script", "written"),
+    [
+        ("simplified", ("头发在台湾", "看着")),
+        ("traditional", ("頭髮在臺灣", "看著")),
+        ("taiwan", ("頭髮在臺灣", "看著")),
+        ("hong_kong", ("頭髮在台灣", "看著")),
+        (None, ("頭髮在台湾", "看著")),
+    ],
+)
+def test_labels_are_written_in_the_script_that_is_asked_for(
+    tmp_path: Path, script: Script | None, written: tuple[str, str]
+) -> None:
+    columns = LabelColumns.from_config(
+        LabellingColumns(),
+        OutputColumns(),
+        with_segments=True,
+        with_unconverted=script is not None,
+    )
+    path = write_rows(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "头发在台湾看着"}])
+    (tmp_path / "a.wav").touch()
+    [utterance] = read_manifest(path, LabellingColumns()).utterances
+    hypothesis = decoded("頭髮在台湾", "看著")
+    row = labelled_row(utterance, hypothesis, 2.0, columns, SCORER, "zh", script)
+    assert row["text"] == "".join(written)
+    assert tuple(segment["text"] for segment in row["segments"]) == written
+    assert row["cer/wer"] == 0.0  # whichever script it is in
+    assert row.get("unconverted_text") == (None if script is None else "頭髮在台湾看著")
+    japanese = decoded("驚", language="ja")
+    row = labelled_row(utterance, japanese, 2.0, columns, SCORER, None, script)
+    assert row["text"] == "驚"
