@@ -123,19 +123,31 @@ def load_config(path: Path, model: type[Config]) -> Config:
         return dict(pairs)
 
     try:
-        json.loads(text, object_pairs_hook=note_duplicates)
+        tree = json.loads(text, object_pairs_hook=note_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
         raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
     problems = [f'"{key}": this key stands twice in one object' for key in duplicates]
     try:
-        config = model.model_validate_json(text)
+        config = model.model_validate_json(json.dumps(tree) if _drop_unused(tree) else text)
     except ValidationError as error:
         problems += [_explain(details, model) for details in error.errors()]
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return config
+
+
+def _drop_unused(tree: object) -> bool:
+    """Drop removed keys that a file of an earlier version sets to null; return whether it did."""
+    dropped = False
+    for key in REMOVED_KEYS:
+        section, _, name = key.rpartition(".")
+        keys = tree.get(section) if isinstance(tree, dict) else None
+        if isinstance(keys, dict) and name in keys and keys[name] is None:
+            del keys[name]
+            dropped = True
+    return dropped
 
 
 def defaults_used(config: StrictModel, prefix: str = "") -> list[str]:

@@ -112,7 +112,7 @@ class Utterance:
 
     @property
     def clip(self) -> Clip:
-        """The audio that it is."""
+        """The file, or part of a file, that holds its audio."""
         return Clip(self.audio, self.start_seconds, self.duration_seconds)
 
 

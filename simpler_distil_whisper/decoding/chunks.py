@@ -51,7 +51,7 @@ class Word:
 
     @property
     def key(self) -> str:
-        """What two equal words share; the case of the first word of a window means nothing."""
+        """Equal for words that count as the same; case does not matter."""
         return "".join(filter(str.isalnum, self.text.casefold())) or self.text.strip()
 
 
@@ -108,7 +108,7 @@ class Chunk:
         return count
 
     def part(self, first: int, stop: int) -> Part:
-        """Return its contribution if only these of its words are kept."""
+        """Return its contribution if only words `first` to `stop` are kept."""
         place, kept = 0, []
         for segment, words in self.segments:
             some = words[max(first - place, 0) : max(stop - place, 0)]

@@ -55,7 +55,7 @@ class Hypothesis:
         return len(self.token_ids)
 
     def evidence(self) -> dict[str, object]:
-        """Return the columns that a labelled row keeps beside the text, rounded."""
+        """Return the columns that a labelled row keeps besides the text, rounded."""
         no_speech = self.no_speech_probability
         return {
             "average_log_probability": round(self.average_log_probability, 4),

@@ -125,7 +125,7 @@ def drawn(logits: Tensor, randoms: Tensor) -> Tensor:
     """Return int64 [R]: the token of logits [R, V] in whose share a row's random number falls."""
     sums = logits.softmax(-1).cumsum(-1)
     total = sums[:, -1]
-    # Rounding can make a number below 1 to 1; it must stay in the share of a possible token.
+    # Rounding can turn a number below 1 into 1; it must stay in the share of a possible token.
     targets = torch.minimum(randoms.to(sums) * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(sums, targets[:, None], right=True)[:, 0]
 

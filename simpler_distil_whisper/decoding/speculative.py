@@ -1,6 +1,6 @@
 """Speculative decoding: a student drafts tokens, and its teacher verifies several at once.
 
-The result are the teacher's own greedy tokens; the student only changes the speed. Decoding one
+The results are the teacher's own greedy tokens; the student only changes the speed. Decoding one
 token at a time is mostly fetching weights, and to read a few tokens at once costs hardly more
 (Leviathan et al. 2023; with a distilled Whisper: Gandhi et al. 2023).
 

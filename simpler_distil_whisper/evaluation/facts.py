@@ -154,7 +154,7 @@ def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:
 def _seconds_in(row: Row, column: str | None) -> float | None:
     """Return the time in a column; None if the row has none."""
     value = row.get(column) if column else None
-    # bool is an int.
+    # In Python, a bool is an int.
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         return None
     return float(value)

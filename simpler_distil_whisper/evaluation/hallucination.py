@@ -32,7 +32,7 @@ SIGNS = ("repetition", "length_ratio", "insertions", "output_on_silence", "known
 
 
 class HallucinationOptions(StrictModel):
-    """What counts as invented beside loops, lengths and text on silence."""
+    """What counts as invented besides loops, lengths and text on silence."""
 
     phrases: list[str] = Field(
         [],

@@ -39,7 +39,7 @@ class RatesByUnit:
 
 @dataclass(frozen=True)
 class GroupRates(Rates):
-    """Rates of a group of utterances in the chosen unit; in characters and in words beside it."""
+    """Rates of a group of utterances in the chosen unit, and in characters and in words."""
 
     character: Rates
     word: Rates

@@ -57,6 +57,12 @@ OPENAI_QUANTIZATIONS = ("float32", "float16")
 ORIGINAL = "original"  # the name of the model itself in tables
 
 
+class ExportedModel(FolderOptions):
+    """The model that is exported."""
+
+    path: Path = Field(description="Hugging Face model folder, such as outputs/distillation/final.")
+
+
 class Variant(StrictModel):
     """One export of the model."""
 
@@ -104,7 +110,7 @@ class Config(StrictModel):
     """export.json."""
 
     output_dir: Path = Field(description="Folder that this run makes.")
-    model: FolderOptions
+    model: ExportedModel
     variants: list[Variant] = Field(min_length=1, description="The exports to make.")
     verification: Verification
     metric: Metric = Metric()

@@ -23,7 +23,7 @@ def why_dropped(row: Row, column: str, maximum: float | None) -> tuple[str, str]
     rate = row.get(column)
     if rate is None:
         return NO_ERROR_RATE, f'"{column}" is empty, so max_error_rate cannot hold'
-    # bool is an int.
+    # In Python, a bool is an int.
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         return NO_ERROR_RATE, f'"{column}" is not a number: {rate!r}'
     if rate > maximum:

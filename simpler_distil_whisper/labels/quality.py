@@ -44,7 +44,7 @@ class QualityOptions(StrictModel):
     """What label_quality.json and label_quality.html show."""
 
     group_by: list[str] = Field(
-        [], description="Columns for whose values it is also shown, beside language and speaker."
+        [], description="Columns for whose values it is also shown, besides language and speaker."
     )
     worst_rows: NonNegativeInt = Field(
         20, description="Rows that are shown with reference and label side by side."

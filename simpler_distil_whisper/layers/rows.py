@@ -1,7 +1,7 @@
 """Which rows of a labelled manifest decoder layers are scored on.
 
-Owns the config section `layer_scoring` and the selection of rows. The scores are computed in
-`scoring.py`, which imports torch; this module does not before it selects rows.
+Owns the config section `layer_scoring` and the selection of rows; the scores are computed in
+`scoring.py`. torch is imported only to tokenize labels.
 """
 
 import math

@@ -21,7 +21,7 @@ from simpler_distil_whisper.run import process_count
 # A process may wait for hours until another one has labelled, validated or saved; the libraries'
 # time-out of ten minutes would end both.
 PATIENCE = datetime.timedelta(days=1)
-# In messages of torch on a CPU and of CUDA's libraries, beside the errors that accelerate knows.
+# In messages of torch on a CPU and of CUDA's libraries, besides the errors that accelerate knows.
 OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 NOT_JOINED = "accelerate has not joined all processes"
 CPU_CACHE_BYTES = 2 * 2**30  # for the decoder's keys and values

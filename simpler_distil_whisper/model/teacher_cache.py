@@ -530,7 +530,7 @@ def _digest(facts: object) -> str:
 
 
 def _encoder_facts(teacher: ModelFolder, extractor: WhisperFeatureExtractor) -> dict[str, object]:
-    """Return what encoder states depend on beside the weights and the audio."""
+    """Return what encoder states depend on besides the weights and the audio."""
     return {
         "encoder": {name: teacher.config.get(name) for name in ENCODER_SETTINGS},
         "features": {name: getattr(extractor, name, None) for name in FEATURE_SETTINGS},

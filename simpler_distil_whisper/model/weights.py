@@ -15,7 +15,7 @@ from torch import Tensor
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder import ModelFolder
 
-# Keys of config.json that encoder states depend on beside the weights and the audio.
+# Keys of config.json that encoder states depend on besides the weights and the audio.
 ENCODER_SETTINGS = (
     "d_model",
     "encoder_layers",

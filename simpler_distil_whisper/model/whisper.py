@@ -32,7 +32,7 @@ from simpler_distil_whisper.model.options import Attention, Dtype, Task
 from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
-# Files beside weights and configs that make a folder usable, in any version of transformers and in
+# Files besides weights and configs that make a folder usable, in any version of transformers and in
 # CTranslate2. They are copied byte for byte, since no version of transformers writes all of them.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
