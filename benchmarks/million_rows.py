@@ -76,14 +76,14 @@ def stage_label(folder: Path) -> Iterator[str]:
 
 def stage_continue(folder: Path) -> Iterator[str]:
     """Continue the run: read the manifest and the parts, form the first batch."""
-    from simpler_distil_whisper.decoding.transcription import process_batches
+    from simpler_distil_whisper.decoding.transcription import own_batches
 
     yield "read"
     manifest, results = read(folder), RowResults(folder, "results.jsonl")
     yield "read the parts"
     results.open_for(manifest)
     yield "form the first batch"
-    first = next(process_batches(manifest.utterances, BATCH, results.done, DataLimits()))
+    first = next(own_batches(manifest.utterances, BATCH, results.done, DataLimits()))
     assert len(first) == BATCH
 
 

@@ -15,7 +15,7 @@ import soxr
 
 SAMPLE_RATE = 16_000  # of every Whisper
 # What soundfile raises; TypeError for headerless files, such as "speech.raw".
-UNREADABLE = (soundfile.LibsndfileError, OSError, TypeError)
+UNREADABLE_ERRORS = (soundfile.LibsndfileError, OSError, TypeError)
 # Times in manifests are rounded, and an MP3's header may count the encoder's delay (20 ms).
 TOLERANCE_SECONDS = 0.05
 BLOCK_FRAMES = 2**20  # read at once
@@ -73,7 +73,7 @@ def load_audio(
             frames = -1 if duration_seconds is None else round(duration_seconds * file.samplerate)
             mono = _read_mono(file, frames)
             rate = file.samplerate
-    except UNREADABLE as error:
+    except UNREADABLE_ERRORS as error:
         raise AudioError(_why_unreadable(path, error)) from None
     if len(mono) == 0:
         raise AudioError("empty: it decodes to no samples")
@@ -114,7 +114,7 @@ def audio_seconds(
     """
     try:
         info = soundfile.info(str(path))
-    except UNREADABLE as error:
+    except UNREADABLE_ERRORS as error:
         raise AudioError(_why_unreadable(path, error)) from None
     return _part_seconds(info.frames / info.samplerate, start_seconds, duration_seconds)
 

@@ -19,7 +19,7 @@ QUERIES, KEYS_VALUES = "q_proj", ("k_proj", "v_proj")  # transformers' names
 
 
 @dataclass
-class DecoderCache:
+class KeyValueCache:
     """Keys and values of R rows of tokens about U utterances.
 
     Attributes:
@@ -116,7 +116,7 @@ class CachedDecoder:
             self._own = [_fused(layer.self_attn, QUERIES, *KEYS_VALUES) for layer in self._layers]
             self._cross = [_fused(layer.encoder_attn, *KEYS_VALUES) for layer in self._layers]
 
-    def start(self, states: Tensor, capacity: int, *, uneven: bool) -> DecoderCache:
+    def start(self, states: Tensor, capacity: int, *, uneven: bool) -> KeyValueCache:
         """Return a cache with the cross-attention keys and values of some utterances, and no token.
 
         Args:
@@ -135,13 +135,13 @@ class CachedDecoder:
         if uneven:  # What a shorter row has not written is multiplied by its attention of zero.
             own.zero_()
         lengths = torch.zeros(count, dtype=torch.int64, device=states.device)
-        return DecoderCache(own, cross, lengths, longest=0, even=True)
+        return KeyValueCache(own, cross, lengths, longest=0, even=True)
 
-    def read(self, ids: Tensor, cache: DecoderCache) -> Tensor:
+    def read(self, ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Return float [R, L, D]: decoder states of the next tokens of each row.
 
         Their keys and values are written into the cache, but not counted: call
-        `DecoderCache.advance` with the number of tokens to keep.
+        `KeyValueCache.advance` with the number of tokens to keep.
 
         Args:
             ids: int64 [R, L]: the tokens that follow those in the cache.
@@ -181,7 +181,7 @@ class CachedDecoder:
         return functional.linear(states, weight, bias).float()
 
     def _append(
-        self, number: int, normed: Tensor, positions: Tensor, cache: DecoderCache
+        self, number: int, normed: Tensor, positions: Tensor, cache: KeyValueCache
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries of the new tokens, and the keys and values of all tokens."""
         rows, count, _ = normed.shape
@@ -196,7 +196,7 @@ class CachedDecoder:
             keys[row, :, positions], values[row, :, positions] = new[:, :, 1], new[:, :, 2]
         return new[:, :, 0].transpose(1, 2), keys, values
 
-    def _cross_attend(self, number: int, normed: Tensor, cache: DecoderCache) -> Tensor:
+    def _cross_attend(self, number: int, normed: Tensor, cache: KeyValueCache) -> Tensor:
         """Return float [R, L, D]: the attention output of the new tokens over the encoder states.
 
         The beams of an utterance share its keys, so they are further queries, not further rows.

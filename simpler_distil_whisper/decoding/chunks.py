@@ -19,7 +19,7 @@ MAX_CHARACTER_BYTES = 4  # in UTF-8
 
 
 @dataclass(frozen=True)
-class TimedTokens:
+class SegmentTokens:
     """The tokens of a segment, with times in frames.
 
     Attributes:
@@ -32,9 +32,9 @@ class TimedTokens:
     end: int
     ids: tuple[int, ...]
 
-    def shifted(self, frames: int) -> "TimedTokens":
+    def shifted(self, frames: int) -> "SegmentTokens":
         """Return the same some frames later."""
-        return TimedTokens(self.start + frames, self.end + frames, self.ids)
+        return SegmentTokens(self.start + frames, self.end + frames, self.ids)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Part:
     """
 
     hypothesis: Hypothesis
-    segments: list[TimedTokens]
+    segments: list[SegmentTokens]
     complete: bool
 
     @property
@@ -91,7 +91,7 @@ class Chunk:
     start: int
     end: int
     hypothesis: Hypothesis
-    segments: list[tuple[TimedTokens, list[Word]]]
+    segments: list[tuple[SegmentTokens, list[Word]]]
 
     @property
     def words(self) -> list[Word]:
@@ -173,7 +173,7 @@ def merged(chunks: Sequence[Chunk], loud: Tensor, timed: bool) -> list[Part]:
             middle = (right.start + left.end) // 2
         part = left.part(first, stop)
         if not timed:  # Without timestamps each neighbour gets half of the time of an overlap.
-            segments = [TimedTokens(begin, middle, part.ids)] if part.ids else []
+            segments = [SegmentTokens(begin, middle, part.ids)] if part.ids else []
             part = replace(part, segments=segments)
         elif parts and parts[-1].segments and part.segments:
             _unite(parts[-1].segments, part.segments)
@@ -182,13 +182,13 @@ def merged(chunks: Sequence[Chunk], loud: Tensor, timed: bool) -> list[Part]:
     return parts
 
 
-def _unite(before: list[TimedTokens], after: list[TimedTokens]) -> None:
+def _unite(before: list[SegmentTokens], after: list[SegmentTokens]) -> None:
     """Make one of the last and the first segment if two chunks have parts of the same segment."""
     left, right = before[-1], after[0]
     shared = min(left.end, right.end) - max(left.start, right.start)
     if shared > min(left.end - left.start, right.end - right.start) / 2:
         start, end = min(left.start, right.start), max(left.end, right.end)
-        before[-1] = TimedTokens(start, end, left.ids + right.ids)
+        before[-1] = SegmentTokens(start, end, left.ids + right.ids)
         del after[0]
 
 

@@ -19,16 +19,16 @@ from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.decoding.chunks import (
     Chunk,
     Part,
-    TimedTokens,
+    SegmentTokens,
     loud_frames,
     merged,
     words_of,
 )
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.model.folder import FRAMES_PER_POSITION
 from simpler_distil_whisper.text.languages import join_texts
 
-FRAMES_PER_STEP = 2  # timestamps count the encoder's positions, two frames each
 MAX_CONTEXT_TEMPERATURE = 0.5  # openai/whisper: text sampled at a higher one is no good context
 OVERLAP = 1 / 3  # of a chunk with the next one, as in transformers' pipeline
 
@@ -175,13 +175,13 @@ def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hyp
 
 def cut_at_timestamps(
     ids: Sequence[int], first_time: int, frames: int
-) -> tuple[list[TimedTokens], int]:
+) -> tuple[list[SegmentTokens], int]:
     """Return the segments of a window, and after how many frames the next window begins.
 
     The rules are openai/whisper's. Two timestamps in a row end one segment and begin the next: the
     text after the last such pair may not be whole, and is decoded again from there. But if the text
     ends in a single timestamp, nothing follows in this window, and a text without pairs cannot be
-    cut: then the next window begins where this one ends.
+    cut: then the next window begins where this one ends. Timestamps count the encoder's positions.
 
     Args:
         ids: tokens with timestamps.
@@ -192,15 +192,16 @@ def cut_at_timestamps(
     ends = [place for place in range(1, len(ids)) if is_time[place - 1] and is_time[place]]
     if not ends:
         times = [id - first_time for id in ids if id >= first_time]
-        end = times[-1] * FRAMES_PER_STEP if times else 0
-        return [TimedTokens(0, end or frames, tuple(ids))], frames
+        end = times[-1] * FRAMES_PER_POSITION if times else 0
+        return [SegmentTokens(0, end or frames, tuple(ids))], frames
     nothing_follows = is_time[-2:] == [False, True]
     if nothing_follows:
         ends.append(len(ids))
     segments = []
     for begin, end in pairwise([0, *ends]):
-        start, stop = ((ids[place] - first_time) * FRAMES_PER_STEP for place in (begin, end - 1))
-        segments.append(TimedTokens(start, stop, tuple(ids[begin:end])))
+        start = (ids[begin] - first_time) * FRAMES_PER_POSITION
+        stop = (ids[end - 1] - first_time) * FRAMES_PER_POSITION
+        segments.append(SegmentTokens(start, stop, tuple(ids[begin:end])))
     # After a segment that ends at 0, which the timestamp rules forbid, the loop would never end.
     advance = frames if nothing_follows else segments[-1].end or frames
     return segments, advance
@@ -245,7 +246,7 @@ def _chunk(transcriber: Transcriber, hypothesis: Hypothesis, start: int, frames:
     return Chunk(start, end, hypothesis, segments)
 
 
-def between_timestamps(ids: Sequence[int], first_time: int, frames: int) -> list[TimedTokens]:
+def between_timestamps(ids: Sequence[int], first_time: int, frames: int) -> list[SegmentTokens]:
     """Return the segments between timestamps, without the timestamps.
 
     Args:
@@ -258,13 +259,13 @@ def between_timestamps(ids: Sequence[int], first_time: int, frames: int) -> list
         if id < first_time:
             text_ids.append(id)
             continue
-        now = (id - first_time) * FRAMES_PER_STEP
+        now = (id - first_time) * FRAMES_PER_POSITION
         if text_ids:
-            segments.append(TimedTokens(start, now, tuple(text_ids)))
+            segments.append(SegmentTokens(start, now, tuple(text_ids)))
             text_ids = []
         start = now
     if text_ids:
-        segments.append(TimedTokens(start, max(start, frames), tuple(text_ids)))
+        segments.append(SegmentTokens(start, max(start, frames), tuple(text_ids)))
     return segments
 
 
@@ -291,7 +292,7 @@ def _whole(transcriber: Transcriber, recording: _Recording) -> Hypothesis:
     )
 
 
-def _segment(transcriber: Transcriber, recording: _Recording, segment: TimedTokens) -> Segment:
+def _segment(transcriber: Transcriber, recording: _Recording, segment: SegmentTokens) -> Segment:
     """Return a segment with times in seconds, none of them after the end of the recording."""
     rate = SAMPLE_RATE / transcriber.whisper.feature_extractor.hop_length
     start, end = (min(f, recording.frames) / rate for f in (segment.start, segment.end))

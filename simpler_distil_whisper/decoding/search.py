@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simpler_distil_whisper.decoding.cached_decoder import (
     CachedDecoder,
-    DecoderCache,
+    KeyValueCache,
     indices_to_keep,
 )
 from simpler_distil_whisper.decoding.token_rules import TokenRules
@@ -49,13 +49,13 @@ class PromptedBatch:
         limits: int64 [U]: the most new tokens of each.
     """
 
-    cache: DecoderCache
+    cache: KeyValueCache
     states: Tensor
     limits: Tensor
 
 
 def read_prompts(
-    decoder: CachedDecoder, cache: DecoderCache, prompts: Sequence[Sequence[int]]
+    decoder: CachedDecoder, cache: KeyValueCache, prompts: Sequence[Sequence[int]]
 ) -> Tensor:
     """Put the prompts into an empty cache and return their decoder states, float [U, P, D].
 

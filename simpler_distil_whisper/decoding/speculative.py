@@ -18,7 +18,7 @@ from torch.nn import functional
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.decoding.cached_decoder import (
     CachedDecoder,
-    DecoderCache,
+    KeyValueCache,
     indices_to_keep,
 )
 from simpler_distil_whisper.decoding.search import (
@@ -142,7 +142,7 @@ class _Speculation:
         student: CachedDecoder,
         rules: TokenRules,
         batch: PromptedBatch,
-        student_cache: DecoderCache,
+        student_cache: KeyValueCache,
         last: Tensor,
     ) -> None:
         self.teacher, self.student, self.rules = teacher, student, rules

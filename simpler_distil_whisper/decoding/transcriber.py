@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, DecoderCache
+from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, compression_ratio
 from simpler_distil_whisper.decoding.search import (
     PromptedBatch,
@@ -183,7 +183,7 @@ class Transcriber:
             return states[..., :width], states[..., width:]
         return states, states
 
-    def _languages(self, languages: Sequence[str | None], cache: DecoderCache) -> list[str | None]:
+    def _languages(self, languages: Sequence[str | None], cache: KeyValueCache) -> list[str | None]:
         """Return the code of each utterance: its own, that of the options, or the detected one."""
         known = [language or self.options.language for language in languages]
         if not self.whisper.tokens.languages or None not in known:
@@ -205,7 +205,7 @@ class Transcriber:
 
     def _search(
         self,
-        cache: DecoderCache,
+        cache: KeyValueCache,
         prompts: list[list[int]],
         keys: list[int],
         attempt: int,

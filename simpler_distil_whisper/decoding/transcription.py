@@ -147,7 +147,7 @@ def transcribe_manifest(
     """
     results.open_for(manifest)
     _check_rejections(manifest, results, data)
-    batches = process_batches(manifest.utterances, transcriber.batch_size, results.done, data)
+    batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data)
     read = SpeechReader(
         transcriber.whisper.feature_extractor,
         data,
@@ -170,7 +170,7 @@ def transcribe_manifest(
         run.stop_if_asked()
 
 
-def process_batches(
+def own_batches(
     utterances: Utterances, size: int, done: np.ndarray, data: DataLimits
 ) -> Iterator[list[Utterance]]:
     """Yield this process's batches that have no results yet, each of utterances of similar length.

@@ -12,7 +12,7 @@ from simpler_distil_whisper.model.folder import ModelFolder
 
 Format = Literal["ctranslate2", "openai"]
 
-PACKAGES: dict[Format, tuple[str, ...]] = {
+REQUIRED_PACKAGES: dict[Format, tuple[str, ...]] = {
     "ctranslate2": ("ctranslate2", "faster-whisper"),
     "openai": ("openai-whisper",),
 }
@@ -23,7 +23,7 @@ FEWEST_MULTILINGUAL_TOKENS = 51_865  # by which programs tell whether a model is
 
 def refuse_missing_packages(target: Format) -> None:
     """Raise ConfigError if a program that the format is made for is not installed."""
-    for package in PACKAGES[target]:
+    for package in REQUIRED_PACKAGES[target]:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

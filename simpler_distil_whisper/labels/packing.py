@@ -329,9 +329,9 @@ def _write_audio(path: Path, parts: Sequence[Row], columns: LabelColumns) -> Non
                 "same command again once it is there"
             ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = partial_path(path)
-    soundfile.write(beside, np.concatenate(waveforms), SAMPLE_RATE, "PCM_16", format="FLAC")
-    beside.replace(path)
+    partial = partial_path(path)
+    soundfile.write(partial, np.concatenate(waveforms), SAMPLE_RATE, "PCM_16", format="FLAC")
+    partial.replace(path)
 
 
 def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | None:

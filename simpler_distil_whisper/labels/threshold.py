@@ -10,8 +10,8 @@ import numpy as np
 
 from simpler_distil_whisper.labels.table import Numbers
 
-STEPS = 50
-THRESHOLDS = np.round(np.linspace(0, 0.5, STEPS + 1), 2)  # those that are tried
+THRESHOLD_STEPS = 50
+THRESHOLDS = np.round(np.linspace(0, 0.5, THRESHOLD_STEPS + 1), 2)  # those that are tried
 # A stricter threshold than one error in ten loses hours at which the teacher was nearly right; and
 # no label may pass of which more than a fifth is wrong only because it is short.
 LOWEST_FLOOR, HIGHEST_FLOOR = 0.1, 0.2
@@ -94,7 +94,7 @@ def _reasoning(
     """Return the reasons for a threshold, one sentence or two each."""
     known, beyond = ~np.isnan(rates), rates > threshold
     share = hours[rates <= threshold].sum() / hours.sum()
-    gain = f"{1 / STEPS:.0%} of the hours that 0.50 would keep"
+    gain = f"{1 / THRESHOLD_STEPS:.0%} of the hours that 0.50 would keep"
     reasons = []
     if knee:
         reasons.append(

@@ -248,21 +248,21 @@ def save_whisper(
     Raises:
         DataError: the weights cannot be written.
     """
-    beside = folder / ".writing"
-    shutil.rmtree(beside, ignore_errors=True)
+    partial = folder / ".writing"
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(beside)
+        model.save_pretrained(partial)
     except SafetensorError as error:  # no OSError, also where the disk is full
         raise DataError(
             f"{folder} cannot be written: {error}: make room, and run the same command again"
         ) from None
-    copy_processor(processor_folder, beside)
+    copy_processor(processor_folder, partial)
     for name, content in documents.items():
-        (beside / name).write_bytes(content)
+        (partial / name).write_bytes(content)
     # config.json comes last: without it, no program takes the folder for a model.
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)
-    beside.rmdir()
+    partial.rmdir()
 
 
 def copy_processor(source: Path, folder: Path) -> None:

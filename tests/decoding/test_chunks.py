@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import WhisperTokenizer
 
-from simpler_distil_whisper.decoding.chunks import Chunk, TimedTokens, Word, merged, seam, words_of
+from simpler_distil_whisper.decoding.chunks import (
+    Chunk,
+    SegmentTokens,
+    Word,
+    merged,
+    seam,
+    words_of,
+)
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 
 
@@ -107,7 +114,7 @@ NOTHING = Hypothesis("", "en", (), (), -1.0, None, 1.0, 0.0, complete=True)
 def chunk(start: int, end: int, *segments: tuple[int, int, str]) -> Chunk:
     """Letters are words, and their codes are their tokens."""
     timed = [
-        (TimedTokens(begin, stop, ()), [Word((ord(word),), f" {word}") for word in text])
+        (SegmentTokens(begin, stop, ()), [Word((ord(word),), f" {word}") for word in text])
         for begin, stop, text in segments
     ]
     return Chunk(start, end, NOTHING, timed)

@@ -28,7 +28,7 @@ from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
 from simpler_distil_whisper.decoding.transcription import (
     decode_halving,
     load_transcriber,
-    process_batches,
+    own_batches,
 )
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
@@ -56,7 +56,7 @@ def shares(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def share(rank: int, processes: int, done: np.ndarray) -> list[list[int]]:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        batches = process_batches(manifest.utterances, SIZE, done, DataLimits(num_workers=0))
+        batches = own_batches(manifest.utterances, SIZE, done, DataLimits(num_workers=0))
         return [[utterance.number for utterance in batch] for batch in batches]
 
     return share
@@ -119,7 +119,7 @@ def test_no_header_is_read_before_its_time(
     hook = lambda event, arguments: event == "open" and opened.append(str(arguments[0]))  # noqa: E731
     sys.addaudithook(hook)
     done = np.repeat([True, False], 12)
-    first = next(process_batches(unsaid, SIZE, done, DataLimits(num_workers=0)))
+    first = next(own_batches(unsaid, SIZE, done, DataLimits(num_workers=0)))
     assert [utterance.number for utterance in first] == [12, 13, 14]
 
 

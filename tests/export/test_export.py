@@ -363,7 +363,7 @@ def test_a_missing_program_is_named_with_the_way_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(targets.PACKAGES, "ctranslate2", ("no-such-package",))
+    monkeypatch.setitem(targets.REQUIRED_PACKAGES, "ctranslate2", ("no-such-package",))
     assert run_export(DEMO / "teacher", demo_clips(tmp_path, 1), "ctranslate2-int8") == 2
     message = capsys.readouterr().err
     assert "no-such-package, which is not installed: python -m pip install './[export]'" in message
