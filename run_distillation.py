@@ -49,10 +49,10 @@ class Config(RunOptions):
     batch: options.BatchOptions = options.BatchOptions()
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
         "auto",
-        description="Of the computing; weights stay float32. auto: bf16 on GPUs that have it.",
+        description="Of the computation; weights stay float32. auto: bf16 on GPUs that have it.",
     )
     activation_checkpointing: bool = Field(
-        False, description="Compute the student's layers twice rather than keep all they computed."
+        False, description="Compute the student's layers twice rather than keep all activations."
     )
     compile: bool = Field(
         False, description="torch.compile the student's decoder: minutes at first, then faster."
@@ -136,23 +136,23 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
 
     state, max_steps = trainer.state, steps.length.max_steps
     trainer.score_teacher()
-    progress = Progress("training", "steps", max_steps, state.step)
+    remaining = steps.since(state.step)
     trainer.means.start_clock()
-    for micro_batches in progress.over(steps.since(state.step)):
-        if trainer.has_stopped_improving():
-            break
-        factor = learning_rate_factor(config.schedule, state.step, max_steps)
-        stop = trainer.train_step(micro_batches, factor * config.optimizer.learning_rate)
-        last = state.step == max_steps
-        if last or state.step % config.logging.every_steps == 0:
-            trainer.log_means()
-        if last or state.step % steps.length.validate_every == 0:
-            trainer.validate()
-        if stop or state.step % config.checkpoints.every_steps == 0:
-            trainer.save_checkpoint()
-        if stop and not last:
-            trainer.close()
-            raise Interrupted
+    with Progress("training", "steps", max_steps, state.step) as progress:
+        while state.step < max_steps and not trainer.has_stopped_improving():
+            factor = learning_rate_factor(config.schedule, state.step, max_steps)
+            stop = trainer.train_step(next(remaining), factor * config.optimizer.learning_rate)
+            progress.advance()
+            last = state.step == max_steps
+            if last or state.step % config.logging.every_steps == 0:
+                trainer.log_means()
+            if last or state.step % steps.length.validate_every == 0:
+                trainer.validate()
+            if stop or state.step % config.checkpoints.every_steps == 0:
+                trainer.save_checkpoint()
+            if stop and not last:
+                trainer.close()
+                raise Interrupted
     trainer.close()
     trainer.draw_curves()
 
@@ -162,7 +162,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
     from simpler_distil_whisper.model.devices import make_accelerator
     from simpler_distil_whisper.model.weights import encoders_are_equal
     from simpler_distil_whisper.model.whisper import load_whisper
-    from simpler_distil_whisper.training.dataset import training_steps
+    from simpler_distil_whisper.training.dataset import TrainingSteps
     from simpler_distil_whisper.training.model_card import ModelCard, facts_of
     from simpler_distil_whisper.training.models import (
         Teacher,
@@ -185,7 +185,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         student.model.model.decoder.compile(dynamic=True)
     caches = open_caches(config.teacher_cache, teacher, student, config.objective)
     models = TeacherAndStudent(accelerator, teacher, student, config.objective, caches)
-    steps = training_steps(
+    steps = TrainingSteps(
         selection.examples,
         length,
         student,

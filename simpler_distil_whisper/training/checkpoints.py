@@ -15,7 +15,7 @@ from simpler_distil_whisper.run import DataError
 
 @dataclass
 class TrainerState:
-    """How far a run is, beside the weights: part of each checkpoint.
+    """The progress of a run, saved with the weights in each checkpoint.
 
     Attributes:
         step: optimizer steps done.
@@ -33,7 +33,7 @@ class TrainerState:
     teacher_error_rate: float | None = None
     unlogged: list[float] | None = None
 
-    def is_best(self, error_rate: float | None) -> bool:
+    def record_validation(self, error_rate: float | None) -> bool:
         """Count a validation; return whether it is the best so far."""
         best = self.best_error_rate
         if error_rate is None or (best is not None and error_rate >= best):
@@ -44,7 +44,7 @@ class TrainerState:
 
 
 class Checkpoints:
-    """A folder of checkpoints: each is written beside its place and renamed, old ones removed."""
+    """A folder of checkpoints: each is written under another name and renamed; old ones go."""
 
     def __init__(self, folder: Path, keep_last: int, accelerator: Accelerator) -> None:
         """Name the folder; it is made with the first checkpoint."""

@@ -1,10 +1,11 @@
 """Visits to examples -> micro-batches of log-mels, tokens and cached states, loaded ahead of use.
 
 Owns what a training batch is and how it is made: audio, its altered view, its log-mel, both token
-sequences, and what the caches hold. The order of the visits is the plan's, the tokens are
-`tokens.py`'s.
+sequences, and what the caches hold. The order of the visits is in `plan.py`, the tokens in
+`tokens.py`.
 """
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,9 @@ class StateCaches(NamedTuple):
 
     encoder: EncoderStateCache | None = None
     decoder: DecoderStateCache | None = None
+
+
+NO_CACHES = StateCaches()
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
         visit_tokens: VisitTokens,
         views: Views,
         extractor: WhisperFeatureExtractor,
-        caches: StateCaches = StateCaches(),  # noqa: B008 - it is immutable
+        caches: StateCaches = NO_CACHES,
     ) -> None:
         """Keep what the batches are made of; nothing is read yet.
 
@@ -183,65 +187,43 @@ class TrainingDataset(Dataset[TrainingBatch]):
         return features
 
 
-def training_steps(
-    examples: Sequence[Example],
-    length: RunLength,
-    student: Whisper,
-    data: TrainingData,
-    batch: BatchOptions,
-    augmentation: Augmentation,
-    seed: int,
-    caches: StateCaches,
-    accelerator: Accelerator,
-) -> "TrainingSteps":
-    """Return what this process learns from, with the config's sections resolved for a student."""
-    positions = student.model.config.max_target_positions
-    visit_tokens = VisitTokens(examples, data, student.tokens, positions, seed)
-    weights = [example.weight for example in examples]
-    plan = TrainingPlan(
-        weights, visit_tokens.length, length.step_size, batch.length_bucketing, seed
-    )
-    return TrainingSteps(
-        length=length,
-        plan=plan,
-        visit_tokens=visit_tokens,
-        views=Views(augmentation, student.window_seconds, seed),
-        extractor=student.feature_extractor,
-        caches=caches,
-        micro_batch_size=batch.micro_batch_size,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-        num_workers=data.num_workers,
-    )
-
-
-@dataclass(frozen=True)
 class TrainingSteps:
     """What one process learns from in each optimizer step.
 
     Attributes:
         length: of the run.
-        plan: the visits of each step.
-        visit_tokens: the tokens of a visit.
+        visit_tokens: the tokens of each visit, and the examples.
         views: the version of the audio that a visit uses.
-        extractor: of both models.
         caches: where the teacher's states may be already.
-        micro_batch_size: utterances at once.
-        rank: of this process, from 0.
-        processes: how many share each step.
-        num_workers: processes that load audio ahead of use.
     """
 
-    length: RunLength
-    plan: TrainingPlan
-    visit_tokens: VisitTokens
-    views: Views
-    extractor: WhisperFeatureExtractor
-    caches: StateCaches
-    micro_batch_size: int
-    rank: int
-    processes: int
-    num_workers: int
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        length: RunLength,
+        student: Whisper,
+        data: TrainingData,
+        batch: BatchOptions,
+        augmentation: Augmentation,
+        seed: int,
+        caches: StateCaches,
+        accelerator: Accelerator,
+    ) -> None:
+        """Plan the steps; nothing is read yet."""
+        positions = student.model.config.max_target_positions
+        self.length, self.caches = length, caches
+        self.visit_tokens = VisitTokens(examples, data, student.tokens, positions, seed)
+        self.views = Views(augmentation, student.window_seconds, seed)
+        self.extractor = student.feature_extractor
+        self.plan = TrainingPlan(
+            [example.weight for example in examples],
+            self.visit_tokens.length,
+            length.step_size,
+            batch.length_bucketing,
+            seed,
+        )
+        self.micro_batch_size, self.num_workers = batch.micro_batch_size, data.num_workers
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
 
     @property
     def digest(self) -> str:
@@ -262,4 +244,6 @@ class TrainingSteps:
 
     def without_caches(self) -> "TrainingSteps":
         """Return the same steps, for which both models compute everything."""
-        return replace(self, caches=StateCaches())
+        steps = copy.copy(self)
+        steps.caches = NO_CACHES
+        return steps

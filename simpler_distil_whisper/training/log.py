@@ -70,17 +70,17 @@ class RunningMeans:
     """Means of the loss terms since the last line of the log, over all processes together."""
 
     def __init__(
-        self, accelerator: Accelerator, taught: bool, carried: Sequence[float] | None = None
+        self, accelerator: Accelerator, uses_teacher: bool, carried: Sequence[float] | None = None
     ) -> None:
-        """Start the first interval.
+        """Start with empty sums.
 
         Args:
             accelerator: of this process and the others.
-            taught: the loss depends on the teacher.
+            uses_teacher: the loss depends on the teacher.
             carried: what `sums` returned for the checkpoint from which the run continues.
         """
         self.accelerator = accelerator
-        self.taught = taught
+        self.uses_teacher = uses_teacher
         self._restart()
         if carried is not None:
             self._carried = torch.tensor(carried, dtype=torch.float64)
@@ -99,7 +99,7 @@ class RunningMeans:
         self._grad_norm, self._learning_rate = grad_norm, learning_rate
 
     def end(self) -> dict[str, float | None]:
-        """Return the means per token, and the speed; start the next interval."""
+        """Return the means per token, and the speed; start again with empty sums."""
         sums = self._new_sums()
         loss, cross_entropy, kl, agreement, tokens = (self._carried + sums)[:5].tolist()
         new_tokens, new_seconds = sums[4:].tolist()
@@ -108,7 +108,7 @@ class RunningMeans:
             "train/loss": loss / max(tokens, 1),
             "train/cross_entropy": cross_entropy / max(tokens, 1),
             "train/kl": kl / max(tokens, 1),
-            "train/agreement": agreement / max(tokens, 1) if self.taught else None,
+            "train/agreement": agreement / max(tokens, 1) if self.uses_teacher else None,
             "train/grad_norm": float(self._grad_norm),
             "train/learning_rate": self._learning_rate,
             "train/tokens_per_second": new_tokens / elapsed,
@@ -173,7 +173,7 @@ class MetricsLog:
             self._writer = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
 
     def log(self, step: int, values: dict[str, float | None]) -> None:
-        """Append the values of one step; None, and what JSON has no number for, is kept as null."""
+        """Append the values of one step; None, NaN and infinity become null."""
         if not self._enabled:
             return
         # A step that the gradient scaler of fp16 skips has an infinite norm.

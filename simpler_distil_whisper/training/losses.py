@@ -75,7 +75,8 @@ def token_terms(
         log_probs = functional.log_softmax(logits / objective.temperature, -1)
         divergence = teacher_log_probs.exp() * (teacher_log_probs - log_probs)
         kl = objective.temperature**2 * divergence.sum()
-        same = logits.argmax(-1) == teacher_log_probs.argmax(-1)
+        likeliest = teacher_log_probs.gather(1, logits.argmax(-1, keepdim=True))
+        same = likeliest == teacher_log_probs.amax(-1, keepdim=True)
         agreement = same.sum().to(kl.dtype)
     loss = objective.cross_entropy_weight * cross_entropy + objective.kl_weight * kl
     return TokenTerms(loss, cross_entropy, kl, agreement)
@@ -101,7 +102,7 @@ def distillation_loss(
         teacher_states: float [B, L, D']: the teacher's for the same decoder input; they get no
             gradient. None: there is no teacher.
         teacher_head: float [V, D']: its output embedding.
-        labels: int64 [B, L]: the next token, IGNORE_INDEX where the loss must not look.
+        labels: int64 [B, L]: the next token, IGNORE_INDEX at positions without a label.
         objective: weights of the terms, and the temperature T > 0.
     """
     loss, cross_entropy, kl, agreement = _LossInChunks.apply(  # type: ignore[no-untyped-call]
@@ -161,11 +162,11 @@ class _LossInChunks(torch.autograd.Function):
                 logits, teacher_log_probs, labels[places], objective, buffers
             )
             sums += torch.stack(terms)
-            gradient = gradient.to(head.dtype)
+            grad_logits = gradient.to(head.dtype)
             if grad_states is not None:
-                grad_states[places] = (gradient @ head).to(exact)
+                grad_states[places] = (grad_logits @ head).to(exact)
             if grad_head is not None:
-                _add_product(grad_head, gradient.T, chunk)
+                _add_product(grad_head, grad_logits.T, chunk)
         ctx.save_for_backward(grad_states, grad_head)
         ctx.dtypes = student_states.dtype, student_head.dtype
         loss, cross_entropy, kl, agreement = sums
@@ -175,7 +176,7 @@ class _LossInChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients that were made, times that of the loss."""
+        """Scale the gradients computed in `forward`."""
         # In place: a head's gradient is as large as the head.
         grad_states, grad_head = (
             None if buffer is None else buffer.mul_(grad_loss).to(dtype)
@@ -225,8 +226,8 @@ def _terms_and_gradient(
     if teacher_log_probs is None:
         none = cross_entropy.new_zeros(())
         return TokenTerms(loss, cross_entropy, none, none), gradient
-    chosen = teacher_log_probs.gather(1, logits.argmax(-1, keepdim=True))
-    same = chosen == teacher_log_probs.amax(-1, keepdim=True)  # faster than a second argmax
+    likeliest = teacher_log_probs.gather(1, logits.argmax(-1, keepdim=True))
+    same = likeliest == teacher_log_probs.amax(-1, keepdim=True)  # faster than a second argmax
     torch.log_softmax(logits.div_(temperature), -1, out=log_q)
     p = torch.exp(teacher_log_probs, out=logits)
     kl = temperature**2 * teacher_log_probs.sub_(log_q).mul_(p).sum()

@@ -1,7 +1,7 @@
 """Teacher and student on the same micro-batch: from log-mels and tokens to the terms of the loss.
 
 Owns both models: what each is given, which of the student's parameters are trained, when the
-teacher is loaded, and the use of the caches. The formula of the loss is `losses.py`'s.
+teacher is loaded, and the use of the caches. The formula of the loss is in `losses.py`.
 """
 
 import functools
@@ -19,7 +19,7 @@ from simpler_distil_whisper.model.teacher_cache import open_training_caches
 from simpler_distil_whisper.model.weights import output_head
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import log
-from simpler_distil_whisper.training.dataset import StateCaches, TrainingBatch
+from simpler_distil_whisper.training.dataset import NO_CACHES, StateCaches, TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms, distillation_loss
 from simpler_distil_whisper.training.options import Freeze, Objective, TeacherOptions
 
@@ -38,7 +38,7 @@ class TeacherAndStudent:
         teacher: "Teacher",
         student: Whisper,
         objective: Objective,
-        caches: StateCaches = StateCaches(),  # noqa: B008 - it is immutable
+        caches: StateCaches = NO_CACHES,
     ) -> None:
         """Combine both; which of the student's parameters are trained is set before (`freeze`)."""
         self.accelerator, self.teacher, self.student = accelerator, teacher, student
@@ -236,7 +236,8 @@ def open_caches(
     part of the loss.
 
     Raises:
-        ConfigError: the folder cannot be written, or the dtype would promise too much.
+        ConfigError: the folder cannot be written, or the cache's dtype is finer than the
+            computation's.
     """
     if options.folder and options.encoder_states and not teacher.shared_encoder:
         log.warning(

@@ -99,6 +99,8 @@ class TeacherOptions(ModelOptions):
 class StudentOptions(FolderOptions):
     """The model that is trained, in float32 whatever its weights on disk are."""
 
+    path: Path = Field(description="Model folder, as create_student_model.py writes it.")
+
 
 class Objective(StrictModel):
     """loss = cross_entropy_weight * CE + kl_weight * T² * KL(teacher || student), per token."""
@@ -146,7 +148,7 @@ class OptimizerOptions(StrictModel):
 
 
 class Schedule(StrictModel):
-    """How long, and how the learning rate goes."""
+    """The length of the run and the course of the learning rate."""
 
     kind: Literal["linear", "cosine", "constant"] = Field("linear", description="After warm-up.")
     warmup_steps: NonNegativeInt = Field(500, description="Optimizer steps of linear rise.")
@@ -274,7 +276,7 @@ class LoggingOptions(StrictModel):
 
 
 class CheckOptions(StrictModel):
-    """What `--check` does beside what it always does; without effect on a run."""
+    """What `--check` does besides what it always does; without effect on a run."""
 
     learning_rate_range_test: bool = Field(
         False,

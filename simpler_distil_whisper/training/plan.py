@@ -55,7 +55,7 @@ def run_length(
 
 
 class Drawn(enum.IntEnum):
-    """What is drawn; another number never gives the same random values."""
+    """The purposes that random numbers are drawn for; each has random values of its own."""
 
     ORDER = 0
     POOL = 1
@@ -100,7 +100,7 @@ class TrainingPlan:
         bucketing: bool,
         seed: int,
     ) -> None:
-        """Remember the plan.
+        """Group the examples by weight, and choose the size of the pools.
 
         Args:
             weights: of each example, how often an epoch uses it.
@@ -117,7 +117,7 @@ class TrainingPlan:
         self.step_size = step_size
         self.seed = seed
         steps_per_epoch = max(1, round(each.sum()) // step_size)
-        # A pool far smaller than an epoch, or neighbours in length would always meet again.
+        # Far smaller than an epoch: else examples of similar length would always share a step.
         self.pool_steps = max(1, min(POOL_OF_STEPS, steps_per_epoch // 4)) if bucketing else 1
         self._pool: tuple[int, list[list[Visit]]] = (-1, [])
         self._epoch: tuple[range, np.ndarray] = (range(0), np.empty(0))
@@ -147,7 +147,7 @@ class TrainingPlan:
         return Visit(example, position, use)
 
     def _epoch_around(self, position: int) -> tuple[range, np.ndarray]:
-        """Return which positions the epoch has that holds this one; and int64 [size, 2], its uses.
+        """Return the positions of the epoch that holds `position`, and int64 [size, 2]: its uses.
 
         Each use is an example and how often it was used before.
         """
@@ -195,7 +195,7 @@ class MicroBatches:
     def __init__(
         self, plan: TrainingPlan, steps: range, size: int, rank: int, processes: int
     ) -> None:
-        """Remember which share this is: `size` examples at a time, those of process `rank`."""
+        """Take the share of process `rank`, `size` examples at a time."""
         self.plan, self.steps, self.size = plan, steps, size
         self.rank, self.processes = rank, processes
         self.per_step = plan.step_size // (size * processes)

@@ -1,9 +1,10 @@
-"""Checks before hours are spent: the rows, both models on one batch, a few steps of real training.
+"""Checks before hours are spent: the rows, both models on one batch, the time of a few steps.
 
 Owns `check_at_start`, which takes seconds and precedes the first step of a run, and
 `check_thoroughly`, which is `--check` on a rehearsal of the run.
 """
 
+import copy
 import dataclasses
 import datetime
 import math
@@ -23,7 +24,7 @@ from simpler_distil_whisper.run import is_main_process, log
 from simpler_distil_whisper.training.data_checks import check_data
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.filters import Selection
-from simpler_distil_whisper.training.learning_rate_test import ShortRuns, range_test
+from simpler_distil_whisper.training.learning_rates import ShortRuns, range_test
 from simpler_distil_whisper.training.models import TeacherAndStudent, computing_dtype
 from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.trainer import Trainer
@@ -63,7 +64,7 @@ def check_at_start(
         return
     student = trainer.models.student
     results: dict[str, object] = {**check_data(selection, dev, steps.visit_tokens.data, student)}
-    cached = first_group(steps)[0].cached_decoder_states
+    cached = first_micro_batches(steps)[0].cached_decoder_states
     # Where a cache has all decoder states no teacher is loaded, and none for this.
     if cached is None or cached.missing:
         agreement = check_agreement(trainer, steps)
@@ -104,13 +105,13 @@ def check_thoroughly(
         runs.restore()
     log_memory(trainer)  # before more is in it than in a run
     check_agreement(trainer, steps)
-    check_learning_rate(runs, first_group(steps), learning_rate)
+    check_learning_rate(runs, first_micro_batches(steps), learning_rate)
     log_time(trainer, steps, selection, uncached, cached)
     if picture:
         range_test(runs, steps, learning_rate, cached or uncached, picture)
 
 
-def first_group(steps: TrainingSteps) -> Sequence[TrainingBatch]:
+def first_micro_batches(steps: TrainingSteps) -> Sequence[TrainingBatch]:
     """Return the micro-batches of the first step."""
     return next(steps.since(0))
 
@@ -127,7 +128,7 @@ def check_agreement(trainer: Trainer, steps: TrainingSteps) -> Agreement | None:
     models = trainer.models
     if not models.objective.uses_teacher:
         return None
-    agreement = agreement_of_unpruned(models, first_group(steps.without_caches())[0])
+    agreement = agreement_of_unpruned(models, first_micro_batches(steps.without_caches())[0])
     if not agreement.tokens:  # no audio of the batch can be read, which is reported elsewhere
         return None
     coarse = {models.teacher.dtype, computing_dtype(models.accelerator)} != {torch.float32}
@@ -174,10 +175,10 @@ def agreement_of_unpruned(models: TeacherAndStudent, batch: TrainingBatch) -> Ag
 
 
 def check_learning_rate(
-    runs: ShortRuns, group: Sequence[TrainingBatch], learning_rate: float
+    runs: ShortRuns, micro_batches: Sequence[TrainingBatch], learning_rate: float
 ) -> None:
     """Warn if some steps on one batch do not lower its loss."""
-    losses = runs.run([group] * STEPS_ON_ONE_BATCH, learning_rate).losses
+    losses = runs.run([micro_batches] * STEPS_ON_ONE_BATCH, learning_rate).losses
     result = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses) - 1} steps on one batch"
     if losses[-1] < losses[0]:
         log.info("optimizer.learning_rate %g: %s", learning_rate, result)
@@ -193,8 +194,8 @@ def check_learning_rate(
 def time_steps(trainer: Trainer, steps: TrainingSteps) -> float:
     """Return how many seconds a step takes, audio included, without the first one."""
     ends = [time.perf_counter()]
-    for group in steps.since(0):
-        trainer.train_step(group, learning_rate=0.0)
+    for micro_batches in steps.since(0):
+        trainer.train_step(micro_batches, learning_rate=0.0)
         trainer.means.end()  # which waits for the device
         ends.append(time.perf_counter())
         late = ends[-1] - ends[0] > TIMED_SECONDS
@@ -206,12 +207,13 @@ def time_steps(trainer: Trainer, steps: TrainingSteps) -> float:
 
 def time_validation(trainer: Trainer, validation: Validation) -> float:
     """Return about how many seconds it takes to score the student on the dev rows."""
-    rows = len(validation.utterances)
-    validation.utterances = validation.utterances[:TIMED_ROWS]
+    sample = copy.copy(validation)
+    sample.utterances = validation.utterances[:TIMED_ROWS]
     trainer.models.module.eval()
     started = time.perf_counter()
-    validation.score(trainer.models.student)
-    return (time.perf_counter() - started) * rows / len(validation.utterances)
+    sample.score(trainer.models.student)
+    elapsed = time.perf_counter() - started
+    return elapsed * len(validation.utterances) / len(sample.utterances)
 
 
 def log_time(

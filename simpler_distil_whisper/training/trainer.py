@@ -1,7 +1,7 @@
 """A training run's models, optimizer and records, and what can be done with them step by step.
 
 Owns the optimizer step, and that every token of a step weighs alike however many micro-batches and
-processes share it. What is done when is decided by the loop in `run_distillation.py`.
+processes share it. The loop in `run_distillation.py` decides when what is done.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        plan: str,
+        digest: str,
         models: TeacherAndStudent,
         optimizer: OptimizerOptions,
         batch: BatchOptions,
@@ -59,18 +59,18 @@ class Trainer:
 
         Args:
             run: whose folder is written and whose stop signal is obeyed.
-            plan: hash of what the steps learn from.
+            digest: hash of what the steps learn from.
             models: the student in float32, trained in place; parameters that require no gradient
                 are frozen.
             optimizer: its section of the config.
             batch: its section of the config, for the advice when memory does not suffice.
             checkpoints: its section of the config.
-            card: what stands beside the model in the model folders.
+            card: README.md and distillation.json of the model folders.
             validation: scores models on the dev manifest; None: there is none.
             tensorboard: write for TensorBoard too.
 
         Raises:
-            ConfigError: the checkpoint belongs to another plan.
+            ConfigError: the checkpoint belongs to other steps.
         """
         leave_a_core_to_audio()
         accelerator = models.accelerator
@@ -82,8 +82,8 @@ class Trainer:
         models.module, self.optimizer = accelerator.prepare(models.module, adamw)
         folder = run.folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, checkpoints.keep_last, accelerator)
-        self.state = self.checkpoints.restore_last() or TrainerState(plan=plan)
-        if self.state.plan != plan:
+        self.state = self.checkpoints.restore_last() or TrainerState(plan=digest)
+        if self.state.plan != digest:
             raise ConfigError(
                 f"resume: the checkpoint in {folder} belongs to other training rows or another "
                 "number of processes, so its step is no place in this run: restore them or choose "
@@ -175,7 +175,7 @@ class Trainer:
         self._log_score("teacher", score)
 
     def has_stopped_improving(self) -> bool:
-        """Return whether the student is no better on dev since as many validations as allowed."""
+        """Return whether the last `early_stopping_patience` validations brought no better score."""
         if self.validation is None:
             return False
         patience = self.validation.options.early_stopping_patience
@@ -201,7 +201,7 @@ class Trainer:
         with self._advice_if_memory_ends():
             score = self.validation.score(self.models.student)
         self._log_score("student", score)
-        is_best = self.state.is_best(score.error_rate)
+        is_best = self.state.record_validation(score.error_rate)
         if is_best and self.checkpoint_options.keep_best:
             self.save_student("best")
         self.draw_curves()
@@ -284,7 +284,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _advice_if_memory_ends(self) -> Iterator[None]:
-        """Turn the end of the memory into advice: nothing smaller is tried without being asked."""
+        """Turn an out-of-memory error into advice; batch sizes are never reduced silently."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:

@@ -1,7 +1,7 @@
 """Scoring a model on the dev manifest during training.
 
 Owns the dev rows and their references; the error rate is that of the whole corpus, summed over all
-processes. Decoding is `decoding/`'s and counting `evaluation/`'s.
+processes. Decoding is in `decoding/`, counting in `evaluation/`.
 """
 
 from collections import Counter

@@ -33,7 +33,7 @@ from simpler_distil_whisper.config import ConfigError, load_config
 from simpler_distil_whisper.run import Interrupted
 from simpler_distil_whisper.training import preflight
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
-from simpler_distil_whisper.training.learning_rate_test import ShortRuns
+from simpler_distil_whisper.training.learning_rates import ShortRuns
 from simpler_distil_whisper.training.models import Teacher
 from simpler_distil_whisper.training.preflight import (
     agreement_of_unpruned,
@@ -77,15 +77,15 @@ def first_batch(steps: TrainingSteps) -> TrainingBatch:
         ({"precision": "bf16"}, 0.05),
     ],
 )
-def test_a_student_with_all_layers_says_what_the_teacher_says(
+def test_a_student_with_all_layers_agrees_with_the_teacher(
     tmp_path: Path, setting: Setting, options: dict[str, Any], most: float
 ) -> None:
     trainer, _, steps, _ = assemble(write_config(tmp_path / "run", setting, **options))
-    found = check_agreement(trainer, steps)
-    assert found is not None
-    assert abs(found.kl) < most
-    assert found.same > 0.9
-    assert found.tokens == first_batch(steps).label_tokens
+    agreement = check_agreement(trainer, steps)
+    assert agreement is not None
+    assert abs(agreement.kl) < most
+    assert agreement.same > 0.9
+    assert agreement.tokens == first_batch(steps).label_tokens
     teacher = trainer.models.teacher.folder
     assert (teacher.config["decoder_layers"], teacher.path) == (2, setting.teacher)
 
@@ -94,10 +94,10 @@ def test_models_that_are_given_different_things_end_the_run(
     tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The teacher gets its tokens one place late, as where labels are shifted twice."""
-    answer = Teacher.decoder_states
+    decoder_states = Teacher.decoder_states
 
     def late(self: Teacher, batch: TrainingBatch, states: torch.Tensor | None) -> torch.Tensor:
-        return answer(self, batch, states).roll(1, dims=1)
+        return decoder_states(self, batch, states).roll(1, dims=1)
 
     path = write_config(tmp_path / "run", setting)
     monkeypatch.setattr(Teacher, "decoder_states", late)
@@ -125,7 +125,7 @@ def test_nothing_is_compared_where_the_teacher_has_no_part(
     assert not trainer.models.teacher.loaded
 
 
-def test_the_student_itself_does_not_say_what_the_teacher_says(
+def test_the_pruned_student_does_not_agree_with_the_teacher(
     tmp_path: Path, setting: Setting
 ) -> None:
     """The check compares whole models: the pruned student's own KL is far from 0."""
@@ -161,7 +161,7 @@ def test_a_learning_rate_that_raises_the_loss(
 def test_all_is_well(
     tmp_path: Path, setting: Setting, dev: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where nothing is wrong but the hours, only they are warned of; costs are said."""
+    """Where nothing is wrong but the hours, only they are warned of; the costs are logged."""
     path = write_config(tmp_path / "run", setting, data__dev_manifest=dev, schedule__max_steps=30)
     trainer, _, steps, prepared = assemble(path)
     caplog.clear()
@@ -187,9 +187,9 @@ def check_run(path: Path) -> tuple[Assembled, dict[str, float]]:
 
 
 def test_a_run_notes_what_was_checked(tmp_path: Path, setting: Setting, dev: Path) -> None:
-    _, found = check_run(write_config(tmp_path / "run", setting, data__dev_manifest=dev))
-    assert abs(found.pop("unpruned_kl")) < 1e-6
-    assert found == {
+    _, checked = check_run(write_config(tmp_path / "run", setting, data__dev_manifest=dev))
+    assert abs(checked.pop("unpruned_kl")) < 1e-6
+    assert checked == {
         "unpruned_agreement": 1.0,
         "hours": 0.0016,  # 5.8 s
         "labels_not_given_back": 0,
@@ -229,13 +229,13 @@ def test_a_check_neither_fills_a_cache_nor_loads_a_teacher_that_none_needs(
     tmp_path: Path, setting: Setting
 ) -> None:
     options = {"teacher_cache__folder": tmp_path / "cache", "checkpoints__every_steps": 9}
-    first, found = check_run(write_config(tmp_path / "first", setting, **options))
-    assert found["unpruned_agreement"] == 1.0
+    first, checked = check_run(write_config(tmp_path / "first", setting, **options))
+    assert checked["unpruned_agreement"] == 1.0
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     first.train()
-    second, found = check_run(write_config(tmp_path / "second", setting, **options))
+    second, checked = check_run(write_config(tmp_path / "second", setting, **options))
     assert not second.trainer.models.teacher.loaded
-    assert found.keys() == {"hours", "labels_not_given_back"}
+    assert checked.keys() == {"hours", "labels_not_given_back"}
 
 
 # From the command line
@@ -254,7 +254,6 @@ def exit_code_of_check(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_check_leaves_nothing_behind(
     tmp_path: Path,
     setting: Setting,
-    dev: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -267,21 +266,23 @@ def test_check_leaves_nothing_behind(
     with caplog.at_level("INFO"):
         assert exit_code_of_check(path, monkeypatch) == 0
     # Three versions of 8 clips, 4 a step.
-    found = re.search(
+    match = re.search(
         r" 6 steps of (\S+) s that fill the teacher cache, 24 of (\S+) s", caplog.text
     )
-    assert found
-    assert float(found[2]) < float(found[1])
+    assert match
+    assert float(match[2]) < float(match[1])
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_check_ends_with_the_code_of_what_it_found(
+def test_the_exit_code_of_check_tells_what_is_wrong(
     tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spaced = adding_spaces(setting, tmp_path)
     assert exit_code_of_check(write_config(tmp_path / "data", spaced), monkeypatch) == 3
-    answer = Teacher.decoder_states
-    monkeypatch.setattr(Teacher, "decoder_states", lambda *given: answer(*given).roll(1, dims=1))
+    decoder_states = Teacher.decoder_states
+    monkeypatch.setattr(
+        Teacher, "decoder_states", lambda *given: decoder_states(*given).roll(1, dims=1)
+    )
     assert exit_code_of_check(write_config(tmp_path / "models", setting), monkeypatch) == 2
     assert not (tmp_path / "data").exists()
     assert not (tmp_path / "models").exists()

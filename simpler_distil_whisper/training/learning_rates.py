@@ -65,13 +65,13 @@ class ShortRuns:
         self.trainer.optimizer.optimizer.state.clear()
         self.trainer.state.step = 0
 
-    def run(self, groups: Iterable[Sequence[TrainingBatch]], rate: float) -> ShortRun:
-        """Take a step with each group of micro-batches, at a constant rate after a warm-up."""
+    def run(self, steps: Iterable[Sequence[TrainingBatch]], rate: float) -> ShortRun:
+        """Take a step with the micro-batches of each, at a constant rate after a warm-up."""
         self.restore()
         losses = []
-        for step, group in enumerate(groups):
+        for step, micro_batches in enumerate(steps):
             warmup = min(1.0, (step + 1) / (WARMUP_STEPS + 1))
-            self.trainer.train_step(group, warmup * rate)
+            self.trainer.train_step(micro_batches, warmup * rate)
             loss = self.trainer.means.end()["train/loss"]
             losses.append(math.nan if loss is None else loss)
         self.restore()
