@@ -104,8 +104,8 @@ def differences_that_hold(
 ) -> tuple[float, float]:
     """Return how often the interval of a difference holds the truth, and how often p < 0.05."""
     random = np.random.default_rng(0)
-    one, other, tokens = draw(random, POPULATION).sum(axis=0)
-    truth = 0.0 if draw is swapped else (other - one) / tokens
+    own, other, tokens = draw(random, POPULATION).sum(axis=0)
+    truth = 0.0 if draw is swapped else (other - own) / tokens
     held = significant = 0
     for seed in range(evaluations):
         difference = paired_difference(

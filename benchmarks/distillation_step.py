@@ -54,8 +54,8 @@ TWO_MODELS = "two full models"
 HF_PADDED = "HF distil-whisper, labels padded to 448"
 HF = "HF distil-whisper, labels padded to the longest"
 OURS = "this project"
-STATES_KEPT = "this project, encoder states from the cache"
-ALL_KEPT = "this project, teacher's answers from the cache too"
+ENCODER_STATES_CACHED = "this project, encoder states from the cache"
+ALL_CACHED = "this project, teacher's decoder states from the cache too"
 PLAIN_LOSS = "full logits"
 OUR_LOSS = "this project's loss"
 
@@ -66,7 +66,7 @@ SETTINGS = {
     "448": (POSITIONS,) * 8,
     "loss": (POSITIONS,) * 8,
 }
-STEPS = (TWO_MODELS, HF_PADDED, HF, OURS, STATES_KEPT, ALL_KEPT)
+STEPS = (TWO_MODELS, HF_PADDED, HF, OURS, ENCODER_STATES_CACHED, ALL_CACHED)
 LOSSES = (PLAIN_LOSS, OUR_LOSS)
 
 
@@ -77,14 +77,15 @@ class Batch:
     Attributes:
         features: float32 [B, M, T]: log-mels.
         labels: int64 [B, L]: IGNORE_INDEX behind the end of the shorter ones.
-        states: float32 [B, E, D]: what a cache might have of the encoder's.
-        answers: float32 [B, L, D]: what it might have of the teacher's last decoder states.
+        encoder_states: float32 [B, E, D]: as a cache might have them.
+        teacher_states: float32 [B, L, D]: the teacher's last decoder states, as a cache might have
+            them.
     """
 
     features: Tensor
     labels: Tensor
-    states: Tensor
-    answers: Tensor
+    encoder_states: Tensor
+    teacher_states: Tensor
 
     @property
     def inputs(self) -> Tensor:
@@ -152,14 +153,14 @@ def _compare(folder: Path, shape: str, setting: str, options: argparse.Namespace
     if max(lengths) == POSITIONS:
         ways = tuple(way for way in ways if way != HF_PADDED)  # there is nothing to pad
     ways = tuple(way for way in ways if any(part in way for part in options.ways.split(",")))
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    measured: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(options.rounds):
         first = number * len(ways) // options.rounds
         for way in (*ways[first:], *ways[:first]):
-            found[way].append(_measure_apart(folder, shape, setting, way, options))
-            print(f"{shape} {setting} {way}: {found[way][-1]}", file=sys.stderr, flush=True)
-    _print_table(f"{shape}, {_in_words(setting)}", found)
-    losses = {way: rounds[0]["loss"] for way, rounds in found.items() if "loss" in rounds[0]}
+            measured[way].append(_measure_apart(folder, shape, setting, way, options))
+            print(f"{shape} {setting} {way}: {measured[way][-1]}", file=sys.stderr, flush=True)
+    _print_table(f"{shape}, {_in_words(setting)}", measured)
+    losses = {way: rounds[0]["loss"] for way, rounds in measured.items() if "loss" in rounds[0]}
     expected = next(iter(losses.values()), 0.0)
     return [
         f"{shape}, {setting}: the loss of {way} is {loss}, not {expected}"
@@ -175,18 +176,20 @@ def _in_words(setting: str) -> str:
     return f"{what}{len(lengths)} utterances of {tokens} tokens"
 
 
-def _print_table(title: str, found: dict[str, list[dict[str, float]]]) -> None:
-    baseline = next(way for way in (HF_PADDED, HF, *found) if way in found)
+def _print_table(title: str, measured: dict[str, list[dict[str, float]]]) -> None:
+    baseline = next(way for way in (HF_PADDED, HF, *measured) if way in measured)
     clock = "wall" if torch.cuda.is_available() else "cpu"
     middle = {
-        way: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-        for way, rounds in found.items()
+        way: {key: statistics.median(numbers[key] for numbers in rounds) for key in rounds[0]}
+        for way, rounds in measured.items()
     }
     print(f"\n### {title}\n")
     print("| way | CPU s a step | s on the clock | times as fast | MB above the models | share |")
     print("|---|---|---|---|---|---|")
     for way, own in middle.items():
-        cpu, wall = (_with_range([one[key] for one in found[way]]) for key in ("cpu", "wall"))
+        cpu, wall = (
+            _with_range([numbers[key] for numbers in measured[way]]) for key in ("cpu", "wall")
+        )
         print(
             f"| {way} | {cpu} | {wall} | {middle[baseline][clock] / own[clock]:.2f} "
             f"| {own['peak']:.0f} | {own['peak'] / middle[baseline]['peak']:.2f} |"
@@ -206,7 +209,7 @@ def _with_range(values: Sequence[float]) -> str:
 def _measure_apart(
     folder: Path, shape: str, setting: str, way: str, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Return what `_measure_here` finds in a new process."""
+    """Return the result of `_measure_here` in a new process."""
     numbers = {"--threads": options.threads, "--steps": options.steps}
     words = {"--shapes": shape, "--settings": setting, "--way": way, "--folder": folder}
     arguments = [str(each) for pair in (numbers | words).items() for each in pair]
@@ -236,8 +239,8 @@ def _measure_here(options: argparse.Namespace) -> dict[str, float]:
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     peak = _peak(device) - before
-    found = {"cpu": statistics.median(cpus), "wall": statistics.median(walls), "peak": peak}
-    return found if loss is None else {**found, "loss": loss}
+    measured = {"cpu": statistics.median(cpus), "wall": statistics.median(walls), "peak": peak}
+    return measured if loss is None else {**measured, "loss": loss}
 
 
 def _random_batch(lengths: Sequence[int], shape: Shape, device: torch.device) -> Batch:
@@ -246,11 +249,11 @@ def _random_batch(lengths: Sequence[int], shape: Shape, device: torch.device) ->
     labels = torch.full((rows, longest), IGNORE_INDEX)
     for row, length in enumerate(lengths):
         labels[row, :length] = torch.randint(0, 50_000, (length,), generator=random)
-    features, states, answers = (
+    features, encoder_states, teacher_states = (
         torch.randn(rows, *size, generator=random).to(device)
         for size in ((shape.mels, FRAMES), (STATES, shape.width), (longest, shape.width))
     )
-    return Batch(features * 0.5, labels.to(device), states, answers)
+    return Batch(features * 0.5, labels.to(device), encoder_states, teacher_states)
 
 
 def _start_of_peak(device: torch.device) -> float:
@@ -285,11 +288,13 @@ def _make_step(way: str, folder: Path) -> Step:
         return _hugging_face(folder, POSITIONS if way == HF_PADDED else None)
     if way in LOSSES:
         return _loss_alone(folder, plain=way == PLAIN_LOSS)
-    return _this_project(folder, states_kept=way != OURS, answers_kept=way == ALL_KEPT)
+    return _this_project(
+        folder, encoder_states_cached=way != OURS, decoder_states_cached=way == ALL_CACHED
+    )
 
 
 def _two_full_models(folder: Path) -> Step:
-    """Both models hear the audio with their own encoders, and all of the student is trained."""
+    """Both models encode the audio with their own encoders, and all of the student is trained."""
     accelerator = make_accelerator("auto", 0)
     teacher, student = _load_both(folder, accelerator.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
@@ -297,9 +302,9 @@ def _two_full_models(folder: Path) -> Step:
 
     def step(batch: Batch) -> float:
         with torch.no_grad():
-            taught = teacher(input_features=batch.features, labels=batch.labels)
-        said = student(input_features=batch.features, labels=batch.labels)
-        loss = _plain_loss(said.loss, said.logits, taught.logits, batch.labels)
+            predicted = teacher(input_features=batch.features, labels=batch.labels)
+        own = student(input_features=batch.features, labels=batch.labels)
+        loss = _plain_loss(own.loss, own.logits, predicted.logits, batch.labels)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -319,11 +324,11 @@ def _hugging_face(folder: Path, padded_to: int | None) -> Step:
     def step(batch: Batch) -> float:
         more = (padded_to or batch.labels.shape[1]) - batch.labels.shape[1]
         labels = functional.pad(batch.labels, (0, more), value=IGNORE_INDEX)
-        said = student(input_features=batch.features, labels=labels)
-        heard = BaseModelOutput(said.encoder_last_hidden_state.to(teacher.dtype))
+        own = student(input_features=batch.features, labels=labels)
+        encoded = BaseModelOutput(own.encoder_last_hidden_state.to(teacher.dtype))
         with torch.no_grad():
-            taught = teacher(encoder_outputs=heard, labels=labels)
-        loss = _plain_loss(said.loss, said.logits, taught.logits, labels)
+            predicted = teacher(encoder_outputs=encoded, labels=labels)
+        loss = _plain_loss(own.loss, own.logits, predicted.logits, labels)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -367,17 +372,20 @@ def _loss_alone(folder: Path, plain: bool) -> Step:
     learnt = head.clone().requires_grad_()
 
     def step(batch: Batch) -> float:
-        states = batch.answers.requires_grad_()
-        taught = batch.states[:, : states.shape[1]]
+        states = batch.teacher_states.requires_grad_()
+        teacher_states = batch.encoder_states[:, : states.shape[1]]  # any random ones will do
         with accelerator.autocast():
             if plain:
-                said = functional.linear(states, learnt)
+                logits = functional.linear(states, learnt)
                 with torch.no_grad():
-                    target = functional.linear(taught, head)
-                cross_entropy = functional.cross_entropy(said.flatten(0, 1), batch.labels.flatten())
-                loss = _plain_loss(cross_entropy, said, target, batch.labels)
+                    teacher_logits = functional.linear(teacher_states, head)
+                labels = batch.labels.flatten()
+                cross_entropy = functional.cross_entropy(logits.flatten(0, 1), labels)
+                loss = _plain_loss(cross_entropy, logits, teacher_logits, batch.labels)
             else:
-                terms = distillation_loss(states, learnt, taught, head, batch.labels, OBJECTIVE)
+                terms = distillation_loss(
+                    states, learnt, teacher_states, head, batch.labels, OBJECTIVE
+                )
                 loss = terms.loss / terms.tokens
         loss.backward()
         learnt.grad = states.grad = None
@@ -386,11 +394,11 @@ def _loss_alone(folder: Path, plain: bool) -> Step:
     return step
 
 
-def _this_project(folder: Path, states_kept: bool, answers_kept: bool) -> Step:
+def _this_project(folder: Path, encoder_states_cached: bool, decoder_states_cached: bool) -> Step:
     """The training loop's own step, from the assembled trainer of `run_distillation.py`."""
     path = folder / f"{os.getpid()}.json"
     output = folder / str(os.getpid())
-    cache = {"folder": str(output / "cache") if states_kept else None}
+    cache = {"folder": str(output / "cache") if encoder_states_cached else None}
     config = {
         "output_dir": str(output),
         "teacher": {"path": str(folder / "teacher")},
@@ -399,7 +407,7 @@ def _this_project(folder: Path, states_kept: bool, answers_kept: bool) -> Step:
         "schedule": {"max_steps": 1000, "epochs": None},
         "optimizer": {"learning_rate": LEARNING_RATE},
         "objective": OBJECTIVE.model_dump(),
-        "teacher_cache": {**cache, "decoder_states": answers_kept},
+        "teacher_cache": {**cache, "decoder_states": decoder_states_cached},
         "logging": {"tensorboard": False},
     }
     path.write_text(json.dumps(config))
@@ -413,17 +421,18 @@ def _this_project(folder: Path, states_kept: bool, answers_kept: bool) -> Step:
 
     def step(batch: Batch) -> float | None:
         given = TrainingBatch(batch.features, batch.inputs, batch.labels, 0.0, [])
-        if states_kept:
-            nothing_to_hear = batch.features[:0]
-            kept = CachedEncoderStates(batch.states, {})
-            given = replace(given, input_features=nothing_to_hear, cached_encoder_states=kept)
-        if answers_kept:
+        if encoder_states_cached:
+            cached = CachedEncoderStates(batch.encoder_states, {})
+            given = replace(given, input_features=batch.features[:0], cached_encoder_states=cached)
+        if decoder_states_cached:
             rows, length = batch.labels.shape
+            lengths = [length] * rows
             given = replace(
-                given, cached_decoder_states=CachedDecoderStates(batch.answers, [length] * rows, {})
+                given,
+                cached_decoder_states=CachedDecoderStates(batch.teacher_states, lengths, {}),
             )
         loss = None
-        if not states_kept and len(batch.labels) == len(WARM_UP):
+        if not encoder_states_cached and len(batch.labels) == len(WARM_UP):
             with torch.no_grad():
                 terms = trainer.models.loss_terms(given)
             loss = (terms.loss / terms.tokens).item()

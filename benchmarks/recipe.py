@@ -90,11 +90,11 @@ class Recipe:
         steps, batch, learning_rate, warmup_steps: of AdamW without weight decay; the rate falls
             linearly after the warm-up.
         objective: weights of cross-entropy and KL, and the temperature.
-        labels: "pseudo" (the teacher's transcripts) or "reference" (what was said).
+        labels: "pseudo" (the teacher's hypotheses) or "reference".
         max_error_rate: clips whose pseudo-label is worse are left out; None: none.
         views, view_kind: how many altered versions of each clip there are, and how they are made.
-        on_policy, sampling: share of steps on what the student itself says for the batch, drawn at
-            this temperature (0: greedily), taught by the teacher's distribution alone.
+        on_policy, sampling: share of steps on the student's own hypotheses of the batch, drawn at
+            this temperature (0: greedily), with the divergence from the teacher as the only loss.
         unfrozen, encoder_rate: share of steps, the last ones, in which the encoder learns too, and
             its learning rate as a share of the decoder's.
         dropout: in the student's decoder.
@@ -118,7 +118,7 @@ class Recipe:
 
     @property
     def augmentation(self) -> Augmentation:
-        """The config section that says the same."""
+        """The same as a section of `run_distillation.json`."""
         kind = KINDS[self.view_kind] if self.views else {}
         return Augmentation(views=self.views, **kind)
 
@@ -145,7 +145,7 @@ STUDIES: dict[str, dict[str, Recipe]] = {
         "0.8 CE + 1.0 KL": Recipe(objective=MIXED),
         "0.2 CE + 1.0 KL": Recipe(objective=KL.model_copy(update={"cross_entropy_weight": 0.2})),
         "KL": Recipe(),
-        "KL on what people said": Recipe(labels="reference", max_error_rate=None),
+        "KL on references": Recipe(labels="reference", max_error_rate=None),
     },
     "temperature": {
         f"{t:g}": Recipe(objective=at_temperature(t)) for t in (1.0, 2.0, 3.0, 4.0, 8.0)
@@ -169,10 +169,10 @@ STUDIES: dict[str, dict[str, Recipe]] = {
 }
 
 
-class Score(NamedTuple):
+class StudentScore(NamedTuple):
     """How a student does on clips: error rates, and its mean divergence from the teacher.
 
-    The divergence, per token of what was said and at temperature 1, is the least noisy of them.
+    The divergence, per token of the reference and at temperature 1, is the least noisy of them.
     """
 
     mandarin: float
@@ -181,25 +181,25 @@ class Score(NamedTuple):
 
 
 @dataclass
-class Heard:
-    """One version of every clip, as both models hear it.
+class EncodedClips:
+    """One version of every clip, as both models are given it.
 
     Attributes:
         features: float32 [N, M, T]: log-mels.
-        states: float32 [N, E, D]: what the teacher's encoder makes of them.
-        taught: kind of labels -> float32 [N, L, D]: its last decoder states for them.
+        states: float32 [N, E, D]: the teacher's encoder states.
+        teacher_states: kind of labels -> float32 [N, L, D]: the teacher's last decoder states.
     """
 
     features: Tensor
     states: Tensor
-    taught: dict[str, Tensor] = field(default_factory=dict)
+    teacher_states: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Material:
     """A teacher and clips, with everything that does not change from recipe to recipe.
 
     Attributes:
-        targets: "pseudo" and "reference" -> what the decoder is to learn of each clip.
+        tokens: "pseudo" and "reference" -> the decoder tokens of each clip.
         error_rates: of the pseudo-labels.
     """
 
@@ -211,33 +211,35 @@ class Material:
         self.scorer = Scorer(Metric(normalization=TextNormalization(whisper=None)))
         self.utterances = list(read_manifest(manifest, Columns()).utterances)
         self.waveforms = [
-            load_audio(one.audio, one.start_seconds, one.duration_seconds)
-            for one in self.utterances
+            load_audio(utterance.audio, utterance.start_seconds, utterance.duration_seconds)
+            for utterance in self.utterances
         ]
-        self._heard: dict[tuple[str, int], Heard] = {}
-        self.clean = self._hear(Augmentation(), 0)
-        labels = self.transcripts(self.teacher, self.clean.states)
-        said = [one.text or "" for one in self.utterances]
-        self.targets = {"pseudo": self._targets(labels), "reference": self._targets(said)}
+        self._encoded: dict[tuple[str, int], EncodedClips] = {}
+        self.clean = self._encode(Augmentation(), 0)
+        labels = self.transcribe(self.teacher, self.clean.states)
+        references = [utterance.text or "" for utterance in self.utterances]
+        self.tokens = {"pseudo": self._tokens(labels), "reference": self._tokens(references)}
         counts = map(self._count, self.utterances, labels)
-        self.error_rates = [one.rate or 0.0 for one in counts]
+        self.error_rates = [count.rate or 0.0 for count in counts]
 
-    def heard(self, augmentation: Augmentation, use: int) -> Heard:
-        """Return the version of each clip that its use number `use` hears."""
+    def encoded(self, augmentation: Augmentation, use: int) -> EncodedClips:
+        """Return the version of each clip that training uses at use number `use`."""
         if not augmentation.views:
             return self.clean
         key = (augmentation.model_dump_json(), use % (augmentation.views + 1))
-        if key not in self._heard:
+        if key not in self._encoded:
             # Views of one kind at a time: those of all would not fit into memory.
-            self._heard = {other: one for other, one in self._heard.items() if other[0] == key[0]}
-            self._heard[key] = self._hear(augmentation, use)
-        return self._heard[key]
+            self._encoded = {
+                other: clips for other, clips in self._encoded.items() if other[0] == key[0]
+            }
+            self._encoded[key] = self._encode(augmentation, use)
+        return self._encoded[key]
 
     @torch.no_grad()
-    def _hear(self, augmentation: Augmentation, use: int) -> Heard:
+    def _encode(self, augmentation: Augmentation, use: int) -> EncodedClips:
         features, encoder = self._features(augmentation, use), self.teacher.model.encoder
         states = [encoder(part).last_hidden_state for part in features.split(BATCH)]
-        return Heard(features, torch.cat(states))
+        return EncodedClips(features, torch.cat(states))
 
     def _features(self, augmentation: Augmentation, use: int) -> Tensor:
         extractor = self.whisper.feature_extractor
@@ -251,68 +253,74 @@ class Material:
                 view.of_waveform(waveform) for view, (_, waveform) in zip(drawn, part, strict=True)
             ]
             features = log_mel(altered, extractor)
-            for view, waveform, one in zip(drawn, altered, features, strict=True):
-                view.mask(one, len(waveform))
+            for view, waveform, log_mels in zip(drawn, altered, features, strict=True):
+                view.mask(log_mels, len(waveform))
             parts.append(features)
         return torch.cat(parts)
 
     @torch.no_grad()
-    def taught(self, heard: Heard, labels: str) -> Tensor:
+    def teacher_states(self, clips: EncodedClips, labels: str) -> Tensor:
         """Return float32 [N, L, D]: the teacher's last decoder states for the labels."""
-        if labels not in heard.taught:
-            inputs, _ = decoder_sequences(self.targets[labels], self.whisper.tokens.end)
-            parts = zip(inputs.split(BATCH), heard.states.split(BATCH), strict=True)
-            heard.taught[labels] = torch.cat([decode(self.teacher, *part) for part in parts])
-        return heard.taught[labels]
+        if labels not in clips.teacher_states:
+            inputs, _ = decoder_sequences(self.tokens[labels], self.whisper.tokens.end)
+            parts = zip(inputs.split(BATCH), clips.states.split(BATCH), strict=True)
+            decoded = [decode(self.teacher, *part) for part in parts]
+            clips.teacher_states[labels] = torch.cat(decoded)
+        return clips.teacher_states[labels]
 
-    def target(self, language: str, ids: Sequence[int]) -> DecoderTokens:
-        """Return what the decoder is given and is to learn."""
+    def decoder_tokens(self, language: str, ids: Sequence[int]) -> DecoderTokens:
+        """Return the prompt and the tokens to learn."""
         prompt = self.whisper.tokens.prompt(language, "transcribe")
         return DecoderTokens([*prompt, *ids], len(prompt))
 
-    def _targets(self, texts: Sequence[str]) -> list[DecoderTokens]:
+    def _tokens(self, texts: Sequence[str]) -> list[DecoderTokens]:
         tokenizer, end = self.whisper.tokenizer, self.whisper.tokens.end
         return [
-            self.target(
-                one.language or "", [*tokenizer(text, add_special_tokens=False).input_ids, end]
+            self.decoder_tokens(
+                utterance.language or "",
+                [*tokenizer(text, add_special_tokens=False).input_ids, end],
             )
-            for one, text in zip(self.utterances, texts, strict=True)
+            for utterance, text in zip(self.utterances, texts, strict=True)
         ]
 
     def _count(self, utterance: Utterance, text: str) -> ErrorCounts:
         return self.scorer.count(utterance.text or "", text, utterance.language)
 
-    def transcripts(self, model: WhisperForConditionalGeneration, states: Tensor) -> list[str]:
-        """Return what a model says for encoder states, float [N, E, D], of all clips."""
-        transcribe = transcriber(replace(self.whisper, model=model))
-        languages = [one.language for one in self.utterances]
+    def transcribe(self, model: WhisperForConditionalGeneration, states: Tensor) -> list[str]:
+        """Return a model's hypotheses of all clips from encoder states, float [N, E, D]."""
+        decoder = transcriber(replace(self.whisper, model=model))
+        languages = [utterance.language for utterance in self.utterances]
         parts = zip(states.split(BATCH), in_batches(languages, BATCH), strict=True)
-        return [one.text for part in parts for one in transcribe.from_encoder_states(*part)]
+        return [
+            hypothesis.text for part in parts for hypothesis in decoder.from_encoder_states(*part)
+        ]
 
     @torch.no_grad()
-    def score(self, student: WhisperForConditionalGeneration) -> Score:
+    def score(self, student: WhisperForConditionalGeneration) -> StudentScore:
         """Return how a student, in evaluation mode, does on the clean clips."""
         states = self.clean.states
         if not same_encoder(student, self.teacher):
             parts = self.clean.features.split(BATCH)
             states = torch.cat([student.model.encoder(part).last_hidden_state for part in parts])
         counts = {"zh": ErrorCounts(), "en": ErrorCounts()}
-        for one, text in zip(self.utterances, self.transcripts(student, states), strict=True):
-            counts[one.language or ""] += self._count(one, text)
+        hypotheses = self.transcribe(student, states)
+        for utterance, text in zip(self.utterances, hypotheses, strict=True):
+            counts[utterance.language or ""] += self._count(utterance, text)
         rates = [counts[language].rate or 0.0 for language in ("zh", "en")]
-        return Score(rates[0], rates[1], self.divergence(student, states))
+        return StudentScore(rates[0], rates[1], self.divergence(student, states))
 
     @torch.no_grad()
     def divergence(self, student: WhisperForConditionalGeneration, states: Tensor) -> float:
-        """Return KL(teacher || student) per token of what was said, at temperature 1.
+        """Return KL(teacher || student) per token of the reference, at temperature 1.
 
         Args:
             student: in evaluation mode.
-            states: float [N, E, D]: what its encoder makes of the first N clean clips.
+            states: float [N, E, D]: its encoder states of the first N clean clips.
         """
-        targets = self.targets["reference"][: len(states)]
-        inputs, labels = decoder_sequences(targets, self.whisper.tokens.end)
-        taught = self.taught(self.clean, "reference")[: len(states), : inputs.shape[1]]
+        tokens = self.tokens["reference"][: len(states)]
+        inputs, labels = decoder_sequences(tokens, self.whisper.tokens.end)
+        teacher_states = self.teacher_states(self.clean, "reference")
+        teacher_states = teacher_states[: len(states), : inputs.shape[1]]
         terms = [
             self.loss(
                 student,
@@ -321,29 +329,32 @@ class Material:
                 at_temperature(1.0),
             )
             for part in zip(
-                *(each.split(BATCH) for each in (inputs, states, taught, labels)), strict=True
+                *(each.split(BATCH) for each in (inputs, states, teacher_states, labels)),
+                strict=True,
             )
         ]
-        return float(sum(one.kl for one in terms) / sum(one.tokens for one in terms))
+        return float(sum(part.kl for part in terms) / sum(part.tokens for part in terms))
 
     def loss(
         self,
         student: WhisperForConditionalGeneration,
-        said: Tensor,
-        taught: Tensor,
+        student_states: Tensor,
+        teacher_states: Tensor,
         labels: Tensor,
         objective: Objective,
     ) -> LossTerms:
         """Return the loss of last decoder states, the student's and the teacher's."""
         heads = student.proj_out.weight, self.teacher.proj_out.weight
-        return distillation_loss(said, heads[0], taught, heads[1], labels, objective)
+        return distillation_loss(
+            student_states, heads[0], teacher_states, heads[1], labels, objective
+        )
 
     def best_layers(self, count: int) -> tuple[int, ...]:
-        """Return the decoder layers with which an untaught student is closest to the teacher."""
-        return min(self.layer_scores(count).items(), key=lambda one: one[1])[0]
+        """Return the decoder layers with which an untrained student is closest to the teacher."""
+        return min(self.layer_scores(count).items(), key=lambda item: item[1])[0]
 
     def layer_scores(self, count: int) -> dict[tuple[int, ...], float]:
-        """Return the divergence of an untaught student for each set of so many layers."""
+        """Return the divergence of an untrained student for each set of so many layers."""
         sets = itertools.combinations(range(self.teacher.config.decoder_layers), count)
         states = self.clean.states[:SCORING_CLIPS]
         return {kept: self.divergence(pruned(self.teacher, kept), states) for kept in sets}
@@ -367,7 +378,10 @@ class Distillation:
             (self.student.model.encoder, recipe.encoder_rate),
         )
         self.groups: list[dict[str, Any]] = [
-            {"params": [one for one in part.parameters() if one.requires_grad], "share": share}
+            {
+                "params": [weight for weight in part.parameters() if weight.requires_grad],
+                "share": share,
+            }
             for part, share in parts
         ]
         self.trained = [weight for group in self.groups for weight in group["params"]]
@@ -379,8 +393,8 @@ class Distillation:
         self.random = random.Random(seed)
 
     def _length(self, visit: Visit) -> int:
-        target = self.material.targets[self.recipe.labels][self.rows[visit.example]]
-        return len(target.tokens)
+        sequences = self.material.tokens[self.recipe.labels]
+        return len(sequences[self.rows[visit.example]].tokens)
 
     def run(self) -> None:
         """Train to the end; the student is then what is to be scored."""
@@ -406,42 +420,44 @@ class Distillation:
         """Return the loss of one batch."""
         material, recipe, objective = self.material, self.recipe, self.recipe.objective
         rows = [self.rows[visit.example] for visit in visits]
-        each = [material.heard(recipe.augmentation, visit.use) for visit in visits]
-        states = torch.stack([heard.states[row] for heard, row in zip(each, rows, strict=True)])
+        versions = [material.encoded(recipe.augmentation, visit.use) for visit in visits]
+        states = torch.stack([clips.states[row] for clips, row in zip(versions, rows, strict=True)])
         own = states
         if unfrozen:
-            features = [heard.features[row] for heard, row in zip(each, rows, strict=True)]
+            features = [clips.features[row] for clips, row in zip(versions, rows, strict=True)]
             own = self.student.model.encoder(torch.stack(features)).last_hidden_state
         if self.random.random() < recipe.on_policy:
             objective = at_temperature(objective.temperature)
-            inputs, labels = self._own_words(rows, own.detach())
+            inputs, labels = self._own_hypotheses(rows, own.detach())
             with torch.no_grad():
-                taught = decode(material.teacher, inputs, states)
+                teacher_states = decode(material.teacher, inputs, states)
         else:
-            targets = [material.targets[recipe.labels][row] for row in rows]
-            inputs, labels = decoder_sequences(targets, material.whisper.tokens.end)
-            lessons = [
-                material.taught(heard, recipe.labels)[row, : inputs.shape[1]]
-                for heard, row in zip(each, rows, strict=True)
+            tokens = [material.tokens[recipe.labels][row] for row in rows]
+            inputs, labels = decoder_sequences(tokens, material.whisper.tokens.end)
+            each = [
+                material.teacher_states(clips, recipe.labels)[row, : inputs.shape[1]]
+                for clips, row in zip(versions, rows, strict=True)
             ]
-            taught = torch.stack(lessons)
-        said = decode(self.student, inputs, own)
-        return material.loss(self.student, said, taught, labels, objective)
+            teacher_states = torch.stack(each)
+        student_states = decode(self.student, inputs, own)
+        return material.loss(self.student, student_states, teacher_states, labels, objective)
 
-    def _own_words(self, rows: Sequence[int], states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return decoder inputs and labels of what the student says for a batch by now."""
+    def _own_hypotheses(self, rows: Sequence[int], states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return decoder inputs and labels of the student's present hypotheses of a batch."""
         material, end = self.material, self.material.whisper.tokens.end
         self.student.eval()
         whisper = replace(material.whisper, model=self.student)
-        speak = transcriber(whisper, self.recipe.sampling, self.random.getrandbits(31))
+        decoder = transcriber(whisper, self.recipe.sampling, self.random.getrandbits(31))
         languages = [material.utterances[row].language or "" for row in rows]
-        said = speak.from_encoder_states(states, languages, keys=list(rows))
+        hypotheses = decoder.from_encoder_states(states, languages, keys=list(rows))
         self.student.train()
-        targets = [
-            material.target(language, [*one.token_ids, *([end] if one.complete else [])])
-            for language, one in zip(languages, said, strict=True)
+        tokens = [
+            material.decoder_tokens(
+                language, [*hypothesis.token_ids, *([end] if hypothesis.complete else [])]
+            )
+            for language, hypothesis in zip(languages, hypotheses, strict=True)
         ]
-        return decoder_sequences(targets, end)
+        return decoder_sequences(tokens, end)
 
 
 def decode(model: WhisperForConditionalGeneration, inputs: Tensor, states: Tensor) -> Tensor:
@@ -455,7 +471,7 @@ def decode(model: WhisperForConditionalGeneration, inputs: Tensor, states: Tenso
 def pruned(
     teacher: WhisperForConditionalGeneration, layers: Sequence[int]
 ) -> WhisperForConditionalGeneration:
-    """Return the untaught student with all encoder layers and these of the decoder."""
+    """Return the untrained student with all encoder layers and these of the decoder."""
     return prune_whisper(teacher, range(teacher.config.encoder_layers), layers)
 
 
@@ -483,7 +499,7 @@ def live_step_seconds(material: Material) -> float:
     freeze(student, Freeze())
     optimizer = torch.optim.AdamW(student.model.decoder.parameters(), lr=1e-3, weight_decay=0.0)
     short_inputs, short_labels = decoder_sequences(
-        material.targets["pseudo"][:16], material.whisper.tokens.end
+        material.tokens["pseudo"][:16], material.whisper.tokens.end
     )
     room = (0, student.config.max_target_positions - short_inputs.shape[1])
     inputs = functional.pad(short_inputs, room, value=material.whisper.tokens.end)
@@ -493,13 +509,15 @@ def live_step_seconds(material: Material) -> float:
         start = time.process_time()
         with torch.no_grad():
             states = student.model.encoder(features).last_hidden_state
-            taught = material.teacher.proj_out(decode(material.teacher, inputs, states))
-        said = student.proj_out(decode(student, inputs, states))
+            teacher_logits = material.teacher.proj_out(decode(material.teacher, inputs, states))
+        student_logits = student.proj_out(decode(student, inputs, states))
         real = labels >= 0
         divergence = functional.kl_div(
-            (said / 2).log_softmax(-1), (taught / 2).softmax(-1), reduction="none"
+            (student_logits / 2).log_softmax(-1),
+            (teacher_logits / 2).softmax(-1),
+            reduction="none",
         ).sum(-1)
-        cross_entropy = functional.cross_entropy(said[real], labels[real])
+        cross_entropy = functional.cross_entropy(student_logits[real], labels[real])
         (0.8 * cross_entropy + 4 * divergence[real].mean()).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -511,14 +529,14 @@ def live_step_seconds(material: Material) -> float:
 class Outcome(NamedTuple):
     """What one recipe came to with one seed, and what it took without what is computed once."""
 
-    score: Score
+    score: StudentScore
     seconds: float
 
 
 def train(train: Material, dev: Material, recipe: Recipe, seed: int) -> Outcome:
     """Make one student and score it."""
     for use in range(recipe.views + 1):
-        train.taught(train.heard(recipe.augmentation, use), recipe.labels)
+        train.teacher_states(train.encoded(recipe.augmentation, use), recipe.labels)
     distillation = Distillation(train, recipe, seed)
     start = time.process_time()
     distillation.run()
@@ -529,19 +547,21 @@ def train(train: Material, dev: Material, recipe: Recipe, seed: int) -> Outcome:
 def print_row(name: str, outcomes: Sequence[Outcome]) -> None:
     """Print a row of a table: the means over the seeds, and each seed's error rates."""
     zh, en, kl = (
-        statistics.mean(each) for each in zip(*(one.score for one in outcomes), strict=True)
+        statistics.mean(each) for each in zip(*(outcome.score for outcome in outcomes), strict=True)
     )
-    seconds = statistics.mean(one.seconds for one in outcomes)
-    seeds = ", ".join(f"{one.score.mandarin:.4f} / {one.score.english:.4f}" for one in outcomes)
+    seconds = statistics.mean(outcome.seconds for outcome in outcomes)
+    seeds = ", ".join(
+        f"{outcome.score.mandarin:.4f} / {outcome.score.english:.4f}" for outcome in outcomes
+    )
     print(f"| {name} | {zh:.4f} | {en:.4f} | {kl:.4f} | {seeds} | {seconds:.0f} |", flush=True)
 
 
 def print_layers(material: Material) -> None:
     """Print the score of each set of two and three layers."""
-    print("| kept | KL(teacher to untaught student) |\n|---|---|")
+    print("| kept | KL(teacher to untrained student) |\n|---|---|")
     for count in (2, 3):
         for kept, divergence in sorted(
-            material.layer_scores(count).items(), key=lambda one: one[1]
+            material.layer_scores(count).items(), key=lambda item: item[1]
         ):
             print(f"| {kept} | {divergence:.3f} |")
     print(f"\nspread: {tuple(spread_layers(material.teacher.config.decoder_layers, 2))}\n")

@@ -1,4 +1,4 @@
-"""What the documents say of the code: keys, messages, files, names and links that exist."""
+"""What the documents state about the code: keys, messages, files, names and links that exist."""
 
 import ast
 import re
@@ -22,16 +22,16 @@ GENERATOR = runpy.run_path(str(REPOSITORY / "docs" / "configuration.py"))
 KEYS = {row[0] for script in GENERATOR["COMMANDS"] for row in GENERATOR["rows"](script)}
 
 
-def name_of(path: Path) -> str:
+def relative_name(path: Path) -> str:
     return path.relative_to(REPOSITORY).as_posix()
 
 
-def text_of(path: Path) -> str:
+def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_of_keys_is_what_the_config_classes_say() -> None:
-    written = text_of(REPOSITORY / "docs" / "configuration.md")
+def test_the_page_of_keys_is_made_from_the_config_classes() -> None:
+    written = read(REPOSITORY / "docs" / "configuration.md")
     assert GENERATOR["page"]() == written, "run: python docs/configuration.py"
 
 
@@ -43,7 +43,7 @@ def test_every_key_has_a_type_and_a_meaning() -> None:
 
 def strings_in(path: Path) -> Iterator[str]:
     """Yield the strings of a source file, without docstrings; of f-strings the fixed parts."""
-    tree = ast.parse(text_of(path))
+    tree = ast.parse(read(path))
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     for node in constants:
@@ -52,7 +52,7 @@ def strings_in(path: Path) -> Iterator[str]:
 
 
 def quoted_messages() -> list[str]:
-    text = text_of(REPOSITORY / "docs" / "troubleshooting.md")
+    text = read(REPOSITORY / "docs" / "troubleshooting.md")
     headings = re.findall(r"^### (.*)$", text, re.MULTILINE)
     return [message for heading in headings for message in re.findall(r"`([^`]+)`", heading)]
 
@@ -67,7 +67,7 @@ def test_every_message_in_troubleshooting_is_one_of_the_code() -> None:
 
 def tree_of_files() -> set[str]:
     """Return the files of the package that the tree names, such as "data/audio.py"."""
-    text = text_of(ARCHITECTURE)
+    text = read(ARCHITECTURE)
     tree = text.partition("simpler_distil_whisper/\n")[2].partition("```")[0]
     folder, files = "", set()
     for line in tree.partition("\ntests/")[0].splitlines():
@@ -85,9 +85,7 @@ def test_the_tree_names_every_file_of_the_package() -> None:
 
 
 def hops() -> list[tuple[str, str]]:
-    rows = re.findall(
-        r"^\|[^|]*\| `([\w/]+\.py)` \| `(\w+)` \|", text_of(ARCHITECTURE), re.MULTILINE
-    )
+    rows = re.findall(r"^\|[^|]*\| `([\w/]+\.py)` \| `(\w+)` \|", read(ARCHITECTURE), re.MULTILINE)
     return [(file, name) for file, name in rows]
 
 
@@ -95,31 +93,31 @@ def test_every_hop_of_the_two_roads_exists() -> None:
     assert len(hops()) >= 25
     for file, name in hops():
         path = PACKAGE / file if (PACKAGE / file).exists() else REPOSITORY / file
-        assert re.search(rf"^ *(def|class) {name}\b", text_of(path), re.MULTILINE), (file, name)
+        assert re.search(rf"^ *(def|class) {name}\b", read(path), re.MULTILINE), (file, name)
 
 
 def test_architecture_names_the_places_of_the_import_order() -> None:
-    layout = text_of(REPOSITORY / "tests" / "test_layout.py")
+    layout = read(REPOSITORY / "tests" / "test_layout.py")
     places = "".join(re.findall(r'^PLACES \+?= "(.*)"', layout, re.MULTILINE)).split()
-    assert "  ".join(place for place in places if place != "__init__") in text_of(ARCHITECTURE)
+    assert "  ".join(place for place in places if place != "__init__") in read(ARCHITECTURE)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative_name)
 def test_links_lead_to_files(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text_of(path)):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read(path)):
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative_name)
 def test_sources_that_are_named_exist(path: Path) -> None:
-    for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|html))`", text_of(path)):
+    for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|html))`", read(path)):
         assert any((folder / name).exists() for folder in (REPOSITORY, PACKAGE)), name
 
 
-@pytest.mark.parametrize("path", WITH_KEYS, ids=name_of)
+@pytest.mark.parametrize("path", WITH_KEYS, ids=relative_name)
 def test_keys_that_are_named_exist(path: Path) -> None:
     """A name such as `data.columns` or `pack.enabled`; with it, every name that begins alike."""
     sections = {key.partition(".")[0] for key in KEYS}
-    for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", text_of(path)):
+    for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", read(path)):
         if name.partition(".")[0] in sections and not name.endswith(FILE_ENDINGS):
             assert any(f"{key}.".startswith(f"{name}.") for key in KEYS), name

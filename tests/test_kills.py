@@ -35,7 +35,7 @@ def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
         )
 
 
-def kill_all_of(process: subprocess.Popen[bytes]) -> None:
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a run with its processes and their workers, none of which can tidy up."""
     launched = psutil.Process(process.pid)
     launched.suspend()  # so that it starts no other meanwhile
@@ -84,7 +84,7 @@ def test_a_run_killed_at_25_moments_writes_the_same_bytes(folder: Path) -> None:
             patience = seconds * chance.uniform(0.2, 1.3) if killed < KILLS else 600
             code = process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
-            kill_all_of(process)
+            kill_tree(process)
             killed += 1
             kept = max(kept, len(list((folder / "out").glob("parts/*.answers"))))
             continue

@@ -77,7 +77,7 @@ def place(module: str) -> int:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_only_from_places_before_its_own(name: str) -> None:
-    assert {one for one in IMPORTS[name] if place(one) > place(name)} == set()
+    assert {other for other in IMPORTS[name] if place(other) > place(name)} == set()
     assert IMPORTS[name] <= PURE.get(name, IMPORTS[name])
 
 

@@ -127,7 +127,7 @@ def test_a_failed_run_is_continued_by_the_same_command(start: Callable[..., int]
     assert (info()["outcome"], info()["resumed"]) == ("done", True)
 
 
-def test_a_finished_run_says_so_and_does_nothing(
+def test_a_finished_run_is_reported_as_such_and_does_nothing(
     start: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(write_words) == 0
@@ -523,7 +523,7 @@ def test_a_real_script_refuses_what_is_not_there(run_script: RunScript, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_where_there_is_no_terminal_the_log_says_how_far_and_how_long(
+def test_where_there_is_no_terminal_progress_and_time_left_are_logged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines: list[str] = []

@@ -208,7 +208,7 @@ REASONS = {
 }
 
 
-def test_what_cannot_be_used_says_why(tmp_path: Path) -> None:
+def test_files_that_cannot_be_used_are_refused_with_the_reason(tmp_path: Path) -> None:
     files = broken_files(tmp_path)
     for name, path in files.items():
         with pytest.raises(AudioError) as caught:
@@ -287,7 +287,9 @@ def test_real_clips_decode_to_their_duration(real_speech: Path) -> None:
         assert np.sqrt(np.mean(sound**2)) > 1e-4, row["path"]
 
 
-def test_real_files_in_other_formats_decode_or_say_why_not(real_speech: Path) -> None:
+def test_real_files_in_other_formats_decode_or_are_refused_with_the_reason(
+    real_speech: Path,
+) -> None:
     folder = real_speech / "extra_formats"
     for row in listed(folder):
         path = folder / row["path"]

@@ -75,7 +75,7 @@ def test_a_row_may_lack_everything_but_its_audio(folder: Path) -> None:
         assert (utterance.start_seconds, utterance.duration_seconds) == (0.0, None)
 
 
-def test_columns_say_which_key_holds_what(folder: Path) -> None:
+def test_columns_name_the_keys_of_the_rows(folder: Path) -> None:
     row = {"wav": CLIP, "label": "好", "audio": 3, "text": 4, "id": "x", "language": 5}
     columns = Columns(
         audio="wav", text="label", id=None, language=None, start_seconds=None, duration_seconds=None

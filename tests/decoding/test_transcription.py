@@ -23,7 +23,7 @@ from simpler_distil_whisper.data.manifest import (
     Utterance,
     read_manifest,
 )
-from simpler_distil_whisper.decoding import transcription
+from simpler_distil_whisper.decoding import batches, transcription
 from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
 from simpler_distil_whisper.decoding.transcription import (
     decode_halving,
@@ -109,21 +109,25 @@ def test_whatever_is_done_the_other_batches_stay_as_they_are(
     assert sorted(again) == sorted(left)
 
 
-def test_no_header_is_read_before_its_time(
-    manifest: Manifest, tmp_path: Path, shares: Callable[..., list[list[int]]]
-) -> None:
+@pytest.mark.usefixtures("manifest")
+def test_no_header_is_read_before_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without their length: those of a group that is done are not even opened."""
-    rows = [{"audio": "x.wav"} for _ in range(24)]
-    unsaid = read_manifest(write_rows(tmp_path / "unsaid.jsonl", rows), Columns()).utterances
-    opened = []
-    hook = lambda event, arguments: event == "open" and opened.append(str(arguments[0]))  # noqa: E731
-    sys.addaudithook(hook)
+    opened: list[Path] = []
+
+    def length(audio: Path, *_: object) -> float:
+        opened.append(audio)
+        return 1.0
+
+    monkeypatch.setattr(batches, "audio_seconds", length)
+    path = write_rows(tmp_path / "rows.jsonl", [{"audio": "x.wav"} for _ in range(24)])
+    utterances = read_manifest(path, Columns()).utterances
     done = np.repeat([True, False], 12)
-    first = next(own_batches(unsaid, SIZE, done, DataLimits(num_workers=0)))
+    first = next(own_batches(utterances, SIZE, done, DataLimits(num_workers=0)))
     assert [utterance.number for utterance in first] == [12, 13, 14]
+    assert len(opened) == 12
 
 
-def batch_of(count: int) -> SpeechBatch:
+def make_batch(count: int) -> SpeechBatch:
     rows = [
         Utterance(n, f"m:{n}", "{}", str(n), Path("x"), 0.0, None, None, None) for n in range(count)
     ]
@@ -146,7 +150,7 @@ def decoder_with_room_for(rows: int, too_large: float = -1) -> Callable[[SpeechB
 
 @pytest.mark.parametrize("room", [1, 2, 3, 5, 8, 9])
 def test_a_batch_too_large_for_the_memory_is_decoded_in_parts(room: int) -> None:
-    batch, values = decode_halving(decoder_with_room_for(room), batch_of(9))  # type: ignore[arg-type]
+    batch, values = decode_halving(decoder_with_room_for(room), make_batch(9))  # type: ignore[arg-type]
     assert values == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert [utterance.number for utterance in batch.utterances] == values
     assert batch.seconds == [1.0] * 9
@@ -154,7 +158,7 @@ def test_a_batch_too_large_for_the_memory_is_decoded_in_parts(room: int) -> None
 
 
 def test_a_row_too_large_for_the_memory_is_rejected_and_no_other() -> None:
-    batch, values = decode_halving(decoder_with_room_for(4, 5.0), batch_of(9))  # type: ignore[arg-type]
+    batch, values = decode_halving(decoder_with_room_for(4, 5.0), make_batch(9))  # type: ignore[arg-type]
     assert values == [0, 1, 2, 3, 4, 6, 7, 8]
     assert [utterance.number for utterance in batch.utterances] == values
     assert [rejection.number for rejection in batch.rejections] == [99, 5]
@@ -179,7 +183,7 @@ def test_errors_of_many_kinds_mean_a_lack_of_memory(error: Exception) -> None:
             raise error
         return [batch.utterances[0].number]
 
-    assert decode_halving(decode, batch_of(3))[1] == [0, 1, 2]  # type: ignore[arg-type]
+    assert decode_halving(decode, make_batch(3))[1] == [0, 1, 2]  # type: ignore[arg-type]
 
 
 def test_another_error_is_no_lack_of_memory() -> None:
@@ -187,12 +191,12 @@ def test_another_error_is_no_lack_of_memory() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        decode_halving(decode, batch_of(2))  # type: ignore[arg-type]
+        decode_halving(decode, make_batch(2))  # type: ignore[arg-type]
 
 
 def test_each_half_keeps_what_the_cache_has_of_it() -> None:
     """Five windows, of which the cache lacks the second and the fifth, and two recordings."""
-    utterances = batch_of(7).utterances
+    utterances = make_batch(7).utterances
     batch = SpeechBatch(
         utterances,
         torch.tensor([1.0, 4.0])[:, None, None],
@@ -225,7 +229,7 @@ def test_a_lack_of_memory_is_logged_once(
     transcription._warn_once_of_halving.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            decode_halving(decoder_with_room_for(4), batch_of(7))  # type: ignore[arg-type]
+            decode_halving(decoder_with_room_for(4), make_batch(7))  # type: ignore[arg-type]
     assert caplog.text.count("A batch of 7 did not fit into the memory") == 1
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import REPOSITORY
+from tiny import read_rows, write_rows
 
 Row = dict[str, Any]
 
@@ -20,17 +21,8 @@ ROWS: list[Row] = [
     {"id": "c", "text": "你好", "hypothesis": "", "language": "zh-TW"},
     {"id": "d", "text": "", "hypothesis": "thank you", "language": "en"},
 ]
-
-
 OLD_COLUMNS = ["id", "reference", "hypothesis", "language"]
 NO_PAGE = {"html": False, "worst_utterances": 20, "embed_audio": False}
-
-
-def write_rows(path: Path, rows: list[Row | str]) -> Path:
-    """Write rows as JSON Lines; a string stands for itself, whatever it is."""
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def config_for(folder: Path, *paths: Path, **keys: Any) -> Row:
@@ -52,10 +44,6 @@ def summary_in(folder: Path) -> Row:
     return json.loads((folder / "out" / "summary.json").read_text(encoding="utf-8"))
 
 
-def lines_of(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def counts(part: Row) -> tuple[int, int, int, int, int, int]:
     names = ["hits", "substitutions", "deletions", "insertions", "reference_tokens", "utterances"]
     return tuple(part[name] for name in names)
@@ -64,19 +52,19 @@ def counts(part: Row) -> tuple[int, int, int, int, int, int]:
 def test_summary_of_one_system_by_hand(tmp_path: Path) -> None:
     done = evaluate(tmp_path, config_for(tmp_path, write_rows(tmp_path / "one.jsonl", [*ROWS])))
     assert done.returncode == 0, done.stderr
-    one = summary_in(tmp_path)["systems"]["one"]
+    system = summary_in(tmp_path)["systems"]["one"]
     # zh by character: 5 hits 2 subs, then 2 dels; en by word: 1 hit 1 sub 1 del, then 2 insertions.
-    assert counts(one["corpus"]) == (6, 3, 3, 2, 12, 4)
-    assert one["corpus"]["rate"] == 8 / 12
-    assert one["corpus"]["low"] is None  # four utterances tell nothing about how they vary
-    assert one["units"] == {"character": 2, "word": 2}
+    assert counts(system["corpus"]) == (6, 3, 3, 2, 12, 4)
+    assert system["corpus"]["rate"] == 8 / 12
+    assert system["corpus"]["low"] is None  # four utterances tell nothing about how they vary
+    assert system["units"] == {"character": 2, "word": 2}
     # Words: "她很…" 1 sub, "hello big world" 1 hit 1 sub 1 del, "你好" 1 del, 2 insertions.
-    assert counts(one["word"]) == (1, 2, 2, 2, 5, 4)
+    assert counts(system["word"]) == (1, 2, 2, 2, 5, 4)
     # Characters: 5 hits 2 subs; "hellobigworld" to "helloword" 9 hits 4 dels; 2 dels; 8 insertions.
-    assert counts(one["character"]) == (14, 2, 6, 8, 22, 4)
+    assert counts(system["character"]) == (14, 2, 6, 8, 22, 4)
     # Raw: "。" is one deletion more, "Hello, big world!" to "hello word" is 2 subs and 1 deletion.
-    assert counts(one["raw"]["corpus"]) == (5, 4, 4, 2, 13, 4)
-    groups = one["groups"]["language"]
+    assert counts(system["raw"]["corpus"]) == (5, 4, 4, 2, 13, 4)
+    groups = system["groups"]["language"]
     assert list(groups) == ["en", "zh", "zh-TW"]
     assert counts(groups["en"]) == (1, 1, 1, 2, 3, 2)
     assert counts(groups["en"]["character"]) == (9, 0, 4, 8, 13, 2)
@@ -86,7 +74,7 @@ def test_summary_of_one_system_by_hand(tmp_path: Path) -> None:
 def test_each_utterance_is_listed_with_its_counts_and_alignment(tmp_path: Path) -> None:
     rows = [*ROWS, {"id": 7, "text": "…", "hypothesis": "", "language": None}]
     evaluate(tmp_path, config_for(tmp_path, write_rows(tmp_path / "one.jsonl", rows)))
-    utterances = {row["id"]: row for row in lines_of(tmp_path / "out" / "utterances.jsonl")}
+    utterances = {row["id"]: row for row in read_rows(tmp_path / "out" / "utterances.jsonl")}
     assert list(utterances) == ["a", "b", "c", "d", "7"]
     assert utterances["b"] == {
         "id": "b",
@@ -158,17 +146,17 @@ def test_no_bad_row_is_lost(tmp_path: Path) -> None:
         file.write(b'{"id": "\xff"}\n')
     done = evaluate(tmp_path, config_for(tmp_path, path))
     assert done.returncode == 0, done.stderr
-    rejected = lines_of(tmp_path / "out" / "rejected.jsonl")
+    rejected = read_rows(tmp_path / "out" / "rejected.jsonl")
     assert [row["place"] for row in rejected] == [
         *(f"{path}:{len(ROWS) + number}" for number in range(1, len(BAD_ROWS) + 1)),
         f"{path}:{len(ROWS) + len(BAD_ROWS) + 2}",
     ]
     for row, reason in zip(rejected, [*(why for _, why in BAD_ROWS), "not UTF-8"], strict=True):
         assert reason in row["reason"]
-    one = summary_in(tmp_path)["systems"]["one"]
-    assert one["corpus"]["utterances"] == len(ROWS)
-    assert sum(one["rejected"].values()) == len(rejected)
-    assert one["rejected"]["not a JSON object but list"] == 2
+    system = summary_in(tmp_path)["systems"]["one"]
+    assert system["corpus"]["utterances"] == len(ROWS)
+    assert sum(system["rejected"].values()) == len(rejected)
+    assert system["rejected"]["not a JSON object but list"] == 2
     assert "2 x not a JSON object but list, first at" in done.stderr
     assert "one: 2 rows rejected: not a JSON object but list." in done.stdout
 
@@ -187,7 +175,7 @@ def test_systems_are_compared_over_the_utterances_that_all_have(tmp_path: Path) 
     first, other = (summary_in(tmp_path)["systems"][name] for name in ("first", "second"))
     assert counts(first["corpus"]) == (5, 2, 0, 2, 7, 2)
     assert counts(other["corpus"]) == (7, 0, 0, 0, 7, 2)
-    rejected = lines_of(tmp_path / "out" / "rejected.jsonl")
+    rejected = read_rows(tmp_path / "out" / "rejected.jsonl")
     assert [(row["system"], row["id"], row["reason"]) for row in rejected] == [
         ("first", "b", 'no usable row with this id in "second"'),
         ("first", "c", 'no usable row with this id in "second"'),
@@ -202,7 +190,7 @@ def test_without_an_id_column_systems_are_matched_by_line(tmp_path: Path) -> Non
     columns = {"id": None, "reference": "text", "hypothesis": "hypothesis", "language": None}
     done = evaluate(tmp_path, config_for(tmp_path, first, second, columns=columns))
     assert done.returncode == 0, done.stderr
-    ids = [(row["system"], row["id"]) for row in lines_of(tmp_path / "out" / "utterances.jsonl")]
+    ids = [(row["system"], row["id"]) for row in read_rows(tmp_path / "out" / "utterances.jsonl")]
     assert ids == [("first", "1"), ("first", "3"), ("second", "1"), ("second", "3")]
 
 
@@ -214,13 +202,13 @@ def test_mixed_unit_and_other_columns(tmp_path: Path) -> None:
     config = config_for(tmp_path, path, columns=columns, metric=metric, group_by=["speaker"])
     done = evaluate(tmp_path, config)
     assert done.returncode == 0, done.stderr
-    one = summary_in(tmp_path)["systems"]["one"]
-    assert counts(one["corpus"]) == (2, 2, 2, 0, 6, 2)
-    assert {value: counts(group) for value, group in one["groups"]["speaker"].items()} == {
+    system = summary_in(tmp_path)["systems"]["one"]
+    assert counts(system["corpus"]) == (2, 2, 2, 0, 6, 2)
+    assert {value: counts(group) for value, group in system["groups"]["speaker"].items()} == {
         "5": (1, 1, 1, 0, 3, 1),
         "五": (1, 1, 1, 0, 3, 1),
     }
-    assert "mixed" in lines_of(tmp_path / "out" / "utterances.jsonl")[0]
+    assert "mixed" in read_rows(tmp_path / "out" / "utterances.jsonl")[0]
 
 
 def many_rows(errors: int, speakers: int = 6) -> list[Row]:
@@ -265,7 +253,7 @@ def test_systems_are_compared_with_the_first(tmp_path: Path) -> None:
 def test_blocks_make_intervals_as_wide_as_the_speakers_differ(tmp_path: Path) -> None:
     # All errors are those of six of the twelve speakers.
     path = write_rows(tmp_path / "one.jsonl", sorted(many_rows(30, 12), key=lambda row: row["id"]))
-    rows = lines_of(path)
+    rows = read_rows(path)
     for row in rows:
         wrong = int(row["speaker"][1:]) < 6
         row["hypothesis"] = row["text"].replace("one", "x") if wrong else row["text"]
@@ -293,12 +281,12 @@ def test_rows_without_a_reference_are_searched_for_invented_text(tmp_path: Path)
     keys = {"hallucination": {"phrases": ["thank you for watching"]}}
     done = evaluate(tmp_path, config_for(tmp_path, path, **keys))
     assert done.returncode == 0, done.stderr
-    one = summary_in(tmp_path)["systems"]["one"]
-    assert one["corpus"]["utterances"] == 4
-    invented = one["hallucination"]
+    system = summary_in(tmp_path)["systems"]["one"]
+    assert system["corpus"]["utterances"] == 4
+    invented = system["hallucination"]
     assert (invented["utterances"], invented["without_reference"]) == (6, 2)
     assert invented["phrases"] == {"thank you for watching": 1}
-    signs = {row["id"]: row["signs"] for row in lines_of(tmp_path / "out" / "utterances.jsonl")}
+    signs = {row["id"]: row["signs"] for row in read_rows(tmp_path / "out" / "utterances.jsonl")}
     assert signs["e"] == ["repetition"]
     assert signs["f"] == ["known_phrase"]
     assert signs["d"] == ["output_on_silence"]

@@ -60,7 +60,7 @@ def test_nobody_speaks_so_fast(language: str, text: str, seconds: float, fast: b
 
 
 @pytest.mark.parametrize(("probability", "silent"), [(0.9, True), (0.5, False), (None, False)])
-def test_without_a_reference_the_decoder_tells_silence(
+def test_without_a_reference_the_decoder_recognizes_silence(
     probability: float | None, silent: bool
 ) -> None:
     def signs(reference: str | None) -> list[str]:

@@ -42,8 +42,8 @@ def rates(rate: float | None, utterances: int = 10, width: float = 0.5) -> Rates
 
 
 def group(rate: float | None, utterances: int = 10, width: float = 0.5) -> GroupRates:
-    one = rates(rate, utterances, width)
-    return GroupRates(**vars(one), character=one, word=one)
+    same = rates(rate, utterances, width)
+    return GroupRates(**vars(same), character=same, word=same)
 
 
 def system(rate: float | None = 0.1, groups: Groups | None = None) -> SystemSummary:
@@ -78,7 +78,7 @@ def comparison(
     return ComparisonSummary("base", difference, low, high, p_value, 0.1, 0.2, 0.7)
 
 
-def summary_of(
+def make_summary(
     systems: dict[str, SystemSummary], comparisons: dict[str, ComparisonSummary] | None = None
 ) -> Summary:
     return Summary("auto", 0.95, 1000, None, None, 0, 10, systems, comparisons or {})
@@ -107,7 +107,7 @@ def utterance(name: str, count: int = 1, **keys: Any) -> ShownUtterance:
     return replace(shown, **keys)
 
 
-def page_of(
+def make_page(
     summary: Summary,
     utterances: Sequence[ShownUtterance] = (),
     worst: Mapping[str, list[int]] | None = None,
@@ -135,7 +135,7 @@ def test_no_text_of_the_data_becomes_markup() -> None:
         system(0.1, {NASTY: {NASTY: group(0.1), "b": group(0.2)}}),
         confusions=FrequentConfusions([[NASTY, NASTY, 1]], [], []),
     )
-    page = page_of(summary_of({NASTY: nasty}), [shown], worst={NASTY: [0]})
+    page = make_page(make_summary({NASTY: nasty}), [shown], worst={NASTY: [0]})
     assert page.count("<script") == page.count("</script>") == 2  # the data and the page's own
     assert "<script>document" not in page
     assert data_in(page)["utterances"][0]["reference"] == NASTY
@@ -158,21 +158,21 @@ def test_whatever_is_missing_the_page_is_made(rate: float | None) -> None:
     )
     hypothesis = replace(HYPOTHESIS, rate=None, signs=["repetition"])
     unknown = utterance("x", reference=None, seconds=None, systems=[hypothesis])
-    page = page_of(summary_of({"only": only}), [unknown], worst={"only": [0]})
+    page = make_page(make_summary({"only": only}), [unknown], worst={"only": [0]})
     assert "only" in page
     assert "1 utterance<" in page
     assert "– to –" not in page
     assert "None" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    assert page_of(summary_of({"only": only}))
+    assert make_page(make_summary({"only": only}))
 
 
 def test_embedded_audio_stands_in_the_page_once() -> None:
     audio = "data:audio/mpeg;base64,AAAA"
     shown = [utterance("a", 2, audio=audio), utterance("b", 2, audio="../clips/b.wav#t=1,2")]
     systems = {"base": system(), "other": system()}
-    summary = summary_of(systems, {"other": comparison(0.1, 0.0, 0.2, 0.5)})
+    summary = make_summary(systems, {"other": comparison(0.1, 0.0, 0.2, 0.5)})
     worst = {"base": [0], "other": [0]}
-    page = page_of(summary, shown, worst, different={"other": [0, 1]})
+    page = make_page(summary, shown, worst, different={"other": [0, 1]})
     assert page.count(audio) == 1
     assert 'src="../clips/b.wav#t=1,2"' in page
     assert [row["audio"] for row in data_in(page)["utterances"]] == [None, "../clips/b.wav#t=1,2"]
@@ -182,7 +182,7 @@ def test_embedded_audio_stands_in_the_page_once() -> None:
 
 def test_of_a_column_with_a_thousand_values_the_largest_are_drawn() -> None:
     speakers = {f"speaker {n:04d}": group(0.1, utterances=n) for n in range(1000)}
-    page = page_of(summary_of({"a": system(0.1, {"speaker": speakers})}))
+    page = make_page(make_summary({"a": system(0.1, {"speaker": speakers})}))
     assert "985 more are in" in page
     assert "speaker 0999" in page
     assert "speaker 0984" not in page
@@ -190,7 +190,7 @@ def test_of_a_column_with_a_thousand_values_the_largest_are_drawn() -> None:
 
 def test_a_page_of_10_000_utterances_is_small_enough_to_send() -> None:
     shown = [utterance(f"utterance-{number}", 3) for number in range(10_000)]
-    page = page_of(summary_of({name: system() for name in "abc"}), shown)
+    page = make_page(make_summary({name: system() for name in "abc"}), shown)
     assert len(page.encode()) < 10e6
 
 
@@ -251,12 +251,12 @@ def test_a_small_difference_is_seen_beside_a_large_one() -> None:
     ],
 )
 def test_a_verdict_promises_no_more_than_it_knows(compared: ComparisonSummary, words: str) -> None:
-    assert words in verdict("distilled", compared, summary_of({}))
+    assert words in verdict("distilled", compared, make_summary({}))
 
 
 def test_a_verdict_in_full() -> None:
     better = comparison(-0.05, -0.08, -0.02, 1 / 1001)
-    assert verdict("distilled", better, summary_of({})) == (
+    assert verdict("distilled", better, make_summary({})) == (
         "distilled makes 5.00 points fewer errors than base (95\u202f% interval \u22128.00 to "
         "\u22122.00, p ≤ 0.001): chance alone hardly does that."
     )

@@ -18,8 +18,8 @@ from test_html_report import (
     NASTY,
     comparison,
     group,
-    page_of,
-    summary_of,
+    make_page,
+    make_summary,
     system,
     utterance,
 )
@@ -109,8 +109,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "一個名字很長很長很長的系統 with a long name": system(2.0, groups),
     }
     second = list(systems)[1]
-    summary = summary_of(systems, {second: comparison(0.1, 0.05, 0.2, 0.01)})
-    page = page_of(summary, utterances(), worst={second: [5, 3]}, different={second: [5]})
+    summary = make_summary(systems, {second: comparison(0.1, 0.05, 0.2, 0.01)})
+    page = make_page(summary, utterances(), worst={second: [5, 3]}, different={second: [5]})
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -236,7 +236,7 @@ def test_10_000_utterances_of_three_systems_stay_quick(browser: Any, tmp_path: P
         )
         many.append(utterance(f"clip-{number}", reference=text, systems=[hypothesis] * 3))
     path = tmp_path / "report.html"
-    path.write_text(page_of(summary_of({name: system() for name in "abc"}), many))
+    path.write_text(make_page(make_summary({name: system() for name in "abc"}), many))
     start = time.perf_counter()
     opened = Opened(browser, path)
     opened.page.wait_for_selector("#browser:not([hidden])")

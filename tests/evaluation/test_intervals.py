@@ -76,13 +76,13 @@ def test_there_is_no_interval_without_something_to_vary_or_to_divide_by() -> Non
 
 
 @pytest.mark.parametrize(
-    ("one", "rate"), [(ErrorCounts(hits=9), 0.0), (ErrorCounts(deletions=7), 1.0)]
+    ("counts", "rate"), [(ErrorCounts(hits=9), 0.0), (ErrorCounts(deletions=7), 1.0)]
 )
-def test_no_error_in_300_utterances_does_not_mean_never(one: ErrorCounts, rate: float) -> None:
+def test_no_error_in_300_utterances_does_not_mean_never(counts: ErrorCounts, rate: float) -> None:
     # The largest p with (1 - p)^300 >= 0.025.
     unseen = 1 - 0.025 ** (1 / 300)
     expected = (max(rate - unseen, 0), rate + unseen)
-    assert bootstrap_interval([one] * 300) == pytest.approx(expected)
+    assert bootstrap_interval([counts] * 300) == pytest.approx(expected)
     assert unseen == pytest.approx(0.0122, abs=1e-4)
 
 
@@ -160,9 +160,9 @@ def test_where_no_difference_can_be_rejected_there_is_no_interval() -> None:
 
 def test_turning_the_systems_round_turns_the_difference_round() -> None:
     random = np.random.default_rng(5)
-    one, other = random.integers(0, 5, (2, 200))
+    errors, other = random.integers(0, 5, (2, 200))
     tokens = random.integers(5, 20, 200)
-    there, back = paired_difference(one, other, tokens), paired_difference(other, one, tokens)
+    there, back = paired_difference(errors, other, tokens), paired_difference(other, errors, tokens)
     assert there.difference == -(back.difference or 0)
     assert (there.better, there.worse) == (back.worse, back.better)
     assert there.p_value == pytest.approx(back.p_value, abs=0.05)
@@ -171,7 +171,7 @@ def test_turning_the_systems_round_turns_the_difference_round() -> None:
 def test_blocks_are_resampled_whole() -> None:
     """Ten times the same utterance of each speaker tells no more than one."""
     once = drawn(20)
-    pairs = np.array([(one.errors, one.reference_tokens) for one in once])
+    pairs = np.array([(counts.errors, counts.reference_tokens) for counts in once])
     errors, tokens = np.repeat(pairs, 10, axis=0).T
     speakers = np.repeat(np.arange(20) * 7, 10)  # their numbers need not be dense
     nothing = np.zeros(200, int)

@@ -24,7 +24,7 @@ SCORER = Scorer(Metric())
 PHRASES = KnownPhrases([], SCORER)
 
 
-def system_of(*pairs: tuple[str | None, str]) -> SystemScores:
+def make_system(*pairs: tuple[str | None, str]) -> SystemScores:
     scores = SystemScores(len(pairs), Counter())
     for position, (reference, hypothesis) in enumerate(pairs):
         scored = score_utterance(SCORER, PHRASES, reference, hypothesis, None)
@@ -60,7 +60,7 @@ def test_an_utterance_without_a_block_is_resampled_by_itself() -> None:
 
 
 def test_histogram_counts_every_utterance_with_a_reference_once() -> None:
-    scores = system_of(
+    scores = make_system(
         ("a b c d", "a b c d"),
         ("a b c d", "a b c x"),  # 0.25
         ("a b", "x y"),  # 1
@@ -75,14 +75,14 @@ def test_histogram_counts_every_utterance_with_a_reference_once() -> None:
 
 
 def test_rows_without_a_reference_count_for_signs_alone() -> None:
-    summary = system_of(("one two", "one"), (None, "ha " * 20)).summary(FAST)
+    summary = make_system(("one two", "one"), (None, "ha " * 20)).summary(FAST)
     assert summary.corpus.utterances == 1
     invented = summary.hallucination
     assert (invented.utterances, invented.without_reference) == (2, 1)
     assert invented.signs["repetition"] == SignCount(utterances=1, share=0.5)
     assert invented.any == SignCount(utterances=1, share=0.5)
     assert (invented.insertion_rate, invented.length_ratio) == (0.0, 0.5)
-    nothing = system_of((None, "one")).summary(FAST)
+    nothing = make_system((None, "one")).summary(FAST)
     assert nothing.corpus.rate is None
     assert nothing.hallucination.length_ratio is None
 

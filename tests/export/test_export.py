@@ -134,9 +134,7 @@ def long_clips(folder: Path) -> Path:
 
 
 @pytest.fixture
-def run_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> RunExport:
+def run_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunExport:
     """Run the command in this process on a model and a manifest, with changes to the config."""
 
     def run(model: Path, manifest: Path, *variants: str, flags: tuple[str, ...] = (), **keys: Any):

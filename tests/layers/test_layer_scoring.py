@@ -83,10 +83,10 @@ def score(whisper: Whisper, labelled: list[Labelled], encoder: tuple[int, ...] =
     return scorer(SETS, "all")
 
 
-def log_probabilities(model: Any, one: Labelled, teacher: Whisper) -> torch.Tensor:
+def log_probabilities(model: Any, labelled: Labelled, teacher: Whisper) -> torch.Tensor:
     """Return float64 [tokens, V]: a model's prediction of each token of the label."""
-    _, ids, prompt_length = one
-    sound, _ = soundfile.read(one.utterance.audio, dtype="float32")
+    _, ids, prompt_length = labelled
+    sound, _ = soundfile.read(labelled.utterance.audio, dtype="float32")
     features = teacher.feature_extractor(sound, 16_000, return_tensors="pt").input_features
     with torch.no_grad():
         logits = model(features, decoder_input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits
@@ -101,10 +101,10 @@ def test_a_score_is_the_divergence_of_the_student_that_would_be_made(
     """Row by row without padding, by transformers' own forward pass and the plain formula."""
     some = labelled[:4]
     scores = score(teacher, some, encoder)
-    expected = [log_probabilities(teacher.model, one, teacher) for one in some]
+    expected = [log_probabilities(teacher.model, each, teacher) for each in some]
     for layers in SETS:
         student = prune_whisper(teacher.model, encoder, layers)
-        actual = [log_probabilities(student, one, teacher) for one in some]
+        actual = [log_probabilities(student, each, teacher) for each in some]
         p, q = torch.cat(expected), torch.cat(actual)
         kl = float((p.exp() * (p - q)).sum(-1).mean())
         assert scores[layers].kl == pytest.approx(kl, rel=1e-5, abs=1e-6), layers
@@ -190,7 +190,7 @@ def test_rows_are_taken_from_all_of_a_sorted_manifest(tmp_path: Path, folder: Pa
         [{"audio": audio, "text": "a", "language": language} for language in languages],
     )
     chosen = selected(folder / "teacher", tmp_path / "sorted.jsonl", max_utterances=10)
-    spoken = [one.utterance.language for one in chosen]
+    spoken = [each.utterance.language for each in chosen]
     assert (spoken.count("zh"), spoken.count("en")) == (6, 4)
     assert chosen == selected(folder / "teacher", tmp_path / "sorted.jsonl", max_utterances=10)
 
@@ -273,9 +273,9 @@ def test_audio_that_turns_out_to_be_unusable_is_left_out(
     assert f"{tmp_path / 'bad.jsonl'}:5: {tmp_path / 'nan.wav'}: " in caplog.text
     assert scores["bad"]["utterances"] == scores["good"]["utterances"] == 9
     assert scores["bad"]["tokens"] == scores["good"]["tokens"]
-    for one, other in zip(scores["bad"]["scores"], scores["good"]["scores"], strict=True):
-        assert one["layers"] == other["layers"]
-        assert one["kl"] == pytest.approx(other["kl"], rel=1e-5)
+    for bad, good in zip(scores["bad"]["scores"], scores["good"]["scores"], strict=True):
+        assert bad["layers"] == good["layers"]
+        assert bad["kl"] == pytest.approx(good["kl"], rel=1e-5)
     config = settings(folder, tmp_path / "worse")
     config["layer_scoring"]["manifest"] = str(tmp_path / "worse.jsonl")
     with pytest.raises(DataError, match=r"no audio could be used(.|\n)*worse.jsonl:1"):
@@ -310,8 +310,8 @@ def test_a_pruned_encoder_is_scored_with(tmp_path: Path, folder: Path, teacher: 
     labelled = selected(folder / "teacher", folder / "zh-0.jsonl")
     expected = score(teacher, labelled, (0, 2))
     assert scores["encoder"] == [0, 2]
-    for one in scores["scores"]:
-        assert one["kl"] == pytest.approx(expected[tuple(one["layers"])].kl, abs=1e-6)
+    for row in scores["scores"]:
+        assert row["kl"] == pytest.approx(expected[tuple(row["layers"])].kl, abs=1e-6)
 
 
 def test_a_stopped_search_leaves_nothing_that_looks_like_a_student(
@@ -332,10 +332,10 @@ def test_the_best_is_kept_and_what_all_scored_is_written(
     assert "layer_scoring: 9 of 9 rows" in caplog.text
     scores = json.loads((output / "layer_scores.json").read_text())
     assert (scores["utterances"], scores["manifest"]) == (9, str(folder / "zh-0.jsonl"))
-    kls = [one["kl"] for one in scores["scores"]]
+    kls = [row["kl"] for row in scores["scores"]]
     assert len(kls) == 6
     assert kls == sorted(kls)
-    spread = next(one for one in scores["scores"] if one["found_by"] == "spread")
+    spread = next(row for row in scores["scores"] if row["found_by"] == "spread")
     assert spread["layers"] == [0, 3]
     layer_map = json.loads((output / "layer_map.json").read_text())
     assert layer_map == {

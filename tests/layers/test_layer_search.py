@@ -37,9 +37,9 @@ def search(
 def test_where_there_are_few_sets_all_are_tried_once() -> None:
     ranked, scored = search(4, 2, lambda layers: abs(layers[0] - 1) + abs(layers[1] - 2))
     assert sorted(scored) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    assert [one.layers for one in ranked][0] == (1, 2)
-    assert [one.score.kl for one in ranked] == [0, 1, 1, 2, 2, 2]
-    assert {one.layers for one in ranked if one.found_by == "spread"} == {(0, 3)}
+    assert [each.layers for each in ranked][0] == (1, 2)
+    assert [each.score.kl for each in ranked] == [0, 1, 1, 2, 2, 2]
+    assert {each.layers for each in ranked if each.found_by == "spread"} == {(0, 3)}
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_many_layers_each_good_by_itself_are_found(planted: set[int]) -> None:
     assert set(ranked[0].layers) == planted
     assert ranked[0].score.kl == 0
     assert len(scored) == len(set(scored)) < math.comb(14, 6)
-    kls = [one.score.kl for one in ranked]
+    kls = [each.score.kl for each in ranked]
     assert kls == sorted(kls)
-    assert {len(one.layers) for one in ranked} == {6}
-    assert [one.found_by for one in ranked if list(one.layers) == spread_layers(14, 6)] == [
+    assert {len(each.layers) for each in ranked} == {6}
+    assert [each.found_by for each in ranked if list(each.layers) == spread_layers(14, 6)] == [
         "spread"
     ]
 
@@ -86,7 +86,7 @@ def test_a_neighbour_of_the_best_is_found_by_a_swap() -> None:
     best, neighbour = (0, 2, 5, 7, 10, 13), (0, 2, 5, 7, 10, 12)
     assert list(best) == spread_layers(14, 6)
     ranked, _ = search(14, 6, lambda layers: {best: 0.5, neighbour: 0.0}.get(layers, 1.0))
-    assert [(one.layers, one.found_by) for one in ranked[:2]] == [
+    assert [(each.layers, each.found_by) for each in ranked[:2]] == [
         (neighbour, "swap"),
         (best, "spread"),
     ]
@@ -96,7 +96,7 @@ def test_a_neighbour_of_the_best_is_found_by_a_swap() -> None:
 def test_of_equals_the_earliest_layers_are_kept(available: int, count: int) -> None:
     ranked, _ = search(available, count, lambda layers: 1.0)
     assert ranked[0].layers == tuple(range(count))
-    assert [one.layers for one in ranked] == sorted(one.layers for one in ranked)
+    assert [each.layers for each in ranked] == sorted(each.layers for each in ranked)
 
 
 def test_a_set_whose_score_is_no_number_comes_last() -> None:

@@ -140,7 +140,7 @@ def test_a_language_that_the_model_lacks_is_refused_by_key(tmp_path: Path) -> No
         ([], {"generation_config__json": "{"}, "generation_config.json cannot be read"),
     ],
 )
-def test_a_folder_that_cannot_be_used_says_what_is_missing(
+def test_of_a_folder_that_cannot_be_used_what_is_missing_is_named(
     tmp_path: Path, without: list[str], files: dict[str, Any], problem: str
 ) -> None:
     make(tmp_path / "m", *without, **files)

@@ -328,7 +328,7 @@ def test_a_processor_may_live_elsewhere(tmp_path: Path) -> None:
     assert label(student, audio, "zh") == expected
 
 
-def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_is_refused_with_the_reason(tmp_path: Path) -> None:
     folder = plain(tmp_path / "m")
     for path in folder.glob("tokenizer*"):
         path.unlink()

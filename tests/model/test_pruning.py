@@ -60,16 +60,16 @@ def create_student(teacher: Path, output: Path, **student: object) -> Path:
     return output
 
 
-def features_of(model: Model, count: int = 2) -> torch.Tensor:
+def random_features(model: Model, count: int = 2) -> torch.Tensor:
     frames = 2 * model.config.max_source_positions
     random = torch.Generator().manual_seed(0)
     return torch.randn(count, model.config.num_mel_bins, frames, generator=random)
 
 
-def logits_of(model: Model) -> torch.Tensor:
+def compute_logits(model: Model) -> torch.Tensor:
     ids = torch.tensor([[256, 258, 5, 6, 7], [256, 257, 9, 9, 9]])
     with torch.no_grad():
-        return model(features_of(model), decoder_input_ids=ids).logits
+        return model(random_features(model), decoder_input_ids=ids).logits
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_the_script_refuses_with_exit_code_2(
 
 def test_keeping_all_layers_changes_no_bit(teacher: Model) -> None:
     student = prune_whisper(teacher, [0, 1, 2], [0, 1, 2, 3])
-    assert torch.equal(logits_of(student), logits_of(teacher))
+    assert torch.equal(compute_logits(student), compute_logits(teacher))
     assert student.state_dict().keys() == teacher.state_dict().keys()
 
 
@@ -173,11 +173,11 @@ def test_the_kept_layers_are_the_teachers_and_the_student_is_its_own(teacher: Mo
     student = prune_whisper(teacher, [0, 2], [1, 3])
     with torch.no_grad():
         expected, actual = (
-            model(features_of(model, 1), decoder_input_ids=ids, use_cache=False).logits
+            model(random_features(model, 1), decoder_input_ids=ids, use_cache=False).logits
             for model in (by_hand, student)
         )
     assert torch.equal(actual, expected)
-    assert not torch.equal(actual, logits_of(teacher)[:1])
+    assert not torch.equal(actual, compute_logits(teacher)[:1])
     before = [weight.clone() for weight in teacher.state_dict().values()]
     with torch.no_grad():
         for parameter in student.parameters():
@@ -194,7 +194,7 @@ def test_a_pruned_model_generates_as_it_computes(teacher: Model, kept: list[int]
     assert [layer.self_attn.layer_idx for layer in student.model.decoder.layers] == list(
         range(len(kept))
     )
-    features = features_of(student)
+    features = random_features(student)
     ids = student.generate(
         features,
         language="zh",
@@ -210,7 +210,7 @@ def test_a_pruned_model_generates_as_it_computes(teacher: Model, kept: list[int]
     assert torch.equal(logits[:, 4:].argmax(-1), ids[:, 5:])
 
 
-def test_config_of_the_student_says_what_it_is(
+def test_the_config_describes_the_student(
     tmp_path: Path, teacher_folder: Path, teacher: Model
 ) -> None:
     folder = create_student(
@@ -221,20 +221,20 @@ def test_config_of_the_student_says_what_it_is(
     layer_map = json.loads((folder / "layer_map.json").read_text())
     assert layer_map == {"teacher": str(teacher_folder), "encoder": [0, 2], "decoder": [0, 2]}
     expected = prune_whisper(teacher, [0, 2], [0, 2])
-    assert torch.equal(logits_of(loaded(folder)), logits_of(expected))
+    assert torch.equal(compute_logits(loaded(folder)), compute_logits(expected))
     assert not (folder / ".writing").exists()
 
 
 def test_null_keeps_all_layers(tmp_path: Path, teacher_folder: Path, teacher: Model) -> None:
     folder = create_student(teacher_folder, tmp_path / "s")
-    assert torch.equal(logits_of(loaded(folder)), logits_of(teacher))
+    assert torch.equal(compute_logits(loaded(folder)), compute_logits(teacher))
 
 
 def test_the_generation_config_survives_saving(tmp_path: Path, teacher_folder: Path) -> None:
     """Plain transformers take language and task by name."""
     folder = create_student(teacher_folder, tmp_path / "s", decoder_layers=2)
     student = Model.from_pretrained(folder)
-    features = features_of(student, 1)
+    features = random_features(student, 1)
     for language in ("en", "zh"):
         ids = student.generate(
             features,
@@ -266,7 +266,10 @@ def test_forced_ids_of_an_old_teacher_are_gone(tmp_path: Path, teacher_folder: P
         assert not json.loads((folder / name).read_text()).get("forced_decoder_ids")
     student = Model.from_pretrained(folder)
     ids = student.generate(
-        features_of(student, 1), language="zh", max_new_tokens=2, force_unique_generate_call=True
+        random_features(student, 1),
+        language="zh",
+        max_new_tokens=2,
+        force_unique_generate_call=True,
     )
     assert ids[0, 1] == student.generation_config.lang_to_id["<|zh|>"]
 
@@ -293,7 +296,7 @@ def test_word_timestamps_of_transformers_work_with_a_student(
     student = Model.from_pretrained(folder, attn_implementation="eager")
     assert student.generation_config.alignment_heads == [[1, 0], [1, 1]]
     out = student.generate(
-        features_of(student, 1),
+        random_features(student, 1),
         language="zh",
         max_new_tokens=6,
         return_timestamps=True,
@@ -318,7 +321,9 @@ def test_processor_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
         assert (student / name).read_bytes() == (teacher / name).read_bytes(), name
 
 
-def test_a_128_mel_student_says_so_to_programs_that_know_only_the_old_file(tmp_path: Path) -> None:
+def test_a_128_mel_student_is_recognized_by_programs_that_know_only_the_old_file(
+    tmp_path: Path,
+) -> None:
     """transformers 5 saves processor_config.json alone; faster-whisper would then take 80 mels."""
     teacher = make_model_folder(tmp_path / "teacher", languages=["en", "zh"], mels=128)
     processor = WhisperProcessor.from_pretrained(teacher)

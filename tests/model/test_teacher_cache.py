@@ -95,7 +95,7 @@ def test_no_damaged_byte_is_ever_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
-def test_a_truncated_entry_is_said_and_replaced(
+def test_a_truncated_entry_is_reported_and_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, length: int
 ) -> None:
     store, written = TensorStore(tmp_path, ENOUGH), some_tensor()
@@ -115,13 +115,13 @@ def test_an_entry_under_the_name_of_another_is_not_taken_for_it(tmp_path: Path) 
     store = TensorStore(tmp_path, ENOUGH)
     store.write("kind/group/one", some_tensor(1))
     store.write("kind/group/two", some_tensor(2))
-    one, two = entries_in(tmp_path)
-    shutil.copyfile(one, two)
+    first, second = entries_in(tmp_path)
+    shutil.copyfile(first, second)
     names = ["kind/group/one", "kind/group/two"]
     assert [store.read(name) is None for name in names].count(True) == 1
 
 
-def test_a_full_store_takes_no_more_says_so_once_and_is_still_read(
+def test_a_full_store_takes_no_more_warns_once_and_is_still_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = TensorStore(tmp_path, ENOUGH)
@@ -176,7 +176,7 @@ def write_many(folder: Path, max_bytes: int, first: int) -> None:
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_processes_write_at_once(tmp_path: Path, share: float) -> None:
-    """Each key by two of four processes; then with a bound of half of what they want to write."""
+    """Each key by two of four processes; then with a bound of half of what they have to write."""
     write_many(tmp_path / "alone", ENOUGH, 0)
     size = bytes_in(tmp_path / "alone") // 40
     bound = round(100 * size * share)
@@ -331,7 +331,7 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_in_the_config(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_missing_states_are_computed_and_kept_and_found_ones_are_not_computed(
+def test_missing_states_are_computed_and_kept_and_cached_ones_are_not_computed(
     teacher: Path, tmp_path: Path, dtype: str
 ) -> None:
     encoder = WhisperForConditionalGeneration.from_pretrained(teacher).eval().model.encoder
@@ -340,7 +340,7 @@ def test_missing_states_are_computed_and_kept_and_found_ones_are_not_computed(
     sounds = [load_audio(clip.audio) for clip in clips]
     features = extractor(sounds, sampling_rate=16_000, return_tensors="pt").input_features
     with torch.no_grad():
-        alone = torch.cat([encoder(one[None]).last_hidden_state for one in features])
+        alone = torch.cat([encoder(log_mel[None]).last_hidden_state for log_mel in features])
     expected = alone.to(getattr(torch, dtype))
     encoded: list[int] = []
     encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
@@ -406,7 +406,7 @@ def cache(filling: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(filling[1], tmp_path / "copy"))
 
 
-def test_the_first_epoch_fills_what_the_others_find(filling: tuple[Path, Path]) -> None:
+def test_the_first_epoch_fills_what_the_others_use(filling: tuple[Path, Path]) -> None:
     run, cache = filling
     assert len(entries_in(cache)) == 8
     facts = report(run)
@@ -533,9 +533,7 @@ def test_where_no_encoder_is_shared_nothing_is_kept(
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_cache(
-    tmp_path: Path, setting: Setting, filling: tuple[Path, Path]
-) -> None:
+def test_two_processes_share_a_cache(tmp_path: Path, setting: Setting) -> None:
     path = run_config(tmp_path / "run", setting, tmp_path / "cache")
     config = json.loads(path.read_text())
     config["batch"]["micro_batch_size"] = 2
@@ -659,30 +657,30 @@ def test_another_teacher_gives_other_answers(
     assert len(groups) == 4
 
 
-def test_an_answer_belongs_to_its_audio_its_view_and_its_tokens(
+def test_decoder_states_belong_to_their_audio_view_and_tokens(
     teacher: Path, tmp_path: Path
 ) -> None:
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
     store = TensorStore(tmp_path / "cache", ENOUGH)
     facts = read_model_folder(teacher, None, "teacher")
     cache = DecoderStateCache(store, torch.float32, facts, extractor, "float32")
-    one, two = (part(write_tone(tmp_path / f"{n}.wav", seed=n)) for n in range(2))
+    first, second = (part(write_tone(tmp_path / f"{n}.wav", seed=n)) for n in range(2))
     states_of_batch = some_tensor(0, 2, 4, 16)
-    batch = cache.look_up([one, two], ["", "noisy"], [[1, 2, 3, 4], [1, 2]])
+    batch = cache.look_up([first, second], ["", "noisy"], [[1, 2, 3, 4], [1, 2]])
     assert torch.equal(cache.complete(batch, states_of_batch.clone), states_of_batch)
 
     def is_cached(audio: Utterance, view: str | None, *ids: int) -> bool:
         return cache.look_up([audio], [view], [ids]).missing == {}
 
-    assert is_cached(one, "", 1, 2, 3, 4)
-    assert is_cached(two, "noisy", 1, 2)
-    assert not is_cached(one, "noisy", 1, 2, 3, 4)
-    assert not is_cached(two, "", 1, 2)
-    assert not is_cached(one, "", 1, 2, 3)
-    assert not is_cached(one, "", 1, 2, 3, 5)
-    assert not is_cached(two, None, 1, 2)
+    assert is_cached(first, "", 1, 2, 3, 4)
+    assert is_cached(second, "noisy", 1, 2)
+    assert not is_cached(first, "noisy", 1, 2, 3, 4)
+    assert not is_cached(second, "", 1, 2)
+    assert not is_cached(first, "", 1, 2, 3)
+    assert not is_cached(first, "", 1, 2, 3, 5)
+    assert not is_cached(second, None, 1, 2)
     # Of a batch of which a part is there, the rest is computed and the part stays as it was.
-    batch = cache.look_up([two, one], ["noisy", ""], [[1, 2], [7, 8, 9]])
+    batch = cache.look_up([second, first], ["noisy", ""], [[1, 2], [7, 8, 9]])
     again = some_tensor(1, 2, 3, 16)
     states = cache.complete(batch, again.clone)
     assert torch.equal(states[0, :2], states_of_batch[1, :2])

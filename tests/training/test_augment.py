@@ -40,13 +40,13 @@ def utterance(name: str = "a/0.wav", start: float = 0.0) -> Utterance:
     return Utterance(0, "p", "{}", "i", Path("/data", name), start, None, "t", "zh")
 
 
-def views_of(seed: int = 0, **options: Any) -> Views:
+def make_views(seed: int = 0, **options: Any) -> Views:
     return Views(Augmentation.model_validate(options), WINDOW, seed)
 
 
 def drawn(seconds: float, use: int = 0, **options: Any) -> View:
     """A view that is not the clip itself."""
-    return views_of(**{"views": None, **options}).of(utterance(), seconds, use, use)
+    return make_views(**{"views": None, **options}).of(utterance(), seconds, use, use)
 
 
 def speech(seconds: float, seed: int = 0) -> np.ndarray:
@@ -143,26 +143,26 @@ def test_a_view_leaves_the_clip_alone() -> None:
 def test_a_view_is_audible_and_within_the_window(seconds: float, use: int) -> None:
     view = drawn(seconds, use, **EVERYTHING)
     clip = speech(seconds)
-    heard = view.of_waveform(clip)
+    waveform = view.of_waveform(clip)
     # A header's seconds are exact to a sample.
-    assert len(heard) <= WINDOW * SAMPLE_RATE + 1
-    assert heard.dtype == np.float32
-    assert np.isfinite(heard).all()
-    assert heard.any()
+    assert len(waveform) <= WINDOW * SAMPLE_RATE + 1
+    assert waveform.dtype == np.float32
+    assert np.isfinite(waveform).all()
+    assert waveform.any()
     assert 0 <= view.of_time(0.0) <= view.of_time(seconds) <= WINDOW + 1e-9
-    assert abs(view.of_time(seconds) * SAMPLE_RATE - len(heard)) <= 2
+    assert abs(view.of_time(seconds) * SAMPLE_RATE - len(waveform)) <= 2
 
 
 # Times follow the sound.
 
 
-def test_a_click_is_heard_when_its_time_says() -> None:
+def test_a_click_is_at_the_time_of_the_view() -> None:
     clip = np.zeros(SAMPLE_RATE, dtype=np.float32)
     clip[12_000] = 1.0  # at 0.75 s
     for use in range(20):
         view = drawn(1.0, use, waveform={"speed": [0.7, 1.4], "shift_seconds": 0.5})
-        heard = np.argmax(np.abs(view.of_waveform(clip))) / SAMPLE_RATE
-        assert heard == pytest.approx(view.of_time(0.75), abs=2e-4)
+        seconds = np.argmax(np.abs(view.of_waveform(clip))) / SAMPLE_RATE
+        assert seconds == pytest.approx(view.of_time(0.75), abs=2e-4)
 
 
 # Masks.
@@ -171,20 +171,20 @@ def test_a_click_is_heard_when_its_time_says() -> None:
 EXTRACTOR = WhisperFeatureExtractor(feature_size=80, chunk_length=int(WINDOW))
 
 
-def features_of(view: View, clip: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
+def masked_log_mel(view: View, clip: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
     """A view's log-mel without and with its masks, and its samples."""
-    heard = view.of_waveform(clip)
-    before = log_mel([heard], EXTRACTOR)[0]
+    waveform = view.of_waveform(clip)
+    before = log_mel([waveform], EXTRACTOR)[0]
     after = before.clone()
-    view.mask(after, len(heard))
-    return before, after, len(heard)
+    view.mask(after, len(waveform))
+    return before, after, len(waveform)
 
 
 def test_masks_by_hand() -> None:
     noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
     masks = (Mask(0.0, 10), Mask(0.5, 20))
     view = View(shift_seconds=0.5, time_masks=masks, frequency_masks=(Mask(1.0, 7),))
-    before, after, _ = features_of(view, noise)
+    before, after, _ = masked_log_mel(view, noise)
     # The speech stands in frames 50 to 150: the first mask at its beginning, the second around 100.
     expected = before.clone()
     expected[:, 50:60] = expected[:, 90:110] = expected[73:, 50:150] = before.max() - 2
@@ -197,7 +197,7 @@ def test_masks_by_hand() -> None:
 @settings(deadline=None, max_examples=60)
 def test_masks_leave_half_of_the_speech_and_all_of_the_rest(seconds: float, use: int) -> None:
     view = drawn(seconds, use, **EVERYTHING)
-    before, after, samples = features_of(view, speech(seconds))
+    before, after, samples = masked_log_mel(view, speech(seconds))
     changed = before != after
     first, last = math.ceil(round(view.shift_seconds * SAMPLE_RATE) / 160), -(-samples // 160)
     assert not changed[:, :first].any()
@@ -243,17 +243,17 @@ def test_the_views_of_a_clip_are_the_same_in_every_run_and_place() -> None:
     clip = utterance("a/0.wav", 1.5)
     moved = Utterance(7, "q", "{}", "j", Path("elsewhere/a/0.wav"), 1.5, None, "u", None)
     for use in range(4):
-        view = views_of(0, **options).of(clip, 1.0, use, use)
-        assert views_of(9, **options).of(moved, 1.0, use, 100 + use) == view
-        assert views_of(0, **options).of(clip, 1.0, use + 4, 5000) == view
+        view = make_views(0, **options).of(clip, 1.0, use, use)
+        assert make_views(9, **options).of(moved, 1.0, use, 100 + use) == view
+        assert make_views(0, **options).of(clip, 1.0, use + 4, 5000) == view
         assert view.reusable
-    keys = [views_of(0, **options).of(clip, 1.0, use, use).key for use in range(4)]
+    keys = [make_views(0, **options).of(clip, 1.0, use, use).key for use in range(4)]
     assert len(set(keys)) == 4
     assert keys.count("") == 1
 
 
 def test_clips_have_views_of_their_own() -> None:
-    views = views_of(0, views=1, **EVERYTHING)
+    views = make_views(0, views=1, **EVERYTHING)
     others = [("a/1.wav", 0.0), ("b/0.wav", 0.0), ("a/0.wav", 2.0), ("a/0.wav", 0.0)]
     keys = {
         views.of(utterance(name, start), 1.0, use, 0).key
@@ -265,10 +265,10 @@ def test_clips_have_views_of_their_own() -> None:
 
 def test_views_that_never_come_again_depend_on_seed_and_position() -> None:
     options = {"views": None, **EVERYTHING}
-    view = views_of(0, **options).of(utterance(), 1.0, 0, 5)
-    assert views_of(0, **options).of(utterance(), 1.0, 3, 5) == view
-    assert views_of(0, **options).of(utterance(), 1.0, 0, 6).key != view.key
-    assert views_of(1, **options).of(utterance(), 1.0, 0, 5).key != view.key
+    view = make_views(0, **options).of(utterance(), 1.0, 0, 5)
+    assert make_views(0, **options).of(utterance(), 1.0, 3, 5) == view
+    assert make_views(0, **options).of(utterance(), 1.0, 0, 6).key != view.key
+    assert make_views(1, **options).of(utterance(), 1.0, 0, 5).key != view.key
     assert not view.reusable
     assert view.key
 
@@ -299,7 +299,7 @@ def test_a_key_holds_all_that_was_drawn() -> None:
 
 
 def test_without_options_every_use_is_the_clip_itself() -> None:
-    views = views_of()
+    views = make_views()
     assert all(views.of(utterance(), 1.0, use, use) == View() for use in range(5))
 
 

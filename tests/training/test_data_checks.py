@@ -64,7 +64,7 @@ TIMED = {
 }
 
 
-def test_labels_that_come_back_are_left_in_peace(
+def test_labels_that_survive_the_tokenizer_are_not_reported(
     tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
     long_past = {"text": "x", "previous_text": "語" * 400}  # 3 tokens each: cut within a character
@@ -145,7 +145,7 @@ def test_a_dev_row_without_a_reference_of_its_own(
 
 
 def shared(tmp_path: Path, setting: Setting, train: dict[str, Any], dev: dict[str, Any]) -> int:
-    """Return how many of the training rows, one of them as given, are heard in dev."""
+    """Return how many training rows, the second as given in `train`, share audio with dev."""
     folder = setting.train.parent
     rows = [{"audio": str(folder / "1.wav")}, {"audio": str(folder / "2.wav")} | train]
     _, examples = assemble_with(tmp_path, [{"text": "a"} | row for row in rows], setting)
@@ -177,11 +177,11 @@ def test_audio_in_train_and_dev(
     ]:
         caplog.clear()
         assert shared(tmp_path, setting, train, dev) == expected, (train, dev)
-        heard = [
+        messages = [
             text for text in warnings_in(caplog) if "share audio with data.dev_manifest" in text
         ]
-        assert len(heard) == expected
-        for text in heard:
+        assert len(messages) == expected
+        for text in messages:
             assert f"{tmp_path}/rows.jsonl:2 and {tmp_path}/dev.jsonl:2" in text
 
 

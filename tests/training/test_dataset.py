@@ -17,8 +17,8 @@ from training_data import (
     ZH,
     Select,
     make_select,
-    row,
     make_visit_tokens,
+    row,
     visits_to,
 )
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -98,8 +98,8 @@ def test_a_packed_row_that_fills_the_window_is_learnt_with_its_times(
     assert example.seconds == WINDOW
     batch = make_dataset([example], [[0]], **ALWAYS)[0]
     there = [ord(letter) - 33 for letter in "there"]
-    said = [TIME, *HI, TIME + 50, TIME + 50, *there, TIME + 100]
-    assert batch.labels[0].tolist() == [-100, -100, *said, END]
+    label = [TIME, *HI, TIME + 50, TIME + 50, *there, TIME + 100]
+    assert batch.labels[0].tolist() == [-100, -100, *label, END]
     assert batch.input_features.shape == (1, 80, 100 * WINDOW)
 
 
@@ -116,7 +116,7 @@ def test_a_batch_pairs_each_sound_with_its_own_label(dataset: TrainingDataset) -
     assert alone.labels.tolist() == [[-100, -100, -100, *HI, END]]
 
 
-def test_a_file_that_breaks_during_training_teaches_nothing(
+def test_a_file_that_breaks_during_training_has_no_labels(
     dataset: TrainingDataset, tmp_path: Path
 ) -> None:
     whole = dataset[0]
@@ -160,15 +160,15 @@ def make_epochs(dataset: TrainingDataset, uses: int, **options: Any) -> list[Tra
 
 
 def kinds(batches: list[TrainingBatch], row: int) -> list[int]:
-    """Number what is heard of a clip in each epoch, the same sound by the same number."""
+    """Number a clip's log-mels of each epoch, equal ones by the same number."""
     seen: list[torch.Tensor] = []
     numbers = []
     for batch in batches:
-        heard = batch.input_features[row]
-        known = [n for n, other in enumerate(seen) if torch.equal(heard, other)]
+        log_mel = batch.input_features[row]
+        known = [n for n, other in enumerate(seen) if torch.equal(log_mel, other)]
         numbers.append(known[0] if known else len(seen))
         if not known:
-            seen.append(heard)
+            seen.append(log_mel)
     return numbers
 
 
@@ -196,9 +196,7 @@ def test_without_a_number_of_views_every_use_is_another(dataset: TrainingDataset
 
 
 @pytest.mark.parametrize("views", [2, None])
-def test_what_is_heard_depends_on_the_visit_alone(
-    dataset: TrainingDataset, views: int | None
-) -> None:
+def test_the_view_depends_on_the_visit_alone(dataset: TrainingDataset, views: int | None) -> None:
     spec = {"time_masks": 1, "frequency_masks": 1}
     options = {"augmentation": {"views": views, "spec_augment": spec, **SPEED_AND_NOISE}}
     whole = make_epochs(dataset, 4, **options)

@@ -19,12 +19,12 @@ from training_data import (
     TRANSCRIBE,
     WINDOW,
     Select,
-    make_select,
     decoder_tokens,
-    row,
-    timed_row,
+    make_select,
     make_special_tokens,
     make_visit_tokens,
+    row,
+    timed_row,
     visits_to,
 )
 
@@ -70,7 +70,7 @@ def test_a_transcript_cannot_hold_a_special_token(select: Select, token: str) ->
         ({"audio": "nowhere.wav"}, {}, "unusable row", "no such file"),
     ],
 )
-def test_each_filter_says_what_it_drops(
+def test_each_filter_gives_the_reason_for_what_it_drops(
     select: Select, tmp_path: Path, fields: dict, data: dict, kind: str, reason: str
 ) -> None:
     (tmp_path / "text.wav").write_text("no audio", encoding="utf-8")
@@ -158,7 +158,7 @@ def test_seconds_are_those_of_the_part(select: Select) -> None:
     assert example.seconds == 0.5
 
 
-def test_what_people_said_can_be_learnt_instead_of_pseudo_labels(select: Select) -> None:
+def test_references_can_be_learnt_instead_of_pseudo_labels(select: Select) -> None:
     rows = [row(text="xyz", origin_text="你好"), row(text="xyz", origin_text=None)]
     selection = select(*rows, columns={"text": "origin_text"})
     (example,) = selection.examples
@@ -226,7 +226,7 @@ def test_malformed_segments_are_dropped_with_the_reason(
     assert rejection.reason.startswith('"segments"')
     assert reason in rejection.reason
     assert selection.report["malformed segments"]["rows"] == 1
-    # Who does not ask for them does not care.
+    # They do not matter where timestamps are not requested.
     assert len(select(broken, row(), **NEVER).examples) == 2
 
 
@@ -253,7 +253,7 @@ def test_rows_that_cannot_be_timed_are_learnt_without_and_counted(
     visit_tokens = make_visit_tokens(examples, positions=20, **ALWAYS)
     sequences = [list(visit_tokens.of(visit, View()).tokens) for visit in visits_to(*range(6))]
     assert [NO_TIMESTAMPS in tokens for tokens in sequences] == [True, False, *[True] * 4]
-    # What has no text is no sentence.
+    # A segment without text is left out.
     spaces_and_letters = [220, 39, TIME + 25, TIME + 40, 72, 220, TIME + 50, END]
     assert sequences[1] == [START, EN, TRANSCRIBE, TIME, *spaces_and_letters]
     assert caplog.messages == [
@@ -264,11 +264,11 @@ def test_rows_that_cannot_be_timed_are_learnt_without_and_counted(
     ]
 
 
-def test_asking_for_timestamps_and_having_none_is_worth_a_warning(
+def test_requesting_timestamps_and_having_none_is_warned_of(
     select: Select, caplog: pytest.LogCaptureFixture
 ) -> None:
     select(row(), **ALWAYS, previous_text_probability=0.5)
-    # What is said beside the warnings is seen or not, as other tests have left the log.
+    # Whether messages below warnings are in it depends on the level that other tests have set.
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2
     timed, previous = caplog.messages

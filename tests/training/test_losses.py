@@ -25,13 +25,13 @@ TEACHER = np.array([0.7, 0.2, 0.1])
 STUDENT = np.array([0.25, 0.5, 0.25])
 
 
-def objective_of(cross_entropy_weight: float, kl_weight: float, temperature: float) -> Objective:
+def make_objective(cross_entropy_weight: float, kl_weight: float, temperature: float) -> Objective:
     return Objective(
         cross_entropy_weight=cross_entropy_weight, kl_weight=kl_weight, temperature=temperature
     )
 
 
-OBJECTIVE = objective_of(0.8, 1.3, 2.0)
+OBJECTIVE = make_objective(0.8, 1.3, 2.0)
 VOCABULARY = 23
 LEARNING = ("student_states", "student_head")
 
@@ -41,7 +41,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def terms_of(
+def position_terms(
     student: np.ndarray, teacher: np.ndarray, label: int, temperature: float = 1.0
 ) -> LossTerms:
     """The loss of one position whose probabilities are given."""
@@ -112,30 +112,30 @@ def assert_like_plain(
 
 
 def test_cross_entropy_by_hand() -> None:
-    assert float(terms_of(STUDENT, TEACHER, 1).cross_entropy) == pytest.approx(math.log(2))
-    assert float(terms_of(STUDENT, TEACHER, 2).cross_entropy) == pytest.approx(math.log(4))
+    assert float(position_terms(STUDENT, TEACHER, 1).cross_entropy) == pytest.approx(math.log(2))
+    assert float(position_terms(STUDENT, TEACHER, 2).cross_entropy) == pytest.approx(math.log(4))
 
 
 def test_kl_by_hand_is_from_teacher_to_student() -> None:
     # 0.7 ln(0.7/0.25) + 0.2 ln(0.2/0.5) + 0.1 ln(0.1/0.25); 0.429813 is the other way round
     by_hand = 0.7 * math.log(2.8) + 0.2 * math.log(0.4) + 0.1 * math.log(0.4)
     assert by_hand == pytest.approx(0.445847, abs=1e-6)
-    assert float(terms_of(STUDENT, TEACHER, 0).kl) == pytest.approx(by_hand, abs=1e-6)
-    reversed_kl = float(terms_of(TEACHER, STUDENT, 0).kl)
+    assert float(position_terms(STUDENT, TEACHER, 0).kl) == pytest.approx(by_hand, abs=1e-6)
+    reversed_kl = float(position_terms(TEACHER, STUDENT, 0).kl)
     assert reversed_kl == pytest.approx(0.429813, abs=1e-6)
 
 
 def test_agreement_by_hand() -> None:
     likes_the_first = np.array([0.5, 0.1, 0.4])
-    assert float(terms_of(STUDENT, TEACHER, 0).agreement) == 0
-    assert float(terms_of(likes_the_first, TEACHER, 2).agreement) == 1
+    assert float(position_terms(STUDENT, TEACHER, 0).agreement) == 0
+    assert float(position_terms(likes_the_first, TEACHER, 2).agreement) == 1
 
 
 def test_temperature_softens_both_distributions_and_scales_the_kl_alone() -> None:
     # At T = 2 a probability becomes its root, normalised.
     teacher, student = (np.sqrt(p) / np.sqrt(p).sum() for p in (TEACHER, STUDENT))
     by_hand = 4 * float((teacher * np.log(teacher / student)).sum())
-    warm = terms_of(STUDENT, TEACHER, 1, temperature=2.0)
+    warm = position_terms(STUDENT, TEACHER, 1, temperature=2.0)
     assert float(warm.kl) == pytest.approx(by_hand, abs=1e-6)
     assert float(warm.cross_entropy) == pytest.approx(math.log(2))
 
@@ -147,7 +147,7 @@ def test_high_temperatures_leave_the_size_of_the_gradient() -> None:
         student = torch.tensor([[[0.3, -0.2, -0.1]]], requires_grad=True)
         teacher = torch.tensor([[[-0.5, 0.1, 0.4]]])
         head, label = torch.eye(3), torch.tensor([[0]])
-        objective = objective_of(0.0, 1.0, temperature)
+        objective = make_objective(0.0, 1.0, temperature)
         distillation_loss(student, head, teacher, head, label, objective).loss.backward()
         assert student.grad is not None
         return student.grad.flatten()
@@ -164,7 +164,7 @@ def test_equals_the_plain_formula_on_full_logits(
 ) -> None:
     assert_like_plain(
         random_case((7, 1, 40)),
-        objective_of(cross_entropy, kl, temperature),
+        make_objective(cross_entropy, kl, temperature),
     )
 
 
@@ -262,7 +262,7 @@ def test_only_tokens_with_a_label_count() -> None:
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
     case = random_case(student_width=10)
     case["teacher_states"], case["teacher_head"] = case["student_states"], case["student_head"]
-    terms = distillation_loss(**case, objective=objective_of(0.0, 1.0, 2.0))
+    terms = distillation_loss(**case, objective=make_objective(0.0, 1.0, 2.0))
     assert float(terms.kl) == pytest.approx(0.0, abs=1e-5)
     assert terms.agreement == terms.tokens
     assert max(gradient.abs().max() for gradient in gradients(terms.loss, case)) < 1e-5
@@ -277,7 +277,7 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 def test_without_a_teacher_only_the_labels_are_learnt() -> None:
     case = random_case()
-    objective = objective_of(1.0, 0.0, 2.0)
+    objective = make_objective(1.0, 0.0, 2.0)
     with_teacher = distillation_loss(**case, objective=objective)
     alone = {**case, "teacher_states": None, "teacher_head": None}
     terms = distillation_loss(**alone, objective=objective)

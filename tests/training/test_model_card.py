@@ -57,7 +57,7 @@ def test_the_facts_are_those_of_the_run(folder: Path, setting: Setting) -> None:
     assert facts["teacher"]["parameters"] > facts["student"]["parameters"]
     assert facts["data"]["rows"] == 7
     assert facts["data"]["languages"] == {"en": 6, "zh": 1}
-    assert [found["rows"] for found in facts["data"]["left_out"].values()] == [1]
+    assert [count["rows"] for count in facts["data"]["left_out"].values()] == [1]
     assert facts["data"]["filters"]["max_error_rate"] == 0.5
     assert facts["recipe"]["optimizer"]["learning_rate"] == 1e-3
     assert facts["recipe"]["utterances_per_step"] == 4
@@ -76,7 +76,7 @@ def test_each_folder_has_the_scores_of_its_own_weights(folder: Path) -> None:
     assert final["dev"]["teacher"]["error_rate"] == teacher[0]
 
 
-def test_nothing_in_the_folder_tells_where_it_was_made(folder: Path, setting: Setting) -> None:
+def test_nothing_in_the_folder_tells_where_it_was_made(folder: Path) -> None:
     for name in ("final", "best"):
         for path in (folder / name).iterdir():
             content = path.read_bytes()
@@ -101,7 +101,7 @@ def test_the_card_reads_as_a_card(folder: Path) -> None:
         assert row.count("|") > 3
 
 
-def test_a_run_without_dev_says_so(setting: Setting, tmp_path: Path) -> None:
+def test_a_run_without_dev_is_described_as_such(setting: Setting, tmp_path: Path) -> None:
     out = distil(write_config(tmp_path / "plain", setting, schedule__max_steps=1))
     assert facts_in(out / "final")["dev"] is None
     assert "was not scored" in (out / "final" / "README.md").read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def test_a_score_without_an_interval_is_shown_without(
 
 
 @pytest.mark.parametrize("unit", get_args(Metric.model_fields["unit"].annotation))
-def test_the_unit_of_the_metric_is_said_in_words(folder: Path, unit: str) -> None:
+def test_the_unit_of_the_metric_is_written_out(folder: Path, unit: str) -> None:
     facts = facts_in(folder / "final")
     facts["dev_metric"]["unit"] = unit
     card = render("model_card.md", **facts)

@@ -117,7 +117,7 @@ def test_encoders_are_equal_only_if_every_weight_is(
 
 
 def test_an_encoder_stored_in_another_dtype_is_equal_if_its_values_are(tmp_path: Path) -> None:
-    """A student in float32 of a teacher in float16; but not one of which only the names agree."""
+    """As for a float32 student of a float16 teacher; the same weights in other heads differ."""
     half = make_model_folder(tmp_path / "half", languages=["en"], seed=1, dtype=torch.float16)
     shutil.copytree(half, tmp_path / "whole")
     Model.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "whole")
@@ -140,8 +140,8 @@ def test_encoders_of_other_shapes_are_not_equal(
     tmp_path: Path, folders: tuple[Path, Path], other: dict[str, int]
 ) -> None:
     path = make_model_folder(tmp_path, **{"languages": ["en", "zh"], "seed": 1, **other})
-    one, two = (read_model_folder(folder, None, "model") for folder in (path, folders[0]))
-    assert not encoders_are_equal(one, two)
+    first, second = (read_model_folder(folder, None, "model") for folder in (path, folders[0]))
+    assert not encoders_are_equal(first, second)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -212,10 +212,11 @@ def test_a_shared_encoder_changes_neither_loss_nor_gradient(folders: tuple[Path,
 def test_a_shared_encoder_is_run_once(folders: tuple[Path, Path], whisper: Whisper) -> None:
     freeze(whisper.model, Freeze(encoder=True, decoder=False, embed_positions=False))
     teacher = make_teacher(folders[0], shared_encoder=True)
-    heard: list[int] = []
-    whisper.model.model.encoder.register_forward_hook(lambda m, i, o: heard.append(len(i[0])))
+    batch_sizes: list[int] = []
+    encoder = whisper.model.model.encoder
+    encoder.register_forward_hook(lambda m, i, o: batch_sizes.append(len(i[0])))
     together(teacher, whisper).loss_terms(random_batch())
-    assert heard == [3]
+    assert batch_sizes == [3]
     assert teacher.model.model.encoder is None
 
 
@@ -239,32 +240,34 @@ def test_dropout_is_off_in_teacher_and_frozen_encoder_and_on_in_what_is_trained(
             for name in ("dropout", "activation_dropout", "layerdrop"):
                 if hasattr(module, name):
                     setattr(module, name, 0.5)
-    batch, heard, taught = random_batch(), [], []
-    student.model.encoder.register_forward_hook(lambda m, i, o: heard.append(o[0]))
-    teacher.model.model.decoder.register_forward_hook(lambda m, i, o: taught.append(o[0]))
+    batch, encoder_states, decoder_states = random_batch(), [], []
+    student.model.encoder.register_forward_hook(lambda m, i, o: encoder_states.append(o[0]))
+    teacher.model.model.decoder.register_forward_hook(lambda m, i, o: decoder_states.append(o[0]))
     freeze(student, Freeze(encoder=True, decoder=False, embed_positions=False))
     models = together(teacher, whisper)
     models.module.train()
     losses = {float(models.loss_terms(batch).kl.detach()) for _ in range(4)}
-    assert all(torch.equal(heard[0], other) for other in heard)
-    assert all(torch.equal(taught[0], other) for other in taught)
+    assert all(torch.equal(encoder_states[0], other) for other in encoder_states)
+    assert all(torch.equal(decoder_states[0], other) for other in decoder_states)
     assert len(losses) > 1, "the student's decoder is trained with dropout"
 
     models.teacher = make_teacher(folders[0])
     freeze(student, Freeze(encoder=False, decoder=False, embed_positions=False))
-    heard.clear()
+    encoder_states.clear()
     models.module.train()
     for _ in range(2):
         models.loss_terms(batch)
-    assert not torch.equal(heard[0], heard[1]), "an encoder that is trained has its dropout"
-    heard.clear()
+    assert not torch.equal(encoder_states[0], encoder_states[1]), (
+        "an encoder that is trained has its dropout"
+    )
+    encoder_states.clear()
     models.module.eval()
     for _ in range(2):
         models.loss_terms(batch)
-    assert torch.equal(heard[0], heard[1])
+    assert torch.equal(encoder_states[0], encoder_states[1])
 
 
-def test_the_teacher_hears_the_whole_audio_whatever_the_student_config_masks(
+def test_the_teacher_is_given_unmasked_features_whatever_the_student_config_masks(
     teacher: Teacher, whisper: Whisper
 ) -> None:
     """transformers' SpecAugment would write zeros into the features that both are given."""
@@ -273,14 +276,14 @@ def test_the_teacher_hears_the_whole_audio_whatever_the_student_config_masks(
         model.config.mask_time_prob = model.config.mask_feature_prob = 0.9
     batch = random_batch()
     before = batch.input_features.clone()
-    heard = []
-    teacher.model.model.encoder.register_forward_hook(lambda m, i, o: heard.append(i[0]))
+    features = []
+    teacher.model.model.encoder.register_forward_hook(lambda m, i, o: features.append(i[0]))
     freeze(whisper.model, Freeze(encoder=False, decoder=False, embed_positions=False))
     models = together(teacher, whisper)
     models.module.train()
     models.loss_terms(batch)
     assert torch.equal(batch.input_features, before)
-    assert torch.equal(heard[0], before)
+    assert torch.equal(features[0], before)
 
 
 def test_the_teacher_is_no_part_of_what_is_trained_or_saved(

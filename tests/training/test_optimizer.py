@@ -65,8 +65,8 @@ def schedule(kind: Any, warmup_steps: int) -> Schedule:
 )
 def test_learning_rate_by_hand(kind: str, factors: list[float]) -> None:
     """Three steps of warm-up in a run of seven."""
-    found = [learning_rate_factor(schedule(kind, 3), step, 7) for step in range(7)]
-    assert found == pytest.approx(factors)
+    rates = [learning_rate_factor(schedule(kind, 3), step, 7) for step in range(7)]
+    assert rates == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])

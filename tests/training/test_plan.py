@@ -170,7 +170,7 @@ def uses_in_epochs(plan: TrainingPlan, bounds: list[int]) -> list[Counter[int]]:
     ]
 
 
-def test_an_epoch_uses_the_rows_of_a_manifest_as_often_as_its_weight_says() -> None:
+def test_an_epoch_uses_the_rows_of_a_manifest_in_proportion_to_its_weight() -> None:
     weights = [1.0] * 5 + [2.0] * 3 + [0.5] * 4
     plan = make_plan([1] * 12, 1, False, 0, weights)
     epochs = uses_in_epochs(plan, [0, 13, 26, 39, 52])
@@ -178,8 +178,8 @@ def test_an_epoch_uses_the_rows_of_a_manifest_as_often_as_its_weight_says() -> N
         assert all(epoch[example] == 1 for example in range(5))
         assert all(epoch[example] == 2 for example in range(5, 8))
         assert sum(epoch[example] for example in range(8, 12)) == 2
-    for one, next_one in (epochs[:2], epochs[2:]):
-        assert all(one[example] + next_one[example] == 1 for example in range(8, 12))
+    for first, second in (epochs[:2], epochs[2:]):
+        assert all(first[example] + second[example] == 1 for example in range(8, 12))
 
 
 def test_rows_of_half_weight_do_not_always_come_together() -> None:
@@ -213,7 +213,7 @@ def test_in_the_long_run_every_row_is_used_in_proportion_to_its_weight(
         assert max(uses[example], default=0) <= count + weight
 
 
-def test_epochs_are_as_long_as_the_weights_say() -> None:
+def test_the_weights_decide_the_length_of_epochs() -> None:
     bucketed = make_plan(range(64), 4, True, 0, [2.0] * 64)
     assert bucketed.pool_steps == 8
     assert make_plan(range(64), 4, True, 0).pool_steps == 4

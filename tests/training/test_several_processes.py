@@ -34,8 +34,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     soundfile.write(folder / "5.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     rows = read_rows(setting.train)
     for row in rows:
-        sentence = {"start_seconds": 0.0, "end_seconds": 0.4, "text": row["text"]}
-        row |= {"segments": [sentence], "previous_text": "what was said"}
+        segment = {"start_seconds": 0.0, "end_seconds": 0.4, "text": row["text"]}
+        row |= {"segments": [segment], "previous_text": "what was said"}
     write_rows(setting.train, rows)
     write_rows(folder / "dev.jsonl", [row for row in rows if row["id"] != "u5"])
     return setting
@@ -82,21 +82,21 @@ def launch(path: Path, processes: int, **options: Any) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Return exit code and what was said; fail if the processes do not end."""
+    """Return the exit code and what went to stderr; fail if the processes do not end."""
     try:
-        said = process.communicate(timeout=240)[1]
+        stderr = process.communicate(timeout=240)[1]
     except subprocess.TimeoutExpired:
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.kill()
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
         raise
-    return process.returncode, said
+    return process.returncode, stderr
 
 
 @pytest.fixture(scope="module")
 def by_one(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> Path:
     path = config(tmp_path_factory.mktemp("one") / "run", setting, 1)
-    code, said = ended(launch(path, 1))
-    assert code == 0, said
+    code, stderr = ended(launch(path, 1))
+    assert code == 0, stderr
     return path.with_suffix("")
 
 
@@ -107,8 +107,8 @@ def by_several(
     """How many processes have done a run, and its folder."""
     processes = request.param
     path = config(tmp_path_factory.mktemp("several") / "run", setting, processes)
-    code, said = ended(launch(path, processes))
-    assert code == 0, said
+    code, stderr = ended(launch(path, processes))
+    assert code == 0, stderr
     return processes, path.with_suffix("")
 
 
@@ -153,10 +153,10 @@ def test_fewer_processes_do_not_go_on_with_what_more_have_begun(
     options = json.loads(folder.with_suffix(".json").read_text())
     path = tmp_path / "run.json"
     path.write_text(json.dumps({**options, "output_dir": str(tmp_path / "run")}))
-    code, said = ended(launch(path, 1))
-    assert code == 2, said
-    assert "belongs to other training rows or another number of processes" in said
-    assert "Traceback" not in said
+    code, stderr = ended(launch(path, 1))
+    assert code == 2, stderr
+    assert "belongs to other training rows or another number of processes" in stderr
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.slow
@@ -167,13 +167,13 @@ def test_processes_stopped_together_go_on_together(
     process = launch(path, 2)
     wait_for(tmp_path / "run/best/config.json", process)
     process.terminate()
-    _, said = ended(process)
-    assert "run the same command again to continue" in said
+    _, stderr = ended(process)
+    assert "run the same command again to continue" in stderr
     [saved] = (tmp_path / "run/checkpoints").iterdir()
     assert saved.name in ("step-00000003", "step-00000004", "step-00000005")
-    code, said = ended(launch(path, 2))
-    assert code == 0, said
-    assert f"continuing after step {int(saved.name[-8:])}" in said
+    code, stderr = ended(launch(path, 2))
+    assert code == 0, stderr
+    assert f"continuing after step {int(saved.name[-8:])}" in stderr
     assert_about_the_same_run(tmp_path / "run", by_one)
 
 
@@ -183,9 +183,9 @@ def test_a_full_disk_in_one_process_ends_all(tmp_path: Path, setting: Setting) -
     path = config(tmp_path / "run", setting, 2)
     largest = (150_000, resource.RLIM_INFINITY)
     process = launch(path, 2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, largest))
-    code, said = ended(process)
-    assert code == 1, said  # the launcher's
-    assert "make room, and run the same command again" in said
+    code, stderr = ended(process)
+    assert code == 1, stderr  # the launcher's
+    assert "make room, and run the same command again" in stderr
     assert not (tmp_path / "run/final/config.json").exists()
 
 
@@ -196,10 +196,10 @@ def test_a_process_that_was_killed_ends_all(tmp_path: Path, setting: Setting, ra
     process = launch(path, 2)
     wait_for(tmp_path / "run/best/config.json", process)
     launched = psutil.Process(process.pid).children()
-    [victim] = [one for one in launched if one.environ().get("RANK") == rank]
+    [victim] = [child for child in launched if child.environ().get("RANK") == rank]
     victim.kill()
-    code, said = ended(process)
-    assert code == 1, said
+    code, stderr = ended(process)
+    assert code == 1, stderr
     assert not psutil.wait_procs(launched, timeout=60)[1]
 
 

@@ -25,11 +25,11 @@ from training_data import (
     WINDOW,
     ZH,
     Select,
-    make_select,
     decoder_tokens,
+    make_select,
+    make_visit_tokens,
     row,
     timed_row,
-    make_visit_tokens,
     visits_to,
 )
 from transformers import WhisperForConditionalGeneration
@@ -45,7 +45,7 @@ def select(tmp_path: Path) -> Select:
     return make_select(tmp_path)
 
 
-def test_a_chinese_and_an_english_sentence_by_hand(select: Select) -> None:
+def test_a_chinese_and_an_english_label_by_hand(select: Select) -> None:
     examples = select(row(), row(text="Hi", language="en")).examples
     assert list(examples[0].tokens) == [START, ZH, TRANSCRIBE, NO_TIMESTAMPS, *NI_HAO, END]
     assert list(examples[1].tokens) == [START, EN, TRANSCRIBE, NO_TIMESTAMPS, *HI, END]
@@ -80,11 +80,11 @@ def test_task_and_default_language_stand_in_the_prompt(select: Select) -> None:
 
 
 def random_examples(lengths: list[int]) -> list[Example]:
-    one = Utterance(0, "p", "{}", "i", Path("a"), 0.0, None, "t", "zh")
+    utterance = Utterance(0, "p", "{}", "i", Path("a"), 0.0, None, "t", "zh")
     random = np.random.default_rng(0)
     prompt = [START, ZH, TRANSCRIBE, NO_TIMESTAMPS]
     return [
-        Example(one, 1.0, array("i", [*prompt, *random.integers(0, 257, length), END]), 4)
+        Example(utterance, 1.0, array("i", [*prompt, *random.integers(0, 257, length), END]), 4)
         for length in lengths
     ]
 
@@ -137,12 +137,12 @@ def test_a_label_with_timestamps_by_hand(select: Select) -> None:
     examples = select(timed, **ALWAYS).examples
     tokens = make_visit_tokens(examples, **ALWAYS).of(Visit(0, 0, 0), View())
     # 0.42 s is 21 steps of 0.02 s, 0.5 s 25, 1 s 50.
-    said = [TIME, *HI, TIME + 21, TIME + 25, *there, TIME + 50, END]
-    assert list(tokens.tokens) == [START, EN, TRANSCRIBE, *said]
+    label = [TIME, *HI, TIME + 21, TIME + 25, *there, TIME + 50, END]
+    assert list(tokens.tokens) == [START, EN, TRANSCRIBE, *label]
     inputs, labels = decoder_sequences([tokens], END)
     # The first timestamp is learnt, and <|notimestamps|> is nowhere.
-    assert inputs[0].tolist() == [START, EN, TRANSCRIBE, *said[:-1]]
-    assert labels[0].tolist() == [-100, -100, *said]
+    assert inputs[0].tolist() == [START, EN, TRANSCRIBE, *label[:-1]]
+    assert labels[0].tolist() == [-100, -100, *label]
     untimed = make_visit_tokens(examples, **NEVER).of(Visit(0, 0, 0), View())
     assert list(untimed.tokens) == [START, EN, TRANSCRIBE, NO_TIMESTAMPS, *HI, *there, END]
 
@@ -154,7 +154,7 @@ def test_a_label_with_timestamps_by_hand(select: Select) -> None:
         (0.011, 0.029, (1, 1)),
         (1.234, 1.999, (62, 100)),
         (1.5, 7.0, (75, 100)),  # capped at the window
-        (0.3, None, (15, None)),  # the model did not say the end
+        (0.3, None, (15, None)),  # the model gave no end
     ],
 )
 def test_times_are_rounded_to_timestamps_of_the_window(
@@ -207,7 +207,7 @@ def test_only_the_end_of_a_long_previous_text_is_given(select: Select, label: in
     inputs, _ = decoder_sequences([DecoderTokens(tokens, tokens.index(START) + 4)], END)
     # Half of 20 positions, and no more than the label leaves: 4 are the prompt's.
     given = min(10, 20 - 4 - label)
-    given = given if given > 1 else 0  # <|startofprev|> alone would say nothing
+    given = given if given > 1 else 0  # <|startofprev|> alone would be of no use
     assert inputs.shape == (1, 4 + label + given)
     assert tokens.index(START) == given
     assert tokens[-label - 5 :] == [START, ZH, TRANSCRIBE, NO_TIMESTAMPS, *[87] * label, END]
@@ -225,7 +225,7 @@ def test_timestamps_and_previous_text_are_drawn_at_each_visit(select: Select) ->
     continued = np.array([tokens[0] == PREVIOUS for tokens in drawn])
     assert abs(timed.mean() - 0.3) < 0.06
     assert abs(continued.mean() - 0.6) < 0.06
-    # One says nothing about the other.
+    # The two are independent.
     assert abs((timed & continued).mean() - 0.18) < 0.05
     assert [visit_tokens.length(visit) for visit in visits] == [len(tokens) for tokens in drawn]
     # The same whoever asks, and when.

@@ -56,10 +56,10 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def first_gradients(path: Path) -> dict[str, torch.Tensor]:
     trainer, train, *_ = assemble(path)
-    found: list[dict[str, torch.Tensor]] = []
-    before_each_step(trainer, lambda opt: found.append(gradients(trainer)))
+    collected: list[dict[str, torch.Tensor]] = []
+    before_each_step(trainer, lambda opt: collected.append(gradients(trainer)))
     train()
-    return found[0]
+    return collected[0]
 
 
 def change_config(model: Path, **changes: object) -> None:
@@ -114,14 +114,14 @@ def test_a_step_follows_the_mean_over_all_its_tokens(tmp_path: Path, setting: Se
         cross_entropy = -ours.log_softmax(-1)[range(len(labels)), labels].sum()
         loss, tokens = loss + 0.5 * cross_entropy + 2.0 * kl, tokens + len(labels)
     (loss / tokens).backward()
-    found = first_gradients(path)
+    actual = first_gradients(path)
     assert logged(tmp_path / "run", "train/loss") == pytest.approx(
         [float(loss.detach() / tokens)], rel=1e-5
     )
-    for name, gradient in found.items():
+    for name, gradient in actual.items():
         expected = dict(student.named_parameters())[name].grad
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
-    assert len(found) > 20
+    assert len(actual) > 20
 
 
 def test_prompt_is_given_and_not_learnt(tmp_path: Path, setting: Setting) -> None:
@@ -151,7 +151,7 @@ def test_the_learning_rate_scales_the_first_step(tmp_path: Path, setting: Settin
     assert largest_difference(final, weights_in(setting.student)) == pytest.approx(3e-4, rel=1e-2)
 
 
-def test_every_optimizer_key_is_obeyed(tmp_path: Path, setting: Setting) -> None:
+def test_every_optimizer_key_has_its_effect(tmp_path: Path, setting: Setting) -> None:
     options = {"betas": [0.8, 0.95], "epsilon": 1e-6, "weight_decay": 0.03, "learning_rate": 1e-5}
     trainer, *_ = assemble(write_config(tmp_path / "run", setting, optimizer=options))
     decayed, free = trainer.optimizer.param_groups
@@ -169,8 +169,8 @@ def test_gradients_are_clipped_to_the_norm_and_their_own_norm_is_logged(
         path = write_config(
             tmp_path / str(limit), setting, optimizer__max_grad_norm=limit, schedule__max_steps=1
         )
-        found = torch.stack([g.norm() for g in first_gradients(path).values()]).norm()
-        norms[limit] = float(found)
+        norm = torch.stack([g.norm() for g in first_gradients(path).values()]).norm()
+        norms[limit] = float(norm)
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
     assert norms[None] > 1e-2
     for limit in (1e-3, None):
@@ -279,7 +279,7 @@ def test_shared_and_separate_encoders_give_the_same_first_loss(
 
 
 def test_an_encoder_that_differs_is_not_shared(tmp_path: Path, setting: Setting) -> None:
-    """Of the same shape, but fine-tuned: the teacher must go on hearing with its own."""
+    """Of the same shape, but fine-tuned: the teacher must go on using its own."""
     other = tmp_path / "other"
     shutil.copytree(setting.student, other)
     model = Model.from_pretrained(other)
@@ -291,15 +291,15 @@ def test_an_encoder_that_differs_is_not_shared(tmp_path: Path, setting: Setting)
     )
     assert json.loads((folder / "run_info.json").read_text())["shared_encoder"] is False
     trainer, train, *_ = assemble(write_config(tmp_path / "again", setting._replace(student=other)))
-    heard: list[torch.Tensor] = []
+    encoder_states: list[torch.Tensor] = []
     encoder = trainer.models.teacher.model.model.encoder
-    encoder.register_forward_hook(lambda module, inputs, output: heard.append(output[0]))
+    encoder.register_forward_hook(lambda module, inputs, output: encoder_states.append(output[0]))
     train()
-    assert len(heard) == 4
+    assert len(encoder_states) == 4
 
 
-def test_one_batch_is_learnt_by_heart(tmp_path: Path) -> None:
-    """From other texts to every text of four clips: the whole road from audio to words works."""
+def test_one_batch_can_be_overfitted(tmp_path: Path) -> None:
+    """From other texts to every text of four clips: the whole way from audio to text works."""
     setting = make_setting(tmp_path, 4)
     path = write_config(
         tmp_path / "run",
@@ -333,7 +333,7 @@ def test_the_teacher_alone_teaches(tmp_path: Path, setting: Setting) -> None:
 
 
 def test_unreadable_audio_is_not_learnt_from(tmp_path: Path, setting: Setting) -> None:
-    """It is found in the middle of the run; the step goes on with the others."""
+    """It shows in the middle of the run; the step goes on with the others."""
     shutil.copytree(setting.train.parent, tmp_path / "data", ignore=shutil.ignore_patterns("tea*"))
     train = tmp_path / "data" / "train.jsonl"
     broken = np.full(16_000, np.nan)  # in its header nothing is wrong
@@ -542,32 +542,34 @@ def test_a_checkpoint_of_other_rows_is_not_gone_on_from(
 def test_activation_checkpointing_computes_layers_twice_and_changes_nothing(
     tmp_path: Path, setting: Setting
 ) -> None:
-    found = {}
-    for wanted in (False, True):
-        path = write_config(tmp_path / str(wanted), setting, activation_checkpointing=wanted)
+    results = {}
+    for enabled in (False, True):
+        path = write_config(tmp_path / str(enabled), setting, activation_checkpointing=enabled)
         trainer, train, *_ = assemble(path)
         calls: list[int] = []
         trainer.models.student.model.model.decoder.layers[0].fc1.register_forward_hook(
             lambda module, inputs, output, calls=calls: calls.append(1)
         )
         train()
-        found[wanted] = len(calls), logged(tmp_path / str(wanted), "train/loss")
-    assert found[True][0] == 2 * found[False][0] == 8
-    assert found[True][1] == pytest.approx(found[False][1], rel=1e-6)
+        results[enabled] = len(calls), logged(tmp_path / str(enabled), "train/loss")
+    assert results[True][0] == 2 * results[False][0] == 8
+    assert results[True][1] == pytest.approx(results[False][1], rel=1e-6)
 
 
 @pytest.mark.gpu  # it passes on a CPU too, in minutes
 def test_a_compiled_student_learns_the_same(tmp_path: Path, setting: Setting) -> None:
     losses = [
-        logged(distil(write_config(tmp_path / str(wanted), setting, compile=wanted)), "train/loss")
-        for wanted in (False, True)
+        logged(
+            distil(write_config(tmp_path / str(enabled), setting, compile=enabled)), "train/loss"
+        )
+        for enabled in (False, True)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     weights = weights_in(tmp_path / "True" / "final")
     assert weights.keys() == weights_in(tmp_path / "False" / "final").keys()
 
 
-def test_the_teachers_device_is_obeyed_or_refused(tmp_path: Path, setting: Setting) -> None:
+def test_the_teachers_device_is_used_or_refused(tmp_path: Path, setting: Setting) -> None:
     trainer, *_ = assemble(write_config(tmp_path / "cpu", setting, teacher=on(setting, "cpu")))
     assert trainer.models.teacher.device == torch.device("cpu")
     path = write_config(tmp_path / "gpu", setting, teacher=on(setting, "cuda:99"))

@@ -40,8 +40,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     soundfile.write(folder / "3.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     rows = read_rows(setting.train)
     for row in rows:
-        sentence = {"start_seconds": 0.0, "end_seconds": 0.4, "text": row["text"]}
-        row |= {"segments": [sentence], "previous_text": "what was said"}
+        segment = {"start_seconds": 0.0, "end_seconds": 0.4, "text": row["text"]}
+        row |= {"segments": [segment], "previous_text": "what was said"}
     write_rows(setting.train, [*rows, {"id": "no audio", "audio": "nowhere.wav", "text": "a"}])
     write_rows(folder / "dev.jsonl", [row for row in rows if row["id"] != "u3"])
     return setting
@@ -80,12 +80,12 @@ def full_config(output: Path, setting: Setting, cached: bool, **changes: Any) ->
 
 
 def run_as_script(path: Path, largest_file: int | None) -> None:
-    """Do what `python run_distillation.py config.json` does, its words in said.txt."""
+    """Do what `python run_distillation.py config.json` does, its log in stderr.txt."""
     multiprocessing.set_start_method("fork", force=True)  # as it is in a script, for its workers
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     sys.argv = ["run_distillation.py", str(path)]
-    sys.stderr = path.with_name("said.txt").open("w")
+    sys.stderr = path.with_name("stderr.txt").open("w")
     prepare, work = run_distillation.prepare, run_distillation.work
     sys.exit(run_script("run_distillation", None, run_distillation.Config, prepare, work))
 
@@ -97,10 +97,10 @@ def start(path: Path, largest_file: int | None = None) -> BaseProcess:
 
 
 def finish(path: Path, largest_file: int | None = None) -> tuple[int | None, str]:
-    """Run to the end; return exit code and what was said."""
+    """Run to the end; return the exit code and what it wrote to stderr."""
     process = start(path, largest_file)
     process.join(timeout=300)
-    return process.exitcode, path.with_name("said.txt").read_text()
+    return process.exitcode, path.with_name("stderr.txt").read_text()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,19 +128,19 @@ def never_stopped(
 ) -> tuple[bool, Path]:
     """Whether a run has a cache, and its folder."""
     path = full_config(tmp_path_factory.mktemp("whole") / "run", setting, request.param)
-    code, said = finish(path)
-    assert code == 0, said
+    code, stderr = finish(path)
+    assert code == 0, stderr
     return request.param, path.with_suffix("")
 
 
 def moments() -> list[tuple[str, float]]:
     """The file whose coming starts the clock, and how many seconds later the kill comes at most."""
     steps = [f"step-{step:08d}" for step in range(2, STEPS + 1, 2)]
-    found = [("", 0.5), ("", 1.5), ("metrics.jsonl", 0.3)]
+    files = [("", 0.5), ("", 1.5), ("metrics.jsonl", 0.3)]
     for step in steps:
-        found += [(f"checkpoints/.{step}.tmp", 0.02), (f"checkpoints/{step}", 0.3)]
-    found.insert(5, ("best/.writing", 0.01))
-    return [*found, ("final/.writing", 0.01)]
+        files += [(f"checkpoints/.{step}.tmp", 0.02), (f"checkpoints/{step}", 0.3)]
+    files.insert(5, ("best/.writing", 0.01))
+    return [*files, ("final/.writing", 0.01)]
 
 
 @pytest.mark.slow
@@ -159,10 +159,10 @@ def test_a_run_killed_at_13_moments_ends_as_if_never_stopped(
         time.sleep(chance.uniform(0, longest))
         process.kill()
         process.join()
-        assert process.exitcode == -9, (name, (tmp_path / "said.txt").read_text())
+        assert process.exitcode == -9, (name, (tmp_path / "stderr.txt").read_text())
         left += [path.name for path in folder.glob("*/.*")]
-    code, said = finish(path)
-    assert code == 0, said
+    code, stderr = finish(path)
+    assert code == 0, stderr
     assert_same_run(folder, expected)
     assert not list(folder.glob("*/.*"))
     assert any(name.startswith(".step-") for name in left), "no kill has fallen into a checkpoint"
@@ -200,13 +200,13 @@ def test_a_run_stopped_at_any_step_ends_as_if_never_stopped(
     time.sleep(random.Random(2 + cached).uniform(0, 0.2))
     process.terminate()
     process.join()
-    said = (tmp_path / "said.txt").read_text()
-    assert process.exitcode == 143, said
-    assert "run the same command again to continue" in said
+    stderr = (tmp_path / "stderr.txt").read_text()
+    assert process.exitcode == 143, stderr
+    assert "run the same command again to continue" in stderr
     [saved] = (folder / "checkpoints").iterdir()
     assert 3 <= int(saved.name.removeprefix("step-")) < STEPS
-    code, said = finish(path)
-    assert code == 0, said
+    code, stderr = finish(path)
+    assert code == 0, stderr
     assert_same_run(folder, expected)
 
 
@@ -225,13 +225,13 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
     until = {"checkpoints": "checkpoints/step-00000004", "final": "checkpoints/step-00000008"}
     kill_after(path, until.get(what, "metrics.jsonl"))
     whole = {file: file.read_bytes() for file in folder.glob("checkpoints/*/*")}
-    code, said = finish(path, largest_file=250_000)
-    assert code == 3, said
-    assert "make room, and run the same command again" in said
-    assert what in said.splitlines()[-1]
-    assert "Traceback" not in said
+    code, stderr = finish(path, largest_file=250_000)
+    assert code == 3, stderr
+    assert "make room, and run the same command again" in stderr
+    assert what in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     assert {file: file.read_bytes() for file in folder.glob("checkpoints/*/*")} == whole
     assert not (folder / "final/config.json").exists()
-    code, said = finish(path)
-    assert code == 0, said
+    code, stderr = finish(path)
+    assert code == 0, stderr
     assert_same_run(folder, expected)

@@ -1,4 +1,4 @@
-"""Scoring on dev: against what a person said, over the whole corpus, teacher once, best kept."""
+"""Scoring on dev: against references, over the whole corpus, teacher once, best kept."""
 
 import json
 import os
@@ -34,7 +34,7 @@ PLAIN = {
     "unit": "character",
     "normalization": {
         **{"unicode": None, "lowercase": False, "remove_punctuation": False},
-        "whisper": None,  # which would take what a random model says for fillers
+        "whisper": None,  # which would take a random model's hypotheses for fillers
     },
 }
 
@@ -44,8 +44,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return make_setting(tmp_path_factory.mktemp("setting"))
 
 
-def said_by(model: Path, rows: list[dict[str, Any]], folder: Path) -> list[str]:
-    """What a model says to each row alone, without spaces, which character counts leave out."""
+def hypotheses_by(model: Path, rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """A model's hypothesis of each row alone, without spaces, which character counts leave out."""
     whisper = load_whisper(read_model_folder(model, None, "model"))
     transcriber = Transcriber(whisper, DecodingOptions(max_new_tokens=12))
     texts = []
@@ -65,7 +65,7 @@ def dev_rows(folder: Path, count: int = 5, languages: str = "en") -> list[dict[s
     return rows
 
 
-def score_of(output: Path, setting: Setting, dev: Path, **changes: Any) -> Any:
+def score_student(output: Path, setting: Setting, dev: Path, **changes: Any) -> Any:
     options = {"schedule__max_steps": 1, "validation__metric": PLAIN, "data__dev_manifest": dev}
     trainer, *_ = assemble(write_config(output, setting, **{**options, **changes}))
     assert trainer.validation
@@ -75,14 +75,14 @@ def score_of(output: Path, setting: Setting, dev: Path, **changes: Any) -> Any:
 def test_rates_are_of_the_whole_corpus(tmp_path: Path, setting: Setting) -> None:
     """Utterances of very different length: the mean of their rates would be another number."""
     rows = dev_rows(tmp_path)
-    heard = said_by(setting.student, rows, tmp_path)
+    hypotheses = hypotheses_by(setting.student, rows, tmp_path)
     # The first is short and wrong, the others are long and right but for some characters.
-    references = ["xy", *(text + "tail"[:number] for number, text in enumerate(heard[1:]))]
+    references = ["xy", *(text + "tail"[:number] for number, text in enumerate(hypotheses[1:]))]
     for row, reference in zip(rows, references, strict=True):
         row["text"] = reference
-    score = score_of(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
-    assert score.error_rate == pytest.approx(jiwer.cer(references, heard))
-    each = [jiwer.cer(r, h) for r, h in zip(references, heard, strict=True)]
+    score = score_student(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
+    assert score.error_rate == pytest.approx(jiwer.cer(references, hypotheses))
+    each = [jiwer.cer(r, h) for r, h in zip(references, hypotheses, strict=True)]
     assert abs(score.error_rate - sum(each) / len(each)) > 0.1
 
 
@@ -90,38 +90,38 @@ def test_a_person_is_the_reference_and_not_the_pseudo_label(
     tmp_path: Path, setting: Setting
 ) -> None:
     rows = dev_rows(tmp_path)
-    for row, text in zip(rows, said_by(setting.student, rows, tmp_path), strict=True):
+    for row, text in zip(rows, hypotheses_by(setting.student, rows, tmp_path), strict=True):
         row |= {"text": "a pseudo label", "origin_text": text, "cer/wer": 0.9}
     dev = write_rows(tmp_path / "dev.jsonl", rows)
-    assert score_of(tmp_path / "run", setting, dev).error_rate == 0.0
+    assert score_student(tmp_path / "run", setting, dev).error_rate == 0.0
     columns = {"reference": "text"}
-    swapped = score_of(tmp_path / "swapped", setting, dev, data__columns=columns)
+    swapped = score_student(tmp_path / "swapped", setting, dev, data__columns=columns)
     assert swapped.error_rate > 0.5
 
 
 def test_rows_nobody_has_transcribed_are_not_scored(tmp_path: Path, setting: Setting) -> None:
     rows = dev_rows(tmp_path)
-    heard = said_by(setting.student, rows, tmp_path)
+    hypotheses = hypotheses_by(setting.student, rows, tmp_path)
     for row in rows:
         row |= {"text": "a pseudo label", "origin_text": None}
-    rows[2]["origin_text"] = heard[2] + "??"
-    score = score_of(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
+    rows[2]["origin_text"] = hypotheses[2] + "??"
+    score = score_student(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
     assert total(score.counts["en"]).as_dict()["deletions"] == 2
-    assert total(score.counts["en"]).reference_tokens == len(heard[2]) + 2
+    assert total(score.counts["en"]).reference_tokens == len(hypotheses[2]) + 2
     rows[2]["origin_text"] = None
     with pytest.raises(DataError, match="nothing can be scored"):
-        score_of(tmp_path / "none", setting, write_rows(tmp_path / "none.jsonl", rows))
+        score_student(tmp_path / "none", setting, write_rows(tmp_path / "none.jsonl", rows))
 
 
 def test_no_training_filter_touches_dev(tmp_path: Path, setting: Setting) -> None:
     rows = dev_rows(tmp_path)
-    for row, text in zip(rows, said_by(setting.student, rows, tmp_path), strict=True):
+    for row, text in zip(rows, hypotheses_by(setting.student, rows, tmp_path), strict=True):
         row |= {"text": "too long a label" * 20, "origin_text": text + "x", "cer/wer": 1.0}
     dev = write_rows(tmp_path / "dev.jsonl", rows)
     train = [row | {"cer/wer": 0.1} for row in read_rows(setting.train)]
     kept = setting._replace(train=write_rows(setting.train.parent / "rated.jsonl", train))
-    free = score_of(tmp_path / "free", kept, dev)
-    strict = score_of(
+    free = score_student(tmp_path / "free", kept, dev)
+    strict = score_student(
         tmp_path / "strict",
         kept,
         dev,
@@ -137,16 +137,16 @@ def test_no_training_filter_touches_dev(tmp_path: Path, setting: Setting) -> Non
 def test_only_the_first_utterances_if_asked(tmp_path: Path, setting: Setting) -> None:
     rows = [row | {"text": "abc"} for row in dev_rows(tmp_path)]
     dev = write_rows(tmp_path / "dev.jsonl", rows)
-    score = score_of(tmp_path / "run", setting, dev, validation__max_utterances=2)
+    score = score_student(tmp_path / "run", setting, dev, validation__max_utterances=2)
     assert total(score.counts["en"]).reference_tokens == 2 * len("abc")
 
 
 def test_each_language_has_its_rate(tmp_path: Path, setting: Setting) -> None:
     rows = dev_rows(tmp_path, languages="en zh")
-    heard = said_by(setting.student, rows, tmp_path)
-    for row, text in zip(rows, heard, strict=True):
+    hypotheses = hypotheses_by(setting.student, rows, tmp_path)
+    for row, text in zip(rows, hypotheses, strict=True):
         row["text"] = text if row["language"] == "zh" else text + "!"
-    score = score_of(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
+    score = score_student(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
     values = score.values("v/")
     assert values["v/error_rate/zh"] == 0.0
     assert values["v/error_rate/en"] > 0.0
@@ -167,11 +167,11 @@ def test_the_number_of_the_student_is_the_one_of_its_folder(
         "schedule__max_steps": 8,
     }
     folder = distil(write_config(tmp_path / "run", setting, **options))
-    texts = said_by(folder / "final", rows, tmp_path)
+    texts = hypotheses_by(folder / "final", rows, tmp_path)
     rate = jiwer.cer(["abcde"] * len(rows), texts)
     assert logged(folder, "validation/student/error_rate")[-1] == pytest.approx(rate)
-    assert texts != said_by(setting.student, rows, tmp_path)
-    texts = said_by(setting.teacher, rows, tmp_path)
+    assert texts != hypotheses_by(setting.student, rows, tmp_path)
+    texts = hypotheses_by(setting.teacher, rows, tmp_path)
     rate = jiwer.cer(["abcde"] * len(rows), texts)
     assert logged(folder, "validation/teacher/error_rate") == [pytest.approx(rate)]
 
@@ -219,9 +219,9 @@ def test_the_teacher_is_not_scored_unless_asked(tmp_path: Path, setting: Setting
 
 
 def test_best_is_the_student_of_the_lowest_rate(tmp_path: Path, setting: Setting) -> None:
-    """The references are what the untrained student says, so training makes it worse."""
+    """The references are the untrained student's hypotheses, so training makes it worse."""
     rows = dev_rows(tmp_path)
-    for row, text in zip(rows, said_by(setting.student, rows, tmp_path), strict=True):
+    for row, text in zip(rows, hypotheses_by(setting.student, rows, tmp_path), strict=True):
         row["text"] = text
     dev = write_rows(tmp_path / "dev.jsonl", rows)
     path = write_config(
@@ -247,8 +247,8 @@ def test_best_is_the_student_of_the_lowest_rate(tmp_path: Path, setting: Setting
     best = weights_in(tmp_path / "run" / "best")
     kept = {name: after[first_best][name] for name in best}
     assert largest_difference(best, kept) == 0
-    heard = said_by(tmp_path / "run" / "best", rows, tmp_path)
-    assert jiwer.cer([row["text"] for row in rows], heard) == pytest.approx(min(rates))
+    hypotheses = hypotheses_by(tmp_path / "run" / "best", rows, tmp_path)
+    assert jiwer.cer([row["text"] for row in rows], hypotheses) == pytest.approx(min(rates))
 
 
 def test_best_is_not_kept_unless_asked_and_not_without_dev(
@@ -266,7 +266,7 @@ def test_best_is_not_kept_unless_asked_and_not_without_dev(
 def test_dev_rows_without_audio_are_not_scored(tmp_path: Path, setting: Setting) -> None:
     rows = [row | {"text": "abcde"} for row in dev_rows(tmp_path)]
     (tmp_path / "dev1.wav").write_bytes(b"no audio at all")
-    score = score_of(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
+    score = score_student(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
     assert total(score.counts["en"]).reference_tokens == (len(rows) - 1) * len("abcde")
 
 
@@ -296,6 +296,6 @@ def test_a_model_is_scored_as_it_is_and_left_so(tmp_path: Path, setting: Setting
     train()
     rates = logged(tmp_path / "run", "validation/student/error_rate")
     assert len(set(rates)) == 1
-    texts = said_by(setting.student, rows, tmp_path)
+    texts = hypotheses_by(setting.student, rows, tmp_path)
     assert rates[0] == pytest.approx(jiwer.cer(["abcde"] * len(rows), texts))
     assert training == [True] * 4
