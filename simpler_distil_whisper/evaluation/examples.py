@@ -27,7 +27,8 @@ from simpler_distil_whisper.evaluation.hypotheses import ExaminedSystem, Hypothe
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts
 from simpler_distil_whisper.evaluation.tallies import SystemScores, length_groups
 
-MOST_UTTERANCES = 10_000  # in the page; browsers stay quick with that many
+# In the page, unless more are listed: browsers stay quick with that many.
+MOST_UTTERANCES = 10_000
 
 
 class ReportOptions(StrictModel):
@@ -105,7 +106,6 @@ def list_utterances(
         options: how many are listed, and whether their audio becomes part of the page.
     """
     choice = _choose(scores, options.worst_utterances)
-    listed = set(itertools.chain(*choice.worst.values(), *choice.different.values()))
     rows = _baseline_rows(systems[0], choice.shown)
     baseline = next(iter(scores.values()))
     utterances = []
@@ -113,7 +113,7 @@ def list_utterances(
         for position in choice.shown:
             lines = [_line_at(file, int(system.offsets[position])) for system in scores.values()]
             clip = find_clip(rows[position], columns, systems[0].path.parent)
-            embed = options.embed_audio and position in listed
+            embed = options.embed_audio and position in choice.listed
             seconds, tokens = facts.seconds[position], int(baseline.tokens[position])
             utterances.append(
                 ShownUtterance(
@@ -130,9 +130,10 @@ def list_utterances(
 
 @dataclass(frozen=True)
 class _Choice:
-    """The positions of the utterances to show, as in `Listing`."""
+    """The positions of the utterances to show, as in `Listing`; `listed` are those of all lists."""
 
     shown: list[int]
+    listed: set[int]
     worst: dict[str, list[int]]
     different: dict[str, list[int]]
 
@@ -152,9 +153,9 @@ def _choose(scores: Mapping[str, SystemScores], number: int) -> _Choice:
     }
     most_errors = np.max(list(errors.values()), axis=0)
     by_errors = np.argsort(-most_errors, kind="stable")[:MOST_UTTERANCES].tolist()
-    in_order = itertools.chain(*worst.values(), *different.values(), by_errors)
-    shown = list(dict.fromkeys(in_order))[:MOST_UTTERANCES]
-    return _Choice(sorted(shown), worst, different)
+    listed = set(itertools.chain(*worst.values(), *different.values()))
+    shown = list(dict.fromkeys([*listed, *by_errors]))[: max(MOST_UTTERANCES, len(listed))]
+    return _Choice(sorted(shown), listed, worst, different)
 
 
 def _largest(values: npt.NDArray[np.int64], number: int) -> list[int]:

@@ -224,11 +224,13 @@ def _keep_common_utterances(systems: Sequence[ExaminedSystem]) -> None:
         DataError: no utterance is left.
     """
     common = set.intersection(*(set(system.lines) for system in systems))
+    usable = {system.name: system.lines for system in systems}  # before any row is left out
     for system in systems:
-        others = [other for other in systems if other is not system]
         for utterance_id, line in system.lines.items():
             if utterance_id not in common:
-                lacking = [f'"{o.name}"' for o in others if utterance_id not in o.lines]
+                lacking = [
+                    f'"{name}"' for name, lines in usable.items() if utterance_id not in lines
+                ]
                 reason = f"no usable row with this id in {', '.join(lacking)}"
                 system.reject(line, utterance_id, reason)
         system.lines = {key: line for key, line in system.lines.items() if key in common}

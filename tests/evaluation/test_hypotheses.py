@@ -1,0 +1,27 @@
+"""Rows of several systems matched by their ids."""
+
+from pathlib import Path
+
+from tiny import write_rows
+
+from simpler_distil_whisper.evaluation.hypotheses import (
+    Hypotheses,
+    HypothesisColumns,
+    match_systems,
+)
+
+
+def test_only_the_systems_that_lack_an_utterance_are_named(tmp_path: Path) -> None:
+    ids = {"first": "abc", "second": "ab", "third": "ac"}
+    systems = []
+    for name, letters in ids.items():
+        rows = [{"id": letter, "text": "yes", "hypothesis": "no"} for letter in letters]
+        systems.append(Hypotheses(name=name, path=write_rows(tmp_path / f"{name}.jsonl", rows)))
+    matched = match_systems(systems, HypothesisColumns(), {})
+    assert [list(system.lines) for system in matched] == [["a"], ["a"], ["a"]]
+    assert [(row.system, row.id, row.reason) for system in matched for row in system.rejected] == [
+        ("first", "b", 'no usable row with this id in "third"'),
+        ("first", "c", 'no usable row with this id in "second"'),
+        ("second", "b", 'no usable row with this id in "third"'),
+        ("third", "c", 'no usable row with this id in "second"'),
+    ]
