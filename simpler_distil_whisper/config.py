@@ -175,7 +175,7 @@ def help_table(model: type[StrictModel]) -> str:
     """Return the `--help` table: every key with its type, default and meaning."""
     rows = []
     for path, field in key_paths(model):
-        if _section_of(field.annotation) and not _is_list(field.annotation):
+        if _section_of(field.annotation) and get_origin(field.annotation) is not list:
             continue
         default = "required" if field.is_required() else f"default {_default_of(field)}"
         rows.append(
@@ -232,10 +232,6 @@ def _section_of(annotation: object) -> type[StrictModel] | None:
         return annotation if issubclass(annotation, StrictModel) else None
     sections = [_section_of(argument) for argument in get_args(annotation)]
     return next((section for section in sections if section), None)
-
-
-def _is_list(annotation: object) -> bool:
-    return get_origin(annotation) is list
 
 
 def _default_of(field: FieldInfo) -> str:

@@ -14,17 +14,15 @@ from simpler_distil_whisper.config import ConfigError
 
 Row = dict[str, Any]
 
-DEEPEST = (
-    100  # nested levels of a row; with ten times as many, Python can neither copy nor pickle it
-)
+DEEPEST = 100  # nested levels of a row; Python can neither copy nor pickle ten times as many
 
 
 class RowError(ValueError):
     """A row that cannot be used; the message is the reason."""
 
 
-def numbered_lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the number, from 1, and the bytes of each line that is not blank.
+def placed_lines(path: Path, key: str) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number, from 1, the offset in bytes and the bytes of each line that is not blank.
 
     Args:
         path: the file.
@@ -32,15 +30,6 @@ def numbered_lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
 
     Raises:
         ConfigError: the file cannot be read.
-    """
-    for number, _, line in placed_lines(path, key):
-        yield number, line
-
-
-def placed_lines(path: Path, key: str) -> Iterator[tuple[int, int, bytes]]:
-    """Yield the number, the offset in bytes and the bytes of each line that is not blank.
-
-    Arguments and errors are those of `numbered_lines`.
     """
     offset = 0
     try:

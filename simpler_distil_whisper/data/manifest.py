@@ -214,21 +214,21 @@ class Utterances(Sequence[Utterance]):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of one manifest, each either usable or rejected."""
+    """The rows of one manifest, each either usable or rejected.
+
+    Attributes:
+        fingerprint: a hash of all rows and of which of them are rejected.
+    """
 
     path: Path
     utterances: Utterances
     rejections: list[Rejection]
-    sha256: str
+    fingerprint: str
 
     @property
     def row_count(self) -> int:
         """The number of rows that were read."""
         return len(self.utterances) + len(self.rejections)
-
-    def fingerprint(self) -> str:
-        """Return a hash of all rows and of which of them are rejected."""
-        return self.sha256
 
     def check(self, max_bad_fraction: float) -> "Manifest":
         """Log how many rows are unusable, and return the manifest itself.

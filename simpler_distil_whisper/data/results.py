@@ -60,7 +60,7 @@ class RowResults:
             ConfigError: the parts are of another manifest, in which the row numbers mean other
                 rows, or another run is at work in the same folder.
         """
-        self._manifest_hash = manifest.fingerprint().encode()
+        self._manifest_hash = manifest.fingerprint.encode()
         self.done = np.full(manifest.row_count, self._merged())
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._folder / f"{process_rank()}.lock")

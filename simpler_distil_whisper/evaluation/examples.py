@@ -21,7 +21,7 @@ from pydantic import Field
 
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, Clip, load_audio
-from simpler_distil_whisper.data.jsonl import Row, numbered_lines, parse_row
+from simpler_distil_whisper.data.jsonl import Row, parse_row, placed_lines
 from simpler_distil_whisper.evaluation.facts import Facts, find_clip
 from simpler_distil_whisper.evaluation.hypotheses import ExaminedSystem, HypothesisColumns
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts
@@ -170,7 +170,7 @@ def _baseline_rows(baseline: ExaminedSystem, positions: Sequence[int]) -> dict[i
     position_at = {lines[position]: position for position in positions}
     return {
         position_at[line]: parse_row(content)
-        for line, content in numbered_lines(baseline.path, "hypotheses")
+        for line, _, content in placed_lines(baseline.path, "hypotheses")
         if line in position_at
     }
 

@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import ConfigError, StrictModel
-from simpler_distil_whisper.data.jsonl import Row, RowError, numbered_lines, parse_row
+from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
 from simpler_distil_whisper.run import DataError, log
 
 Name = Annotated[str, Field(min_length=1)]
@@ -154,7 +154,7 @@ def match_systems(
 def usable_rows(system: ExaminedSystem) -> Iterator[tuple[str, Row]]:
     """Yield id and row of each utterance to score, in the order of the file."""
     ids = {line: utterance_id for utterance_id, line in system.lines.items()}
-    for line, content in numbered_lines(system.path, "hypotheses"):
+    for line, _, content in placed_lines(system.path, "hypotheses"):
         if line in ids:
             yield ids[line], parse_row(content)
 
@@ -181,7 +181,7 @@ def _examine(
         references: id -> hash of the reference in earlier systems; those of this one are added.
     """
     system = ExaminedSystem(hypotheses.name, hypotheses.path)
-    for line, content in numbered_lines(system.path, "hypotheses"):
+    for line, _, content in placed_lines(system.path, "hypotheses"):
         utterance_id = None
         try:
             row = parse_row(content)

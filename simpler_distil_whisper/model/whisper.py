@@ -27,7 +27,7 @@ from transformers import (
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
-from simpler_distil_whisper.model.folder import FRAMES_PER_POSITION, ModelFolder
+from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Attention, Dtype, Task
 from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
@@ -281,9 +281,8 @@ def copy_processor(source: Path, folder: Path) -> None:
 @torch.inference_mode()
 def computes_finite_logits(whisper: Whisper) -> bool:
     """Return whether the model, given silence and its start token, computes finite logits."""
-    config = whisper.model.config
-    frames = FRAMES_PER_POSITION * config.max_source_positions
-    features = torch.zeros(1, config.num_mel_bins, frames)
+    extractor = whisper.feature_extractor
+    features = torch.zeros(1, extractor.feature_size, extractor.nb_max_frames)
     start = torch.tensor([[whisper.tokens.start]])
     logits = whisper.model(features, decoder_input_ids=start).logits
     return bool(torch.isfinite(logits).all())

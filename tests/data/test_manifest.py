@@ -299,12 +299,12 @@ def test_a_manifest_that_can_be_read_only_once_is_refused(folder: Path) -> None:
 def test_the_fingerprint_is_that_of_the_rows_used(folder: Path) -> None:
     rows = [GOOD, {**GOOD, "id": "u2"}, {**GOOD, "audio": "later.wav"}]
     prints = [
-        read(folder, *rows).fingerprint(),
-        read(folder, *rows[:2]).fingerprint(),
-        read(folder, "", *rows[:2]).fingerprint(),  # its places are others
-        read(folder, rows[1], rows[0]).fingerprint(),
+        read(folder, *rows).fingerprint,
+        read(folder, *rows[:2]).fingerprint,
+        read(folder, "", *rows[:2]).fingerprint,  # its places are others
+        read(folder, rows[1], rows[0]).fingerprint,
     ]
     assert len(set(prints)) == 4
-    assert read(folder, *rows, max_utterances=2).fingerprint() == prints[1]
+    assert read(folder, *rows, max_utterances=2).fingerprint == prints[1]
     (folder / "later.wav").touch()
-    assert read(folder, *rows).fingerprint() != prints[0]  # a row more is used
+    assert read(folder, *rows).fingerprint != prints[0]  # a row more is used
