@@ -1,13 +1,16 @@
 """How close a student with some of the teacher's decoder layers is to the teacher before training.
 
-Owns the utterances on which sets of layers are scored, and the forward pass through any set. Which
-sets are tried is decided in `search.py`, which rows are used in `rows.py`.
+Owns the utterances on which sets of layers are scored, the forward pass through any set, and the
+content of `layer_scores.json`. Which sets are tried is decided in `search.py`, which rows are used
+in `rows.py`.
 """
 
 import contextlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +25,7 @@ from simpler_distil_whisper.decoding.batches import (
     speech_batches,
 )
 from simpler_distil_whisper.layers.rows import Labelled
-from simpler_distil_whisper.layers.scores import LayerScores
-from simpler_distil_whisper.layers.search import Layers, LayerScore, search_layers
+from simpler_distil_whisper.layers.search import Layers, LayerScore, ScoredLayers, search_layers
 from simpler_distil_whisper.model.devices import suitable_batch_size
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
@@ -34,6 +36,59 @@ from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequen
 
 ONLY_KL = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=1.0)
 DEFAULT_LIMITS = DataLimits()
+BEST_IN_TABLE = 5
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """The content of `layer_scores.json`.
+
+    Attributes:
+        teacher: path of its folder.
+        encoder: the teacher's encoder layers that the student keeps.
+        manifest: path of the rows that the layers were scored on.
+        utterances: how many of its rows were used.
+        tokens: how many label tokens each score is the mean of.
+        scores: the sets of decoder layers, the best first.
+    """
+
+    teacher: str
+    encoder: list[int]
+    manifest: str
+    utterances: int
+    tokens: int
+    scores: list[ScoredLayers]
+
+    def best(self) -> list[int]:
+        """Return the decoder layers that score best."""
+        return list(self.scores[0].layers)
+
+    def to_json(self) -> str:
+        """Return the content of the file, in which each set of layers has a line of its own."""
+        rows = []
+        for layers, found_by, (kl, agreement) in self.scores:
+            row = {
+                "layers": layers,
+                "kl": round(kl, 6) if math.isfinite(kl) else None,
+                "agreement": round(agreement, 6),
+                "found_by": found_by,
+            }
+            rows.append(json.dumps(row))
+        text = json.dumps({**asdict(self), "scores": []}, indent=2)
+        lines = ",\n    ".join(rows)
+        return text.replace('"scores": []', f'"scores": [\n    {lines}\n  ]') + "\n"
+
+    def table(self) -> str:
+        """Return a table of the best sets and the evenly spread one."""
+        total = len(self.scores)
+        lines = [f"of {total} sets of decoder layers, by KL(teacher || student) per token:"]
+        for rank, (numbers, found_by, (kl, agreement)) in enumerate(self.scores, 1):
+            if rank <= BEST_IN_TABLE or found_by == "spread":
+                layers = " ".join(map(str, numbers))
+                lines.append(
+                    f"{rank:5}. {kl:8.4f}  top token {agreement:4.0%}  {layers}  ({found_by})"
+                )
+        return "\n".join(lines)
 
 
 def score_layers(
