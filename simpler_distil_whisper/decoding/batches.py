@@ -13,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.data.audio import (
@@ -149,25 +148,6 @@ class SpeechReader:
         return load_audio(
             *utterance.clip, min_seconds=self.min_seconds, max_seconds=self.max_seconds
         )
-
-
-class SpeechDataset(Dataset[SpeechBatch]):
-    """Batches of utterances; each is decoded and turned into log-mels when it is asked for."""
-
-    def __init__(
-        self,
-        batches: Sequence[Sequence[Utterance]],
-        extractor: WhisperFeatureExtractor,
-        limits: DataLimits,
-    ) -> None:
-        self.batches = batches
-        self.read = SpeechReader(extractor, limits)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> SpeechBatch:
-        return self.read(self.batches[index])
 
 
 def _reject_audio(utterance: Utterance, error: Exception) -> Rejection:

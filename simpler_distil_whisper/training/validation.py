@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance
-from simpler_distil_whisper.data.workers import load_ahead
-from simpler_distil_whisper.decoding.batches import SpeechDataset, in_batches
+from simpler_distil_whisper.decoding.batches import SpeechReader, in_batches, speech_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
@@ -92,11 +91,11 @@ class Validation:
         transcriber = Transcriber(whisper, self.decoding)
         batches = list(in_batches(self.utterances, transcriber.batch_size))
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        dataset = SpeechDataset(own, whisper.feature_extractor, self.limits)
+        read = SpeechReader(whisper.feature_extractor, self.limits)
         counted: list[tuple[str, ErrorCounts]] = []
         examples: list[tuple[str, str]] = []
         with self.accelerator.autocast():
-            for batch in load_ahead(dataset, self.limits.num_workers):
+            for batch in speech_batches(own, read, self.limits.num_workers):
                 for rejection in batch.rejections:
                     log.warning("not scored: %s: %s", rejection.place, rejection.reason)
                 if batch.input_features is None:

@@ -22,7 +22,6 @@ from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance,
 from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.decoding.batches import (
     SpeechBatch,
-    SpeechDataset,
     SpeechReader,
     groups_by_length,
     halved,
@@ -55,7 +54,7 @@ def clips(folder: Path, *seconds: float) -> list[Utterance]:
 @pytest.mark.parametrize("mels", [80, 128])
 def test_log_mels_are_what_transformers_makes_of_the_samples(tmp_path: Path, mels: int) -> None:
     extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=WINDOW)
-    batch = SpeechDataset([clips(tmp_path, 0.5, 2.0, 1.3)], extractor, DataLimits())[0]
+    batch = SpeechReader(extractor, DataLimits())(clips(tmp_path, 0.5, 2.0, 1.3))
     assert batch.input_features is not None
     assert batch.input_features.shape == (3, mels, WINDOW * 100)
     assert batch.input_features.dtype == torch.float32
@@ -70,17 +69,17 @@ def test_an_utterances_log_mel_depends_on_no_other_utterance(
     tmp_path: Path, extractor: WhisperFeatureExtractor
 ) -> None:
     everyone = clips(tmp_path, 0.5, 2.0, 1.3)
-    together = SpeechDataset([everyone], extractor, DataLimits())[0].input_features
-    alone = SpeechDataset([[utterance] for utterance in everyone], extractor, DataLimits())
+    together = SpeechReader(extractor, DataLimits())(everyone).input_features
     assert together is not None
-    for number in range(3):
-        assert torch.equal(together[number : number + 1], alone[number].input_features)
+    for number, utterance in enumerate(everyone):
+        alone = SpeechReader(extractor, DataLimits())([utterance]).input_features
+        assert torch.equal(together[number : number + 1], alone)
 
 
 def test_parts_of_a_file_are_cut_out(tmp_path: Path, extractor: WhisperFeatureExtractor) -> None:
     write_tone(tmp_path / "long.wav", 6.0)
     row = {"audio": "long.wav", "start_seconds": 3.5, "duration_seconds": 1.5}
-    batch = SpeechDataset([utterances(tmp_path, row)], extractor, DataLimits())[0]
+    batch = SpeechReader(extractor, DataLimits())(utterances(tmp_path, row))
     samples, _ = soundfile.read(tmp_path / "long.wav", dtype="float32")
     assert batch.seconds == [1.5]
     assert torch.equal(batch.input_features, log_mel([samples[56_000:80_000]], extractor))
@@ -97,7 +96,7 @@ def test_what_cannot_be_used_is_rejected_and_the_others_are_not(
     (tmp_path / "gone.wav").touch()
     rows = utterances(tmp_path, *({"audio": f"{name}.wav", "n": name} for name in names))
     (tmp_path / "gone.wav").unlink()
-    batch = SpeechDataset([rows], extractor, DataLimits())[0]
+    batch = SpeechReader(extractor, DataLimits())(rows)
     assert [utterance.row["n"] for utterance in batch.utterances] == ["a", "b", "c"]
     assert batch.seconds == [0.1, 2.0, 1.0]
     assert batch.input_features is not None
@@ -123,7 +122,7 @@ def test_no_limit_of_the_config_is_wider_than_the_models_window(
     tmp_path: Path, extractor: WhisperFeatureExtractor, maximum: float | None, used: list[float]
 ) -> None:
     limits = DataLimits(max_duration_seconds=maximum)
-    batch = SpeechDataset([clips(tmp_path, 0.5, 1.0, 2.0, 2.5)], extractor, limits)[0]
+    batch = SpeechReader(extractor, limits)(clips(tmp_path, 0.5, 1.0, 2.0, 2.5))
     assert batch.seconds == used
     assert len(batch.rejections) == 4 - len(used)
 
@@ -131,7 +130,7 @@ def test_no_limit_of_the_config_is_wider_than_the_models_window(
 def test_a_batch_without_a_usable_utterance_has_no_features(
     tmp_path: Path, extractor: WhisperFeatureExtractor
 ) -> None:
-    batch = SpeechDataset([clips(tmp_path, 2.5, 3.0)], extractor, DataLimits())[0]
+    batch = SpeechReader(extractor, DataLimits())(clips(tmp_path, 2.5, 3.0))
     assert (batch.utterances, batch.input_features, batch.seconds) == ([], None, [])
     assert len(batch.rejections) == 2
 
@@ -149,9 +148,9 @@ def test_workers_change_neither_the_order_nor_a_bit(
     tmp_path: Path, extractor: WhisperFeatureExtractor, workers: int
 ) -> None:
     rows = clips(tmp_path, 1.9, 0.2, 2.5, 1.0, 0.7)
-    dataset = SpeechDataset([[row] for row in rows], extractor, DataLimits())
-    own = list(load_ahead(dataset, 0))
-    theirs = list(load_ahead(dataset, workers))
+    read = SpeechReader(extractor, DataLimits())
+    own = list(speech_batches([[row] for row in rows], read, 0))
+    theirs = list(speech_batches([[row] for row in rows], read, workers))
     assert [batch.utterances for batch in own] == [[] if row is rows[2] else [row] for row in rows]
     for mine, other in zip(own, theirs, strict=True):
         assert mine.utterances == other.utterances
@@ -166,7 +165,7 @@ def test_ctrl_c_leaves_the_workers_alone(
 ) -> None:
     rows = clips(tmp_path, *[0.5] * 8)
     before = set(multiprocessing.active_children())
-    batches = iter(load_ahead(SpeechDataset([[row] for row in rows], extractor, DataLimits()), 1))
+    batches = speech_batches([[row] for row in rows], SpeechReader(extractor, DataLimits()), 1)
     loaded = [next(batches)]
     (worker,) = set(multiprocessing.active_children()) - before
     assert worker.pid is not None
@@ -175,10 +174,8 @@ def test_ctrl_c_leaves_the_workers_alone(
     assert [batch.utterances for batch in loaded] == [[row] for row in rows]
 
 
-def test_a_worker_can_be_ended_although_the_script_handles_the_signal(
-    extractor: WhisperFeatureExtractor,
-) -> None:
-    become_worker = load_ahead(SpeechDataset([], extractor, DataLimits()), 1).worker_init_fn
+def test_a_worker_can_be_ended_although_the_script_handles_the_signal() -> None:
+    become_worker = load_ahead([], 1).worker_init_fn  # type: ignore[arg-type]
     assert become_worker is not None
     ready, tell = multiprocessing.Pipe(duplex=False)
 
