@@ -43,6 +43,9 @@ class SearchResult:
 class PromptedBatch:
     """A batch whose prompts are in the cache.
 
+    A search is given such a batch, the decoder that made its cache, and the rules by which tokens
+    are allowed.
+
     Attributes:
         cache: of U rows, one for each utterance; a search uses it up.
         states: float [U, D]: decoder states of the last tokens of the prompts.
@@ -79,15 +82,10 @@ def sample(
     temperature: float = 0.0,
     randoms: Tensor | None = None,
 ) -> list[SearchResult]:
-    """Return greedily chosen tokens, or tokens sampled at a temperature.
+    """Return greedily chosen tokens, or at a `temperature` above 0 sampled ones.
 
-    Args:
-        decoder: made the cache of the batch.
-        rules: which tokens are allowed.
-        batch: its cache is used up.
-        temperature: by which the logits are divided; 0 is greedy.
-        randoms: float [U, limit]: a number from 0 to 1 for each token that is sampled, so that no
-            utterance's tokens depend on the other utterances.
+    Sampling takes `randoms`, float [U, limit]: a number from 0 to 1 for each token, so that no
+    utterance's tokens depend on the other utterances.
     """
     cache, states, limits = batch.cache, batch.states, batch.limits
     longest, count = int(limits.max()), len(limits)
@@ -158,12 +156,6 @@ def beam_search(
     included. The log-probabilities are those before the rules, so that a beam pays for the tokens
     that were ruled out. An utterance ends when its best open beam is worse than its worst ended
     beam.
-
-    Args:
-        decoder: made the cache of the batch.
-        rules: which tokens are allowed.
-        batch: its cache is used up.
-        beams: how many per utterance.
     """
     search = _Beams(rules.end, batch.limits, beams)
     cache, states = batch.cache, batch.states.repeat_interleave(beams, dim=0)

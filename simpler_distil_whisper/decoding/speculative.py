@@ -91,12 +91,8 @@ class Assistant:
     ) -> list[SearchResult]:
         """Return the teacher's greedy tokens, those of `search.sample` at temperature 0.
 
-        Args:
-            teacher: the decoder that made the cache of the batch.
-            rules: which tokens are allowed.
-            batch: its cache is used up.
-            states: float [U, E, D]: encoder states of the encoder that the assistant uses.
-            prompts: those that the teacher has read.
+        The student reads the same prompts as the teacher, and encoder states, float [U, E, D], of
+        the encoder that it uses.
         """
         positions = self.student.model.config.max_target_positions
         cache = self.decoder.start(states, positions, uneven=True)

@@ -221,14 +221,10 @@ class DecoderStateCache:
         extractor: WhisperFeatureExtractor,
         numerics: str,
     ) -> None:
-        """Derive the name of the group of states in the store that belong to this teacher.
+        """Derive the name of the group of states, as an `EncoderStateCache` does.
 
-        Args:
-            store: where the states are kept.
-            dtype: in which they are kept.
-            teacher: whose decoder computes them.
-            extractor: what makes the encoder's input.
-            numerics: dtypes and devices of the computation, on which the last bits depend.
+        The name also depends on `numerics`: the dtypes and devices of the computation, on which
+        the last bits depend.
         """
         self.store = store
         self.dtype = dtype
