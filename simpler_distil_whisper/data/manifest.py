@@ -283,9 +283,7 @@ def read_manifest(
             row = parse_row(line)
             _check_row(row, folder, columns)
             _check_language(row, columns, languages)
-            if not taken.isdisjoint(row):
-                names = sorted(taken.intersection(row))
-                raise RowError(f"has {names} already: rename them, or choose other output_columns")
+            _check_new_fields(row, taken)
             utterances.append(number, line_number, offset)
         except ValueError as error:
             digest.update(b"rejected\n")
@@ -326,6 +324,12 @@ def _check_language(row: Row, columns: Columns, known: Collection[str] | None) -
     language = _language(row, columns)
     if language is not None and known is not None and language not in known:
         raise RowError(f'the model has no token for the language "{language}"')
+
+
+def _check_new_fields(row: Row, new_fields: frozenset[str]) -> None:
+    if not new_fields.isdisjoint(row):
+        names = sorted(new_fields.intersection(row))
+        raise RowError(f"has {names} already: rename them, or choose other output_columns")
 
 
 def _language(row: Row, columns: Columns) -> str | None:

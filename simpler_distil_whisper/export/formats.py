@@ -119,18 +119,7 @@ def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task
         str(target), device="cpu", cpu_threads=torch.get_num_threads(), local_files_only=True
     )
     window = round(folder.window_seconds * SAMPLE_RATE)
-    options: dict[str, Any] = {
-        "task": task,
-        "beam_size": 1,
-        "temperature": 0.0,
-        "without_timestamps": True,
-        "compression_ratio_threshold": None,
-        "log_prob_threshold": None,
-        "no_speech_threshold": None,
-        "condition_on_previous_text": False,
-        "suppress_tokens": suppressed_tokens(whisper),
-        "suppress_blank": _suppresses_blank(whisper),
-    }
+    options = _faster_whisper_options(whisper, task)
 
     def transcribe(
         waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
@@ -153,6 +142,22 @@ def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task
         (target / "model.bin").stat().st_size,
         transcribe,
     )
+
+
+def _faster_whisper_options(whisper: Whisper, task: Task) -> dict[str, Any]:
+    """Return the options by which faster-whisper decodes as this project: greedily, in one go."""
+    return {
+        "task": task,
+        "beam_size": 1,
+        "temperature": 0.0,
+        "without_timestamps": True,
+        "compression_ratio_threshold": None,
+        "log_prob_threshold": None,
+        "no_speech_threshold": None,
+        "condition_on_previous_text": False,
+        "suppress_tokens": suppressed_tokens(whisper),
+        "suppress_blank": _suppresses_blank(whisper),
+    }
 
 
 def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:

@@ -33,7 +33,7 @@ from simpler_distil_whisper.run import (
     process_count,
     process_rank,
 )
-from simpler_distil_whisper.text.languages import join_texts
+from simpler_distil_whisper.text.languages import Unit, join_texts
 
 Integers = npt.NDArray[np.int64]
 
@@ -241,13 +241,8 @@ def packed_row(
     label = join_texts([part[columns.label] for part in parts])
     references = [part[columns.reference] for part in parts]
     reference = None if None in references else join_texts(references)
-    unit, rate, tokens = parts[0]["error_unit"], None, None
-    if reference is not None:
-        language = parts[0]["error_language"]
-        normalized_reference = scorer.normalize(reference, language)
-        normalized_label = scorer.normalize(label, language)
-        counts = count_errors(normalized_reference, normalized_label, unit)
-        rate, tokens = counts.rate, counts.reference_tokens
+    unit, language = parts[0]["error_unit"], parts[0]["error_language"]
+    rate, tokens = _error_rate(reference, label, unit, language, scorer)
     ends = np.cumsum([part["audio_seconds"] for part in parts]).round(6).tolist()
     starts = [0.0, *ends[:-1]]
     return {
@@ -256,9 +251,9 @@ def packed_row(
         columns.label: label,
         **{name: parts[0].get(name) for name in shared},
         columns.reference: reference,
-        columns.error_rate: None if rate is None else round(rate, 6),
+        columns.error_rate: rate,
         "error_unit": unit,
-        "error_language": parts[0]["error_language"],
+        "error_language": language,
         "reference_tokens": tokens,
         "audio_seconds": ends[-1],
         "segments": [
@@ -268,6 +263,18 @@ def packed_row(
         ],
         "parts": [_origin(part, start, columns) for start, part in zip(starts, parts, strict=True)],
     }
+
+
+def _error_rate(
+    reference: str | None, label: str, unit: Unit, language: str | None, scorer: Scorer
+) -> tuple[float | None, int | None]:
+    """Return the error rate, rounded, and the number of reference tokens, as far as there are."""
+    if reference is None:
+        return None, None
+    normalized_reference = scorer.normalize(reference, language)
+    counts = count_errors(normalized_reference, scorer.normalize(label, language), unit)
+    rate = None if counts.rate is None else round(counts.rate, 6)
+    return rate, counts.reference_tokens
 
 
 def audio_path(number: int) -> Path:
