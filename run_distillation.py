@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import RunOptions
@@ -63,6 +63,12 @@ class Config(RunOptions):
     checkpoints: options.CheckpointOptions = options.CheckpointOptions()
     logging: options.LoggingOptions = options.LoggingOptions()
     check: options.CheckOptions = options.CheckOptions()
+
+    @model_validator(mode="after")
+    def _patience_needs_dev_rows(self) -> "Config":
+        if self.validation.early_stopping_patience and not self.data.dev_manifest:
+            raise ValueError("validation.early_stopping_patience needs a data.dev_manifest")
+        return self
 
 
 class Prepared(NamedTuple):

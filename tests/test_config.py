@@ -359,6 +359,26 @@ def test_a_retired_key_is_answered_with_the_whole_new_name(tmp_path: Path) -> No
     ]
 
 
+def test_early_stopping_without_dev_rows_is_refused(tmp_path: Path) -> None:
+    config = json.loads((REPOSITORY / "run_distillation.json").read_text(encoding="utf-8"))
+    config["validation"]["early_stopping_patience"] = 3
+    config["data"]["dev_manifest"] = None
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match="early_stopping_patience needs a data.dev_manifest"):
+        load_config(path, run_distillation.Config)
+
+
+@pytest.mark.parametrize("name", ["run_pseudo_labelling", "offline_inference"])
+def test_an_empty_language_names_none(name: str, tmp_path: Path) -> None:
+    config = json.loads((REPOSITORY / f"{name}.json").read_text(encoding="utf-8"))
+    config["decoding"]["language"] = ""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    model = importlib.import_module(name).Config
+    assert load_config(path, model).decoding.language is None
+
+
 def test_a_key_that_is_gone_is_answered_with_the_reason(tmp_path: Path) -> None:
     config = json.loads((REPOSITORY / "run_distillation.json").read_text(encoding="utf-8"))
     path = tmp_path / "old.json"

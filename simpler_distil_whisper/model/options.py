@@ -24,8 +24,8 @@ Task = Literal["transcribe", "translate"]
 
 
 def whisper_code(language: str | None) -> str | None:
-    """Return Whisper's code for a language, however a config names it; None stays None."""
-    return None if language is None else whisper_language(language)
+    """Return Whisper's code for a language, however a config names it; None if it names none."""
+    return whisper_language(language) if language else None
 
 
 class FolderOptions(StrictModel):

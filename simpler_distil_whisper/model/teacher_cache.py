@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import time
 import uuid
 import zlib
@@ -41,6 +42,7 @@ FEATURE_RECIPE = 1
 FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
 
 TENSOR = "states"  # the name of the one tensor in each file
+TEMPORARY_NAME = re.compile("[0-9a-f]{32}")  # uuid.uuid4().hex
 SECONDS_OF_A_WRITE = 86_400  # the process that has been writing a file for longer is gone
 
 
@@ -510,6 +512,8 @@ class TensorStore:
 
     def _remove_unfinished_files(self) -> None:
         for path in self._writing.iterdir():
+            if not TEMPORARY_NAME.fullmatch(path.name):  # somebody else's
+                continue
             with contextlib.suppress(OSError):  # another process may be doing the same
                 if path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
                     path.unlink()

@@ -33,6 +33,11 @@ INVISIBLE = re.compile(
 DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 APOSTROPHES = "'\u2018\u2019\u02bc"
 DECIMAL_SIGNS = ".,\u066b"
+# Not brackets: Whisper's normalisers delete what stands in ASCII's.
+FULL_WIDTH = {
+    ord(c): ord(c) - 0xFEE0 for c in map(chr, range(0xFF01, 0xFF5F)) if c not in "（）［］＜＞｛｝"
+}
+PLAIN_SIGNS = str.maketrans(dict.fromkeys(APOSTROPHES, "'") | {"\u200b": " "}) | FULL_WIDTH
 # Of scripts with spaces around words. Korean is one: a filler can be a syllable of a word there.
 SPACED_CHARACTER = rf"[^\s{HAN_AND_KANA}{OTHER_UNSPACED}]"
 BESIDES_PUBLISHED = [r"\bkinda\b", r"\bsorta\b", r"\bdunno\b", r"\bcause\b"]
@@ -87,8 +92,8 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
     if options.chinese_script is not None:
         in_own_script = make_normalizer(options.model_copy(update={"chinese_script": None}))
     own = _own_steps(options)
-    english = [*_conversions_alone(options), _whisper_english]
-    basic = [*_conversions_alone(options), _whisper_basic]
+    english = [_with_plain_signs, *_conversions_alone(options), _whisper_english]
+    basic = [_with_plain_signs, *_conversions_alone(options), _whisper_basic]
     fillers = _filler_pattern(options)
 
     def normalize(text: str, language: str | None = None) -> str:
@@ -173,6 +178,11 @@ def _whisper_normalizers() -> tuple[Step, Step]:
     for pattern in BESIDES_PUBLISHED:
         english.replacers.pop(pattern, None)
     return english, BasicTextNormalizer()
+
+
+def _with_plain_signs(text: str) -> str:
+    """Return a text as Whisper's normalisers expect it, which know only ASCII's apostrophe."""
+    return INVISIBLE.sub("", text).translate(PLAIN_SIGNS)
 
 
 def _whisper_english(text: str) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,12 +205,14 @@ def test_processes_write_at_once(tmp_path: Path, share: float) -> None:
 
 def test_what_a_killed_writer_has_left_is_removed_after_a_day(tmp_path: Path) -> None:
     TensorStore(tmp_path, ENOUGH)
-    old, new = tmp_path / "writing" / "old", tmp_path / "writing" / "new"
-    for path in (old, new):
+    old, new = (tmp_path / "writing" / uuid.uuid4().hex for _ in range(2))
+    somebody_elses = tmp_path / "writing" / "chapter one.txt"
+    for path in (old, new, somebody_elses):
         path.write_bytes(b"half an ent")
-    os.utime(old, (time.time() - 90_000,) * 2)
+    for path in (old, somebody_elses):
+        os.utime(path, (time.time() - 90_000,) * 2)
     TensorStore(tmp_path, ENOUGH)
-    assert (old.exists(), new.exists()) == (False, True)
+    assert (old.exists(), new.exists(), somebody_elses.exists()) == (False, True, True)
 
 
 # Names made of contents

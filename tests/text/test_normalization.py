@@ -5,6 +5,7 @@ import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -162,6 +163,24 @@ def test_english_rows_are_normalised_by_whisper_and_others_are_not() -> None:
         assert normalize(text, other) == "i've seen the colour twenty one"
     assert make_normalizer(TextNormalization(whisper=None))(text, "en") == normalize(text, "de")
     assert make_normalizer(TextNormalization(whisper="english"))(text) == normalize(text, "en")
+
+
+@pytest.mark.parametrize("whisper", ["auto", "english", "basic", None])
+@pytest.mark.parametrize("language", ["en", "de", "zh", None])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "I don’t think it‘s the dog’s.",
+        "I donʼt think it's the dog's．",
+        "\ufeffI don't thi\u00adnk\u200bit's the dog's。",
+        "Ｉ ｄｏｎ＇ｔ think it’s the dog’s！",
+    ],
+)
+def test_ways_to_write_signs_are_made_equal_in_every_language(
+    whisper: Any, language: str | None, written: str
+) -> None:
+    normalize = make_normalizer(TextNormalization(whisper=whisper))
+    assert normalize(written, language) == normalize("I don't think it's the dog's.", language)
 
 
 def test_a_number_that_python_cannot_read_ends_no_run() -> None:
