@@ -88,10 +88,11 @@ def test_each_utterance_is_listed_with_its_counts_and_alignment(tmp_path: Path) 
         "alignment": utterances["b"]["alignment"],
         "signs": [],
     }
+    # Of the normalised copies, in which Chinese is in one script.
     assert utterances["a"]["alignment"] == [
         ["equal", "她很", "她很"],
-        ["substitute", "擔心", "謝的"],
-        ["equal", "大兒子", "大兒子"],
+        ["substitute", "担心", "谢的"],
+        ["equal", "大儿子", "大儿子"],
     ]
     assert utterances["c"]["alignment"] == [["delete", "你好", ""]]
     assert [utterances[key]["rate"] for key in ("a", "c", "d", "7")] == [2 / 7, 1.0, None, None]
