@@ -456,6 +456,7 @@ def test_a_run_that_died_before_any_checkpoint_begins_anew(
     assert_same_run(distil(path), never_stopped)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:

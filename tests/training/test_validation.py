@@ -154,6 +154,7 @@ def test_each_language_has_its_rate(tmp_path: Path, setting: Setting) -> None:
     assert values["v/error_rate"] == pytest.approx(3 / characters)
 
 
+@pytest.mark.slow
 def test_the_number_of_the_student_is_the_one_of_its_folder(
     tmp_path: Path, setting: Setting
 ) -> None:
@@ -176,6 +177,7 @@ def test_the_number_of_the_student_is_the_one_of_its_folder(
     assert logged(folder, "validation/teacher/error_rate") == [pytest.approx(rate)]
 
 
+@pytest.mark.slow
 def test_validation_comes_when_it_is_due(tmp_path: Path, setting: Setting) -> None:
     rows = [row | {"text": "abcde"} for row in dev_rows(tmp_path, 2)]
     dev = write_rows(tmp_path / "dev.jsonl", rows)
