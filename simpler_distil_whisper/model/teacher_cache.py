@@ -27,7 +27,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Utterance
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.model.options import CacheOptions, TeacherCacheOptions
+from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.weights import (
     DECODER_SETTINGS,
     ENCODER_SETTINGS,
@@ -355,38 +355,6 @@ def open_encoder_cache(
     if (store := open_store(options)) is None:
         return None
     return EncoderStateCache(store, dtype_of_states(options, computed), teacher, extractor)
-
-
-def open_training_caches(
-    options: TeacherCacheOptions,
-    teacher: ModelFolder,
-    extractor: WhisperFeatureExtractor,
-    computed: torch.dtype,
-    teacher_numerics: str,
-) -> tuple[EncoderStateCache | None, DecoderStateCache | None]:
-    """Return the caches of encoder states and of decoder states, each if a config asks for it.
-
-    Args:
-        options: the config's section.
-        teacher: whose states they are.
-        extractor: what makes its input.
-        computed: the dtype in which encoder and student compute.
-        teacher_numerics: what else the last bits of the teacher's decoder states depend on.
-
-    Raises:
-        ConfigError: the folder cannot be written, or the cache's dtype is finer than `computed`.
-    """
-    if (store := open_store(options)) is None:
-        return None, None
-    dtype = dtype_of_states(options, computed)
-    encoder_cache = decoder_cache = None
-    if options.encoder_states:
-        encoder_cache = EncoderStateCache(store, dtype, teacher, extractor)
-    if options.decoder_states:
-        given = dtype if encoder_cache else computed
-        numerics = f"{teacher_numerics}, {computed} products, {given} encoder states"
-        decoder_cache = DecoderStateCache(store, dtype, teacher, extractor, numerics)
-    return encoder_cache, decoder_cache
 
 
 def audio_digest(path: Path) -> str:

@@ -15,7 +15,12 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import TeacherCacheOptions
-from simpler_distil_whisper.model.teacher_cache import open_training_caches
+from simpler_distil_whisper.model.teacher_cache import (
+    DecoderStateCache,
+    EncoderStateCache,
+    dtype_of_states,
+    open_store,
+)
 from simpler_distil_whisper.model.weights import output_head
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import log
@@ -244,17 +249,18 @@ def open_caches(
             "teacher_cache.encoder_states: not used, since the student's encoder is trained or is "
             "another one"
         )
-    useful = {
-        "encoder_states": options.encoder_states and teacher.shared_encoder,
-        "decoder_states": options.decoder_states and objective.uses_teacher,
-    }
-    encoder, decoder = open_training_caches(
-        options.model_copy(update=useful),
-        teacher.folder,
-        student.feature_extractor,
-        computing_dtype(teacher.accelerator),
-        teacher.numerics_key,
-    )
+    if (store := open_store(options)) is None:
+        return NO_CACHES
+    computed = computing_dtype(teacher.accelerator)
+    dtype = dtype_of_states(options, computed)
+    folder, extractor = teacher.folder, student.feature_extractor
+    encoder = decoder = None
+    if options.encoder_states and teacher.shared_encoder:
+        encoder = EncoderStateCache(store, dtype, folder, extractor)
+    if options.decoder_states and objective.uses_teacher:
+        given = dtype if encoder else computed
+        numerics = f"{teacher.numerics_key}, {computed} products, {given} encoder states"
+        decoder = DecoderStateCache(store, dtype, folder, extractor, numerics)
     return StateCaches(encoder, decoder)
 
 
