@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.files import open_regular_file
 
 Row = dict[str, Any]
 
@@ -33,7 +34,7 @@ def placed_lines(path: Path, key: str) -> Iterator[tuple[int, int, bytes]]:
     """
     offset = 0
     try:
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     yield number, offset, line.strip()

@@ -18,7 +18,6 @@ from typing import overload
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import (
-    ConfigError,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -28,6 +27,7 @@ from simpler_distil_whisper.config import (
 )
 from simpler_distil_whisper.data.audio import Clip
 from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
+from simpler_distil_whisper.files import open_regular_file
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import whisper_language
 
@@ -146,19 +146,13 @@ class Utterances(Sequence[Utterance]):
     """
 
     def __init__(self, path: Path, columns: Columns) -> None:
-        """Begin without rows; note size and time of the file, to notice when it changes.
-
-        Raises:
-            ConfigError: the file cannot be read more than once.
-        """
+        """Begin without rows; note size and time of the file, to notice when it changes."""
         self.path = path
         self.columns = columns
         self.numbers = array("q")
         self._lines = array("q")
         self._offsets = array("q")
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"manifest: {path} cannot be read: it is not an ordinary file")
-        self._version = self._version_now() if path.exists() else None
+        self._version = self._version_now()
 
     def append(self, number: int, line: int, offset: int) -> None:
         """Add a row by the number of its line, from 1, and its offset in bytes."""
@@ -197,7 +191,7 @@ class Utterances(Sequence[Utterance]):
     def _read(self, indices: Iterable[int]) -> Iterator[Utterance]:
         self.check_unchanged()
         folder = str(self.path.parent)
-        with self.path.open("rb") as file:
+        with open_regular_file(self.path) as file:
             for index in indices:
                 file.seek(self._offsets[index])
                 line = file.readline().strip()
@@ -207,7 +201,7 @@ class Utterances(Sequence[Utterance]):
     def _version_now(self) -> tuple[int, int] | None:
         try:
             status = self.path.stat()
-        except OSError:
+        except (OSError, ValueError):  # no file can have the name
             return None
         return status.st_size, status.st_mtime_ns
 

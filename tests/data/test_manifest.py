@@ -292,7 +292,7 @@ def test_a_manifest_that_changes_under_a_run_is_noticed(folder: Path, change: st
 
 def test_a_manifest_that_can_be_read_only_once_is_refused(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
-    with pytest.raises(ConfigError, match="not an ordinary file"):
+    with pytest.raises(ConfigError, match="not a file on disk"):
         read_manifest(folder / "pipe", Columns())
 
 
