@@ -21,8 +21,6 @@ SCRIPTS = [
 ]
 # In reading order: what stands in a place imports only from places before it, or from its own.
 PLACES = "__init__ files config atomic text pages run data model evaluation decoding labels"
-    "__init__ files config atomic text pages run data model evaluation decoding labels training"
-)
 PLACES += " training layers export"
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
