@@ -6,6 +6,7 @@ nothing of audio or models.
 
 import itertools
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,13 +15,31 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from simpler_distil_whisper.data.parcels import parcel
+from simpler_distil_whisper.run import DataError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+MINUTES_FOR_A_RESULT = 30.0
+SECONDS_BETWEEN_CHECKS = 5.0  # of whether the workers are alive
+NO_MORE = object()
+
+
+class LostResultError(DataError):
+    """A worker process died, or did not finish in time; ends training with exit code 3."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"A process that reads audio is lost ({reason}). If it was killed, memory may have run "
+            "out: lower data.num_workers. Run the same command again to continue"
+        )
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class WorkerDeath(Generic[Item]):
-    """Takes the place of an item's result if a worker process died before it was there."""
+    """Takes the place of an item's result if a worker process was lost before it was there."""
 
     item: Item
     reason: str
@@ -31,9 +50,10 @@ def map_ahead(
 ) -> Iterator[Result | WorkerDeath[Item]]:
     """Yield the function's results in order, computed by processes ahead of use.
 
-    When a process dies, the first item without a result is given up, and new processes go on with
-    the next. With several workers, or a `prefetch` above 1, that need not be the item that killed
-    the process: only one worker that prefetches 1 has a single item in hand.
+    When a process dies or takes longer than `MINUTES_FOR_A_RESULT`, the first item without a result
+    is given up, and new processes go on with the next. With several workers, or a `prefetch` above
+    1, that need not be the item that killed the process: only one worker that prefetches 1 has a
+    single item in hand.
 
     Args:
         function: computes the result of an item; runs in the workers.
@@ -56,21 +76,68 @@ def map_ahead(
         again = list(in_hand)
         in_hand.clear()
         order = hand_out(itertools.chain(again, remaining))
-        loader = load_ahead(_FunctionDataset(function), workers, order, prefetch)
-        results = _iterate_undisturbed(loader)
         try:
-            for result in results:
+            for result in load_ahead(function, order, workers, prefetch):
                 in_hand.popleft()
                 yield result
             return
-        except (RuntimeError, OSError, EOFError) as error:
-            if not _is_death(error) or not in_hand:
+        except LostResultError as lost:
+            if not in_hand:
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = lost.reason
         yield WorkerDeath(in_hand.popleft(), reason)
 
 
-def _iterate_undisturbed(loader: DataLoader[Item]) -> Iterator[Item]:
+def load_ahead(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    prefetch: int | None = None,
+) -> Iterator[Result]:
+    """Yield the function's results in order, computed by processes ahead of use.
+
+    Raises:
+        LostResultError: a process died, or the next result did not come in time.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    loader = DataLoader(
+        _FunctionDataset(function),
+        batch_size=None,
+        sampler=items,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        timeout=SECONDS_BETWEEN_CHECKS,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        # The default would draw a number from the random state on which the student's dropout
+        # depends, and a resumed run, which makes its loader anew, would get other numbers.
+        generator=torch.Generator(),
+    )
+    results = _iterate_undisturbed(loader)
+    while (result := _next_result(results)) is not NO_MORE:
+        yield result
+
+
+def _next_result(results: Iterator[Any]) -> Any:
+    """Return the next result, or NO_MORE; wait for it while the workers live and time is left."""
+    deadline = time.monotonic() + 60 * MINUTES_FOR_A_RESULT
+    while True:
+        try:
+            return next(results, NO_MORE)
+        except (RuntimeError, OSError, EOFError) as error:
+            reason = str(error).partition("\n")[0]
+            if not _is_death(error):
+                if not reason.startswith("DataLoader timed out"):
+                    raise
+                if time.monotonic() < deadline:
+                    continue
+                reason = f"no result within {MINUTES_FOR_A_RESULT:g} minutes"
+        raise LostResultError(reason)
+
+
+def _iterate_undisturbed(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return an iterator that reports a worker's death when it is asked for the next item.
 
     The DataLoader's own signal handler would raise in the midst of whatever the script does then.
@@ -88,35 +155,14 @@ def _is_death(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
 
 
-class _FunctionDataset(Dataset[Result]):
+class _FunctionDataset(Dataset[Any]):
     """Lets a DataLoader call a function: the indices are the items."""
 
-    def __init__(self, function: Callable[[Any], Result]) -> None:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
 
-    def __getitem__(self, item: Any) -> Result:
-        return self.function(item)
-
-
-def load_ahead(
-    dataset: Dataset[Item],
-    workers: int,
-    order: Iterable[Any] | None = None,
-    prefetch: int | None = None,
-) -> DataLoader[Item]:
-    """Return an iterable of a dataset's items, in order, loaded by processes ahead of use."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        collate_fn=_unchanged,
-        worker_init_fn=_leave_signals_to_the_main_process,
-        # The default would draw a number from the random state on which the student's dropout
-        # depends, and a resumed run, which makes its loader anew, would get other numbers.
-        generator=torch.Generator(),
-    )
+    def __getitem__(self, item: Any) -> object:
+        return parcel(self.function(item))
 
 
 def _unchanged(item: Item) -> Item:

@@ -238,7 +238,7 @@ class TrainingSteps:
         steps = range(step, self.length.max_steps)
         own = MicroBatches(self.plan, steps, self.micro_batch_size, self.rank, self.processes)
         dataset = TrainingDataset(own, self.visit_tokens, self.views, self.extractor, self.caches)
-        loader = iter(load_ahead(dataset, self.num_workers))
+        loader = load_ahead(dataset.__getitem__, range(len(dataset)), self.num_workers)
         for _ in steps:
             yield tuple(itertools.islice(loader, own.per_step))
 

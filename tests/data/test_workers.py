@@ -1,11 +1,25 @@
-"""Results computed by processes ahead of use, some of which die."""
+"""Results computed by processes ahead of use, some of which die, hang, or are short of /dev/shm."""
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from conftest import REPOSITORY
 
-from simpler_distil_whisper.data.workers import WorkerDeath, map_ahead
+from simpler_distil_whisper.data import workers
+from simpler_distil_whisper.data.workers import (
+    LostResultError,
+    WorkerDeath,
+    load_ahead,
+    map_ahead,
+)
 
 
 def die_at_three(item: int) -> int:
@@ -35,3 +49,76 @@ def fail(item: int) -> int:
 def test_an_error_in_a_worker_is_no_death() -> None:
     with pytest.raises(RuntimeError, match="a bug at 7"):
         list(map_ahead(fail, [7], 1))
+
+
+def hang_at_three(item: int) -> int:
+    if item == 3:
+        time.sleep(600)
+    return item * item
+
+
+def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SECONDS_BETWEEN_CHECKS", 0.2)
+    monkeypatch.setattr(workers, "MINUTES_FOR_A_RESULT", 1 / 60)
+    results = list(map_ahead(hang_at_three, [1, 3, 2], 1, prefetch=1))
+    assert results == [1, WorkerDeath(3, "no result within 0.0166667 minutes"), 4]
+
+
+def test_a_dead_worker_ends_what_cannot_do_without_its_result() -> None:
+    results = load_ahead(die_at_three, [2, 3], 1, prefetch=1)
+    assert next(results) == 4
+    with pytest.raises(LostResultError, match="exited unexpectedly.*lower data.num_workers"):
+        next(results)
+
+
+@dataclass
+class Batch:
+    """What a batch can hold."""
+
+    states: torch.Tensor
+    none: torch.Tensor
+    scalar: torch.Tensor
+    part: torch.Tensor
+    array: np.ndarray
+
+
+def make_batch(size: int) -> Batch:
+    numbers = torch.arange(size, dtype=torch.float32)
+    return Batch(
+        (numbers / 3).bfloat16(),
+        torch.empty(0, 4),
+        torch.tensor(2.5),
+        numbers.view(-1, 2).T[:, 1:],
+        np.arange(3) > 1,
+    )
+
+
+def load_large_batches() -> None:
+    """Compare what comes from workers with what is made here."""
+    sizes = [4_000_000, 2_000_000, 10]
+    for expected, batch in zip(
+        map(make_batch, sizes), load_ahead(make_batch, sizes, 2), strict=True
+    ):
+        for name in vars(expected):
+            here, there = getattr(expected, name), getattr(batch, name)
+            assert here.dtype == there.dtype
+            assert here.shape == there.shape
+            assert (here == there).all()
+        batch.states += 1  # a batch is its reader's own
+
+
+def test_batches_larger_than_shared_memory_arrive_whole() -> None:
+    """As in Docker, where /dev/shm has 64 MB; here it has one."""
+    script = "import test_workers; test_workers.load_large_batches(); print('all the same')"
+    small = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", small, "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    result = subprocess.run(
+        [*command, sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{REPOSITORY / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout == "all the same\n", result.stderr

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance, read_manifest
-from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.decoding.batches import (
     SpeechBatch,
     SpeechReader,
@@ -174,28 +172,21 @@ def test_ctrl_c_leaves_the_workers_alone(
     assert [batch.utterances for batch in loaded] == [[row] for row in rows]
 
 
-def test_a_worker_can_be_ended_although_the_script_handles_the_signal() -> None:
-    become_worker = load_ahead([], 1).worker_init_fn  # type: ignore[arg-type]
-    assert become_worker is not None
-    ready, tell = multiprocessing.Pipe(duplex=False)
-
-    def work() -> None:
-        become_worker(0)
-        tell.send("ready")
-        time.sleep(60)
-
-    # Forked like a worker, with the script's handlers; torch watches over its workers' deaths.
-    worker = multiprocessing.get_context("fork").Process(target=work)
+def test_a_worker_can_be_ended_although_the_script_handles_the_signal(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    rows = clips(tmp_path, *[0.5] * 8)
     handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
-        worker.start()
-        assert ready.recv() == "ready"
+        before = set(multiprocessing.active_children())
+        batches = speech_batches([[row] for row in rows], SpeechReader(extractor, DataLimits()), 1)
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - before
         worker.terminate()
         worker.join(timeout=10)
         assert worker.exitcode == -signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, handler)
-        worker.kill()
 
 
 def test_a_batch_halved_and_joined_is_the_batch(

@@ -202,7 +202,7 @@ def test_the_view_depends_on_the_visit_alone(dataset: TrainingDataset, views: in
     whole = make_epochs(dataset, 4, **options)
     visits = [visits_to(example, use=use) for use in range(4) for example in range(3)]
     alone = make_dataset(list(dataset.visit_tokens.examples), visits, **options)
-    loaded = list(load_ahead(alone, 2))
+    loaded = list(load_ahead(alone.__getitem__, range(len(alone)), 2))
     for number, batch in enumerate(loaded):
         use, example = divmod(number, 3)
         torch.testing.assert_close(batch.input_features[0], whole[use].input_features[example])
