@@ -33,6 +33,7 @@ from simpler_distil_whisper.evaluation.summary import Summary
 from simpler_distil_whisper.evaluation.systems import compare_systems, score_system
 from simpler_distil_whisper.evaluation.text_report import text_table
 from simpler_distil_whisper.run import Run, log, run_script
+from simpler_distil_whisper.terminal import show
 
 
 class Config(StrictModel):
@@ -133,7 +134,7 @@ def work(config: Config, systems: list[ExaminedSystem], run: Run) -> str:
         speeds = {system.name: system.read_speed() for system in systems}
         page = report_page(summary, listing, speeds)
         write_atomically(run.folder / "report.html", page.encode())
-    print(table, end="", flush=True)
+    show(table)
     page_note = "report.html to look at, " if config.report.html else ""
     return (
         f"{run.folder} holds {page_note}report.txt (this table), summary.json, utterances.jsonl "

@@ -1,13 +1,21 @@
-"""Opening files that others have named: a path can lead to a pipe, a device or a folder.
+"""Opening files that others have named, and locking our own.
 
-A pipe is waited for, and some devices never end: only files on disk are read.
+A path can lead to a pipe, which is waited for, or to a device that never ends: only files on disk
+are read.
 """
 
 import errno
+import logging
 import os
 import stat
+import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger("simpler_distil_whisper")
 
 # With O_NONBLOCK, a pipe that nobody writes to is opened at once. Windows lacks it.
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -62,3 +70,23 @@ def read_regular_file(path: str | os.PathLike[str], largest: int) -> bytes:
     if len(content) > largest:
         raise OSError(errno.EINVAL, f"it has more than {largest} bytes", str(path))
     return content
+
+
+def lock(file: IO[Any]) -> bool:
+    """Return whether this process alone now holds a file that it writes, until it ends.
+
+    Where the file system has no locks, that is taken for granted, with a warning.
+    """
+    if sys.platform != "win32":
+        try:
+            # Unlike locks of flock, these are not inherited by workers, which outlive a kill.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            log.warning(
+                "%s cannot be locked (%s): let no other run write to the same folder",
+                file.name,
+                error.strerror,
+            )
+    return True

@@ -25,12 +25,15 @@ from tqdm import tqdm
 
 from simpler_distil_whisper.atomic import partial_path, write_atomically
 from simpler_distil_whisper.config import (
+    LARGEST_CONFIG,
     Config,
     ConfigError,
     defaults_used,
     help_table,
     load_config,
 )
+from simpler_distil_whisper.files import lock, read_regular_file
+from simpler_distil_whisper.terminal import AboveTheProgressBar, LogFile, VisibleFormatter
 
 log = logging.getLogger("simpler_distil_whisper")
 
@@ -42,7 +45,7 @@ Usage: {command} CONFIG.json            do the work
 Keys of the config (a path is relative to the working directory):
 {keys}
 
-Exit codes: 0 done, 1 bug, 2 config, 3 data, 130/143 interrupted with the work saved."""
+Exit codes: 0 done, 1 bug, 2 config, 3 data, 129/130/143 interrupted with the work saved."""
 
 # Keys that change how a run goes but not what it computes: a resumed run may change them.
 HARMLESS_KEYS = {
@@ -55,6 +58,11 @@ HARMLESS_KEYS = {
 }
 SECONDS_BETWEEN_LINES = 30.0  # of progress in the log, where stderr is no terminal
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LARGEST_INFO = 2**24  # bytes of `run_info.json`
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+ANOTHER_RUN = "another run is at work in {}; end it, or wait until it has ended"
 PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
 
 Prepared = TypeVar("Prepared")
@@ -69,12 +77,19 @@ class Interrupted(Exception):
     """A stop signal came, and all work is saved; the script ends with code 128 + signal number."""
 
 
+class StopSignal(KeyboardInterrupt):
+    """A stop signal came where there is no work to save; its number is the only argument."""
+
+
 class Run:
     """The output folder of one run: config copy, `run_info.json`, `log.txt`, stop signal.
 
     Attributes:
         folder: where this run writes; it exists.
         resumed: an earlier run of the same config has left work in the folder.
+        finished: it has even done all of it.
+        log_file: `log.txt`, locked as long as this process lives; None in other processes than the
+            main one, and where nothing is left to do.
     """
 
     def __init__(
@@ -97,17 +112,31 @@ class Run:
             ) from None
         self._copy = self.folder / f"{name}.json"
         self._info_path = self.folder / "run_info.json"
-        self.finished = not overwrite and _outcome_in(self._info_path) == "done"
+        self.log_file: TextIO | None = None
+        self._look(overwrite)
+        if is_main_process():
+            self._refuse_foreign_folder(config_path, config, overwrite)
+            if not self.finished:
+                self._begin(config_path, config, overwrite)
+
+    def _look(self, overwrite: bool) -> None:
+        """Note what an earlier run has left in the folder."""
+        info = _info_in(self._info_path)
+        self._is_ours = info.get("script") == self.name
+        self.finished = self._is_ours and info.get("outcome") == "done" and not overwrite
         self.resumed = self._copy.exists() and not self._holds_no_work()
-        if not is_main_process():
-            return
+
+    def _begin(self, config_path: Path, config: Any, overwrite: bool) -> None:
+        """Lock the folder against other runs, and write what comes before the work."""
+        self.log_file = (self.folder / "log.txt").open("a", encoding="utf-8")
+        if not lock(self.log_file):
+            raise ConfigError(f"{config_path}: output_dir: {ANOTHER_RUN.format(self.folder)}")
+        self._look(overwrite)  # again: the run that has had the lock until now may have ended
         self._refuse_foreign_folder(config_path, config, overwrite)
         if self.finished:
             return
-        if overwrite or not self.resumed:
-            write_atomically(self._copy, config_path.read_bytes())
         self.info: dict[str, Any] = {
-            "script": name,
+            "script": self.name,
             "outcome": "running",
             "resumed": self.resumed and not overwrite,
             "command": [Path(sys.executable).name, *sys.argv],
@@ -118,16 +147,19 @@ class Run:
             "versions": package_versions(),
             "config": config.model_dump(mode="json"),
         }
-        self._save_info()
+        self._save_info()  # first of all, since it marks the folder as ours
+        if overwrite or not self.resumed:
+            write_atomically(self._copy, read_regular_file(config_path, LARGEST_CONFIG))
 
     def _refuse_foreign_folder(self, config_path: Path, config: Any, overwrite: bool) -> None:
         if self._holds_no_work():
             return
         remedy = 'choose another "output_dir"'
-        if not self._copy.exists():
+        if not (self._is_ours and self._copy.exists()):
             raise ConfigError(
                 f"{config_path}: output_dir: {self.folder} is not empty and holds no "
-                f"{self._copy.name}, so another program made it; {remedy}"
+                f"{self._copy.name} and run_info.json of {self.name}, so another program made it; "
+                f"{remedy}"
             )
         if overwrite:
             return
@@ -153,8 +185,10 @@ class Run:
         For example after a run that was killed at once, or whose config did not fit its model.
         """
         files = [self._copy, self._info_path]
-        written_first = {*files, *map(partial_path, files), self.folder / "log.txt"}
-        return written_first.issuperset(self.folder.iterdir())
+        written_first = {*map(partial_path, files), self.folder / "log.txt"}
+        if self._is_ours:
+            written_first.update(files)
+        return all(path in written_first and path.is_file() for path in self.folder.iterdir())
 
     def note(self, **facts: object) -> None:
         """Add facts such as the device to `run_info.json`."""
@@ -182,25 +216,38 @@ class Run:
 
     @contextlib.contextmanager
     def stop_signals(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM only set `stop_signal`; the second one stops at once."""
+        """Let the first stop signal only set `stop_signal`; the second one stops at once."""
 
         def on_signal(number: int, frame: object) -> None:
             if self.stop_signal:
-                raise KeyboardInterrupt
+                raise StopSignal(number)
             self.stop_signal = number
             log.warning("Stopping after this step, with the work saved (again: stop at once) ...")
 
-        handled = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, on_signal) for number in handled}
-        try:
+        with _handled(on_signal):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _save_info(self) -> None:
         text = json.dumps(self.info, ensure_ascii=False, indent=2)
         write_atomically(self._info_path, text.encode())
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle stop signals, but not those that are ignored: `nohup` has SIGHUP ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in handled:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in handled.items():
+            signal.signal(number, old)
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    raise StopSignal(number)
 
 
 def run_script(
@@ -239,19 +286,22 @@ def run_script(
         return 2
     path = Path(arguments[0])
     run: Run | None = None
-    try:
-        config = _load_config(path, model)
-        prepared = prepare(config)
-        if "--check" in sys.argv[1:]:
-            if check:
-                check(config, prepared)
-            log.info("%s: all checked, nothing done.", path)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_handled(_stop_at_once))
+            config = _load_config(path, model)
+            prepared = prepare(config)
+            if "--check" in sys.argv[1:]:
+                if check:
+                    check(config, prepared)
+                log.info("%s: all checked, nothing done.", path)
+                return 0
+            run = Run(name, path, config, overwrite=overwrite)
+            stack.enter_context(_log_to_file(run.log_file))
+            _do_work(run, work, config, prepared)
             return 0
-        run = Run(name, path, config, overwrite=overwrite)
-        _do_work(run, work, config, prepared)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        return _exit_code(run, error)
+        except (Exception, KeyboardInterrupt) as error:
+            return _exit_code(run, error)
 
 
 def _load_config(path: Path, model: type[Config]) -> Config:
@@ -270,7 +320,7 @@ def _do_work(
     if run.finished:
         log.info("%s holds the finished run of this config; nothing to do.", run.folder)
         return
-    with run.stop_signals(), _log_to_file(run.folder):
+    with run.stop_signals():
         closing_words = work(config, prepared, run)
         run.close("done")
         log.info("%s", closing_words)
@@ -279,7 +329,9 @@ def _do_work(
 def _exit_code(run: Run | None, error: BaseException) -> int:
     """Log what ended a run, write it into `run_info.json`, and return the script's exit code."""
     if isinstance(error, Interrupted | KeyboardInterrupt):
-        number = (run.stop_signal if run else None) or signal.SIGINT
+        number = run.stop_signal if run else None
+        if number is None:
+            number = error.args[0] if isinstance(error, StopSignal) else signal.SIGINT
         _close(run, "interrupted")
         log.warning("Interrupted; run the same command again to continue.")
         return 128 + number
@@ -289,6 +341,8 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
         code, message = 3, str(error)
     elif isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         code, message = 3, f"{error}: make room, and run the same command again"
+    elif isinstance(error, OSError) and run is None:  # a folder that may not be read, for example
+        code, message = 2, f"{error.filename or 'the config'}: {error.strerror or error}"
     else:
         where = f" The log is {run.folder / 'log.txt'}." if run else ""
         code, message = 1, f"{traceback.format_exc()}This is a bug, please report it.{where}"
@@ -337,7 +391,8 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):  # the terminal has gone
+            self._bar.close()
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield the items; each counts as done when the loop asks for the next."""
@@ -349,7 +404,8 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done."""
         self.done += count
-        self._bar.update(count)
+        with contextlib.suppress(OSError):
+            self._bar.update(count)
         now = time.monotonic()
         if self._bar.disable and is_main_process() and now - self._shown >= SECONDS_BETWEEN_LINES:
             self._shown = now
@@ -359,46 +415,37 @@ class Progress:
             log.info("%s: %s, about %s left", self.what, where, left)
 
 
-class _AboveTheProgressBar(logging.Handler):
-    """Writes to stderr without breaking a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
 def _log_to_stderr() -> None:
-    handler = _AboveTheProgressBar()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler = AboveTheProgressBar()
+    handler.setFormatter(VisibleFormatter("%(message)s"))
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
 
 
 @contextlib.contextmanager
-def _log_to_file(folder: Path) -> Iterator[None]:
-    if not is_main_process():
+def _log_to_file(file: TextIO | None) -> Iterator[None]:
+    if file is None:
         yield
         return
-    with (folder / "log.txt").open("a", encoding="utf-8") as file:
-        handler: logging.StreamHandler[TextIO] = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-        try:
-            yield
-        except Exception:
-            log.handlers[-1].handle(
-                log.makeRecord(log.name, logging.ERROR, "", 0, traceback.format_exc(), (), None)
-            )
-            raise
-        finally:
-            log.removeHandler(handler)
-
-
-def _outcome_in(path: Path) -> str | None:
+    handler = LogFile(file)
+    handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["outcome"])
-    except (OSError, ValueError, KeyError):
-        return None
+        yield
+    finally:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):  # of a full disk; only now does the lock end
+            file.close()
+
+
+def _info_in(path: Path) -> dict[str, Any]:
+    """Return the content of a `run_info.json`; empty if it is none."""
+    try:
+        info = json.loads(read_regular_file(path, LARGEST_INFO))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) else {}
 
 
 def _flat(tree: object, prefix: str = "") -> dict[str, object]:

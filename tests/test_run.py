@@ -263,8 +263,9 @@ def test_how_work_ends_decides_the_exit_code(
     shown = capsys.readouterr().err
     assert str(error) in shown
     assert ("Traceback" in shown) == (code == 1)
-    if code != 130:
-        assert str(error) in Path("out/log.txt").read_text(encoding="utf-8")
+    log = Path("out/log.txt").read_text(encoding="utf-8")
+    assert str(error) in log
+    assert ("Traceback" in log) == (code == 1)
 
 
 def test_a_disk_that_cannot_take_the_outcome_either_hides_no_error(
@@ -398,6 +399,11 @@ sys.exit(run_script("x", None, Config, prepare, work))
 """
 
 
+def heed_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def spawn(folder: Path, **keys: object) -> subprocess.Popen[str]:
     config = {"output_dir": str(folder / "out"), **keys}
     (folder / "x.json").write_text(json.dumps(config), encoding="utf-8")
@@ -409,14 +415,16 @@ def spawn(folder: Path, **keys: object) -> subprocess.Popen[str]:
         text=True,
         cwd=folder,
         # What a shell starts in the background ignores Ctrl-C, and so would what the tests start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_stop_signal_saves_the_work_and_the_next_run_goes_on(
     tmp_path: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +437,9 @@ def test_a_stop_signal_saves_the_work_and_the_next_run_goes_on(
     assert "run the same command again to continue" in shown
     assert "Traceback" not in shown
     assert info()["outcome"] == "interrupted"
+    log = Path("out/log.txt").read_text(encoding="utf-8")
+    assert "Interrupted; run the same command again to continue." in log
+    assert "Traceback" not in log
     done = len(Path("out/steps.txt").read_text(encoding="utf-8"))
     assert 0 < done < 80
     again = run_again(tmp_path)
@@ -457,12 +468,88 @@ def test_a_second_signal_stops_a_long_step_at_once(
     assert info()["outcome"] == "interrupted"
 
 
-def test_ctrl_c_before_the_work_is_no_bug(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_before_the_work_is_no_bug(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     process = spawn(tmp_path, where="prepare")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, shown = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert "Traceback" not in shown
+    assert process.returncode == code
+    assert shown.splitlines()[1:] == ["Interrupted; run the same command again to continue."]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under nohup, a run must outlive its terminal."""
+
+    def work(config: Config, prepared: str, run: Run) -> str:
+        signal.raise_signal(signal.SIGHUP)
+        run.stop_if_asked()
+        return ""
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert start(work) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
+    tmp_path: Path,
+) -> None:
+    first = spawn(tmp_path, where="one long step")
+    before = contents(tmp_path / "out")
+    second = run_again(tmp_path)
+    _, shown = second.communicate(timeout=30)
+    assert second.returncode == 2
+    assert f"output_dir: another run is at work in {tmp_path / 'out'}; end it, or" in shown
+    assert contents(tmp_path / "out") == before
+    first.kill()
+    first.communicate()
+    third = spawn(tmp_path, where="one long step")  # a lock ends with its process
+    third.kill()
+    third.communicate()
+
+
+def test_a_file_system_without_locks_is_no_other_run(
+    start: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def without_locks(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", without_locks)
+    assert start(write_words) == 0
+    assert "log.txt cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_config_of_somebody_else_in_the_output_folder_survives(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").mkdir()
+    Path("out/x.json").write_text('{"output_dir": "elsewhere"}', encoding="utf-8")
+    for overwrite in (True, False):
+        before = contents(Path("out"))
+        assert start(write_words, overwrite=overwrite) == 2
+        assert "so another program made it" in capsys.readouterr().err
+        assert contents(Path("out")) == before
+
+
+def test_control_characters_reach_neither_terminal_nor_log(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b[2J\x07\r\u202eb\u2066\x9b\ud800"
+
+    def work(config: Config, prepared: str, run: Run) -> str:
+        raise DataError(f"{name}: no such file\nsecond line")
+
+    assert start(work) == 3
+    shown = r"a\x1b[2J\x07\r\u202eb\u2066\x9b\ud800: no such file" + "\nsecond line\n"
+    assert shown in capsys.readouterr().err
+    assert shown in Path("out/log.txt").read_text(encoding="utf-8")
 
 
 def test_a_killed_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

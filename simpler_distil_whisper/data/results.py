@@ -8,7 +8,7 @@ import contextlib
 import heapq
 import json
 import os
-import sys
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,15 +20,13 @@ from simpler_distil_whisper.atomic import written_atomically
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.jsonl import Row, to_line
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance
-from simpler_distil_whisper.run import DataError, is_main_process, process_rank
-
-if sys.platform != "win32":
-    import fcntl
-
+from simpler_distil_whisper.files import lock
+from simpler_distil_whisper.run import ANOTHER_RUN, DataError, is_main_process, process_rank
 
 # Endings of the parts' names.
 RESULTS = "answers"
 REJECTED = "rejected"
+OWN_NAME = re.compile(rf"\d+\.({RESULTS}|{REJECTED}|lock)")
 
 
 class RowResults:
@@ -63,7 +61,9 @@ class RowResults:
         self._manifest_hash = manifest.fingerprint.encode()
         self.done = np.full(manifest.row_count, self._merged())
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._folder / f"{process_rank()}.lock")
+        self._lock = (self._folder / f"{process_rank()}.lock").open("ab")
+        if not lock(self._lock):
+            raise ConfigError(f"output_dir: {ANOTHER_RUN.format(self._folder.parent)}")
         for part in [*self._parts(RESULTS), *self._parts(REJECTED)]:
             if part.manifest_hash not in (b"", self._manifest_hash):
                 raise ConfigError(
@@ -87,7 +87,7 @@ class RowResults:
 
     def rejected_so_far(self) -> int:
         """Return how many rows all processes have rejected, in earlier runs and in this one."""
-        for path in self._folder.glob(f"*.{REJECTED}"):
+        for path in self._own_files(REJECTED):
             end, lines = self._counted.get(path, (0, -1))  # the first line is no row
             with path.open("rb") as file:
                 file.seek(end)
@@ -116,9 +116,10 @@ class RowResults:
                 self._merge(unread)
             counts = (_count_lines(self._results), _count_lines(self._rejected))
             self._check_complete(sum(counts))
-            for path in self._folder.iterdir():
+            for path in self._own_files():
                 path.unlink()
-            self._folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody else's file is in it
+                self._folder.rmdir()
         wait_for_everyone()
         return counts
 
@@ -127,7 +128,12 @@ class RowResults:
         return self._results.exists()
 
     def _parts(self, kind: str) -> list["_Part"]:
-        return [_read_part(path) for path in sorted(self._folder.glob(f"*.{kind}"))]
+        return [_read_part(path) for path in sorted(self._own_files(kind))]
+
+    def _own_files(self, kind: str = "*") -> list[Path]:
+        """Return the files of all processes; others that lie in the folder are somebody else's."""
+        names = self._folder.glob(f"*.{kind}")
+        return [path for path in names if OWN_NAME.fullmatch(path.name)]
 
     def _open_own(self, kind: str) -> BinaryIO:
         path = self._folder / f"{process_rank()}.{kind}"
@@ -225,25 +231,6 @@ class _RowsInParts:
             ):
                 files[which].seek(offset)
                 yield int(number), files[which].readline()
-
-
-def _lock(path: Path) -> BinaryIO:
-    """Return a file that only one process can hold; the lock ends with that process.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    file = path.open("ab")
-    if sys.platform != "win32":
-        try:
-            # Unlike locks of flock, these are not inherited by workers, which outlive a kill.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"output_dir: another run is at work in {path.parent.parent}; end it, or wait "
-                "until it has ended"
-            ) from None
-    return file
 
 
 def _count_lines(path: Path) -> int:

@@ -172,4 +172,6 @@ def _unchanged(item: Item) -> Item:
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """Let Ctrl-C reach only the process that saves the work; it then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # of a terminal that is closed; not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

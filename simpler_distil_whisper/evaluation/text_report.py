@@ -14,6 +14,7 @@ from simpler_distil_whisper.evaluation.summary import (
     Summary,
     SystemSummary,
 )
+from simpler_distil_whisper.terminal import visible_in_line
 
 HEADER = ["system", "group", "utterances", "CER", "WER", "rate", "low", "high", "S", "D", "I"]
 TEXT_COLUMNS = 2
@@ -47,7 +48,7 @@ def text_table(summary: Summary, columns: Sequence[str]) -> str:
         "unit, with its interval;\nof fewer than five utterances or blocks there is none. S, D, I: "
         "substitutions, deletions, insertions behind it."
     )
-    return "\n".join([*lines, "", legend, *notes]) + "\n"
+    return "\n".join([*lines, "", legend, *map(visible_in_line, notes)]) + "\n"
 
 
 def _notes(name: str, system: SystemSummary, columns: Sequence[str]) -> Iterator[str]:
@@ -115,8 +116,8 @@ def _system_rows(name: str, system: SystemSummary, columns: Sequence[str]) -> It
 
 def _row(system: str, group: str, chosen: Rates, by_unit: RatesByUnit | GroupRates) -> list[str]:
     return [
-        " ".join(system.split()),
-        " ".join(group.split()),
+        visible_in_line(" ".join(system.split())),
+        visible_in_line(" ".join(group.split())),
         str(chosen.utterances),
         _rate(by_unit.character.rate),
         _rate(by_unit.word.rate),

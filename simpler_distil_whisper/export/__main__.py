@@ -10,14 +10,19 @@ A folder is called `<variant>.unverified` until its clips have been compared. A 
 texts differ from the model's keeps this name, and the run ends with exit code 3.
 """
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from simpler_distil_whisper.atomic import write_atomically
+from simpler_distil_whisper.atomic import (
+    mark,
+    new_folder,
+    refuse_others,
+    remove_own,
+    write_atomically,
+)
 from simpler_distil_whisper.config import ConfigError, PositiveInt, Ratio, StrictModel
 from simpler_distil_whisper.data.manifest import (
     Columns,
@@ -37,6 +42,7 @@ from simpler_distil_whisper.export.targets import (
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions, FolderOptions, Task, whisper_code
 from simpler_distil_whisper.run import DataError, Run, is_main_process, log, run_script
+from simpler_distil_whisper.terminal import show
 
 if TYPE_CHECKING:
     from simpler_distil_whisper.export.verification import System, SystemReport
@@ -180,6 +186,9 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries
 
     quieten_libraries()
+    for variant in config.variants:
+        for place in places_of(variant, run):
+            refuse_others(place)
     folder, options, scorer = prepared.folder, config.verification, Scorer(config.metric)
     whisper = load_whisper(folder)
     parameters = whisper.model.num_parameters()
@@ -195,12 +204,11 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     languages = [transcript.language for transcript in original.transcripts]
     for variant in config.variants:
         run.stop_if_asked()
-        verified = run.folder / variant.name
-        unverified = run.folder / f"{variant.name}.unverified"
-        for left_over in (verified, unverified):  # by a run of this config that did not finish
-            if left_over.exists():
-                shutil.rmtree(left_over)
-        system = write(variant, whisper, folder, unverified, options.task)
+        for left_over in places_of(variant, run):  # by a run of this config that did not finish
+            remove_own(left_over)
+        written = new_folder(run.folder / ".writing") / variant.name
+        system = write(variant, whisper, folder, written, options.task)
+        mark(written)
         exported = transcribe(variant.name, system, clips, languages, run)
         limit = options.max_different_fraction if variant.is_exact else None
         report = report_on(exported, original, clips, scorer, limit)
@@ -208,9 +216,15 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         reports[variant.name] = report
         same = f"{report.identical} of {report.clips} texts are the model's"
         log.info("%s, run by %s: %s", variant.name, report.library, same)
-        if report.verified is not False:
-            unverified.replace(verified)
+        verified, unverified = places_of(variant, run)
+        written.replace(unverified if report.verified is False else verified)
+        remove_own(run.folder / ".writing")
     return conclude(config, prepared, clips, reports, run)
+
+
+def places_of(variant: Variant, run: Run) -> tuple[Path, Path]:
+    """Return the folder of a variant that gives the model's texts, and of one that does not."""
+    return run.folder / variant.name, run.folder / f"{variant.name}.unverified"
 
 
 def clips_to_compare(prepared: Prepared) -> list[Utterance]:
@@ -279,7 +293,7 @@ def conclude(
     write_atomically(run.folder / "exports.json", as_json(reports, facts).encode())
     table = as_table(reports)
     write_atomically(run.folder / "exports.md", table.encode())
-    print(table, end="", flush=True)
+    show(table)
     wrong = [name for name, report in reports.items() if report.verified is False]
     if wrong:
         counts = ", ".join(

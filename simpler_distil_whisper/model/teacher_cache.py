@@ -42,7 +42,7 @@ FEATURE_RECIPE = 1
 FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
 
 TENSOR = "states"  # the name of the one tensor in each file
-TEMPORARY_NAME = re.compile("[0-9a-f]{32}")  # uuid.uuid4().hex
+TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.unfinished")
 SECONDS_OF_A_WRITE = 86_400  # the process that has been writing a file for longer is gone
 
 
@@ -470,7 +470,7 @@ class TensorStore:
     @contextlib.contextmanager
     def _temporary_file(self, content: bytes) -> Iterator[Path]:
         """Write a file under a unique name, from which it can be moved to its place as a whole."""
-        temporary = self._writing / uuid.uuid4().hex
+        temporary = self._writing / f"{uuid.uuid4().hex}.unfinished"
         try:
             # No fsync: a file that a power failure has torn is recognised as damaged when read.
             temporary.write_bytes(content)

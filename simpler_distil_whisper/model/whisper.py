@@ -25,6 +25,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from simpler_distil_whisper.atomic import MARK, new_folder, remove_own
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
@@ -246,10 +247,10 @@ def save_whisper(
         documents: file name -> content of further files to write beside the model.
 
     Raises:
+        ConfigError: a folder that is not ours is in the way.
         DataError: the weights cannot be written.
     """
-    partial = folder / ".writing"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = new_folder(folder / ".writing")
     try:
         model.save_pretrained(partial)
     except SafetensorError as error:  # no OSError, also where the disk is full
@@ -260,9 +261,10 @@ def save_whisper(
     for name, content in documents.items():
         (partial / name).write_bytes(content)
     # config.json comes last: without it, no program takes the folder for a model.
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+    files = [path for path in partial.iterdir() if path.name != MARK]
+    for path in sorted(files, key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)
-    partial.rmdir()
+    remove_own(partial)
 
 
 def copy_processor(source: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from simpler_distil_whisper.atomic import write_atomically
+from simpler_distil_whisper.atomic import new_folder, refuse_others, write_atomically
 from simpler_distil_whisper.run import DataError
+
+OWN_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass
@@ -56,13 +59,15 @@ class Checkpoints:
         """Save model, optimizer, random states and `state`; call it in every process.
 
         Raises:
+            ConfigError: somebody else's file or folder has its name.
             DataError: it cannot be written; the checkpoints before it are whole.
         """
         place = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{place.name}.tmp"
         if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            if not _is_whole(place):
+                refuse_others(place)
+            new_folder(partial)
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(partial))
@@ -93,4 +98,10 @@ class Checkpoints:
         return TrainerState(**json.loads(text))
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+        """Return the folders of checkpoints; others that lie beside them are somebody else's."""
+        folders = sorted(self.folder.glob("step-*"))
+        return [path for path in folders if OWN_NAME.fullmatch(path.name) and _is_whole(path)]
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "trainer_state.json").is_file()

@@ -205,14 +205,16 @@ def test_processes_write_at_once(tmp_path: Path, share: float) -> None:
 
 def test_what_a_killed_writer_has_left_is_removed_after_a_day(tmp_path: Path) -> None:
     TensorStore(tmp_path, ENOUGH)
-    old, new = (tmp_path / "writing" / uuid.uuid4().hex for _ in range(2))
-    somebody_elses = tmp_path / "writing" / "chapter one.txt"
-    for path in (old, new, somebody_elses):
+    old, new = (tmp_path / "writing" / f"{uuid.uuid4().hex}.unfinished" for _ in range(2))
+    names = ["chapter one.txt", uuid.uuid4().hex]
+    somebody_elses = [tmp_path / "writing" / name for name in names]
+    for path in (old, new, *somebody_elses):
         path.write_bytes(b"half an ent")
-    for path in (old, somebody_elses):
+    for path in (old, *somebody_elses):
         os.utime(path, (time.time() - 90_000,) * 2)
     TensorStore(tmp_path, ENOUGH)
-    assert (old.exists(), new.exists(), somebody_elses.exists()) == (False, True, True)
+    assert (old.exists(), new.exists()) == (False, True)
+    assert all(path.exists() for path in somebody_elses)
 
 
 # Names made of contents

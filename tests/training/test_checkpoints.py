@@ -1,6 +1,7 @@
 """Checkpoints: restored exactly, the newest kept, the last one whole whatever happens."""
 
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.training.checkpoints import Checkpoints, TrainerState
 
@@ -100,3 +102,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoints.restore_last() == TrainerState(1)
     assert torch.equal(line.weight, saved)
+
+
+def test_what_somebody_keeps_beside_the_checkpoints_stays(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    trained_line(accelerator)
+    checkpoints = Checkpoints(tmp_path, 1, accelerator)
+    checkpoints.save(TrainerState(1))
+    kept = shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000001-good")
+    (tmp_path / "step-00000000").mkdir()
+    notes = tmp_path / "step-00000000" / "notes.txt"
+    notes.write_text("mine", encoding="utf-8")
+    for step in (2, 3):
+        checkpoints.save(TrainerState(step))
+    assert (kept / "trainer_state.json").exists()
+    assert notes.exists()
+    assert not (tmp_path / "step-00000001").exists()
+    assert checkpoints.restore_last() == TrainerState(3)
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match="step-00000004 is in the way"):
+        checkpoints.save(TrainerState(4))

@@ -1,0 +1,62 @@
+"""What reaches the terminal and the log: text in which nothing can act on the terminal.
+
+Texts, names and paths come from others' files. Sent as they are, escape sequences in them could
+clear the screen, and marks of direction could show one path as another. Files keep them.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+
+from tqdm import tqdm
+
+# Controls other than tab and line end, line separators, overrides of direction, half characters.
+ACTING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text in which control characters are shown by their escapes in Python."""
+    return ACTING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def visible_in_line(text: str) -> str:
+    """Return a text for one line or one cell of a table: also tabs and line ends are shown."""
+    return visible(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def show(text: str) -> None:
+    """Print a text; a reader that has gone, such as `head`, is no error."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = visible(text).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(shown, end="", flush=True)
+    except OSError:
+        # Else Python would complain at its end about what it could not print.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class VisibleFormatter(logging.Formatter):
+    """Formats log records so that nothing in them acts on the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as it is shown."""
+        return visible(super().format(record))
+
+
+class AboveTheProgressBar(logging.Handler):
+    """Writes to stderr without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, unless the terminal has gone."""
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class LogFile(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to a file; what a full disk cannot take is left to the work itself to report."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Leave the record out."""
