@@ -122,7 +122,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     whisper.save_whisper(student, folder.processor, run.folder)
     saved = read_model_folder(run.folder, None, "output_dir")
     if not whisper.computes_finite_logits(whisper.load_whisper(saved)):
-        raise DataError(f"{folder.path}: its weights are not finite, nor are the student's")
+        raise DataError(f"{folder.path}: its logits are not finite, nor are the student's")
     before, after = (model.num_parameters() / 1e6 for model in (teacher.model, student))
     return (
         f"{run.folder}: a student of {after:.1f} M parameters (the teacher has {before:.1f} M).\n"

@@ -26,7 +26,7 @@ from simpler_distil_whisper.decoding.chunks import (
 )
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.model.folder import FRAMES_PER_POSITION
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.text.languages import join_texts
 
 MAX_CONTEXT_TEMPERATURE = 0.5  # openai/whisper: text sampled at a higher one is no good context

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.headers import StoredTensor, stored_tensors
 
 # Keys of config.json that encoder states depend on besides the weights and the audio.
 ENCODER_SETTINGS = (
@@ -29,32 +30,24 @@ DECODER_SETTINGS = ("decoder_layers", "decoder_attention_heads", "max_target_pos
 HEAD = "decoder.embed_tokens.weight"  # Whisper's output head is its token embedding
 
 
-def tensors_in(folder: Path, prefix: str) -> dict[str, Path]:
-    """Return name -> file of the weights whose name begins with a prefix, sorted by name.
-
-    Names are without the leading "model.", which folders saved from `WhisperModel` lack.
+def tensors_in(folder: Path, prefix: str) -> dict[str, StoredTensor]:
+    """Return name -> place of the weights whose name begins with a prefix, sorted by name.
 
     Raises:
         ConfigError: there are none.
     """
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
-    tensors: dict[str, Path] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            names = [name.removeprefix("model.") for name in file.keys()]  # noqa: SIM118
-        tensors |= {name: path for name in names if name.startswith(prefix)}
+    stored = stored_tensors(folder)
+    tensors = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     if not tensors:
         what = f'whose name begins with "{prefix}"' if prefix else "at all"
         raise ConfigError(f"{folder}: holds no weights {what}")
-    return dict(sorted(tensors.items()))
+    return tensors
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """Return one tensor of a file by its name without "model."."""
-    with safe_open(path, "pt") as file:
-        prefix = "" if name in set(file.keys()) else "model."
-        tensor: Tensor = file.get_tensor(prefix + name)
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Return the values of a tensor, in the dtype of the file."""
+    with safe_open(stored.file, "pt") as file:
+        tensor: Tensor = file.get_tensor(stored.stored_name)
         return tensor
 
 
@@ -65,8 +58,8 @@ def digest_of_weights(folder: Path, prefix: str = "") -> str:
         ConfigError: there are none.
     """
     digest = hashlib.sha256()
-    for name, path in tensors_in(folder, prefix).items():
-        tensor = read_tensor(path, name)
+    for name, stored in tensors_in(folder, prefix).items():
+        tensor = read_tensor(stored)
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()
@@ -78,7 +71,7 @@ def encoders_are_equal(one: ModelFolder, other: ModelFolder) -> bool:
         return False
     ours, theirs = tensors_in(one.path, "encoder."), tensors_in(other.path, "encoder.")
     return ours.keys() == theirs.keys() and all(
-        torch.equal(read_tensor(ours[name], name).float(), read_tensor(theirs[name], name).float())
+        torch.equal(read_tensor(ours[name]).float(), read_tensor(theirs[name]).float())
         for name in ours
     )
 
@@ -90,20 +83,17 @@ def output_head(folder: ModelFolder) -> Tensor:
     name = "proj_out.weight" if untied else HEAD
     if name not in tensors:
         raise ConfigError(f"{folder.path}: holds no {name}")
-    return read_tensor(tensors[name], name)
+    return read_tensor(tensors[name])
 
 
 def parameter_count(folder: ModelFolder) -> int:
     """Return how many parameters a model has; what head and embedding share counts once."""
     tied = folder.config.get("tie_word_embeddings") is not False
-    total = 0
-    for name, path in tensors_in(folder.path, "").items():
-        if tied and name == "proj_out.weight":
-            continue
-        with safe_open(path, "pt") as file:
-            stored = name if name in set(file.keys()) else f"model.{name}"
-            total += math.prod(file.get_slice(stored).get_shape())
-    return total
+    return sum(
+        math.prod(tensor.shape)
+        for name, tensor in tensors_in(folder.path, "").items()
+        if not (tied and name == "proj_out.weight")
+    )
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

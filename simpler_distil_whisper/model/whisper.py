@@ -5,11 +5,12 @@ files that make a folder complete. It does not decode; the quirks of the model's
 with where these are run, in `decoding/cached_decoder.py` and `layers/scoring.py`.
 """
 
+import contextlib
 import copy
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +31,8 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Attention, Dtype, Task
-from simpler_distil_whisper.run import DataError
+from simpler_distil_whisper.model.weights import read_tensor, tensors_in
+from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
 # Files besides weights and configs that make a folder usable, in any version of transformers and in
@@ -136,13 +138,14 @@ def load_whisper(
     """Return the model of a folder in evaluation mode, whatever dtype its weights have on disk.
 
     Raises:
-        ConfigError: weights are missing, or the attention implementation is not installed.
+        ConfigError: a file cannot be loaded, weights are not finite, or the attention
+            implementation is not installed.
     """
     device = torch.device(device)
     if isinstance(dtype, str):
         dtype = torch_dtype(dtype, device)
     # Without `dtype`, transformers 5 keeps the file's: float16 weights would train in float16.
-    try:
+    with _blamed_on(folder.path):
         model, report = WhisperForConditionalGeneration.from_pretrained(
             folder.path,
             dtype=dtype,
@@ -151,22 +154,51 @@ def load_whisper(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{folder.path}: cannot be loaded: {error}") from error
     # transformers leaves missing weights at random values, with no more than a warning.
     if missing := sorted(set(report["missing_keys"]) - {"proj_out.weight"}):
         raise ConfigError(f"{folder.path}: weights are missing: {', '.join(missing[:5])} ...")
+    _check_finite(model, folder)
     tokenizer = load_tokenizer(folder)
-    extractor = WhisperFeatureExtractor.from_pretrained(folder.processor, local_files_only=True)
+    with _blamed_on(folder.processor):
+        extractor = WhisperFeatureExtractor.from_pretrained(folder.processor, local_files_only=True)
     tokens = special_tokens(tokenizer, folder)
-    _check_processor(folder, model, tokenizer, extractor, tokens)
     model.generation_config = completed_generation_config(model, tokens)
     return Whisper(model.to(device).eval(), tokenizer, extractor, tokens, folder.processor)
 
 
 def load_tokenizer(folder: ModelFolder) -> WhisperTokenizer:
-    """Return the tokenizer of a model folder."""
-    return WhisperTokenizer.from_pretrained(folder.processor, local_files_only=True)
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        ConfigError: its files cannot be loaded.
+    """
+    with _blamed_on(folder.processor):
+        return WhisperTokenizer.from_pretrained(folder.processor, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _blamed_on(folder: Path) -> Iterator[None]:
+    """Turn whatever a library raises while it loads a folder's files into a ConfigError."""
+    try:
+        yield
+    except Exception as error:  # a wrong file makes transformers fail with any class
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{folder}: cannot be loaded: {what}") from error
+
+
+def _check_finite(model: WhisperForConditionalGeneration, folder: ModelFolder) -> None:
+    """Raise ConfigError if a weight is NaN or infinite: nothing could be computed with it."""
+    for name, weight in model.named_parameters():
+        # The extremes are NaN if any value is; ten times as fast as looking at each value.
+        if torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():
+            continue
+        plain_name = name.removeprefix("model.")
+        stored = read_tensor(tensors_in(folder.path, plain_name)[plain_name])
+        if torch.isfinite(stored).all():
+            remedy = f'some are too large for {model.dtype}: set the dtype "float32"'
+        else:
+            remedy = "the file is damaged, or the training that wrote it has diverged"
+        raise ConfigError(f"{folder.path}: the weights {name} are not finite: {remedy}")
 
 
 def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialTokens:
@@ -222,6 +254,7 @@ def completed_generation_config(
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         if getattr(config, name, None) is None:
             setattr(config, name, getattr(model.config, name, None))
+    _keep_existing_heads(config, model)
     config.decoder_start_token_id = tokens.start
     config.no_timestamps_token_id = tokens.no_timestamps
     config.is_multilingual = bool(tokens.languages)
@@ -230,6 +263,20 @@ def completed_generation_config(
         tasks = {"transcribe": tokens.transcribe, "translate": tokens.translate}
         config.task_to_id = {task: id for task, id in tasks.items() if id is not None}
     return config
+
+
+def _keep_existing_heads(config: GenerationConfig, model: WhisperForConditionalGeneration) -> None:
+    """Drop alignment heads that the model lacks: students were published with their teacher's."""
+    stated = getattr(config, "alignment_heads", None)
+    if not stated:
+        return
+    layers, heads = model.config.decoder_layers, model.config.decoder_attention_heads
+    kept = [[layer, head] for layer, head in stated if layer < layers and head < heads]
+    if len(kept) < len(stated):
+        log.warning(
+            "alignment_heads: %d of %d are not in this model", len(stated) - len(kept), len(stated)
+        )
+        config.alignment_heads = kept or None
 
 
 def save_whisper(
@@ -296,40 +343,3 @@ def quieten_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("transformers", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _check_processor(
-    folder: ModelFolder,
-    model: WhisperForConditionalGeneration,
-    tokenizer: WhisperTokenizer,
-    extractor: WhisperFeatureExtractor,
-    tokens: SpecialTokens,
-) -> None:
-    """Raise ConfigError if the tokenizer or the feature extractor is that of another Whisper."""
-    config = model.config
-    if extractor.feature_size != config.num_mel_bins:
-        raise ConfigError(
-            f"{folder.processor}: makes {extractor.feature_size} mel bins, {folder.path} takes "
-            f"{config.num_mel_bins}; set the processor of the right model"
-        )
-    if extractor.chunk_length != folder.window_seconds:
-        raise ConfigError(
-            f"{folder.processor}: makes windows of {extractor.chunk_length} s, {folder.path} takes "
-            f"{folder.window_seconds:g} s; set the processor of the right model"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"{folder.processor}: has {len(tokenizer)} tokens, {folder.path} knows "
-            f"{config.vocab_size}; set the processor of the right model"
-        )
-    # Ids can differ though the sizes fit: large-v3 has one language, and so one token, more.
-    stated = model.generation_config
-    for name, ours, theirs in (
-        ("<|startoftranscript|>", tokens.start, stated.decoder_start_token_id),
-        ("<|notimestamps|>", tokens.no_timestamps, getattr(stated, "no_timestamps_token_id", None)),
-    ):
-        if (folder.path / "generation_config.json").is_file() and theirs not in (None, ours):
-            raise ConfigError(
-                f"{folder.processor}: its {name} is token {ours}, that of {folder.path} is "
-                f"{theirs}; set the processor of the right model"
-            )

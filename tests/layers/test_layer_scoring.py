@@ -287,7 +287,7 @@ def test_a_broken_teacher_is_not_scored(tmp_path: Path, folder: Path) -> None:
     config["teacher"]["path"] = str(
         make_model_folder(tmp_path / "t", languages=["en", "zh"], decoder_layers=3, sharp=torch.nan)
     )
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(ConfigError, match="are not finite"):
         create_student(config)
     assert not (tmp_path / "out/config.json").exists()
 

@@ -1,107 +1,102 @@
 """The facts of a model folder, and the mistakes in one that cannot be used."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import make_model_folder, make_tokenizer, save_processor
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 
-# What the scripts read of openai/whisper-tiny's and -tiny.en's files.
-CONFIG = {
-    "model_type": "whisper",
-    "vocab_size": 51865,
-    "num_mel_bins": 80,
-    "encoder_layers": 4,
-    "decoder_layers": 4,
-    "max_source_positions": 1500,
-    "max_target_positions": 448,
-}
-GENERATION = {"is_multilingual": True, "lang_to_id": {"<|en|>": 50259, "<|zh|>": 50260}}
-TOKENS = '{"<|endoftext|>": 50257, "<|startoftranscript|>": 50258, "<|en|>": 1, "<|yue|>": 2}'
+Make = Callable[..., Path]
+FC1, FC2 = (f"model.decoder.layers.0.{name}.weight" for name in ("fc1", "fc2"))
 
 
-def make(folder: Path, *without: str, **files: Any) -> Path:
-    """Write a folder as transformers 4 saves it, some files left out or replaced."""
-    contents = {
-        "config.json": CONFIG,
-        "generation_config.json": GENERATION,
-        "model.safetensors": "weights",
-        "preprocessor_config.json": {},
-        "tokenizer.json": TOKENS,
-    }
-    contents |= {name.replace("__", "."): content for name, content in files.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in contents.keys() - set(without):
-        content = contents[name]
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of English and Chinese with the window of the released ones."""
+    folder = tmp_path_factory.mktemp("whole")
+    return make_model_folder(folder, languages=["en", "zh"], window_seconds=30)
+
+
+@pytest.fixture
+def make(whole: Path, tmp_path: Path) -> Make:
+    """Copy the model without some files, and with other values of some keys of JSON files."""
+
+    def make(*without: str, name: str = "m", **changes: dict[str, Any] | str | bytes) -> Path:
+        folder = shutil.copytree(whole, tmp_path / name)
+        for file, change in changes.items():
+            path = folder / file.replace("__", ".")
+            if isinstance(change, dict):
+                change = json.dumps(json.loads(path.read_bytes()) | change)
+            path.write_bytes(change if isinstance(change, bytes) else change.encode())
+        for file in without:
+            (folder / file).unlink()
+        return folder
+
+    return make
 
 
 def read(folder: Path, processor: Path | None = None) -> ModelFolder:
     return read_model_folder(folder, processor, "teacher")
 
 
-def test_a_released_whisper_is_understood(tmp_path: Path) -> None:
-    folder = read(make(tmp_path / "m"))
+def test_a_window_of_thirty_seconds(whole: Path) -> None:
+    folder = read(whole)
     assert (folder.window_frames, folder.window_seconds) == (3000, 30.0)
-    assert folder.processor == folder.path == tmp_path / "m"
+    assert folder.processor == folder.path == whole
     assert folder.languages == folder.row_languages == {"en", "zh"}
+    assert folder.weight_bytes == (whole / "model.safetensors").stat().st_size
 
 
 def test_a_short_window_comes_from_the_encoders_positions(tmp_path: Path) -> None:
-    config = {**CONFIG, "max_source_positions": 250}
-    assert read(make(tmp_path / "m", config__json=config)).window_seconds == 5.0
+    assert read(make_model_folder(tmp_path, window_seconds=5)).window_seconds == 5.0
 
 
 @pytest.mark.parametrize(
     ("keys", "dtype"),
     [
-        ({}, "float32"),
-        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": None}, "float32"),
+        ({"dtype": None, "torch_dtype": "float16"}, "float16"),
         ({"dtype": "bfloat16"}, "bfloat16"),
         ({"dtype": "float32", "torch_dtype": "float16"}, "float32"),
-        ({"torch_dtype": None}, "float32"),
+        ({"dtype": None, "torch_dtype": None}, "float32"),
     ],
 )
 def test_the_stored_dtype_has_an_old_and_a_new_key(
-    tmp_path: Path, keys: dict[str, Any], dtype: str
+    make: Make, keys: dict[str, Any], dtype: str
 ) -> None:
-    folder = read(make(tmp_path / "m", config__json={**CONFIG, **keys}))
-    assert folder.stored_dtype == dtype
+    assert read(make(config__json=keys)).stored_dtype == dtype
 
 
-def test_without_a_generation_config_the_tokenizer_knows_the_languages(tmp_path: Path) -> None:
-    assert read(make(tmp_path / "m", "generation_config.json")).languages == {"en", "yue"}
+def test_without_a_generation_config_the_tokenizer_knows_the_languages(make: Make) -> None:
+    assert read(make("generation_config.json")).languages == {"en", "zh"}
     # One saved by an early version has the file but not the languages.
-    early = make(tmp_path / "early", generation_config__json={"max_length": 448})
-    assert read(early).languages == {"en", "yue"}
-    # Early tokenizers list the added tokens in a file of their own.
-    slow = make(
-        tmp_path / "slow",
-        "generation_config.json",
-        "tokenizer.json",
-        vocab__json={"a": 1},
-        added_tokens__json={"<|ja|>": 3, "<|transcribe|>": 4, "<|xx|>": 5},
-    )
-    assert read(slow).languages == {"ja"}
+    early = make(name="early", generation_config__json='{"max_length": 448}')
+    assert read(early).languages == {"en", "zh"}
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"generation_config__json": {"is_multilingual": False}},
-        {
-            "generation_config__json": {"max_length": 448},
-            "config__json": {**CONFIG, "vocab_size": 51864},
-        },
-    ],
-)
-def test_an_english_only_model_takes_english_alone(tmp_path: Path, files: dict[str, Any]) -> None:
-    folder = read(make(tmp_path / "m", **files))
+def test_early_tokenizers_list_added_tokens_in_a_file_of_their_own(make: Make) -> None:
+    folder = make("generation_config.json")
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    first = {token: id for token, id in added.items() if id < 260}
+    others = {str(id): {"content": token} for token, id in added.items() if id >= 260}
+    (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    (folder / "added_tokens.json").write_text(json.dumps(first))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": others}))
+    expected = read(folder)
+    (folder / "tokenizer.json").unlink()
+    assert read(folder) == expected
+
+
+def test_an_english_only_model_takes_english_alone(make: Make) -> None:
+    folder = read(make(generation_config__json={"is_multilingual": False}))
     assert folder.languages == frozenset()
     assert folder.row_languages == {"en"}
     folder.check_language("en", "decoding.language")
@@ -109,8 +104,8 @@ def test_an_english_only_model_takes_english_alone(tmp_path: Path, files: dict[s
         folder.check_language("zh", "decoding.language")
 
 
-def test_a_language_that_the_model_lacks_is_refused_by_key(tmp_path: Path) -> None:
-    folder = read(make(tmp_path / "m"))
+def test_a_language_that_the_model_lacks_is_refused_by_key(whole: Path) -> None:
+    folder = read(whole)
     for known in (None, "zh", "en"):
         folder.check_language(known, "data.language")
     with pytest.raises(ConfigError, match='data.language: .* for "yue"; it has en, zh'):
@@ -118,67 +113,187 @@ def test_a_language_that_the_model_lacks_is_refused_by_key(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("without", "files", "problem"),
+    ("file", "change", "problem"),
     [
-        (["config.json"], {}, "teacher.path: .*config.json cannot be read"),
-        ([], {"config__json": "{"}, "teacher.path: .*config.json cannot be read"),
-        ([], {"config__json": "[]"}, "teacher.path: .*config.json holds no JSON object"),
-        ([], {"config__json": {**CONFIG, "model_type": "wav2vec2"}}, "a wav2vec2 model, not Whi"),
-        (
-            [],
-            {"config__json": {"model_type": "whisper"}},
-            "config.json states no vocab_size, num_m",
-        ),
-        (["model.safetensors"], {}, r"teacher.path: .* holds no \*.safetensors weights$"),
-        (
-            ["model.safetensors"],
-            {"pytorch_model__bin": "x"},
-            r"holds no \*.safetensors weights \(pickled weights are not read",
-        ),
-        (["preprocessor_config.json"], {}, "teacher.processor: .* holds no feature extractor"),
-        (["tokenizer.json"], {}, "teacher.processor: .* holds no tokenizer"),
-        ([], {"generation_config__json": "{"}, "generation_config.json cannot be read"),
+        ("config.json", "{", "teacher.path: .*config.json cannot be read"),
+        ("config.json", "[" * 100_000, "teacher.path: .*config.json cannot be read"),
+        ("config.json", "[]", "teacher.path: .*config.json holds no JSON object"),
+        ("config.json", {"decoder_layers": 10**6}, "decoder_layers is 1000000, by the weights it"),
+        ("config.json", {"d_model": None}, "d_model is missing, by the weights it is 16"),
+        ("config.json", {"vocab_size": "1775"}, "vocab_size is '1775', by the weights it is 17"),
+        ("config.json", {"encoder_attention_heads": 3}, "heads: does not divide d_model, which"),
+        ("config.json", {"dropout": float("nan")}, "config.json: dropout: .*finite number"),
+        ("config.json", {"suppress_tokens": [7, 99_999]}, "suppress_tokens.1: is beyond the voc"),
+        ("generation_config.json", "{", "generation_config.json cannot be read"),
+        ("generation_config.json", {"suppress_tokens": [1775]}, "whose last token is 1766"),
+        ("generation_config.json", {"lang_to_id": {"<|zh|>": 9999}}, "lang_to_id.<|zh|>: is bey"),
+        ("generation_config.json", {"alignment_heads": [3]}, "alignment_heads.0: Input should be"),
+        ("preprocessor_config.json", {"hop_length": 80}, "processor: .* hop_length: .* be 160"),
+        ("preprocessor_config.json", {"feature_size": 128}, "makes 128 mel bins, .* takes 80"),
+        ("preprocessor_config.json", {"chunk_length": 5}, "makes windows of 5 s, .* takes 30 s"),
+        ("tokenizer.json", "{}", "processor: .*tokenizer.json holds no tokenizer that can be re"),
+        ("tokenizer.json", b"\xff", "processor: .*tokenizer.json holds no tokenizer that can"),
+        ("model.safetensors", b"", "model.safetensors: damaged or incomplete"),
+        ("model.safetensors", b"version https://git-lfs.github.com", "pointer of Git LFS: run"),
     ],
 )
-def test_of_a_folder_that_cannot_be_used_what_is_missing_is_named(
-    tmp_path: Path, without: list[str], files: dict[str, Any], problem: str
+def test_a_file_that_cannot_be_used_is_named_with_its_key(
+    make: Make, file: str, change: dict[str, Any] | str | bytes, problem: str
 ) -> None:
-    make(tmp_path / "m", *without, **files)
+    folder = make(**{file: change})
     with pytest.raises(ConfigError, match=problem):
-        read(tmp_path / "m")
+        read(folder)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "m/config.json"])
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
-    make(tmp_path / "m")
-    with pytest.raises(ConfigError, match="teacher.path: no such folder"):
-        read(tmp_path / name)
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        ("config.json", "teacher.path: .* is no model folder: it holds no config.json"),
+        ("model.safetensors", "teacher.path: .* holds no model.safetensors"),
+        ("preprocessor_config.json", "teacher.processor: .* holds no feature extractor"),
+        ("tokenizer.json", "teacher.processor: .* holds no tokenizer"),
+    ],
+)
+def test_a_missing_file_is_named(make: Make, file: str, problem: str) -> None:
+    folder = make(file)
+    with pytest.raises(ConfigError, match=problem):
+        read(folder)
 
 
-def test_the_processor_may_be_another_folder(tmp_path: Path) -> None:
-    processor_files = ("preprocessor_config.json", "tokenizer.json")
-    tuned = make(tmp_path / "tuned", "generation_config.json", *processor_files)
-    folder = read(tuned, make(tmp_path / "base"))
+def test_every_problem_stands_in_a_line(make: Make) -> None:
+    folder = make(
+        config__json={"encoder_layers": 9, "dropout": 2},
+        generation_config__json={"suppress_tokens": "none"},
+        preprocessor_config__json={"sampling_rate": 8000},
+        tokenizer__json="",
+    )
+    with pytest.raises(ConfigError) as caught:
+        read(folder)
+    keys = [line.partition(": ")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["teacher.path"] * 3 + ["teacher.processor"] * 2
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda w: w.pop("model.encoder.conv2.bias"), "weights are missing: encoder.conv2.bias$"),
+        (lambda w: w.pop("model.encoder.conv1.weight"), "weights are missing: encoder.conv1.weig"),
+        (lambda w: w.update({FC1: w[FC1][:-1]}), r"decoder_ffn_dim is 32, by the weights it is 31"),
+        (lambda w: w.update({FC1: w[FC1].astype("int8")}), "weights are I8, not floating point"),
+        (lambda w: w.update({FC2: w[FC2].T.copy()}), r"shape \(32, 16\) instead of \(16, 32\): de"),
+        (dict.clear, "weights are missing"),
+    ],
+)
+def test_weights_that_are_no_whole_whisper_are_named(
+    make: Make, change: Change, problem: str
+) -> None:
+    folder = make()
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=problem):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "problem"),
+    [
+        ({"a": "../model.safetensors"}, "'../model.safetensors' is no name of a file in this fol"),
+        ({"a": "/etc/passwd"}, "'/etc/passwd' is no name of a file in this folder"),
+        ({"a": 1}, "1 is no name of a file in this folder"),
+        ({"a": "model-1.safetensors"}, "names model-1.safetensors, which is missing"),
+        ({}, "is empty"),
+        ([], 'no "weight_map" can be read'),
+    ],
+)
+def test_an_index_must_name_files_of_the_folder(
+    make: Make, weight_map: object, problem: str
+) -> None:
+    folder = make("model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model-2.safetensors").touch()
+    with pytest.raises(ConfigError, match=problem):
+        read(folder)
+
+
+def test_settings_of_later_and_other_programs_may_stand_in_the_files(make: Make) -> None:
+    """What is not relied on is not checked; ids may be null, or several for the end."""
+    folder = make(
+        config__json={"eos_token_id": [256, 257], "pad_token_id": None, "new_key": [None]},
+        generation_config__json={"forced_decoder_ids": [[1, None]], "alignment_heads": [[25, 6]]},
+        preprocessor_config__json={"mel_filters": [[0.0]], "processor_class": "WhisperProcessor"},
+    )
+    assert read(folder).languages == {"en", "zh"}
+
+
+def test_tensors_that_no_whisper_has_are_named(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make()
+    weights = load_file(folder / "model.safetensors")
+    weights["ctc_head.weight"] = weights["model.encoder.conv1.bias"]
+    weights["proj_out.weight"] = weights["model.decoder.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    read(folder)
+    assert "1 tensors that no Whisper has are not used: ctc_head.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [
+        ({"languages": ["en", "zh"]}, {"languages": ["en"]}, "vocab_size 367, the teacher .* 366"),
+        ({"mels": 128}, {"mels": 80}, "has num_mel_bins 128, the teacher .* has 80"),
+        (
+            {"languages": ["en", "zh"]},
+            {"languages": ["en", "ja"]},
+            r"has as token 259 <\|zh\|>, the teacher .* has <\|ja\|>",
+        ),
+    ],
+)
+def test_a_student_must_have_the_teachers_tokens_and_log_mels(
+    tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any], difference: str
+) -> None:
+    student = read(make_model_folder(tmp_path / "s", window_seconds=2, **ours))
+    teacher = read(make_model_folder(tmp_path / "t", window_seconds=2, **theirs))
+    with pytest.raises(ConfigError, match=difference):
+        student.check_copy_of(teacher)
+
+
+def test_a_student_may_have_an_early_tokenizer(make: Make) -> None:
+    """The first tokenizers on the Hub ended with <|notimestamps|>; the model knows them all."""
+    teacher = make()
+    save_processor(student := make(name="s"), make_tokenizer(["en", "zh"], -1), 80, 30)
+    read(student).check_copy_of(read(teacher))
+
+
+def test_the_processor_may_be_another_folder(make: Make, tmp_path: Path) -> None:
+    tuned = make("preprocessor_config.json", "tokenizer.json", "generation_config.json")
+    folder = read(tuned, make(name="base"))
     assert (folder.path, folder.processor) == (tuned, tmp_path / "base")
-    assert folder.languages == {"en", "yue"}
+    assert folder.languages == {"en", "zh"}
     with pytest.raises(ConfigError, match=r"teacher.processor: .*nowhere holds no"):
         read(tuned, tmp_path / "nowhere")
 
 
-def test_both_ways_of_saving_a_processor_are_known(tmp_path: Path) -> None:
-    new = make(tmp_path / "m", "preprocessor_config.json", processor_config__json={})
-    assert read(new).processor == new
+def test_both_ways_of_saving_a_processor_are_known(make: Make) -> None:
+    folder = make()
+    extractor = json.loads((folder / "preprocessor_config.json").read_bytes())
+    (folder / "preprocessor_config.json").unlink()
+    new = folder / "processor_config.json"
+    new.write_text(json.dumps({"feature_extractor": extractor}))
+    assert read(folder).processor == folder
+    new.write_text("{}")
+    with pytest.raises(ConfigError, match="processor_config.json holds no feature_extractor"):
+        read(folder)
 
 
-def test_what_transformers_saves_is_understood(tmp_path: Path) -> None:
-    from tiny import make_model_folder
-
-    whole = make_model_folder(tmp_path / "m", languages=["zh", "en", "yue"], window_seconds=3)
-    folder = read(whole)
-    assert folder.languages == {"zh", "en", "yue"}
-    assert folder.window_seconds == 3.0
-    assert folder.stored_dtype == "float32"
-    (whole / "generation_config.json").unlink()
-    assert read(whole).languages == {"zh", "en", "yue"}
-    english = make_model_folder(tmp_path / "en", languages=["en"], english_only=True)
+def test_without_a_generation_config_an_english_only_model_is_known_by_its_size(
+    tmp_path: Path,
+) -> None:
+    english = make_model_folder(tmp_path, english_only=True, vocab_size=51_864, width=4)
+    (english / "generation_config.json").unlink()
     assert read(english).languages == frozenset()

@@ -349,7 +349,7 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.decoder.layers.1.fc1.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"weights are missing: model\.decoder\.layers\.1\.fc1"):
+    with pytest.raises(ConfigError, match=r"weights are missing: decoder\.layers\.1\.fc1"):
         loaded(folder)
 
 
@@ -364,7 +364,7 @@ def test_a_torn_download_is_refused(tmp_path: Path) -> None:
     folder = plain(tmp_path / "m")
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="damaged or incomplete"):
         loaded(folder)
 
 

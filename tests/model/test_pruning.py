@@ -15,6 +15,7 @@ from tiny import make_model_folder
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 import create_student_model
+from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.pruning import chosen_layers, prune_whisper, spread_layers
 from simpler_distil_whisper.model.whisper import PROCESSOR_FILES, load_whisper
@@ -347,11 +348,20 @@ def test_the_student_keeps_the_teachers_dtype_on_disk(tmp_path: Path, dtype: tor
     assert torch.equal(ours[last.format(0)], theirs[last.format(1)])
 
 
-def test_a_broken_teacher_is_not_copied_in_silence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weight", "error", "problem"),
+    [
+        (torch.nan, ConfigError, "the weights model.decoder.layer_norm.weight are not finite"),
+        (3e38, DataError, "its logits are not finite"),
+    ],
+)
+def test_a_broken_teacher_is_not_copied_in_silence(
+    tmp_path: Path, weight: float, error: type[Exception], problem: str
+) -> None:
     teacher = make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
     model = Model.from_pretrained(teacher)
     with torch.no_grad():
-        model.model.decoder.layer_norm.weight[0] = torch.nan
+        model.model.decoder.layer_norm.weight[0] = weight
     model.save_pretrained(teacher)
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(error, match=problem):
         create_student(teacher, tmp_path / "s", decoder_layers=1)

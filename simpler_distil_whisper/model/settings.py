@@ -1,0 +1,221 @@
+"""The JSON files of a model folder: those of their keys that this project relies on, checked.
+
+Owns what a key must be like, so that a wrong value is named before anything is loaded. Other keys
+are left to transformers. It knows nothing of weights but their sizes, which it is given.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    ValidationInfo,
+)
+from tokenizers import Tokenizer
+
+from simpler_distil_whisper.config import ConfigError, NonNegativeFloat, NonNegativeInt, Ratio
+
+NO_SIZES: Mapping[str, int] = MappingProxyType({})
+
+
+def _known_token(id: int, info: ValidationInfo) -> int:
+    size = (info.context or {}).get("vocab_size")
+    if size is not None and id >= size:
+        raise ValueError(f"is beyond the vocabulary, whose last token is {size - 1}")
+    return id
+
+
+def _fits_width(heads: int, info: ValidationInfo) -> int:
+    width = (info.context or {}).get("d_model", 0)
+    if width % heads:
+        raise ValueError(f"does not divide d_model, which is {width}")
+    return heads
+
+
+def _as_list(value: object) -> object:
+    """Return a list: a key such as `eos_token_id` may hold null, an id or several."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+TokenId = Annotated[NonNegativeInt, AfterValidator(_known_token)]
+TokenIds = Annotated[list[TokenId], BeforeValidator(_as_list)]
+Heads = Annotated[int, Field(gt=0), AfterValidator(_fits_width)]
+
+
+class SettingsFile(BaseModel):
+    """The keys of a file that are relied on; any others may stand beside them."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TokenSettings(SettingsFile):
+    """Ids that stood in config.json before there was a generation_config.json."""
+
+    bos_token_id: TokenIds = []
+    eos_token_id: TokenIds = []
+    pad_token_id: TokenIds = []
+    decoder_start_token_id: TokenIds = []
+    suppress_tokens: TokenIds = []
+    begin_suppress_tokens: TokenIds = []
+
+
+class ConfigSettings(TokenSettings):
+    """config.json; its sizes are compared with the weights instead."""
+
+    encoder_attention_heads: Heads
+    decoder_attention_heads: Heads
+    activation_function: str = "gelu"
+    dropout: Ratio = 0.0
+    attention_dropout: Ratio = 0.0
+    activation_dropout: Ratio = 0.0
+    encoder_layerdrop: Ratio = 0.0
+    decoder_layerdrop: Ratio = 0.0
+    scale_embedding: bool = False
+    tie_word_embeddings: bool = True
+    torch_dtype: str | None = None
+    dtype: str | None = None
+
+
+class GenerationSettings(TokenSettings):
+    """generation_config.json.
+
+    Attributes:
+        lang_to_id: "<|zh|>" -> id.
+        alignment_heads: pairs of decoder layer and head; students have been published with those of
+            their teacher, so a layer may be one that the model does not have.
+    """
+
+    is_multilingual: bool | None = None
+    lang_to_id: dict[str, TokenId] | None = None
+    task_to_id: dict[str, TokenId] | None = None
+    no_timestamps_token_id: TokenId | None = None
+    prev_sot_token_id: TokenId | None = None
+    max_initial_timestamp_index: NonNegativeInt | None = None
+    alignment_heads: (
+        list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]] | None
+    ) = None
+
+
+class FeatureSettings(SettingsFile):
+    """The feature extractor: every Whisper takes 16 kHz and a log-mel frame each 10 ms."""
+
+    feature_size: int = 80
+    chunk_length: int = 30
+    sampling_rate: Literal[16_000] = 16_000
+    hop_length: Literal[160] = 160
+    n_fft: Literal[400] = 400
+    padding_value: float = 0.0
+    dither: NonNegativeFloat = 0.0
+    return_attention_mask: bool = False
+
+
+class Vocabulary(RootModel[dict[str, NonNegativeInt]]):
+    """vocab.json, or added_tokens.json: token -> id."""
+
+
+class AddedToken(SettingsFile):
+    """A token of tokenizer_config.json."""
+
+    content: str
+
+
+class AddedTokens(SettingsFile):
+    """tokenizer_config.json of a tokenizer that has no tokenizer.json."""
+
+    added_tokens_decoder: dict[Annotated[int, Field(ge=0, strict=False)], AddedToken] = {}
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return content
+
+
+def checked(
+    kind: type[Settings], content: object, path: Path, sizes: Mapping[str, int] = NO_SIZES
+) -> Settings:
+    """Return the settings in a file's content.
+
+    Args:
+        kind: what the file holds.
+        content: what was read from it.
+        path: the file, for the message.
+        sizes: of the weights; empty: not known, so that ids and heads are not held to them.
+
+    Raises:
+        ConfigError: a key has a wrong value; each stands in a line of its own.
+    """
+    try:
+        return kind.model_validate(content, context=dict(sizes))
+    except ValidationError as error:
+        problems = []
+        for details in error.errors():
+            place = ".".join(map(str, details["loc"])) or "the file"
+            message = f"{details['msg']}; it is {details['input']!r:.60}"
+            if details["type"] == "missing":
+                message = "is missing"
+            problems.append(f"{path}: {place}: {message.removeprefix('Value error, ')}")
+        raise ConfigError("\n".join(problems)) from None
+
+
+def read_features(folder: Path) -> FeatureSettings:
+    """Return the settings of a folder's feature extractor, from the file that transformers uses.
+
+    Raises:
+        ConfigError: they are missing or wrong.
+    """
+    whole = folder / "processor_config.json"
+    part = read_json(whole).get("feature_extractor") if whole.is_file() else None
+    if part is not None:
+        return checked(FeatureSettings, part, whole)
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise ConfigError(f"{whole} holds no feature_extractor, and there is no {path.name}")
+    return checked(FeatureSettings, read_json(path), path)
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """Return token -> id of a folder's tokenizer, added tokens included.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    whole = folder / "tokenizer.json"
+    if whole.is_file():
+        try:
+            vocabulary: dict[str, int] = Tokenizer.from_file(str(whole)).get_vocab()
+        except Exception as error:  # tokenizers raises no other class
+            raise ConfigError(f"{whole} holds no tokenizer that can be read: {error}") from None
+        return vocabulary
+    vocabulary = {}
+    for name in ("vocab.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            vocabulary |= checked(Vocabulary, content, folder / name).root
+    if (path := folder / "tokenizer_config.json").is_file():
+        added = checked(AddedTokens, read_json(path), path).added_tokens_decoder
+        vocabulary |= {token.content: id for id, token in added.items()}
+    return vocabulary
