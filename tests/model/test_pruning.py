@@ -361,7 +361,7 @@ def test_a_broken_teacher_is_not_copied_in_silence(
     teacher = make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
     model = Model.from_pretrained(teacher)
     with torch.no_grad():
-        model.model.decoder.layer_norm.weight[0] = weight
+        model.model.decoder.layer_norm.weight.fill_(weight)
     model.save_pretrained(teacher)
     with pytest.raises(error, match=problem):
         create_student(teacher, tmp_path / "s", decoder_layers=1)
