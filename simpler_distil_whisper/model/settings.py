@@ -23,6 +23,7 @@ from pydantic import (
 from tokenizers import Tokenizer
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat, NonNegativeInt, Ratio
+from simpler_distil_whisper.files import open_regular_file
 
 NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
@@ -146,7 +147,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular_file(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
