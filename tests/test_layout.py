@@ -47,6 +47,8 @@ HEAVY_LIBRARIES = {
     "evaluate",
     "tensorboard",
     "matplotlib",
+    "onnxruntime",
+    "silero_vad",
 }
 
 
