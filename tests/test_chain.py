@@ -163,7 +163,7 @@ def test_every_row_is_accounted_for_in_order(chain: Path) -> None:
     assert [row["id"] for row in labelled] == [f"u{number}" for number in range(10)]
     assert [row["row"]["id"] for row in rejected] == ["broken", "none"]
     assert [row["place"] for row in rejected] == ["train.jsonl:6", "train.jsonl:7"]
-    assert "cannot be decoded" in rejected[0]["reason"]
+    assert "is no audio" in rejected[0]["reason"]
     assert "no such file" in rejected[1]["reason"]
     assert len(labelled) + len(rejected) == len(rows)
 

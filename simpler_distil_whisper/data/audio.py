@@ -1,24 +1,49 @@
 """Files and parts of files -> mono 16 kHz waveforms, or the reason why not.
 
-Owns decoding and resampling. It knows nothing of manifests, models or torch: worker processes need
-nothing else.
+Owns the choice of the channel, the scale and the resampling. It knows nothing of manifests, models
+or torch: worker processes need nothing else.
 """
 
+import codecs
+import contextlib
+import functools
+import io
+import itertools
+import logging
 import math
-import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 
+from simpler_distil_whisper.data.decoders import (
+    TOLERANCE_SECONDS,
+    UNREADABLE_ERRORS,
+    Block,
+    DecodingError,
+    Sound,
+    open_sound,
+)
+from simpler_distil_whisper.files import open_regular_file
+
+log = logging.getLogger(__name__)
+
 SAMPLE_RATE = 16_000  # of every Whisper
-# What soundfile raises; TypeError for headerless files, such as "speech.raw".
-UNREADABLE_ERRORS = (soundfile.LibsndfileError, OSError, TypeError)
-# Times in manifests are rounded, and an MP3's header may count the encoder's delay (20 ms).
-TOLERANCE_SECONDS = 0.05
-BLOCK_FRAMES = 2**20  # read at once
+MEAN = "mean"
+SIDES = ("left", "right")  # the first two channels; others are named by their number, from 1
+# Where the mean of two channels has so small a share of the power of the louder one, they cancel.
+CANCELLING_POWER = 0.01
+SILENT_POWER = 1e-6  # of a channel, compared with the other one's
+AUDIBLE_POWER = 1e-6  # of full scale: -60 dB
+# Decoders of lossy formats overshoot 1, but not by so much.
+LARGEST_SAMPLE = 8.0
+INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
+# Of such integers, most are beyond 1; of samples among which some are damaged, few.
+FEWEST_LOUD = 0.01
+TEXT_BYTES = 400  # from which text is told from damaged audio
+MOST_REMARKS = 20  # logged by a process
 
 
 class AudioError(Exception):
@@ -26,23 +51,26 @@ class AudioError(Exception):
 
 
 class Clip(NamedTuple):
-    """A file, or the part of it that the two times name; `load_audio(*clip)` loads it.
+    """A file, or the part of it that the rest names; `load_audio(*clip)` loads it.
 
     Attributes:
         path: the file.
         start_seconds: where the part begins.
         duration_seconds: length of the part; None: to the end of the file.
+        channel: "mean", "left", "right" or the number of a channel, from "1".
     """
 
     path: Path
     start_seconds: float = 0.0
     duration_seconds: float | None = None
+    channel: str = MEAN
 
 
 def load_audio(
     path: Path,
     start_seconds: float = 0.0,
     duration_seconds: float | None = None,
+    channel: str = MEAN,
     *,
     min_seconds: float = 0.0,
     max_seconds: float = math.inf,
@@ -50,84 +78,236 @@ def load_audio(
     """Return a file, or a part of it, as one channel at 16 kHz.
 
     Args:
-        path: any format that libsndfile reads, at any rate, with any number of channels.
+        path: any format that libsndfile or FFmpeg reads, at any rate, with any number of channels.
         start_seconds: where the part begins.
         duration_seconds: length of the part; None: to the end of the file.
+        channel: as in `Clip`. Where the mean would be silent, since two channels are in opposite
+            phase or one of them is silent, the louder one takes its place.
         min_seconds: shorter audio is an error.
-        max_seconds: longer audio is an error, which the header shows before anything is decoded.
+        max_seconds: longer audio is an error, which the header mostly shows before anything is
+            decoded.
 
     Returns:
-        float32 [S]: the mean of the channels, resampled by soxr "HQ" (what `librosa.load` does),
-        about -1 to 1.
+        float32 [S]: the channel or the mean of all, resampled by soxr "HQ" (what `librosa.load`
+            does), about -1 to 1.
 
     Raises:
-        AudioError: the file is missing, undecodable, empty, damaged, not finite, too short or too
-            long.
+        AudioError: the file is missing, undecodable, empty, damaged, cut off, not finite, too short
+            or too long.
     """
-    try:
-        with soundfile.SoundFile(path) as file:
-            whole_seconds = file.frames / file.samplerate
-            seconds = _part_seconds(whole_seconds, start_seconds, duration_seconds)
-            check_length(seconds, 0.0, max_seconds + TOLERANCE_SECONDS)
-            file.seek(round(start_seconds * file.samplerate))
-            frames = -1 if duration_seconds is None else round(duration_seconds * file.samplerate)
-            mono = _read_mono(file, frames)
-            rate = file.samplerate
-    except UNREADABLE_ERRORS as error:
-        raise AudioError(_why_unreadable(path, error)) from None
-    if len(mono) == 0:
+    part = (start_seconds, duration_seconds)
+    with _opened(path, thorough=True) as sound:
+        if not math.isnan(sound.seconds):
+            # Checked to avoid decoding hours of audio; the decoded length decides.
+            check_length(_part_seconds(sound, *part), 0.0, max_seconds + TOLERANCE_SECONDS)
+        pieces = _read_mono(sound, part, channel, path)
+        if not math.isnan(sound.seconds):
+            _part_seconds(sound, *part)
+        if sound.remark:
+            _log_once(path, sound.remark)
+    if not sum(len(mono) for _, mono in pieces):
         raise AudioError("empty: it decodes to no samples")
-    # The header is checked only to avoid decoding hours of audio; the decoded length decides.
-    check_length(len(mono) / rate, min_seconds, max_seconds)
+    check_length(sum(len(mono) / rate for rate, mono in pieces), min_seconds, max_seconds)
+    waveforms = [_resampled(_to_full_scale(mono, path), rate) for rate, mono in pieces]
+    return waveforms[0] if len(waveforms) == 1 else np.concatenate(waveforms)
+
+
+def audio_seconds(
+    path: Path,
+    start_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+    channel: str = MEAN,
+) -> float:
+    """Return the length of a file, or of a part of it, from the header where that can be trusted.
+
+    Raises:
+        AudioError: the file cannot be opened, is cut off, has no such channel, or the part lies
+            outside it.
+    """
+    with _opened(path, thorough=False) as sound:
+        _channel_index(channel, sound.channels)
+        if math.isnan(sound.seconds):
+            status = path.stat()
+            sound.seconds, sound.promised_seconds = _measured(
+                path, status.st_size, status.st_mtime_ns
+            )
+        return _part_seconds(sound, start_seconds, duration_seconds)
+
+
+def channel_count(path: Path) -> int:
+    """Return how many channels a file has.
+
+    Raises:
+        AudioError: the file cannot be opened.
+    """
+    with _opened(path, thorough=False) as sound:
+        return sound.channels
+
+
+@functools.lru_cache(maxsize=1000)
+def _measured(path: Path, size: int, modified: int) -> tuple[float, float]:
+    """Return the length of a file and the promised one; many rows may be parts of it."""
+    with _opened(path, thorough=False) as sound:
+        sound.measure()
+        return sound.seconds, sound.promised_seconds
+
+
+@contextlib.contextmanager
+def _opened(path: Path, *, thorough: bool) -> Iterator[Sound]:
+    """Open a file to decode it; whatever fails with it is an AudioError."""
+    try:
+        with open_regular_file(path) as file:
+            try:
+                with contextlib.closing(open_sound(file, path.name, thorough=thorough)) as sound:
+                    yield sound
+            except (*UNREADABLE_ERRORS, DecodingError) as error:
+                raise AudioError(_why_undecodable(file, error)) from None
+    except FileNotFoundError:
+        raise AudioError("no such file") from None
+    except OSError as error:
+        raise AudioError(f"cannot be opened: {error.strerror}") from None
+
+
+def _read_mono(
+    sound: Sound, part: tuple[float, float | None], channel: str, path: Path
+) -> list[Block]:
+    """Return the part as one channel: a rate and float32 [S] for each rate it was recorded in."""
+    index = _channel_index(channel, sound.channels)
+    loudness = _Loudness(sound.channels)
+    blocks: list[Block] = []
+    # The file is read in blocks, so that all channels of half an hour are never in memory at once.
+    for rate, samples in sound.blocks(*part):
+        mono = samples.mean(axis=1) if index is None else samples[:, index]
+        if index is None and samples.shape[1] == sound.channels > 1:
+            loudness.add(samples, mono, rate)
+        blocks.append((rate, mono))
+    if loudness.mean_is_unfit:
+        name = channel_name(loudness.loudest)
+        _log_once(path, f"its channels cancel, or one is silent: the louder one, {name}, is used")
+        return _read_mono(sound, part, name, path)
+    return [
+        (rate, np.concatenate([mono for _, mono in group]))
+        for rate, group in itertools.groupby(blocks, key=lambda block: block[0])
+    ]
+
+
+class _Loudness:
+    """How loud the channels are, and their mean.
+
+    Attributes:
+        powers: float64 [C]: the sum of the squares of each channel.
+        cancel: whether the channels cancel each other for a while.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.powers = np.zeros(channels)
+        self.cancel = False
+
+    @property
+    def mean_is_unfit(self) -> bool:
+        """Whether the loudest channel must take the place of the mean."""
+        one_of_two_is_silent = len(self.powers) == 2 and bool(
+            self.powers.min() < SILENT_POWER * self.powers.max()
+        )
+        return self.cancel or one_of_two_is_silent
+
+    @property
+    def loudest(self) -> int:
+        """The channel with the largest power."""
+        return int(self.powers.argmax())
+
+    @np.errstate(all="ignore")  # of NaN and the like, which is rejected later
+    def add(self, samples: np.ndarray, mean: np.ndarray, rate: int) -> None:
+        """Take in a block: float32 [S, C], and float32 [S], the mean of its channels."""
+        length = min(rate // 2, len(samples)) or 1
+        windows = len(samples) // length
+        channels = np.square(samples[: windows * length], dtype=np.float64)
+        powers = channels.reshape(windows, length, -1).mean(axis=1)
+        mean_powers = np.square(mean[: windows * length], dtype=np.float64)
+        loudest = powers.max(axis=1, initial=0.0)
+        limit = loudest * (CANCELLING_POWER * (2 / samples.shape[1]) ** 2)
+        is_low = mean_powers.reshape(windows, length).mean(axis=1) < limit
+        self.cancel = self.cancel or bool((is_low & (loudest > AUDIBLE_POWER)).any())
+        self.powers += channels.sum(axis=0)
+
+
+def channel_name(index: int) -> str:
+    """Return the name of a channel, counted from 0."""
+    return SIDES[index] if index < len(SIDES) else str(index + 1)
+
+
+def is_channel(name: object) -> bool:
+    """Return whether this names a channel, or the mean of all."""
+    if not isinstance(name, str):
+        return False
+    return name in (MEAN, *SIDES) or (name.isascii() and name.isdecimal() and 0 < int(name) < 1000)
+
+
+def _channel_index(name: str, channels: int) -> int | None:
+    """Return which channel a name means, from 0; None: the mean of all.
+
+    Raises:
+        AudioError: the file has no such channel.
+    """
+    if name == MEAN:
+        return None
+    index = SIDES.index(name) if name in SIDES else int(name) - 1
+    if index >= channels:
+        raise AudioError(f'there is no channel "{name}": the file has {channels}')
+    return index
+
+
+def _to_full_scale(mono: np.ndarray, path: Path) -> np.ndarray:
+    """Return samples of about -1 to 1, also where floating point holds the numbers of integers.
+
+    Raises:
+        AudioError: samples are not finite, or so large that they are none.
+    """
     if not np.isfinite(mono).all():
         raise AudioError("not finite: some samples are NaN or infinite")
+    largest = float(np.abs(mono).max(initial=0.0))
+    if largest <= LARGEST_SAMPLE:
+        return mono
+    scale = next((scale for scale in INTEGER_SCALES if largest <= scale), None)
+    loud = np.abs(mono) > 1
+    if scale is None or loud.mean() < FEWEST_LOUD * (mono != 0).mean():
+        raise AudioError(f"damaged: some samples are as large as {largest:.3g}, full scale is 1")
+    _log_once(path, f"its samples reach {largest:.6g}: they are divided by {scale:.0f}")
+    scaled: np.ndarray = mono / np.float32(scale)
+    return scaled
+
+
+def _resampled(mono: np.ndarray, rate: int) -> np.ndarray:
     if rate == SAMPLE_RATE:
         return mono
     resampled: np.ndarray = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     return resampled
 
 
-def _read_mono(file: soundfile.SoundFile, frames: int) -> np.ndarray:
-    """Return float32 [frames]: the mean of the channels of the next frames; -1: of all that follow.
-
-    The file is read in blocks, so that all channels of half an hour are never in memory at once.
-    """
-    blocks = [np.zeros(0, dtype=np.float32)]
-    while frames != 0:
-        requested = BLOCK_FRAMES if frames < 0 else min(BLOCK_FRAMES, frames)
-        block = file.read(requested, dtype="float32", always_2d=True)
-        blocks.append(block.mean(axis=1))
-        if len(block) < requested:
-            break
-        if frames > 0:
-            frames -= requested
-    return np.concatenate(blocks)
-
-
-def audio_seconds(
-    path: Path, start_seconds: float = 0.0, duration_seconds: float | None = None
-) -> float:
-    """Return the length of a file, or of a part of it, from the header alone.
+def _part_seconds(sound: Sound, start: float, duration: float | None) -> float:
+    """Return the length of a part of a file.
 
     Raises:
-        AudioError: the file cannot be opened or the part lies outside it.
+        AudioError: not all of it is there.
     """
-    try:
-        info = soundfile.info(str(path))
-    except UNREADABLE_ERRORS as error:
-        raise AudioError(_why_unreadable(path, error)) from None
-    return _part_seconds(info.frames / info.samplerate, start_seconds, duration_seconds)
-
-
-def _part_seconds(whole: float, start: float, duration: float | None) -> float:
+    whole, promised = sound.seconds, sound.promised_seconds
+    is_cut = not math.isnan(promised)
+    cut = f"its header promises {promised:.3f} s" if promised < math.inf else "its end is missing"
     if whole == 0:
         raise AudioError("empty: by its header, it has no samples")
+    if is_cut and duration is None:
+        raise AudioError(
+            f"cut off: {cut}, {whole:.3f} s are there; name a duration_seconds to use these"
+        )
+    though = f"; the file is cut off: {cut}" if is_cut else ""
     if start >= whole:
-        raise AudioError(f"the part starts at {start:g} s, the file ends at {whole:.3f} s")
+        raise AudioError(f"the part starts at {start:g} s, the file ends at {whole:.3f} s{though}")
     if duration is None:
         return whole - start
     if start + duration > whole + TOLERANCE_SECONDS:
-        raise AudioError(f"the part ends at {start + duration:g} s, the file at {whole:.3f} s")
+        raise AudioError(
+            f"the part ends at {start + duration:g} s, the file at {whole:.3f} s{though}"
+        )
     return min(duration, whole - start)
 
 
@@ -139,11 +319,36 @@ def check_length(seconds: float, min_seconds: float, max_seconds: float) -> None
         raise AudioError(f"too long: {seconds:.3f} s, the maximum is {max_seconds:g} s")
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    # Unlike Path.exists, this does not raise for a name that is longer than file systems allow.
-    if not os.path.exists(path):  # noqa: PTH110
-        return "no such file"
-    if path.is_file() and path.stat().st_size == 0:
+@functools.lru_cache(maxsize=1000)
+def _log_once(path: Path, remark: str) -> None:
+    logged = _log_once.cache_info().currsize
+    if logged < MOST_REMARKS:
+        log.warning("%s: %s", path, remark)
+    elif logged == MOST_REMARKS:
+        log.warning("more of such remarks are not logged")
+
+
+def _why_undecodable(file: BinaryIO, error: Exception) -> str:
+    """Return why an open file is no audio that can be used."""
+    raw = io.FileIO(file.fileno(), closefd=False)  # libsndfile may have moved on behind the buffer
+    raw.seek(0)
+    beginning = raw.read(TEXT_BYTES)
+    if not beginning:
         return "empty: the file has no bytes"
+    if line := _first_line(beginning):
+        return f"is no audio (it begins with {line})"
     reason = getattr(error, "error_string", None) or str(error)
     return f"cannot be decoded ({reason.strip().rstrip('.')}); convert it to WAV, FLAC, Ogg or MP3"
+
+
+def _first_line(beginning: bytes) -> str | None:
+    """Return the first line of a text, shortened; None if these bytes are no text."""
+    encoding = "utf-16" if beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
+    decoder = codecs.getincrementaldecoder(encoding)()  # a character may be cut at the end
+    try:
+        text = decoder.decode(beginning).lstrip("\ufeff")
+    except UnicodeDecodeError:
+        return None
+    if not all(letter.isprintable() or letter.isspace() for letter in text):
+        return None
+    return text.strip().partition("\n")[0].strip()[:40] or None

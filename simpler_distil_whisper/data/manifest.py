@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import unicodedata
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -348,13 +349,30 @@ def _whisper_language(name: str) -> str | ValueError:
 def find_audio(name: str, folder: str) -> str | None:
     """Return the path of an audio file, which may be relative to `folder`; None if there is none.
 
-    A path that does not exist in `folder` is tried relative to the working directory.
+    A path that does not exist in `folder` is tried relative to the working directory. Names are
+    the same in whichever Unicode form their letters are written: macOS decomposes them.
     """
     # Not with Path, which alone would take longer than all other checks of a row.
-    for path in (os.path.join(folder, name), name):  # noqa: PTH118
+    paths = (os.path.join(folder, name), name)  # noqa: PTH118
+    for path in paths:
         if os.path.exists(path):  # noqa: PTH110
             return path
-    return None
+    if name.isascii():
+        return None
+    return next(filter(None, map(_in_another_form, paths)), None)
+
+
+def _in_another_form(path: str) -> str | None:
+    """Return the path of a file whose folders and name are composed or decomposed otherwise."""
+    existing = ""
+    for part in Path(path).parts:
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        candidates = (os.path.join(existing, form) for form in forms)  # noqa: PTH118
+        match = next(filter(os.path.exists, candidates), None)
+        if match is None:
+            return None
+        existing = match
+    return existing
 
 
 def _utterance(

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from simpler_distil_whisper.config import NonNegativeInt, StrictModel
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, Clip, load_audio
+from simpler_distil_whisper.data.decoders import UNREADABLE_ERRORS
 from simpler_distil_whisper.data.jsonl import Row, parse_row, placed_lines
 from simpler_distil_whisper.evaluation.facts import Facts, find_clip
 from simpler_distil_whisper.evaluation.hypotheses import ExaminedSystem, HypothesisColumns
@@ -203,13 +204,14 @@ def _audio_source(clip: Clip | None, embed: bool, folder: Path) -> str | None:
 
 
 def _embedded(clip: Clip) -> str | None:
-    """Return the utterance's audio as MP3 in a data URI; None if it cannot be read."""
-    try:
-        samples = load_audio(clip.path, clip.start_seconds, clip.duration_seconds)
-    except AudioError:
-        return None
+    """Return the utterance's audio as MP3 in a data URI; None if it cannot be read or encoded."""
     content = io.BytesIO()
-    soundfile.write(content, samples, SAMPLE_RATE, format="MP3")
+    try:
+        # The encoder ends the whole process where samples are far beyond 1.
+        samples = np.clip(load_audio(*clip), -1.0, 1.0)
+        soundfile.write(content, samples, SAMPLE_RATE, format="MP3")
+    except (AudioError, MemoryError, *UNREADABLE_ERRORS):
+        return None
     return f"data:audio/mpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

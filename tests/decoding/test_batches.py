@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_rejected_and_the_others_are_not(
     assert list(reasons) == ["short", "text", "long", "gone"]
     for name, why in zip(
         reasons,
-        ["too short: 0.050 s", "cannot be decoded", "too long: 2.010", "no such"],
+        ["too short: 0.050 s", "is no audio", "too long: 2.010", "no such"],
         strict=True,
     ):
         assert reasons[name].startswith(f"{tmp_path / name}.wav: {why}")

@@ -206,7 +206,7 @@ def unusable_rows(folder: Path) -> dict[str, object]:
         "not JSON": '{"audio": ',
         "no such file": {**good, "audio": "none.wav"},
         "too long: 2.500 s, the maximum is 2 s": {**good, "audio": "long.wav"},
-        "cannot be decoded": {**good, "audio": "broken.wav"},
+        "is no audio": {**good, "audio": "broken.wav"},
         "no token for the language": {**good, "language": "ja"},
         "names the language": {**good, "language": None},
         "the label holds <|endoftext|>, which is no speech": {**good, "text": "one<|endoftext|>"},

@@ -123,7 +123,7 @@ def test_a_file_that_breaks_during_training_has_no_labels(
     (tmp_path / "0.wav").write_bytes(b"no longer audio")
     batch = dataset[0]
     (rejection,) = batch.rejections
-    assert rejection.reason.startswith(f"{tmp_path / '0.wav'}: cannot be decoded")
+    assert rejection.reason.startswith(f"{tmp_path / '0.wav'}: is no audio")
     assert rejection.place == f"{tmp_path / 'train.jsonl'}:1"
     assert json.loads(json.dumps(rejection.row)) == row(audio="0.wav")
     assert (batch.labels[1] == -100).all()

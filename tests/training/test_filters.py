@@ -65,7 +65,7 @@ def test_a_transcript_cannot_hold_a_special_token(select: Select, token: str) ->
         ({}, {"min_duration_seconds": 1.001}, "too short", "1.000 s, the minimum is 1.001 s"),
         ({}, {"max_duration_seconds": 0.999}, "too long", "1.000 s, the maximum is 0.999 s"),
         ({}, {"max_label_tokens": 5}, "label too long", "label of 6 tokens, the maximum is 5"),
-        ({"audio": "text.wav"}, {}, "unreadable audio", "text.wav: cannot be decoded"),
+        ({"audio": "text.wav"}, {}, "unreadable audio", "text.wav: is no audio"),
         ({"start_seconds": 1.5}, {}, "unreadable audio", "the part starts at 1.5 s"),
         ({"audio": "nowhere.wav"}, {}, "unusable row", "no such file"),
     ],

@@ -1,0 +1,356 @@
+"""Open audio files -> samples, by libsndfile or, where it reads less than is there, by FFmpeg.
+
+Owns the choice between the two, and what a file promises against what it holds. It mixes no
+channels and resamples nothing.
+"""
+
+import contextlib
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import soundfile
+
+from simpler_distil_whisper.data.containers import Structure, read_structure
+
+# What soundfile raises.
+UNREADABLE_ERRORS = (soundfile.LibsndfileError, OSError, TypeError)
+# Times in manifests are rounded, and encoders add and drop some milliseconds.
+TOLERANCE_SECONDS = 0.05
+# The frames of an MP3 hold as much more than its audio: the encoder's delay and padding.
+MP3_PADDING_SECONDS = 0.2
+# Of the lengths in the headers of videos and the like.
+CONTAINER_TOLERANCE_SECONDS = 0.25
+BLOCK_FRAMES = 2**20  # read at once
+MOST_FRAMES = 2**48  # a FLAC of unknown length has more, by its header
+HEADERLESS = {".gsm": "GSM610", ".vox": "VOX_ADPCM"}  # of telephones: 8000 samples a second
+# Playlists, by which a file could make FFmpeg open other files, are not among them.
+FFMPEG_FORMATS = "aac,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp4,mp3,"
+FFMPEG_FORMATS += "mpeg,mpegts,ogg,tta,w64,wav,wv"
+# In these the header promises a length; of others, FFmpeg estimates it by the bit rate.
+PROMISING_FORMATS = {"asf", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
+UNDERSTATED = "its header counts less than it holds, all of which is used"
+
+Block = tuple[int, np.ndarray]  # the sample rate, float32 [S, C]
+
+
+class DecodingError(Exception):
+    """A file that cannot be decoded; the message is the reason in a few words."""
+
+
+class Sound(Protocol):
+    """The audio of an open file.
+
+    Attributes:
+        seconds: its length; NaN until all of it is decoded, where only that tells.
+        promised_seconds: the length by its header, where less is there; infinite where the end is
+            missing, but nothing tells how much that is; NaN: it is whole.
+        channels: how many.
+        remark: what is odd about it, for the log.
+    """
+
+    seconds: float
+    promised_seconds: float
+    channels: int
+    remark: str | None
+
+    def blocks(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
+        """Yield the samples of a part, or as many of them as there are.
+
+        Raises:
+            soundfile.LibsndfileError: libsndfile cannot decode them.
+            DecodingError: FFmpeg cannot decode them.
+        """
+        ...
+
+    def measure(self) -> None:
+        """Decode the file if need be, so that `seconds` is known."""
+        ...
+
+    def close(self) -> None:
+        """Free what decoding takes."""
+        ...
+
+
+def open_sound(file: BinaryIO, name: str, *, thorough: bool) -> Sound:
+    """Return the audio of an open file.
+
+    Args:
+        file: at its beginning.
+        name: of the file, whose ending tells what a file without a header is.
+        thorough: whether all of the file may be read, without which joined FLACs go unnoticed.
+
+    Raises:
+        soundfile.LibsndfileError: libsndfile cannot open it.
+        DecodingError: neither can FFmpeg.
+    """
+    structure = read_structure(file, thorough=thorough)
+    if len(structure.parts) > 1:
+        return _JoinedSounds(file, structure.parts)
+    if structure.understated:
+        return _FfmpegSound(file, structure, remark=UNDERSTATED)
+    try:
+        sound = _LibsndfileSound(file, name, structure)
+    except UNREADABLE_ERRORS as error:
+        reason = getattr(error, "error_string", None) or str(error)
+        return _FfmpegSound(file, structure, reason.strip().rstrip("."))
+    if sound.is_trusted:
+        return sound
+    sound.close()
+    return _FfmpegSound(file, structure, remark=sound.remark)
+
+
+class _LibsndfileSound:
+    """Audio that libsndfile decodes; `is_trusted` tells whether its idea of the length is right."""
+
+    def __init__(self, file: BinaryIO, name: str, structure: Structure) -> None:
+        self._raw = file
+        self._file = _open_with_libsndfile(file, os.path.splitext(name)[1].lower())  # noqa: PTH122
+        self.channels = self._file.channels
+        self.seconds = self._file.frames / self._file.samplerate
+        self.promised_seconds = math.inf if structure.torn else math.nan
+        self.remark: str | None = None
+        self.is_trusted = self._file.frames < MOST_FRAMES
+        if structure.shortage > 1:
+            self._promise(self.seconds * structure.shortage)
+        elif self._file.format in ("AU", "W64", "RF64"):
+            self._promise(self.seconds * _logged_shortage(self._file.extra_info))
+        elif self._file.format == "MP3" and structure.frame_seconds is not None:
+            self._compare_frames(structure.frame_seconds, structure.frames_promised)
+
+    def _promise(self, seconds: float) -> None:
+        if seconds > self.seconds + TOLERANCE_SECONDS:
+            self.promised_seconds = seconds
+
+    def _compare_frames(self, seconds: float, promised: bool) -> None:
+        """Compare an MP3's length by its header, or as estimated, with that of all its frames."""
+        padding = MP3_PADDING_SECONDS if promised else 0.001
+        if seconds > self.seconds + padding:
+            self.remark = UNDERSTATED
+        is_cut = promised and seconds < self.seconds - TOLERANCE_SECONDS
+        self.is_trusted = not is_cut and self.remark is None
+        if not promised:
+            self.seconds = seconds
+
+    def measure(self) -> None:
+        """Do nothing: the length is known."""
+
+    def close(self) -> None:
+        self._file.close()
+
+    def blocks(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
+        rate = self._file.samplerate
+        position = round(start_seconds * rate)
+        left = 2**62 if duration_seconds is None else round(duration_seconds * rate)
+        try:
+            self._go_to(position)
+            while left > 0:
+                requested = min(BLOCK_FRAMES, left)
+                block = self._file.read(requested, dtype="float32", always_2d=True)
+                yield rate, block
+                position, left = position + len(block), left - len(block)
+                if len(block) < requested:
+                    self._end_at(position / rate)
+                    return
+        except soundfile.LibsndfileError:  # FFmpeg decodes what is there of a FLAC that is cut off
+            rest = None if duration_seconds is None else left / rate
+            yield from self._by_ffmpeg(position / rate, rest)
+
+    def _go_to(self, position: int) -> None:
+        if self._file.seekable():
+            self._file.seek(position)
+            return
+        while position > 0 and len(skipped := self._file.read(min(position, BLOCK_FRAMES))):
+            position -= len(skipped)
+
+    def _end_at(self, seconds: float) -> None:
+        """Note that no more is there, even if more was promised."""
+        if seconds < self.seconds - TOLERANCE_SECONDS:
+            self.promised_seconds, self.seconds = self.seconds, seconds
+
+    def _by_ffmpeg(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
+        ffmpeg = _FfmpegSound(self._raw, Structure([]))
+        yield from ffmpeg.blocks(start_seconds, duration_seconds)
+        if not math.isnan(ffmpeg.seconds):
+            self.seconds, self.promised_seconds = ffmpeg.seconds, ffmpeg.promised_seconds
+
+
+def _open_with_libsndfile(file: BinaryIO, ending: str) -> soundfile.SoundFile:
+    headerless: dict[str, object] = {}
+    if ending in HEADERLESS:
+        headerless = {"format": "RAW", "subtype": HEADERLESS[ending]}
+        headerless |= {"samplerate": 8000, "channels": 1}
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+        return soundfile.SoundFile(file, **headerless)
+    # By its descriptor libsndfile reads much faster than through Python, from where that stands.
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    return soundfile.SoundFile(file.fileno(), closefd=False, **headerless)
+
+
+def _logged_shortage(info: str) -> float:
+    """Return how many times what is there the header promises, by the log of libsndfile."""
+    sizes = re.search(r": (\d+) \(should be (\d+)\)", info)
+    return int(sizes[1]) / max(int(sizes[2]), 1) if sizes else 1.0
+
+
+class _JoinedSounds:
+    """The audio of files of one kind that were joined: one after the other."""
+
+    def __init__(self, file: BinaryIO, parts: list[tuple[int, int]]) -> None:
+        self._sounds: list[Sound] = []
+        for begin, end in parts:
+            file.seek(begin)
+            part = io.BytesIO(file.read(end - begin))
+            self._sounds.append(open_sound(part, "", thorough=False))
+        for sound in self._sounds:
+            sound.measure()
+        self.seconds = sum(sound.seconds for sound in self._sounds)
+        # Without those that are whole: NaN is larger than nothing.
+        missing = sum(max(0.0, one.promised_seconds - one.seconds) for one in self._sounds)
+        self.promised_seconds = self.seconds + missing if missing else math.nan
+        self.channels = min(sound.channels for sound in self._sounds)
+        self.remark: str | None = f"{len(parts)} files joined, of which all is used"
+
+    def measure(self) -> None:
+        """Do nothing: the length is known."""
+
+    def close(self) -> None:
+        for sound in self._sounds:
+            sound.close()
+
+    def blocks(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
+        begin, end = start_seconds, math.inf
+        if duration_seconds is not None:
+            end = start_seconds + duration_seconds
+        for sound in self._sounds:
+            if begin < sound.seconds and end > 0:
+                start = max(begin, 0.0)
+                yield from sound.blocks(start, None if end >= sound.seconds else end - start)
+            begin, end = begin - sound.seconds, end - sound.seconds
+
+
+class _FfmpegSound:
+    """Audio that FFmpeg decodes: always from the beginning, since it seeks inexactly."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        structure: Structure,
+        reason: str | None = None,
+        remark: str | None = None,
+    ) -> None:
+        """Open the file once, to see whether it is audio.
+
+        Args:
+            file: the file.
+            structure: what its structure tells.
+            reason: why libsndfile does not read it.
+            remark: what is odd about it.
+        """
+        self._file, self._structure = file, structure
+        self._reason = "it ends in the midst of a page" if structure.torn else reason
+        self._lost_seconds = 0.0
+        self.seconds = self.promised_seconds = math.nan
+        self.remark = remark
+        with self._opened() as (_, stream):
+            self.channels = stream.codec_context.channels
+
+    def measure(self) -> None:
+        for _ in self.blocks(0.0, None):
+            pass
+
+    def close(self) -> None:
+        """Do nothing: nothing is kept open."""
+
+    def blocks(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
+        with self._opened() as (container, stream):
+            self._lost_seconds, position, rate = 0.0, 0, 1
+            for rate, samples in self._decoded(container, stream):
+                # Samples are counted, not seconds, so that a part is exactly what it is cut from.
+                start, end = round(start_seconds * rate) - position, len(samples)
+                if duration_seconds is not None:
+                    end = min(end, start + round(duration_seconds * rate))
+                yield rate, samples[max(start, 0) : max(end, 0)]
+                if end < len(samples):
+                    return
+                position += len(samples)
+            self.seconds = position / rate
+            self._compare(self._promised(container, stream))
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """Open the file; give the container and its stream of audio."""
+        import av
+
+        file = self._file
+        if not isinstance(file, io.BytesIO):
+            # libsndfile may have moved on behind the buffer.
+            file = io.FileIO(file.fileno(), closefd=False)
+        file.seek(0)
+        options = {"format_whitelist": FFMPEG_FORMATS}
+        if self._structure.understated:
+            options["ignore_length"] = "1"
+        try:
+            with av.open(file, options=options, metadata_errors="replace") as container:
+                stream = container.streams.best("audio")
+                if stream is None:
+                    raise DecodingError("no audio in it")
+                yield container, stream
+        except av.FFmpegError as error:
+            raise DecodingError(self._reason or error.strerror) from None
+
+    def _decoded(self, container: Any, stream: Any) -> Iterator[Block]:
+        """Yield everything that can be decoded; note how much cannot."""
+        import av
+
+        convert, form = av.AudioResampler(format="flt"), None
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.FFmpegError):
+                return
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                self._lost_seconds += float((packet.duration or 0) * stream.time_base)
+                continue
+            for frame in frames:
+                if form not in (None, (frame.rate, frame.layout.name)):
+                    convert = av.AudioResampler(format="flt")
+                form = frame.rate, frame.layout.name
+                for converted in convert.resample(frame):
+                    channels = converted.layout.nb_channels
+                    yield frame.rate, converted.to_ndarray().reshape(-1, channels)
+
+    def _promised(self, container: Any, stream: Any) -> float:
+        """Return the length by the header; 0 where it tells none, or FFmpeg only estimates it."""
+        if self._structure.shortage > 1:
+            return self.seconds * self._structure.shortage
+        frames_are_counted = self._structure.frame_seconds and self._structure.frames_promised
+        if container.format.name not in PROMISING_FORMATS and not frames_are_counted:
+            return 0.0
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        if container.duration and not container.streams.video:
+            return float(container.duration) / 1e6
+        return 0.0
+
+    def _compare(self, promised: float) -> None:
+        """Note what is missing, now that everything is decoded.
+
+        Raises:
+            DecodingError: a part in the midst cannot be decoded.
+        """
+        tolerance = 0.0 if self._lost_seconds else CONTAINER_TOLERANCE_SECONDS
+        if self._structure.torn:
+            self.promised_seconds = math.inf
+        elif promised > self.seconds + tolerance:
+            self.promised_seconds = promised
+        elif self._lost_seconds > TOLERANCE_SECONDS:
+            raise DecodingError(f"damaged: {self._lost_seconds:.3f} s of it are lost")
