@@ -138,21 +138,24 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
     Raises:
         Interrupted: a stop signal came; the last step is in a checkpoint.
     """
+    from simpler_distil_whisper.training.learning_rates import decide_learning_rate
     from simpler_distil_whisper.training.optimizer import learning_rate_factor
 
-    state, max_steps = trainer.state, steps.length.max_steps
+    state, (_, max_steps, warmup_steps, validate_every) = trainer.state, steps.length
     trainer.score_teacher()
+    highest = decide_learning_rate(config.optimizer.learning_rate, trainer, steps)
     remaining = steps.since(state.step)
     trainer.means.start_clock()
     with Progress("training", "steps", max_steps, state.step) as progress:
         while state.step < max_steps and not trainer.has_stopped_improving():
-            factor = learning_rate_factor(config.schedule, state.step, max_steps)
-            stop = trainer.train_step(next(remaining), factor * config.optimizer.learning_rate)
+            kind, step = config.schedule.kind, state.step
+            rate = highest * learning_rate_factor(kind, step, warmup_steps, max_steps)
+            stop = trainer.train_step(next(remaining), rate)
             progress.advance()
             last = state.step == max_steps
             if last or state.step % config.logging.every_steps == 0:
                 trainer.log_means()
-            if last or state.step % steps.length.validate_every == 0:
+            if last or state.step % validate_every == 0:
                 trainer.validate()
             if stop or state.step % config.checkpoints.every_steps == 0:
                 trainer.save_checkpoint()
@@ -202,6 +205,11 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         caches,
         accelerator,
     )
+    validation = None
+    if dev:
+        validation = Validation(
+            dev, config.data, config.validation, student, caches.encoder, accelerator
+        )
     facts = facts_of(config, teacher_folder, student_folder, selection, length, models.precision)
     trainer = Trainer(
         run,
@@ -211,7 +219,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         config.batch,
         config.checkpoints,
         card=ModelCard(facts, run.folder / "metrics.jsonl"),
-        validation=Validation(dev, config.data, config.validation, accelerator) if dev else None,
+        validation=validation,
         tensorboard=config.logging.tensorboard,
     )
     return trainer, steps
@@ -239,10 +247,9 @@ def check(config: Config, prepared: Prepared) -> None:
         path.write_text(rehearsal.model_dump_json(), encoding="utf-8")
         run = Run("run_distillation", path, rehearsal)
         trainer, steps = assemble(rehearsal, prepared, run)
-        picture = None
-        if config.check.learning_rate_range_test:
+        rate, picture = config.optimizer.learning_rate, None
+        if rate == "auto" or config.check.learning_rate_range_test:
             picture = config.output_dir.with_name(f"{config.output_dir.name}.learning_rate.png")
-        rate = config.optimizer.learning_rate
         check_thoroughly(trainer, steps, prepared.selection, prepared.dev, rate, picture)
 
 

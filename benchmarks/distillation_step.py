@@ -415,7 +415,9 @@ def _this_project(folder: Path, encoder_states_cached: bool, decoder_states_cach
     teacher = read_model_folder(folder / "teacher", None, "teacher")
     student = read_model_folder(folder / "student", None, "student")
     nothing = Selection([], [], {"kept": {"rows": 0, "hours": 0.0}})
-    prepared = run_distillation.Prepared(teacher, student, nothing, None, RunLength(1, 1000, 1000))
+    prepared = run_distillation.Prepared(
+        teacher, student, nothing, None, RunLength(1, 1000, 0, 1000)
+    )
     run = Run("run_distillation", path, checked)
     trainer, _ = run_distillation.assemble(checked, prepared, run)
 

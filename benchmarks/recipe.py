@@ -46,7 +46,7 @@ from simpler_distil_whisper.training.losses import (
 )
 from simpler_distil_whisper.training.models import freeze
 from simpler_distil_whisper.training.optimizer import learning_rate_factor
-from simpler_distil_whisper.training.options import Augmentation, Freeze, Objective, Schedule
+from simpler_distil_whisper.training.options import Augmentation, Freeze, Objective
 from simpler_distil_whisper.training.plan import TrainingPlan, Visit
 from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
@@ -243,7 +243,7 @@ class Material:
 
     def _features(self, augmentation: Augmentation, use: int) -> Tensor:
         extractor = self.whisper.feature_extractor
-        views, parts = Views(augmentation, float(extractor.chunk_length), seed=0), []
+        views, parts = Views(augmentation, 1.0, float(extractor.chunk_length), seed=0), []
         for part in in_batches(zip(self.utterances, self.waveforms, strict=True), BATCH):
             drawn = [
                 views.of(utterance, len(waveform) / SAMPLE_RATE, use, 0)
@@ -400,10 +400,9 @@ class Distillation:
         """Train to the end; the student is then what is to be scored."""
         recipe = self.recipe
         optimizer = torch.optim.AdamW(self.groups, lr=recipe.learning_rate, weight_decay=0.0)
-        schedule = Schedule(warmup_steps=recipe.warmup_steps)
         self.student.train()
         for step in range(recipe.steps):
-            factor = learning_rate_factor(schedule, step, recipe.steps)
+            factor = learning_rate_factor("linear", step, recipe.warmup_steps, recipe.steps)
             unfrozen = step >= recipe.steps * (1 - recipe.unfrozen)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * factor * group["share"]

@@ -384,7 +384,7 @@ def test_a_key_that_is_gone_is_answered_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     config["optimizer"]["average_decay"] = None  # as earlier versions wrote it, to leave it off
     path.write_text(json.dumps(config), encoding="utf-8")
-    assert load_config(path, run_distillation.Config).optimizer.learning_rate == 2e-3
+    assert load_config(path, run_distillation.Config).optimizer.learning_rate == "auto"
     config["optimizer"]["average_decay"] = 0.99
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(

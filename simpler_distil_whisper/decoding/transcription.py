@@ -154,7 +154,7 @@ def transcribe_manifest(
         cache,
         long_form=transcriber.options.long_form != "reject",
     )
-    decode = functools.partial(_transcribe, transcriber, cache)
+    decode = functools.partial(transcribe_batch, transcriber, cache)
     # Each process shows the progress of its own share; the shares are of equal size.
     total = len(manifest.utterances) // process_count()
     done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
@@ -202,10 +202,16 @@ def own_batches(
                 yield batch
 
 
-def _transcribe(
+def transcribe_batch(
     transcriber: Transcriber, cache: EncoderStateCache | None, batch: SpeechBatch
 ) -> list[Hypothesis]:
-    """Return one hypothesis for each utterance of a batch, short-form or long-form."""
+    """Return one hypothesis for each utterance of a batch, short-form or long-form.
+
+    Args:
+        transcriber: of the model.
+        cache: of its encoder's states, with which the batch was read; None: there is none.
+        batch: not empty.
+    """
     languages = [utterance.language for utterance in batch.utterances]
     keys = [utterance.number for utterance in batch.utterances]
     count = batch.short_form_count

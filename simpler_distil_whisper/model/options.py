@@ -61,12 +61,17 @@ class AssistantOptions(StrictModel):
     )
 
 
-class DecodingLimits(StrictModel):
-    """How much is decoded at once and at most."""
+class DecodingBatch(StrictModel):
+    """How much is decoded at once."""
 
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="Utterances decoded at once, per process; auto: what suits the device."
     )
+
+
+class DecodingLimits(DecodingBatch):
+    """How much is decoded at once and at most."""
+
     max_new_tokens: PositiveInt | None = Field(
         None, description="Longest hypothesis; null: half of the model's positions (real: 224)."
     )

@@ -127,16 +127,20 @@ class View:
 class Views:
     """Which version of a clip each of its uses is."""
 
-    def __init__(self, options: Augmentation, window_seconds: float, seed: int) -> None:
+    def __init__(
+        self, options: Augmentation, hours: float, window_seconds: float, seed: int
+    ) -> None:
         """Remember what may be drawn.
 
         Args:
             options: the config's section.
+            hours: of all the clips.
             window_seconds: which no view outgrows.
             seed: by which views are drawn that are used but once; the others are the same in every
                 run, so that runs with other seeds find them in the cache.
         """
         self.options = options
+        self.count = options.views_for(hours)
         self.window = window_seconds
         self.seed = seed
 
@@ -149,7 +153,7 @@ class Views:
             use: how often it has been used before.
             position: of the use in the stream of all uses.
         """
-        if self.options.views is None:
+        if self.count is None:
             return self._draw(draw(self.seed, Drawn.VIEW, position), seconds)
         # Not the id, which may be a line number, nor the whole path, lest a moved folder has other
         # views; the last folder is part of it, as there are corpora of folders with one audio.wav.
@@ -157,7 +161,7 @@ class Views:
         part = f"{name} {utterance.start_seconds} {utterance.duration_seconds}"
         clip = zlib.crc32(part.encode(errors="surrogateescape"))
         # Clips begin with different views, or whole epochs would be clean and others noisy.
-        view = (use + clip) % (self.options.views + 1)
+        view = (use + clip) % (self.count + 1)
         return self._draw(np.random.default_rng([clip, view]), seconds) if view else View()
 
     def _draw(self, random: np.random.Generator, seconds: float) -> View:
@@ -179,7 +183,7 @@ class Views:
             shift_seconds=min(between([0, waveform.shift_seconds or 0]), room),
             time_masks=_masks(random, spec.time_masks, spec.max_time_seconds * FRAMES_PER_SECOND),
             frequency_masks=_masks(random, spec.frequency_masks, spec.max_mels),
-            reusable=self.options.views is not None,
+            reusable=self.count is not None,
         )
 
 

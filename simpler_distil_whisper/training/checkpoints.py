@@ -26,6 +26,7 @@ class TrainerState:
         best_error_rate: of the student on the dev manifest so far; None: not validated yet.
         validations_since_best: validations since then.
         teacher_error_rate: scored once, since it never changes.
+        learning_rate: chosen before the first step; None: the config names it.
         unlogged: sums of the steps that no line of the log shows yet (`RunningMeans.sums`).
     """
 
@@ -34,6 +35,7 @@ class TrainerState:
     best_error_rate: float | None = None
     validations_since_best: int = 0
     teacher_error_rate: float | None = None
+    learning_rate: float | None = None
     unlogged: list[float] | None = None
 
     def record_validation(self, error_rate: float | None) -> bool:

@@ -213,7 +213,8 @@ class TrainingSteps:
         positions = student.model.config.max_target_positions
         self.length, self.caches = length, caches
         self.visit_tokens = VisitTokens(examples, data, student.tokens, positions, seed)
-        self.views = Views(augmentation, student.window_seconds, seed)
+        hours = sum(example.seconds for example in examples) / 3600
+        self.views = Views(augmentation, hours, student.window_seconds, seed)
         self.extractor = student.feature_extractor
         self.plan = TrainingPlan(
             [example.weight for example in examples],

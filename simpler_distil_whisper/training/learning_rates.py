@@ -2,30 +2,30 @@
 
 Not one run with a rising rate (Smith 2017, arXiv 1506.01186), whose late losses depend as much on
 the steps before as on the rate: a handful of short runs takes as long, and compares what matters,
-how low the loss comes in so many steps.
+how low the loss comes in so many steps. Nothing is timed, so the same run chooses the same rate.
 """
 
 import io
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from simpler_distil_whisper.atomic import write_atomically
-from simpler_distil_whisper.run import log
+from simpler_distil_whisper.run import Interrupted, is_main_process, log
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
+from simpler_distil_whisper.training.optimizer import learning_rate_factor
 from simpler_distil_whisper.training.trainer import Trainer
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-SECONDS = 60.0  # for all rates together
-STEPS = range(10, 31)  # of each run: fewer tell little, more change little
-WARMUP_STEPS = 5  # Adam's first steps move every weight by the whole learning rate
+FIRST = 5e-4  # the rates that are tried are this one times a power of two
+STRIDES = (2, 1)  # of the exponent: first each fourfold rate, then the ones between
+LOWEST, HIGHEST = -9, 5  # exponents: 1e-6 and 1.6e-2
+STEPS, WARMUP_STEPS = 20, 2  # of each run
 FAR_OFF = 3.0  # factor between learning rates
-CLOSE = 1.05  # factor between losses
 
 
 class ShortRun(NamedTuple):
@@ -66,112 +66,138 @@ class ShortRuns:
         self.trainer.state.step = 0
 
     def run(self, steps: Iterable[Sequence[TrainingBatch]], rate: float) -> ShortRun:
-        """Take a step with the micro-batches of each, at a constant rate after a warm-up."""
+        """Take a step with the micro-batches of each, at rates that rise and fall as in a run.
+
+        At a constant rate, the best of short runs was measured to be half of that of whole runs.
+
+        Raises:
+            Interrupted: a stop signal came.
+        """
         self.restore()
         losses = []
         for step, micro_batches in enumerate(steps):
-            warmup = min(1.0, (step + 1) / (WARMUP_STEPS + 1))
-            self.trainer.train_step(micro_batches, warmup * rate)
+            factor = learning_rate_factor("linear", step, WARMUP_STEPS, STEPS)
+            if self.trainer.train_step(micro_batches, factor * rate):
+                raise Interrupted
             loss = self.trainer.means.end()["train/loss"]
             losses.append(math.nan if loss is None else loss)
         self.restore()
         return ShortRun(rate, losses)
 
 
+def decide_learning_rate(
+    configured: float | Literal["auto"], trainer: Trainer, steps: TrainingSteps
+) -> float:
+    """Return the learning rate of a run, which a run that continues has in its state.
+
+    Where the config leaves it open, it is chosen by short runs before the first step, and drawn in
+    the run's folder.
+    """
+    if configured != "auto":
+        return configured
+    state = trainer.state
+    if state.learning_rate is None:
+        picture = trainer.run.folder / "learning_rate.png"
+        state.learning_rate = range_test(ShortRuns(trainer), steps, picture)
+        trainer.run.note(learning_rate=state.learning_rate)
+    return state.learning_rate
+
+
 def range_test(
-    runs: ShortRuns,
-    steps: TrainingSteps,
-    configured: float,
-    seconds_per_step: float,
-    picture: Path,
-) -> float | None:
-    """Compare learning rates; log which suits, and how far from it the configured one is.
+    runs: ShortRuns, steps: TrainingSteps, picture: Path, configured: float | None = None
+) -> float:
+    """Compare learning rates in short runs; return the one with which the loss comes lowest.
 
     Args:
         runs: from the student's weights.
         steps: what is trained on.
-        configured: the learning rate of the config, which is tried too.
-        seconds_per_step: decides how many steps each rate gets.
         picture: a PNG of the losses; a JSON file of the same name is written beside it.
-
-    Returns:
-        the suggestion; None if there is none.
+        configured: is tried too, and if it is far from the best one, that is logged.
     """
-    rates = sorted({*RATES, configured})
-    affordable = int(SECONDS / (seconds_per_step * len(rates)))
-    count = max(STEPS.start, min(affordable, STEPS.stop - 1))
-    seconds = len(rates) * count * seconds_per_step
-    log.info("learning rates: %d runs of %d steps, about %.0f s", len(rates), count, seconds)
-    tried: list[ShortRun] = []
-    for rate in rates:
-        tried.append(runs.run(itertools.islice(steps.since(0), count), rate))
-        log.info("  %-8g loss %.4f", rate, tried[-1].reached)
-        if not tried[-1].reached <= tried[0].reached:
-            break  # higher ones would do more harm
-    suggestion = suggested(tried)
-    _log(suggestion, tried, configured)
-    _write(picture, tried, suggestion, configured)
-    return suggestion
+    log.info("comparing learning rates, in runs of %d steps each:", STEPS)
 
+    def run_at(rate: float) -> ShortRun:
+        run = runs.run(itertools.islice(steps.since(0), STEPS), rate)
+        log.info("  learning rate %-9.3g loss %.4f", rate, run.reached)
+        return run
 
-def suggested(tried: Sequence[ShortRun]) -> float | None:
-    """Return the rate with the lowest loss; None if that is the lowest rate, which learns little.
-
-    The others are compared with the lowest rate, not with the first loss: some batches are harder.
-    """
+    tried = search(run_at)
     best = min(tried, key=lambda run: run.reached)
-    return None if best.rate == tried[0].rate else best.rate
+    if configured is not None:
+        if configured not in [run.rate for run in tried]:
+            tried.append(run_at(configured))
+        _compare(tried, best, configured)
+    _log_choice(best)
+    if is_main_process():
+        _write(picture, sorted(tried), best.rate, configured)
+    return best.rate
 
 
-def _log(suggestion: float | None, tried: Sequence[ShortRun], configured: float) -> None:
-    steps, reached = len(tried[0].losses), {run.rate: run.reached for run in tried}
-    if suggestion is None:
+def search(run_at: Callable[[float], ShortRun]) -> list[ShortRun]:
+    """Return the runs at learning rates around the best one, in the order in which they were made.
+
+    Downhill from `FIRST`, in strides that become shorter: the loss falls towards the best rate
+    from both sides. Of equal losses the lower rate is better: above it all may have diverged.
+    """
+    tried: dict[int, ShortRun] = {}
+
+    def reached(exponent: int) -> tuple[float, int]:
+        if exponent not in tried:
+            tried[exponent] = run_at(FIRST * 2.0**exponent)
+        return tried[exponent].reached, exponent
+
+    best = 0
+    for stride in STRIDES:
+        while True:
+            around = (best, best - stride, best + stride)
+            lower = min((e for e in around if LOWEST <= e <= HIGHEST), key=reached)
+            if lower == best:
+                break
+            best = lower
+    return list(tried.values())
+
+
+def _log_choice(best: ShortRun) -> None:
+    if best.rate <= FIRST * 2.0**LOWEST:
         log.warning(
             "no learning rate above %g came lower in %d steps: look at labels, audio and student "
             "before anything else",
-            tried[0].rate,
-            steps,
+            best.rate,
+            STEPS,
         )
         return
-    lowest = reached[suggestion]
-    as_good = [f"{rate:g}" for rate in reached if lowest < reached[rate] < CLOSE * lowest]
-    log.info(
-        "suggested optimizer.learning_rate: %g, whose loss was the lowest after %d steps%s",
-        suggestion,
-        steps,
-        f"; hardly worse: {', '.join(as_good)}" if as_good else "",
-    )
-    if suggestion / FAR_OFF <= configured <= suggestion * FAR_OFF:
-        return
-    result = "the loss would rise: it did so at lower ones"
-    if configured in reached:
-        result = f"the loss came to {reached[configured]:.4f}"
-    log.warning(
-        "optimizer.learning_rate is %g, where %s; at %g it came to %.4f",
-        configured,
-        result,
-        suggestion,
-        reached[suggestion],
-    )
+    log.info("learning rate %g: its loss came lowest, to %.4f", best.rate, best.reached)
 
 
-def _write(
-    picture: Path, tried: Sequence[ShortRun], suggestion: float | None, configured: float
-) -> None:
+def _compare(tried: Sequence[ShortRun], best: ShortRun, configured: float) -> None:
+    """Warn if the configured rate is far from the best one."""
+    reached = {run.rate: run.reached for run in tried}
+    if not best.rate / FAR_OFF <= configured <= best.rate * FAR_OFF:
+        log.warning(
+            "optimizer.learning_rate is %g, with which the loss came to %.4f; with %g it came to "
+            '%.4f. Set it to "auto", or to that',
+            configured,
+            reached[configured],
+            best.rate,
+            best.reached,
+        )
+
+
+def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: float | None) -> None:
     from matplotlib.figure import Figure  # it takes a second to import, and is seldom needed
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     over_steps, over_rates = figure.subplots(1, 2)
     for run in tried:
-        over_steps.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.rate:g}")
+        over_steps.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.rate:.3g}")
     over_steps.set(title="Loss at each learning rate", xlabel="optimizer step", ylabel="per token")
     shown = [run for run in tried if math.isfinite(run.reached)]
     over_rates.plot([run.rate for run in shown], [run.reached for run in shown], "o-")
-    over_rates.axvline(
-        configured, color="#c2571a", ls="dashed", label=f"configured: {configured:g}"
-    )
-    if suggestion:
-        over_rates.axvline(suggestion, color="#0b6bcb", label=f"suggested: {suggestion:g}")
+    over_rates.axvline(best, color="#0b6bcb", label=f"lowest loss: {best:.3g}")
+    if configured is not None:
+        over_rates.axvline(
+            configured, color="#c2571a", ls="dashed", label=f"configured: {configured:g}"
+        )
     over_rates.set(title="Mean of the last third", xlabel="learning rate", xscale="log")
     for axes in (over_steps, over_rates):
         axes.set(yscale="log")
@@ -180,7 +206,7 @@ def _write(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     numbers = {
-        "suggested": suggestion,
+        "lowest_loss_at": best,
         "configured": configured,
         "runs": [
             {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from simpler_distil_whisper.training.options import OptimizerOptions, Schedule
+from simpler_distil_whisper.training.options import OptimizerOptions, ScheduleKind
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -23,23 +23,22 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
     """Return the optimizer of a model's trained parameters."""
     return torch.optim.AdamW(
         parameter_groups(model, options.weight_decay),
-        lr=options.learning_rate,
+        lr=0.0,  # each step sets its own
         betas=(options.betas[0], options.betas[1]),
         eps=options.epsilon,
         fused=True,
     )
 
 
-def learning_rate_factor(schedule: Schedule, step: int, max_steps: int) -> float:
+def learning_rate_factor(kind: ScheduleKind, step: int, warmup_steps: int, max_steps: int) -> float:
     """Return the learning rate of step `step`, counted from 0, as a share of the highest one.
 
     It rises linearly over the warm-up, is 1 in the step after it, then stays or falls so that it
     would be 0 at `max_steps`.
     """
-    warmup_steps = schedule.warmup_steps
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if schedule.kind == "constant":
+    if kind == "constant":
         return 1.0
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return 1 - progress if schedule.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return 1 - progress if kind == "linear" else (1 + math.cos(math.pi * progress)) / 2

@@ -20,7 +20,7 @@ from simpler_distil_whisper.config import (
 from simpler_distil_whisper.data.manifest import Columns, DataLimits
 from simpler_distil_whisper.evaluation.metrics import Metric
 from simpler_distil_whisper.model.options import (
-    DecodingLimits,
+    DecodingBatch,
     FolderOptions,
     ModelOptions,
     Task,
@@ -138,7 +138,11 @@ class Freeze(StrictModel):
 class OptimizerOptions(StrictModel):
     """AdamW."""
 
-    learning_rate: PositiveFloat = Field(1e-4, description="The highest, after the warm-up.")
+    learning_rate: PositiveFloat | Literal["auto"] = Field(
+        "auto",
+        description="The highest, after the warm-up; auto: the one with which short runs at the "
+        "start come lowest, drawn in learning_rate.png.",
+    )
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.999], min_length=2, max_length=2, description="Decay of the two moments."
     )
@@ -147,17 +151,29 @@ class OptimizerOptions(StrictModel):
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: gradients are not clipped.")
 
 
+ScheduleKind = Literal["linear", "cosine", "constant"]
+
+
 class Schedule(StrictModel):
     """The length of the run and the course of the learning rate."""
 
-    kind: Literal["linear", "cosine", "constant"] = Field("linear", description="After warm-up.")
-    warmup_steps: NonNegativeInt = Field(500, description="Optimizer steps of linear rise.")
-    epochs: PositiveFloat | None = Field(8.0, description="Passes over the kept rows.")
+    kind: ScheduleKind = Field("linear", description="After warm-up.")
+    warmup_steps: NonNegativeInt | Literal["auto"] = Field(
+        "auto",
+        description="Optimizer steps of linear rise; auto: a twentieth of the run, at most 500.",
+    )
+    epochs: PositiveFloat | Literal["auto"] | None = Field(
+        "auto",
+        description="Passes over the kept rows; auto: those that make 1,000 optimizer steps, "
+        "but 3 to 20.",
+    )
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; null: from epochs.")
 
     @model_validator(mode="after")
     def _one_length(self) -> "Schedule":
-        if (self.epochs is None) == (self.max_steps is None):
+        both = self.max_steps is not None and self.epochs not in (None, "auto")
+        neither = self.max_steps is None and self.epochs is None
+        if both or neither:
             raise ValueError("set exactly one of epochs and max_steps, the other one to null")
         return self
 
@@ -220,43 +236,66 @@ class SpecAugmentOptions(StrictModel):
         return bool(self.time_masks or self.frequency_masks)
 
 
+VIEWS_OF_FEW_HOURS = 3
+HOURS_WITHOUT_VIEWS = 1.0  # more clips are worth more than views of few, which the teacher computes
+
+
 class Augmentation(StrictModel):
     """Altered versions of the clips, the same for teacher and student."""
 
-    views: NonNegativeInt | None = Field(
+    views: NonNegativeInt | Literal["auto"] | None = Field(
         0,
         description="Altered versions of each clip, always the same ones, so that a cache keeps "
-        "them; epochs use the clip and its views in turn. null: a new one at every use.",
+        "them; epochs use the clip and its views in turn; 0: none. auto: 3 where less than an hour "
+        "of audio is learnt from, else 0. null: a new one at every use.",
     )
     waveform: WaveformOptions = WaveformOptions()
     spec_augment: SpecAugmentOptions = SpecAugmentOptions()
 
     @model_validator(mode="after")
     def _views_of_something(self) -> "Augmentation":
-        switched_on = self.waveform.switched_on or self.spec_augment.switched_on
-        if switched_on and self.views == 0:
-            raise ValueError(
-                "views is 0, so no clip would be altered: set views to 1 or more, or to null, or "
-                "switch waveform and spec_augment off"
-            )
-        if not switched_on and self.views != 0:
+        if not self._alters_clips and self.views not in (0, "auto"):
             raise ValueError(
                 f"views is {'null' if self.views is None else self.views}, but nothing in waveform "
                 "and spec_augment is switched on: every view would be the clip itself"
             )
         return self
 
+    @property
+    def _alters_clips(self) -> bool:
+        return self.waveform.switched_on or self.spec_augment.switched_on
+
+    def views_for(self, hours: float) -> int | None:
+        """Return how many views each clip has where so many hours are learnt from."""
+        if self.views != "auto":
+            return self.views
+        return VIEWS_OF_FEW_HOURS if self._alters_clips and hours < HOURS_WITHOUT_VIEWS else 0
+
+
+class ValidationDecoding(DecodingBatch):
+    """How much of the dev rows is decoded at once, and how far."""
+
+    max_new_tokens: PositiveInt | Literal["auto"] | None = Field(
+        "auto",
+        description="Longest hypothesis; auto: twice as long as the longest reference, since an "
+        "untrained student may never end; null: half of the model's positions (real: 224).",
+    )
+
 
 class ValidationOptions(StrictModel):
     """Scoring the student on the dev manifest, against its references."""
 
-    every_steps: PositiveInt | None = Field(None, description="null: after each epoch.")
+    every_steps: PositiveInt | Literal["auto"] | None = Field(
+        "auto",
+        description="Optimizer steps between two; auto: four times in a run, at least every 2,000 "
+        "steps; null: after each epoch.",
+    )
     max_utterances: PositiveInt | None = Field(None, description="Only the first so many rows.")
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after so many validations without a better score; null: never."
     )
     score_teacher: bool = Field(True, description="Once, before training, to compare with.")
-    decoding: DecodingLimits = DecodingLimits()
+    decoding: ValidationDecoding = ValidationDecoding()
     metric: Metric = Metric()
 
 
@@ -280,6 +319,6 @@ class CheckOptions(StrictModel):
 
     learning_rate_range_test: bool = Field(
         False,
-        description="Try learning rates for about a minute, suggest one, and draw the losses "
-        "beside output_dir, as <output_dir>.learning_rate.png.",
+        description="Compare a given learning rate with others in short runs, and draw the losses "
+        "beside output_dir, as <output_dir>.learning_rate.png; with auto it is always done.",
     )

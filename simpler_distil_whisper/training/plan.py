@@ -8,7 +8,7 @@ of audio or tokens.
 import enum
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -16,42 +16,72 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.run import log, process_count
 from simpler_distil_whisper.training.options import BatchOptions, Schedule
 
+AUTO_STEPS, AUTO_EPOCHS = 1000, (3.0, 20.0)
+AUTO_WARMUP_SHARE, MOST_WARMUP_STEPS = 1 / 20, 500
+AUTO_VALIDATIONS, MOST_STEPS_BETWEEN = 4, 2000
 POOL_OF_STEPS = 32  # how many optimizer steps' utterances are sorted by length together
 
 
 class RunLength(NamedTuple):
-    """How long a run is, in optimizer steps, once the examples are counted."""
+    """How long a run is, in optimizer steps, once the examples are counted.
+
+    Attributes:
+        step_size: examples of one optimizer step, in all processes together.
+        max_steps: of the whole run.
+        warmup_steps: in which the learning rate rises.
+        validate_every: steps between two validations.
+    """
 
     step_size: int
     max_steps: int
+    warmup_steps: int
     validate_every: int
 
 
 def run_length(
-    schedule: Schedule, batch: BatchOptions, validate_every: int | None, epoch_size: float
+    schedule: Schedule,
+    batch: BatchOptions,
+    validate_every: int | Literal["auto"] | None,
+    epoch_size: float,
 ) -> RunLength:
     """Return the optimizer steps that a config comes to, and log them.
 
     Args:
         schedule: its section of the config.
         batch: its section of the config.
-        validate_every: optimizer steps; None: once in each epoch.
+        validate_every: optimizer steps; "auto": four times; None: once in each epoch.
         epoch_size: how many uses of examples make an epoch.
 
     Raises:
         ConfigError: the run would end within the warm-up.
     """
     step_size = batch.micro_batch_size * batch.gradient_accumulation_steps * process_count()
-    max_steps = schedule.max_steps or math.ceil((schedule.epochs or 0) * epoch_size / step_size)
-    if schedule.warmup_steps >= max_steps:
+    max_steps = schedule.max_steps or _steps_from_epochs(schedule.epochs, epoch_size / step_size)
+    auto_warmup = min(round(max_steps * AUTO_WARMUP_SHARE), MOST_WARMUP_STEPS)
+    warmup_steps = auto_warmup if schedule.warmup_steps == "auto" else schedule.warmup_steps
+    if warmup_steps >= max_steps:
         raise ConfigError(
-            f"schedule.warmup_steps: {schedule.warmup_steps}, but the run has {max_steps} steps of "
+            f"schedule.warmup_steps: {warmup_steps}, but the run has {max_steps} steps of "
             f"{step_size} utterances: the learning rate would never be reached"
         )
-    epochs = max_steps * step_size / epoch_size
-    log.info("%d steps of %d utterances, %.1f epochs", max_steps, step_size, epochs)
+    if validate_every == "auto":
+        validate_every = min(math.ceil(max_steps / AUTO_VALIDATIONS), MOST_STEPS_BETWEEN)
     every = validate_every or max(1, round(epoch_size / step_size))
-    return RunLength(step_size, max_steps, every)
+    log.info(
+        "%d steps of %d utterances, %.1f epochs, %d steps of warm-up",
+        max_steps,
+        step_size,
+        max_steps * step_size / epoch_size,
+        warmup_steps,
+    )
+    return RunLength(step_size, max_steps, warmup_steps, every)
+
+
+def _steps_from_epochs(epochs: float | Literal["auto"] | None, steps_per_epoch: float) -> int:
+    if epochs == "auto":
+        fewest, most = AUTO_EPOCHS
+        epochs = min(max(AUTO_STEPS / steps_per_epoch, fewest), most)
+    return math.ceil((epochs or 0) * steps_per_epoch)
 
 
 class Drawn(enum.IntEnum):

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -78,7 +78,7 @@ def check_thoroughly(
     steps: TrainingSteps,
     selection: Selection,
     dev: Manifest | None,
-    learning_rate: float,
+    learning_rate: float | Literal["auto"],
     picture: Path | None,
 ) -> None:
     """Do all checks, and log what a run will cost.
@@ -89,7 +89,7 @@ def check_thoroughly(
         selection: the training rows.
         dev: the rows of validation.
         learning_rate: the configured one.
-        picture: where the range test of learning rates is drawn; None: there is none.
+        picture: where the comparison of learning rates is drawn; None: there is none.
 
     Raises:
         ConfigError: a student with all the teacher's layers would not agree with the teacher, or
@@ -105,10 +105,12 @@ def check_thoroughly(
         runs.restore()
     log_memory(trainer)  # before more is in it than in a run
     check_agreement(trainer, steps)
-    check_learning_rate(runs, first_micro_batches(steps), learning_rate)
     log_time(trainer, steps, selection, uncached, cached)
+    configured = None if learning_rate == "auto" else learning_rate
     if picture:
-        range_test(runs, steps, learning_rate, cached or uncached, picture)
+        range_test(runs, steps, picture, configured)
+    if configured:
+        check_learning_rate(runs, first_micro_batches(steps), configured)
 
 
 def first_micro_batches(steps: TrainingSteps) -> Sequence[TrainingBatch]:
@@ -184,8 +186,7 @@ def check_learning_rate(
         log.info("optimizer.learning_rate %g: %s", learning_rate, result)
     else:
         log.warning(
-            "optimizer.learning_rate %g: %s: it should fall. Lower the learning rate, by the range "
-            'test if you like (--check with "check": {"learning_rate_range_test": true})',
+            'optimizer.learning_rate %g: %s: it should fall. Lower it, or set it to "auto"',
             learning_rate,
             result,
         )
@@ -232,7 +233,7 @@ def log_time(
         uncached: seconds of a step for which the caches hold nothing.
         cached: seconds of one for which they hold everything; None: there are no caches.
     """
-    length, views = steps.length, steps.views.options.views
+    length, views = steps.length, steps.views.count
     tokens = sum(len(each.tokens) - each.prompt_length for each in selection.examples)
     hours = selection.report["kept"]["hours"]
     log.info("kept: %d rows, %.2f h, %d label tokens", len(selection.examples), hours, tokens)

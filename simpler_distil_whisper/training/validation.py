@@ -14,12 +14,17 @@ from accelerate.utils import gather_object
 from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance
 from simpler_distil_whisper.decoding.batches import SpeechReader, in_batches, speech_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.decoding.transcription import transcribe_batch
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
 from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.training.options import TrainingData, ValidationOptions
+
+TOKENS_OF_A_REFERENCE = 2  # that a hypothesis may have for each: the other script takes more
+TOKENS_TO_SPARE = 16
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,19 @@ class Validation:
         dev: Manifest,
         data: TrainingData,
         options: ValidationOptions,
+        student: Whisper,
+        cache: EncoderStateCache | None,
         accelerator: Accelerator,
     ) -> None:
         """Take the rows that have a reference.
+
+        Args:
+            dev: the dev manifest.
+            data: its section of the config.
+            options: its section of the config.
+            student: whose tokenizer counts the tokens of the references.
+            cache: of the encoder that teacher and student share; None: each computes its own.
+            accelerator: of this process and the others.
 
         Raises:
             DataError: no row has one.
@@ -78,30 +93,40 @@ class Validation:
         if not self.references:
             raise DataError(f"{dev.path}: no row has a reference, so nothing can be scored")
         self.utterances = [u for u in dev.utterances if u.number in self.references]
+        limit = options.decoding.max_new_tokens
         self.decoding = DecodingOptions(
-            language=data.language, task=data.task, **options.decoding.model_dump()
+            language=data.language,
+            task=data.task,
+            batch_size=options.decoding.batch_size,
+            max_new_tokens=self._auto_limit(student) if limit == "auto" else limit,
         )
         self.limits = DataLimits(min_duration_seconds=0.0, num_workers=data.num_workers)
-        self.options = options
+        self.options, self.cache = options, cache
         self.scorer = Scorer(options.metric)
         self.accelerator = accelerator
+
+    def _auto_limit(self, student: Whisper) -> int:
+        """Return how many tokens a hypothesis may have: twice those of the longest reference."""
+        texts = list(self.references.values())
+        longest = max(map(len, student.tokenizer(texts, add_special_tokens=False).input_ids))
+        most = student.model.config.max_target_positions // 2
+        return int(min(TOKENS_OF_A_REFERENCE * longest + TOKENS_TO_SPARE, most))
 
     def score(self, whisper: Whisper) -> Score:
         """Return the error counts of a model; call it in every process."""
         transcriber = Transcriber(whisper, self.decoding)
         batches = list(in_batches(self.utterances, transcriber.batch_size))
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        read = SpeechReader(whisper.feature_extractor, self.limits)
+        read = SpeechReader(whisper.feature_extractor, self.limits, self.cache)
         counted: list[tuple[str, ErrorCounts]] = []
         examples: list[tuple[str, str]] = []
         with self.accelerator.autocast():
             for batch in speech_batches(own, read, self.limits.num_workers):
                 for rejection in batch.rejections:
                     log.warning("not scored: %s: %s", rejection.place, rejection.reason)
-                if batch.input_features is None:
+                if not batch.utterances:
                     continue
-                languages = [utterance.language for utterance in batch.utterances]
-                hypotheses = transcriber(batch.input_features, languages)
+                hypotheses = transcribe_batch(transcriber, self.cache, batch)
                 for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):
                     reference = self.references[utterance.number]
                     # Not the detected language: the unit must not depend on the model.

@@ -41,7 +41,7 @@ def utterance(name: str = "a/0.wav", start: float = 0.0) -> Utterance:
 
 
 def make_views(seed: int = 0, **options: Any) -> Views:
-    return Views(Augmentation.model_validate(options), WINDOW, seed)
+    return Views(Augmentation.model_validate(options), 1.0, WINDOW, seed)
 
 
 def drawn(seconds: float, use: int = 0, **options: Any) -> View:
@@ -308,8 +308,6 @@ def test_without_options_every_use_is_the_clip_itself() -> None:
     [
         ({"views": 2}, "views is 2, but nothing in waveform and spec_augment is switched on"),
         ({"views": None}, "views is null, but nothing in waveform and spec_augment"),
-        ({"waveform": {"gain_db": [0.0, 1.0]}}, "views is 0, so no clip would be altered"),
-        ({"spec_augment": {"time_masks": 1}}, "views is 0, so no clip would be altered"),
         ({"views": 1, "waveform": {"speed": [1.1, 0.9]}}, "speed [1.1, 0.9]: the lowest value"),
         ({"views": 1, "waveform": {"noise_db": [9.0, 3.0]}}, "noise_db [9.0, 3.0]: the lowest"),
         ({"views": 1, "waveform": {"speed": [0.4, 1.0]}}, "speed [0.4, 1.0]: must lie within"),
@@ -324,3 +322,20 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], problem
     with pytest.raises(ValidationError) as caught:
         Augmentation.model_validate(options)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hours", "options", "count"),
+    [
+        (0.9, {"views": "auto", **EVERYTHING}, 3),
+        (1.0, {"views": "auto", **EVERYTHING}, 0),
+        (0.9, {"views": "auto"}, 0),  # nothing would differ
+        (0.9, {"views": 0, **EVERYTHING}, 0),  # one key switches views off
+        (9.0, {"views": 2, **EVERYTHING}, 2),
+        (0.9, {"views": None, **EVERYTHING}, None),
+    ],
+)
+def test_how_many_views_a_clip_has(
+    hours: float, options: dict[str, Any], count: int | None
+) -> None:
+    assert Augmentation.model_validate(options).views_for(hours) == count

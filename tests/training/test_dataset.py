@@ -56,7 +56,7 @@ def make_dataset(
         [Visit(each, each, 0) if isinstance(each, int) else each for each in batch]
         for batch in batches
     ]
-    views = Views(options, float(WINDOW), 0)
+    views = Views(options, 1.0, float(WINDOW), 0)
     return TrainingDataset(
         visits, make_visit_tokens(examples, **data), views, extractor, StateCaches(cache)
     )

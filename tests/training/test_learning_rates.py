@@ -1,23 +1,28 @@
-"""The range test of learning rates: it suggests one that learns."""
+"""The learning rate that "auto" comes to: the one that learns most in a short run."""
 
 import json
 import math
 from pathlib import Path
 
 import pytest
-from distilling import Setting, assemble, make_setting, warnings_in, write_config
+from distilling import Setting, assemble, distil, logged, make_setting, warnings_in, write_config
+from hypothesis import given
+from hypothesis import strategies as st
 
 import run_distillation
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.run import Run
+from simpler_distil_whisper.run import Interrupted, Run
 from simpler_distil_whisper.training import learning_rates
 from simpler_distil_whisper.training.learning_rates import (
-    RATES,
+    FIRST,
+    STEPS,
     ShortRun,
     ShortRuns,
     range_test,
-    suggested,
+    search,
 )
+
+AUTO = {"optimizer__learning_rate": "auto", "schedule__max_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -25,49 +30,103 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return make_setting(tmp_path_factory.mktemp("setting"))
 
 
-def test_the_lowest_loss_is_suggested() -> None:
-    worst = ShortRun(1e-5, [2.0, 2.0, 1.9])
-    good = ShortRun(1e-3, [2.0, 1.5, 1.0])
-    lucky = ShortRun(1e-4, [2.0, 0.1, 1.8])
-    broken = ShortRun(1e-2, [2.0, math.nan, math.nan])
-    assert broken.reached == math.inf
+def valley(rate: float, best: float) -> ShortRun:
+    """A loss that rises on both sides of the best rate, and is no number far above it."""
+    distance = math.log2(rate / best)
+    return ShortRun(rate, [1 + distance**2 if distance < 4 else math.nan] * 3)
+
+
+def test_what_a_short_run_came_to() -> None:
     assert ShortRun(1.0, [9.0, 3.0, 2.0, 1.0]).reached == 1.0
     assert ShortRun(1.0, [9.0] * 4 + [2.0, 4.0]).reached == 3.0
-    assert suggested([worst, lucky, good, broken]) == 1e-3
-    assert suggested([worst, broken]) is None
+    assert ShortRun(1e-2, [2.0, math.nan, math.nan]).reached == math.inf
 
 
-@pytest.mark.parametrize(
-    ("configured", "rates"),
-    [(1e-6, (1e-5, 1e-3, 1.0)), pytest.param(3e-3, RATES, marks=pytest.mark.slow)],
-)
-def test_the_range_test_finds_what_learns(
-    tmp_path: Path,
-    setting: Setting,
-    configured: float,
-    rates: tuple[float, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@given(st.floats(1e-6, 1.6e-2))
+def test_the_search_comes_within_the_root_of_two_of_the_best_rate(best: float) -> None:
+    tried = search(lambda rate: valley(rate, best))
+    lowest = min(tried, key=lambda run: run.reached).rate
+    assert best / 1.42 <= lowest <= best * 1.42
+    assert len({run.rate for run in tried}) == len(tried)
+
+
+def test_the_search_at_rates_of_real_models_takes_few_runs() -> None:
+    for best in (1e-4, 3e-4, 1e-3, 2e-3):
+        assert len(search(lambda rate, best=best: valley(rate, best))) <= 6  # type: ignore[misc]
+
+
+def test_the_search_ends_where_every_rate_diverges() -> None:
+    assert len(search(lambda rate: ShortRun(rate, [math.nan]))) <= 9
+
+
+def test_the_search_ends_where_no_rate_learns() -> None:
+    """The loss rises with the rate, as where labels and audio do not belong together."""
+    tried = search(lambda rate: ShortRun(rate, [rate]))
+    assert min(run.rate for run in tried) == FIRST * 2.0**learning_rates.LOWEST
+
+
+def test_the_range_test_warns_of_a_rate_far_off(
+    tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(learning_rates, "RATES", rates)
-    path = write_config(
-        tmp_path / "run", setting, optimizer__learning_rate=configured, schedule__max_steps=40
-    )
+    path = write_config(tmp_path / "run", setting, schedule__max_steps=40)
     trainer, _, steps, _ = assemble(path)
     picture = tmp_path / "somewhere" / "curve.png"
-    suggestion = range_test(ShortRuns(trainer), steps, configured, 60.0, picture)
-    assert suggestion is not None
-    assert 3e-4 <= suggestion <= 1e-2
+    chosen = range_test(ShortRuns(trainer), steps, picture, configured=1e-7)
+    assert 3e-4 <= chosen <= 1.6e-2
     assert picture.read_bytes().startswith(b"\x89PNG")
     numbers = json.loads(picture.with_suffix(".json").read_text())
-    assert numbers["suggested"] == suggestion
+    assert numbers["lowest_loss_at"] == chosen
     reached = {run["learning_rate"]: run["loss"] for run in numbers["runs"]}
-    assert configured in reached
-    assert min(reached, key=lambda rate: reached[rate]) == suggestion
-    assert {len(run["losses"]) for run in numbers["runs"]} == {10}
+    assert list(reached) == sorted(reached)
+    assert min(reached, key=lambda rate: reached[rate]) == chosen
+    assert {len(run["losses"]) for run in numbers["runs"]} == {STEPS}
     assert len({run["losses"][0] for run in numbers["runs"]}) == 1  # the same start and batch
-    far_off = [text for text in warnings_in(caplog) if "optimizer.learning_rate is 1e-06" in text]
-    assert len(far_off) == (configured == 1e-6)
+    assert [text for text in warnings_in(caplog) if "optimizer.learning_rate is 1e-07" in text]
+
+
+def test_a_run_chooses_its_rate_once(tmp_path: Path, setting: Setting) -> None:
+    """It trains as if the rate had been configured, also after a stop, and the record has it."""
+    folder = distil(write_config(tmp_path / "auto", setting, **AUTO))
+    chosen = json.loads((folder / "run_info.json").read_text())["learning_rate"]
+    assert json.loads((folder / "learning_rate.json").read_text())["lowest_loss_at"] == chosen
+    rates = logged(folder, "train/learning_rate")
+    assert rates == pytest.approx([chosen * factor for factor in (1, 0.75, 0.5, 0.25)])
+    given = {**AUTO, "optimizer__learning_rate": chosen}
+    other = distil(write_config(tmp_path / "given", setting, **given))
+    assert not (other / "learning_rate.png").exists()
+    weights = [(each / "final" / "model.safetensors").read_bytes() for each in (folder, other)]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_that_continues_keeps_its_rate(tmp_path: Path, setting: Setting) -> None:
+    path = write_config(tmp_path / "run", setting, **AUTO, checkpoints={"every_steps": 2})
+    trainer, train, *_ = assemble(path)
+    save = trainer.save_checkpoint
+
+    def stop_after_two() -> None:
+        save()
+        raise Interrupted
+
+    trainer.save_checkpoint = stop_after_two  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        train()
+    chosen = trainer.state.learning_rate
+    (tmp_path / "run" / "learning_rate.png").unlink()
+    trainer, train, *_ = assemble(path)
+    train()
+    assert trainer.state.learning_rate == chosen
+    assert not (tmp_path / "run" / "learning_rate.png").exists()  # not compared again
+    assert logged(tmp_path / "run", "train/learning_rate")[2:] == pytest.approx(
+        [chosen * factor for factor in (0.5, 0.25)]  # type: ignore[operator]
+    )
+
+
+def test_a_stop_while_rates_are_compared(tmp_path: Path, setting: Setting) -> None:
+    trainer, train, *_ = assemble(write_config(tmp_path / "run", setting, **AUTO))
+    trainer.run.stop_signal = 15
+    with pytest.raises(Interrupted):
+        train()
+    assert trainer.state.learning_rate is None
 
 
 def test_switching_the_range_test_on_does_not_hinder_resuming(

@@ -1,7 +1,6 @@
 """Which parameters decay, and the learning rate of each step."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from distilling import load_model, prune
@@ -10,7 +9,7 @@ from transformers import WhisperForConditionalGeneration
 
 from simpler_distil_whisper.training.models import freeze
 from simpler_distil_whisper.training.optimizer import learning_rate_factor, parameter_groups
-from simpler_distil_whisper.training.options import Freeze, Schedule
+from simpler_distil_whisper.training.options import Freeze, ScheduleKind
 
 
 @pytest.fixture
@@ -51,10 +50,6 @@ def test_every_trained_tensor_is_optimized_exactly_once(
 # Learning rate
 
 
-def schedule(kind: Any, warmup_steps: int) -> Schedule:
-    return Schedule(kind=kind, warmup_steps=warmup_steps)
-
-
 @pytest.mark.parametrize(
     ("kind", "factors"),
     [
@@ -63,15 +58,15 @@ def schedule(kind: Any, warmup_steps: int) -> Schedule:
         ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]),
     ],
 )
-def test_learning_rate_by_hand(kind: str, factors: list[float]) -> None:
+def test_learning_rate_by_hand(kind: ScheduleKind, factors: list[float]) -> None:
     """Three steps of warm-up in a run of seven."""
-    rates = [learning_rate_factor(schedule(kind, 3), step, 7) for step in range(7)]
+    rates = [learning_rate_factor(kind, step, 3, 7) for step in range(7)]
     assert rates == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_learning_rate_without_warm_up_starts_at_the_top(kind: str) -> None:
-    assert learning_rate_factor(schedule(kind, 0), 0, 10) == 1.0
-    assert all(learning_rate_factor(schedule(kind, 0), step, 10) > 0 for step in range(10))
-    end = learning_rate_factor(schedule(kind, 0), 10, 10)
+def test_learning_rate_without_warm_up_starts_at_the_top(kind: ScheduleKind) -> None:
+    assert learning_rate_factor(kind, 0, 0, 10) == 1.0
+    assert all(learning_rate_factor(kind, step, 0, 10) > 0 for step in range(10))
+    end = learning_rate_factor(kind, 10, 0, 10)
     assert end == pytest.approx(1.0 if kind == "constant" else 0.0)

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpler_distil_whisper.training.plan import MicroBatches, TrainingPlan, Visit
+from simpler_distil_whisper.training.options import BatchOptions, Schedule
+from simpler_distil_whisper.training.plan import (
+    MicroBatches,
+    RunLength,
+    TrainingPlan,
+    Visit,
+    run_length,
+)
 
 
 def make_plan(
@@ -217,3 +224,24 @@ def test_the_weights_decide_the_length_of_epochs() -> None:
     bucketed = make_plan(range(64), 4, True, 0, [2.0] * 64)
     assert bucketed.pool_steps == 8
     assert make_plan(range(64), 4, True, 0).pool_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [
+        (100, RunLength(16, 125, 6, 32)),  # 20 epochs, at most
+        (777, RunLength(16, 972, 49, 243)),  # 20 epochs
+        (1600, RunLength(16, 1000, 50, 250)),  # 10
+        (16_000, RunLength(16, 3000, 150, 750)),  # 3, at least
+        (160_000, RunLength(16, 30_000, 500, 2000)),
+    ],
+)
+def test_the_length_of_a_run_follows_from_its_rows(rows: int, length: RunLength) -> None:
+    assert run_length(Schedule(), BatchOptions(), "auto", rows) == length
+
+
+def test_a_length_that_is_given_stays() -> None:
+    schedule = Schedule(warmup_steps=3, max_steps=70)
+    assert run_length(schedule, BatchOptions(), None, 160) == RunLength(16, 70, 3, 10)
+    schedule = Schedule(warmup_steps=0, epochs=2.5)
+    assert run_length(schedule, BatchOptions(), 7, 160) == RunLength(16, 25, 0, 7)
