@@ -170,9 +170,9 @@ def test_all_is_well(
     assert [text[:4] for text in warnings_in(caplog)] == ["only"]
     tokens = sum(len(row["text"]) + 1 for row in read_rows(setting.train))
     assert re.search(rf"kept: 8 rows, 0.00 h, {tokens} label tokens", caplog.text)
-    # 30 steps, 2 an epoch: dev 15 times, and once with the teacher.
+    # Dev four times, and once with the teacher.
     number = r"[\d.e-]+"
-    assert re.search(rf"about 0:\d\d:\d\d: 30 steps of {number} s, 16 times dev of", caplog.text)
+    assert re.search(rf"about 0:\d\d:\d\d: 30 steps of {number} s, 5 times dev of", caplog.text)
     assert re.search(r"memory: at most \d+ MB so far", caplog.text)
     assert re.search(r"unpruned, agree: KL [\d.e-]+ per token, .* 100.0%", caplog.text)
 
