@@ -4,27 +4,30 @@ Writes `pseudo_labels.jsonl`: the rows of the manifest, in order and with all th
 which the teacher's hypothesis has taken the place of the text, the text is kept beside it, and
 their error rate stands in a column by which run_distillation.py can filter; `rejected.jsonl`:
 every other row, with the reason; `label_quality.json` and `label_quality.html`: how good the labels
-are and which threshold suits them. With `pack`, also `packed_labels.jsonl`: the good labels, as
-many to a row as fit into the model's window.
+are and which threshold suits them. With `segmentation`, recordings longer than the model's window
+are cut into rows; whole they stand in `recordings.jsonl`. With `pack`, also `packed_labels.jsonl`:
+the good labels, as many to a row as fit into the model's window.
 """
 
 import sys
 
 from pydantic import Field, model_validator
 
-from simpler_distil_whisper.config import ConfigError, RunOptions
+from simpler_distil_whisper.config import RunOptions
 from simpler_distil_whisper.data.manifest import Manifest, read_manifest
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.packing import PackOptions, pack_labels
 from simpler_distil_whisper.labels.quality import QualityOptions
 from simpler_distil_whisper.labels.quality_page import assess_labels
+from simpler_distil_whisper.labels.recordings import RECORDINGS, cut_recordings
 from simpler_distil_whisper.labels.rows import (
     LabelColumns,
     LabellingData,
     OutputColumns,
     labelled_row,
 )
+from simpler_distil_whisper.labels.segmentation import SegmentationOptions
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions, DecodingOptions, ModelOptions
 from simpler_distil_whisper.run import Run, log, run_script
@@ -42,9 +45,21 @@ class Config(RunOptions):
     output_script: Script | None = Field(
         None, description="In which the labels of Chinese rows are written; null: as decoded."
     )
+    segmentation: SegmentationOptions = SegmentationOptions()
     quality: QualityOptions = QualityOptions()
     pack: PackOptions = PackOptions()
     teacher_cache: CacheOptions = CacheOptions()
+
+    @property
+    def label_columns(self) -> LabelColumns:
+        """Which key of a labelled row holds what."""
+        return LabelColumns.from_config(
+            self.data.columns,
+            self.output_columns,
+            with_segments=self.decoding.with_segments,
+            with_unconverted=self.output_script is not None,
+            with_windows=self.segmentation.enabled,
+        )
 
     @model_validator(mode="after")
     def _packs_have_something_in_common(self) -> "Config":
@@ -52,28 +67,25 @@ class Config(RunOptions):
             raise ValueError("pack.group_by needs columns where data.columns.speaker is null")
         return self
 
+    @model_validator(mode="after")
+    def _recordings_can_be_cut(self) -> "Config":
+        self.segmentation.check(self.decoding, self.data.columns)
+        return self
+
 
 def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
     """Return the teacher's folder and the usable rows of the manifest."""
     folder = read_model_folder(config.teacher.path, config.teacher.processor, "teacher")
     folder.check_language(config.decoding.language, "decoding.language")
-    longest = config.pack.max_seconds
-    if longest and longest > folder.window_seconds:
-        raise ConfigError(
-            f"pack.max_seconds: {longest:g} s is longer than the window of {folder.path}, "
-            f"{folder.window_seconds:g} s"
-        )
+    folder.check_fits(config.pack.max_seconds, "pack.max_seconds")
+    folder.check_fits(config.segmentation.max_seconds, "segmentation.max_seconds")
     data = config.data
     manifest = read_manifest(
         data.manifest,
         data.columns,
         max_utterances=data.max_utterances,
         languages=folder.row_languages,
-        new_fields=config.output_columns.new_fields(
-            data.columns.text,
-            with_segments=config.decoding.with_segments,
-            with_unconverted=config.output_script is not None,
-        ),
+        new_fields=config.label_columns.new_fields(data.columns.text),
     )
     return folder, manifest.check(data.max_bad_fraction)
 
@@ -96,13 +108,10 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
         config.teacher_cache, folder, teacher.feature_extractor, teacher.model.dtype
     )
     scorer = Scorer(config.metric)
-    columns = LabelColumns.from_config(
-        config.data.columns,
-        config.output_columns,
-        with_segments=config.decoding.with_segments,
-        with_unconverted=config.output_script is not None,
-    )
-    results = RowResults(run.folder, "pseudo_labels.jsonl")
+    columns = config.label_columns
+    labels = run.folder / "pseudo_labels.jsonl"
+    labelled = run.folder / RECORDINGS if config.segmentation.enabled else labels
+    results = RowResults(run.folder, labelled.name)
     for done in transcribe_manifest(transcriber, manifest, config.data, results, run, cache):
         batch, rows = done.batch, []
         for decoded in zip(batch.utterances, done.hypotheses, batch.seconds, strict=True):
@@ -113,13 +122,24 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
         results.append(rows, batch.rejections)
     kept, rejected = results.finish(manifest.rejections, state.wait_for_everyone)
 
-    labels = run.folder / "pseudo_labels.jsonl"
+    summary = f"{labelled}: {kept} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
+    if config.segmentation.enabled:
+        summary += cut_recordings(
+            labels,
+            columns,
+            config.segmentation,
+            folder,
+            scorer,
+            run,
+            workers=config.data.num_workers,
+            wait_for_everyone=state.wait_for_everyone,
+        )
     if state.is_main_process:
-        manifest_folder = config.data.manifest.parent
-        assess_labels(labels, columns, config.quality, scorer, manifest_folder)
-        if config.decoding.long_form != "reject":
-            log.info("Rows longer than the model's window are labelled, but not learnt from.")
-    summary = f"{labels}: {kept} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
+        assess_labels(labels, columns, config.quality, scorer, config.data.manifest.parent)
+        if config.decoding.long_form != "reject" and not config.segmentation.enabled:
+            log.info(
+                "Only with segmentation can rows longer than the model's window be learnt from."
+            )
     if config.pack.enabled:
         summary += pack_labels(
             labels,

@@ -23,6 +23,23 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class WindowEvidence:
+    """How probable the segments are that one window of a long recording contributes.
+
+    Attributes:
+        segment_tokens: the number of tokens of each of them, timestamps included.
+        average_log_probability, no_speech_probability, temperature: of the whole window.
+        complete: nothing is missing after them because of the limit of tokens.
+    """
+
+    segment_tokens: tuple[int, ...]
+    average_log_probability: float
+    no_speech_probability: float | None
+    temperature: float
+    complete: bool
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """The model's text for one utterance, and how probable it is.
 
@@ -37,6 +54,7 @@ class Hypothesis:
         compression_ratio: bytes of the text over its zlib-compressed bytes; high for loops.
         temperature: at which the tokens were sampled; 0 for the most probable ones.
         complete: the model ended the text itself; False if it reached `max_new_tokens`.
+        windows: of a recording longer than the window: the evidence, window by window.
     """
 
     text: str
@@ -48,6 +66,7 @@ class Hypothesis:
     compression_ratio: float
     temperature: float
     complete: bool
+    windows: tuple[WindowEvidence, ...] = ()
 
     @property
     def token_count(self) -> int:

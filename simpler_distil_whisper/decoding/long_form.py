@@ -24,7 +24,7 @@ from simpler_distil_whisper.decoding.chunks import (
     merged,
     words_of,
 )
-from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, WindowEvidence
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.text.languages import join_texts
@@ -76,7 +76,8 @@ def transcribe_long(
     - average log-probability: each window weighted by how many of its tokens are kept;
     - no-speech probability: of the window that is the least likely to be silent;
     - compression ratio and temperature: the greatest, since one loop or one guess is bad enough;
-    - `complete`: no window has lost its end to the limit.
+    - `complete`: no window has lost its end to the limit;
+    - windows: the evidence of each.
 
     Of silent windows only the no-speech probability counts, unless all windows are silent.
 
@@ -289,6 +290,19 @@ def _whole(transcriber: Transcriber, recording: _Recording) -> Hypothesis:
         compression_ratio=max(h.compression_ratio for h in kept),
         temperature=max(h.temperature for h in kept),
         complete=all(part.complete for part in parts),
+        windows=tuple(_evidence(part) for part in parts),
+    )
+
+
+def _evidence(part: Part) -> WindowEvidence:
+    """Return how probable the segments are that one window contributes."""
+    window = part.hypothesis
+    return WindowEvidence(
+        segment_tokens=tuple(len(segment.ids) for segment in part.segments),
+        average_log_probability=window.average_log_probability,
+        no_speech_probability=window.no_speech_probability,
+        temperature=window.temperature,
+        complete=part.complete,
     )
 
 

@@ -7,6 +7,8 @@ for `quality_page` and its template.
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row, placed_lines
 from simpler_distil_whisper.evaluation.metrics import Scorer, align
 from simpler_distil_whisper.evaluation.scoring import compact
-from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.labels.rows import PART, WHY_NO_REFERENCE, WINDOWS, LabelColumns
 from simpler_distil_whisper.labels.table import (
     SIGN_LIMITS,
     Flags,
@@ -183,6 +185,29 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Segmentation:
+    """What has become of the recordings that were cut; the last three hours add up to the first.
+
+    Attributes:
+        recordings, hours: those longer than the model's window.
+        rows, hours_in_rows: what they were cut into.
+        hours_without_speech: what was left out.
+        rejected: the stretches with speech or text that are in no row.
+        rows_with_reference: how many rows have their own part of a reference.
+        rows_without_reference: reason why a part of it is not known -> rows.
+    """
+
+    recordings: int
+    hours: float
+    rows: int
+    hours_in_rows: float
+    hours_without_speech: float
+    rejected: Rejected
+    rows_with_reference: int
+    rows_without_reference: dict[str, int]
+
+
+@dataclass(frozen=True)
 class LabelQuality:
     """The content of `label_quality.json`, in its order.
 
@@ -201,6 +226,7 @@ class LabelQuality:
         rows_beyond_threshold: rows just above it, where slips should end and failures begin.
         suspicious_rows: rows with the most signs, among those that the threshold keeps.
         rejected: the rows without a label.
+        segmentation: how recordings were cut into rows; None: none were.
     """
 
     labels: str
@@ -218,6 +244,7 @@ class LabelQuality:
     rows_beyond_threshold: list[ShownRow]
     suspicious_rows: list[ShownRow]
     rejected: Rejected
+    segmentation: Segmentation | None
 
 
 def summarize_labels(
@@ -226,6 +253,7 @@ def summarize_labels(
     options: QualityOptions,
     scorer: Scorer,
     rejected: Rejected,
+    segmentation: Segmentation | None = None,
 ) -> LabelQuality:
     """Return how good the rows of a labelled manifest are.
 
@@ -235,6 +263,7 @@ def summarize_labels(
         options: for which groups, and how many rows are shown in each of the lists.
         scorer: the one that has counted the error rates.
         rejected: the rows that have no label.
+        segmentation: how recordings were cut into rows; None: none were.
     """
     group_by = [columns.language, columns.speaker, *options.group_by]
     table = read_labels(labels, columns, dict.fromkeys(column for column in group_by if column))
@@ -273,7 +302,48 @@ def summarize_labels(
         rows_beyond_threshold=beyond,
         suspicious_rows=dubious,
         rejected=rejected,
+        segmentation=segmentation,
     )
+
+
+def summarize_segmentation(
+    labels: Path, recordings: Path, rejected: Path, columns: LabelColumns
+) -> Segmentation:
+    """Return what has become of the recordings that were cut into rows.
+
+    Args:
+        labels: the labelled manifest.
+        recordings: `recordings.jsonl`: the rows before they were cut.
+        rejected: `rejected_segments.jsonl`.
+        columns: which key of a row holds what.
+    """
+    lengths = [row["audio_seconds"] for row in _rows(recordings) if WINDOWS in row]
+    rows = rows_with_reference = 0
+    seconds = 0.0
+    without_reference = Counter[str]()
+    for row in _rows(labels):
+        if PART in row:
+            rows += 1
+            seconds += row["audio_seconds"]
+            rows_with_reference += row[columns.reference] is not None
+            without_reference.update([row[WHY_NO_REFERENCE]] if row[WHY_NO_REFERENCE] else [])
+    rejected_segments = summarize_rejected(rejected, columns, labels.parent)
+    hours, hours_in_rows = _rounded(sum(lengths) / 3600), _rounded(seconds / 3600)
+    return Segmentation(
+        recordings=len(lengths),
+        hours=hours,
+        rows=rows,
+        hours_in_rows=hours_in_rows,
+        hours_without_speech=_rounded(hours - hours_in_rows - rejected_segments.hours),
+        rejected=rejected_segments,
+        rows_with_reference=rows_with_reference,
+        rows_without_reference=dict(without_reference),
+    )
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    for _, _, line in placed_lines(path, "output_dir"):
+        yield json.loads(line)
 
 
 def summarize_rejected(path: Path, columns: LabelColumns, folder: Path) -> Rejected:

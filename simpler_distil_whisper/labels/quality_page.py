@@ -13,9 +13,12 @@ from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.labels.quality import (
     LabelQuality,
     QualityOptions,
+    Segmentation,
     summarize_labels,
     summarize_rejected,
+    summarize_segmentation,
 )
+from simpler_distil_whisper.labels.recordings import RECORDINGS, REJECTED_SEGMENTS
 from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.pages import render, stacks
 from simpler_distil_whisper.run import log
@@ -40,7 +43,13 @@ def assess_labels(
         manifest_folder: from which relative paths in rejected rows begin.
     """
     rejected = summarize_rejected(labels.with_name("rejected.jsonl"), columns, manifest_folder)
-    quality = summarize_labels(labels, columns, options, scorer, rejected)
+    segmentation = None
+    recordings = labels.with_name(RECORDINGS)
+    if recordings.exists():
+        cut = labels.with_name(REJECTED_SEGMENTS)
+        segmentation = summarize_segmentation(labels, recordings, cut, columns)
+        _log_segmentation(segmentation)
+    quality = summarize_labels(labels, columns, options, scorer, rejected, segmentation)
     write_label_quality(labels.parent, quality)
     for kept in quality.thresholds:
         if kept.max_error_rate in LOGGED_THRESHOLDS:
@@ -56,6 +65,23 @@ def assess_labels(
     threshold = suggestion.max_error_rate
     shown = "none" if threshold is None else f"{threshold:.2f}"
     log.info("Suggested data.max_error_rate: %s. %s", shown, " ".join(suggestion.reasoning))
+
+
+def _log_segmentation(cut: Segmentation) -> None:
+    log.info(
+        "%d recordings of %.2f h cut into %d rows of %.2f h; %.2f h without speech left out, "
+        "%.2f h rejected",
+        cut.recordings,
+        cut.hours,
+        cut.rows,
+        cut.hours_in_rows,
+        cut.hours_without_speech,
+        cut.rejected.hours,
+    )
+    for kind in cut.rejected.reasons:
+        log.info("rejected, %s: %d stretches, %.2f h", kind.reason, kind.rows, kind.hours)
+    for reason, rows in cut.rows_without_reference.items():
+        log.info("rows without their part of the reference, since %s: %d", reason, rows)
 
 
 def write_label_quality(folder: Path, quality: LabelQuality) -> None:

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 
 SEGMENTS = "segments"
+# Of recordings that are cut into rows, until they are: the evidence of each window, and the text
+# of each segment before it was written in `output_script`.
+RECORDING, WINDOWS, UNCONVERTED_SEGMENTS = "recording", "windows", "unconverted_segments"
+# Of the rows that they are cut into, besides the recording.
+PART, PREVIOUS_TEXT, WHY_NO_REFERENCE = "part", "previous_text", "why_no_reference"
+# Not the previous text: rows may bring some, and that of a recording begins with its own.
+CUT_COLUMNS = (RECORDING, WINDOWS, UNCONVERTED_SEGMENTS, PART, WHY_NO_REFERENCE)
 # The columns that are added under fixed names: the decoder's evidence, then `measure_label`'s.
 NEW_COLUMNS = (
     "average_log_probability",
@@ -65,30 +72,18 @@ class OutputColumns(StrictModel):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "OutputColumns":
-        names = [*self.model_dump().values(), *NEW_COLUMNS, SEGMENTS]
+        names = [*self.model_dump().values(), *NEW_COLUMNS, SEGMENTS, *CUT_COLUMNS]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two columns would share the name {', '.join(twice)}")
         return self
 
-    def new_fields(
-        self, text_column: str, *, with_segments: bool, with_unconverted: bool
-    ) -> set[str]:
-        """Return the fields that a row must not have yet, since labelling would overwrite them.
-
-        The text column is meant to be replaced, so it is not among them; a reference that an
-        earlier run has kept is.
-        """
-        fields = {self.pseudo_label, self.reference, self.error_rate, *NEW_COLUMNS} - {text_column}
-        if with_segments:
-            fields.add(SEGMENTS)
-        if with_unconverted:
-            fields.add(self.unconverted_label)
-        return fields
-
 
 @dataclass(frozen=True)
 class LabelColumns:
-    """Which key of a labelled row holds what; None: no such column."""
+    """Which key of a labelled row holds what; None: no such column.
+
+    With windows, a recording's row holds what is needed to cut it into rows.
+    """
 
     id: str | None
     audio: str
@@ -101,6 +96,7 @@ class LabelColumns:
     segments: str | None = None
     speaker: str | None = None
     unconverted: str | None = None
+    with_windows: bool = False
 
     @classmethod
     def from_config(
@@ -110,6 +106,7 @@ class LabelColumns:
         *,
         with_segments: bool,
         with_unconverted: bool,
+        with_windows: bool = False,
     ) -> "LabelColumns":
         """Return the columns of the manifest together with the new ones."""
         return cls(
@@ -124,7 +121,20 @@ class LabelColumns:
             segments=SEGMENTS if with_segments else None,
             speaker=columns.speaker,
             unconverted=output.unconverted_label if with_unconverted else None,
+            with_windows=with_windows,
         )
+
+    def new_fields(self, text_column: str) -> set[str]:
+        """Return the fields that a row must not have yet, since labelling would overwrite them.
+
+        The text column is meant to be replaced, so it is not among them; a reference that an
+        earlier run has kept is.
+        """
+        fields = {self.label, self.reference, self.error_rate, *NEW_COLUMNS} - {text_column}
+        fields |= {name for name in (self.segments, self.unconverted) if name}
+        if self.with_windows:
+            fields |= set(CUT_COLUMNS)
+        return fields
 
 
 def labelled_row(
@@ -149,7 +159,7 @@ def labelled_row(
     """
     # Not the detected language: the unit of the error rate must not depend on the model.
     language = utterance.language or default_language
-    as_decoded = hypothesis.text
+    as_decoded = hypothesis
     if script and is_chinese(language or hypothesis.language):
         hypothesis = in_script(hypothesis, script)
     rate = None
@@ -164,9 +174,13 @@ def labelled_row(
     if columns.language and utterance.language is None:
         row[columns.language] = hypothesis.language
     if columns.unconverted:
-        row[columns.unconverted] = as_decoded
+        row[columns.unconverted] = as_decoded.text
     if columns.segments:
         row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
+    if columns.with_windows and hypothesis.windows:
+        row[RECORDING] = utterance.id
+        row[WINDOWS] = [asdict(window) for window in hypothesis.windows]
+        row[UNCONVERTED_SEGMENTS] = [segment.text for segment in as_decoded.segments]
     measured = measure_label(
         hypothesis.text, hypothesis.token_count, seconds, utterance.text, scorer, language
     )

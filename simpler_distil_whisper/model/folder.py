@@ -79,6 +79,14 @@ class ModelFolder:
         known = ", ".join(sorted(self.row_languages))
         raise ConfigError(f'{key}: {self.path} has no token for "{language}"; it has {known}')
 
+    def check_fits(self, seconds: float | None, key: str) -> None:
+        """Raise ConfigError if `seconds` (None: no limit of its own) are more than the window."""
+        if seconds and seconds > self.window_seconds:
+            raise ConfigError(
+                f"{key}: {seconds:g} s is longer than the window of {self.path}, "
+                f"{self.window_seconds:g} s"
+            )
+
     def check_copy_of(self, teacher: "ModelFolder") -> None:
         """Raise ConfigError unless this student takes the teacher's log-mels and tokens."""
         sizes = ("vocab_size", "num_mel_bins", "max_source_positions")

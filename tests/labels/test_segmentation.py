@@ -1,0 +1,139 @@
+"""Where recordings are cut: only where a segment ends and the audio is silent."""
+
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simpler_distil_whisper.labels.segmentation import (
+    LONGEST_PAUSE_SECONDS,
+    NO_PAUSE,
+    NO_PAUSE_WITHIN,
+    NO_SPEECH,
+    NO_TEXT,
+    SEGMENT_TOO_LONG,
+    TOLERANCE_SECONDS,
+    Limits,
+    Piece,
+    TimedText,
+    cut_at_pauses,
+)
+
+LIMITS = Limits(seconds=10.0, tokens=40)
+
+
+def cut(
+    segments: list[tuple[float, float]],
+    speech: list[tuple[float, float]],
+    seconds: float,
+    limits: Limits = LIMITS,
+    tokens: int = 5,
+) -> list[Piece]:
+    timed = [TimedText(start, end, tokens) for start, end in segments]
+    return cut_at_pauses(timed, speech, seconds, limits, 0.2)
+
+
+def shown(pieces: list[Piece]) -> list[tuple[float, float, list[int], str | None]]:
+    return [(round(p.start, 2), round(p.end, 2), list(p.segments), p.reason) for p in pieces]
+
+
+def test_neighbours_are_joined_up_to_the_limit_and_cut_in_the_pause() -> None:
+    speech = [(0.5, 4.0), (4.5, 9.0), (9.3, 14.0)]
+    # The teacher's times are those of its windows: a little late, and without the silence.
+    pieces = cut([(0.0, 4.2), (4.2, 9.1), (9.1, 15.0)], speech, 15.0)
+    assert shown(pieces) == [(0.3, 9.15, [0, 1], None), (9.15, 14.2, [2], None)]
+    few_tokens = cut([(0.0, 4.2), (4.2, 9.1), (9.1, 15.0)], speech, 15.0, Limits(10.0, 9))
+    assert [list(piece.segments) for piece in few_tokens] == [[0], [1], [2]]
+
+
+def test_no_cut_where_the_audio_goes_on() -> None:
+    # Between the first two segments somebody speaks on; between the last two there is a pause.
+    speech = [(0.0, 8.0), (8.4, 12.0)]
+    pieces = cut([(0.0, 4.0), (4.0, 8.0), (8.4, 12.0)], speech, 12.0)
+    assert [list(piece.segments) for piece in pieces] == [[0, 1], [2]]
+    rejected = cut([(0.0, 6.0), (6.0, 12.0), (12.4, 15.0)], [(0.0, 12.0), (12.4, 15.0)], 15.0)
+    assert shown(rejected) == [
+        (0.0, 12.2, [0, 1], NO_PAUSE_WITHIN),
+        (12.2, 15.0, [2], None),
+    ]
+
+
+def test_no_cut_inside_a_segment_however_long_its_pauses() -> None:
+    pieces = cut([(0.0, 12.0)], [(0.0, 5.0), (6.0, 12.0)], 12.0)
+    assert shown(pieces) == [(0.0, 12.0, [0], SEGMENT_TOO_LONG)]
+
+
+def test_a_long_pause_is_left_out() -> None:
+    pieces = cut([(0.0, 2.0), (6.0, 8.0)], [(0.0, 2.0), (6.0, 8.0)], 12.0)
+    assert shown(pieces) == [(0.0, 2.2, [0], None), (5.8, 8.2, [1], None)]
+
+
+def test_speech_without_text_is_in_no_row_but_rejected() -> None:
+    speech = [(0.0, 2.0), (2.5, 3.5), (4.0, 6.0), (8.0, 9.0)]
+    pieces = cut([(0.0, 2.0), (4.0, 6.0)], speech, 10.0)
+    assert shown(pieces) == [
+        (0.0, 2.2, [0], None),
+        (2.5, 3.5, [], NO_TEXT),
+        (3.8, 6.2, [1], None),
+        (8.0, 9.0, [], NO_TEXT),
+    ]
+    assert shown(cut([], [(1.0, 2.0), (3.0, 4.0)], 5.0)) == [(1.0, 4.0, [], NO_TEXT)]
+    assert cut([], [], 5.0) == []
+
+
+def test_text_without_speech_is_rejected() -> None:
+    pieces = cut([(0.0, 2.0), (4.0, 6.0), (8.0, 9.0)], [(0.0, 2.0), (8.0, 9.0)], 9.0)
+    assert [(list(p.segments), p.reason) for p in pieces] == [
+        ([0], None),
+        ([1], NO_SPEECH),
+        ([2], None),
+    ]
+
+
+def test_a_segment_that_begins_or_ends_in_speech_is_rejected() -> None:
+    pieces = cut([(3.0, 5.0), (5.5, 8.0)], [(0.0, 5.0), (5.5, 8.0)], 8.0)
+    assert [(list(p.segments), p.reason) for p in pieces] == [
+        ([], NO_TEXT),
+        ([0], NO_PAUSE),
+        ([1], None),
+    ]
+
+
+times = st.lists(st.integers(0, 3000), max_size=40, unique=True).map(sorted)
+
+
+def spans(edges: list[int]) -> list[tuple[float, float]]:
+    return [(a / 50, b / 50) for a, b in zip(edges[::2], edges[1::2], strict=False)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(segments=times, speech=times, contiguous=st.booleans())
+def test_pieces_hold_every_segment_once_and_are_cut_in_silence(
+    segments: list[int], speech: list[int], contiguous: bool
+) -> None:
+    timed = [(a / 50, b / 50) for a, b in pairwise(segments)] if contiguous else spans(segments)
+    spoken = spans(speech)
+    pieces = cut(timed, spoken, 60.0)
+    assert [number for piece in pieces for number in piece.segments] == list(range(len(timed)))
+    bounds = [time for piece in pieces for time in (piece.start, piece.end)]
+    assert bounds == sorted(bounds)
+    assert not bounds or (bounds[0] >= 0 and bounds[-1] <= 60)
+    for piece in pieces:
+        if piece.reason is None:
+            assert piece.seconds <= LIMITS.seconds
+            for edge in (piece.start, piece.end):
+                assert not any(start < edge < end for start, end in spoken)
+            # No more of a segment is outside its row than the teacher's times can be wrong.
+            first, last = timed[piece.segments[0]], timed[piece.segments[-1]]
+            assert first[1] > piece.start - TOLERANCE_SECONDS
+            assert last[0] < piece.end + TOLERANCE_SECONDS
+            inside = [span for span in spoken if piece.start <= span[0] < piece.end]
+            assert inside
+            assert all(b[0] - a[1] <= LONGEST_PAUSE_SECONDS + 1e-9 for a, b in pairwise(inside)) or (
+                len(piece.segments) < 3
+            )
+    left_out = sum(min(b, 60.0) - a for a, b in spoken) - sum(
+        max(min(b, p.end) - max(a, p.start), 0.0) for a, b in spoken for p in pieces
+    )
+    # Nothing but slivers of speech is in no piece.
+    assert left_out <= TOLERANCE_SECONDS * (len(pieces) + 1) * max(len(spoken), 1)
