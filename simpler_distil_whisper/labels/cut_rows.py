@@ -7,7 +7,6 @@ recording is cut is up to `segmentation`, where its reference is to `alignment`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -116,8 +115,7 @@ class RecordingCutter:
         return cut
 
     def _pieces(self, recording: Row, segments: Sequence[_Segment]) -> list[Piece]:
-        start, duration = self._part_of_file(recording)
-        waveform = load_audio(Path(recording[self.columns.audio]), start, duration)
+        waveform = load_audio(*self.columns.clip(recording))
         silence = self.min_silence_seconds
         speech = speech_spans(
             waveform, SpeechOptions(min_silence_seconds=silence, padding_seconds=0.0)
@@ -130,12 +128,6 @@ class RecordingCutter:
             silence,
         )
 
-    def _part_of_file(self, row: Row) -> tuple[float, float | None]:
-        """Return where in its file a recording begins, and how long it is, if its row says so."""
-        columns = (self.columns.start_seconds, self.columns.duration_seconds)
-        start, duration = (row.get(column) if column else None for column in columns)
-        return start or 0.0, duration
-
     def _references(self, recording: Row, texts: Sequence[str]) -> list[ReferencePart]:
         """Return the part of the recording's reference that belongs to each of the texts."""
         reference = recording[self.columns.reference]
@@ -147,7 +139,7 @@ class RecordingCutter:
         """Return the columns that say where the audio of a piece is."""
         start_column, duration_column = self.columns.start_seconds, self.columns.duration_seconds
         assert start_column and duration_column, "the config is checked"
-        first, _ = self._part_of_file(recording)
+        first = self.columns.clip(recording).start_seconds
         start = math.ceil((first + piece.start) * 1000) / 1000
         # Nothing is rounded up, beyond what a row may hold or where the next one begins.
         duration = math.floor((first + piece.end - start) * 1000) / 1000

@@ -326,10 +326,8 @@ def _write_audio(path: Path, parts: Sequence[Row], columns: LabelColumns) -> Non
     """Write the audio of all parts, one after the other, as 16 kHz mono FLAC."""
     waveforms = []
     for part in parts:
-        start = part.get(columns.start_seconds) if columns.start_seconds else None
-        duration = part.get(columns.duration_seconds) if columns.duration_seconds else None
         try:
-            waveforms.append(load_audio(Path(part[columns.audio]), start or 0.0, duration))
+            waveforms.append(load_audio(*columns.clip(part)))
         except AudioError as error:
             raise DataError(
                 f"{part[columns.audio]}: {error}. It was readable when it was labelled; run the "

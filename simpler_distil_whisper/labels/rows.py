@@ -5,11 +5,13 @@ what is measured of a single label. What all labels amount to is in `quality`.
 """
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import StrictModel
+from simpler_distil_whisper.data.audio import Clip
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Columns, ManifestData, Utterance
 from simpler_distil_whisper.evaluation.metrics import Scorer
@@ -123,6 +125,14 @@ class LabelColumns:
             unconverted=output.unconverted_label if with_unconverted else None,
             with_windows=with_windows,
         )
+
+    def clip(self, row: Row) -> Clip:
+        """Return the file, or part of a file, that holds the audio of a labelled row."""
+        start, duration = (
+            row.get(column) if column else None
+            for column in (self.start_seconds, self.duration_seconds)
+        )
+        return Clip(Path(row[self.audio]), start or 0.0, duration)
 
     def new_fields(self, text_column: str) -> set[str]:
         """Return the fields that a row must not have yet, since labelling would overwrite them.

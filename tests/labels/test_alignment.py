@@ -71,9 +71,9 @@ def test_errors_near_a_cut_move_it_to_the_end_of_a_sentence() -> None:
 def test_a_foreign_paragraph_at_a_cut_leaves_both_sides_unknown() -> None:
     foreign = "once upon a time there lived an old king who was the father of seven daughters"
     reference = " ".join([ENGLISH[0], foreign, *ENGLISH[1:]])
-    found = parts(reference, ENGLISH, "en")
-    assert [part.text for part in found] == [None, None, *ENGLISH[2:]]
-    assert found[0].reason == found[1].reason == PLACE_UNKNOWN
+    aligned = parts(reference, ENGLISH, "en")
+    assert [part.text for part in aligned] == [None, None, *ENGLISH[2:]]
+    assert aligned[0].reason == aligned[1].reason == PLACE_UNKNOWN
 
 
 def test_a_foreign_beginning_and_end_leave_the_outer_rows_unknown() -> None:
@@ -83,8 +83,8 @@ def test_a_foreign_beginning_and_end_leave_the_outer_rows_unknown() -> None:
 
 
 def test_what_the_reference_lacks_is_not_given_to_a_neighbour() -> None:
-    found = parts(" ".join([ENGLISH[0], *ENGLISH[2:]]), ENGLISH, "en")
-    assert [part.text for part in found] == [None, None, None, ENGLISH[3]]
+    aligned = parts(" ".join([ENGLISH[0], *ENGLISH[2:]]), ENGLISH, "en")
+    assert [part.text for part in aligned] == [None, None, None, ENGLISH[3]]
     short = parts(" ".join(ENGLISH[:2]), [ENGLISH[0], "yes I see", ENGLISH[1]], "en")
     assert [part.text for part in short] == [ENGLISH[0], None, ENGLISH[1]]
     assert short[1].reason == NO_REFERENCE_TEXT
@@ -114,40 +114,40 @@ def misrecognized(words: list[str], seed: int, rate: float) -> list[str]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(said=st.lists(sentence_words, min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_parts_together_are_the_reference(said: list[list[str]], seed: int) -> None:
+@given(spoken=st.lists(sentence_words, min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_parts_together_are_the_reference(spoken: list[list[str]], seed: int) -> None:
     chance = random.Random(seed)
-    sentence = [" ".join(words).capitalize() + chance.choice(".!?") for words in said]
-    texts = [" ".join(misrecognized(words, seed, 0.1)) for words in said]
-    found = written(" ".join(sentence), texts, "de")
-    if None not in found:
-        assert " ".join(found) == " ".join(sentence)  # type: ignore[arg-type]
-    perfect = written(" ".join(sentence), [" ".join(words) for words in said], "de")
+    sentence = [" ".join(words).capitalize() + chance.choice(".!?") for words in spoken]
+    texts = [" ".join(misrecognized(words, seed, 0.1)) for words in spoken]
+    aligned = written(" ".join(sentence), texts, "de")
+    if None not in aligned:
+        assert " ".join(aligned) == " ".join(sentence)  # type: ignore[arg-type]
+    perfect = written(" ".join(sentence), [" ".join(words) for words in spoken], "de")
     assert None in perfect or perfect == sentence
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    said=st.lists(sentence_words, min_size=3, max_size=8),
+    spoken=st.lists(sentence_words, min_size=3, max_size=8),
     place=st.integers(0, 100),
     length=st.integers(5, 60),
     lost=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_a_damaged_reference_gives_no_wrong_part_without_a_sign(
-    said: list[list[str]], place: int, length: int, lost: bool, seed: int
+    spoken: list[list[str]], place: int, length: int, lost: bool, seed: int
 ) -> None:
     """Each row's part is its own sentence, or unknown, or its error rate shows the difference."""
     chance = random.Random(seed)
-    words = [word for sentence in said for word in sentence]
+    words = [word for sentence in spoken for word in sentence]
     place %= len(words)
     # Words of another text, or a stretch of the reference that is missing.
     foreign = [chance.choice(WORDS).upper() + "x" for _ in range(0 if lost else length)]
     damaged = words[:place] + foreign + words[place + (length if lost else 0) :]
-    texts = [" ".join(sentence) for sentence in said]
-    found = parts(" ".join(damaged), texts, "de")
+    texts = [" ".join(sentence) for sentence in spoken]
+    aligned = parts(" ".join(damaged), texts, "de")
     end = 0
-    for part, sentence, text in zip(found, said, texts, strict=True):
+    for part, sentence, text in zip(aligned, spoken, texts, strict=True):
         begin, end = end, end + len(sentence)
         if part.text is not None and part.text != text:
             assert SCORER.count(part.text, text, "de").errors >= 1
@@ -161,8 +161,8 @@ def test_an_hour_is_aligned_in_seconds() -> None:
     rows = [words[start : start + 80] for start in range(0, len(words), 80)]
     texts = [" ".join(misrecognized(row, number, 0.15)) for number, row in enumerate(rows)]
     began = time.process_time()
-    found = parts(" ".join(words), texts, "en")
+    aligned = parts(" ".join(words), texts, "en")
     assert time.process_time() - began < 5
-    right = sum(part.text == " ".join(row) for part, row in zip(found, rows, strict=True))
+    right = sum(part.text == " ".join(row) for part, row in zip(aligned, rows, strict=True))
     assert right > 60
-    assert sum(part.text is None for part in found) < 10
+    assert sum(part.text is None for part in aligned) < 10

@@ -131,15 +131,15 @@ def test_times_are_those_of_the_file_even_if_the_recording_is_a_part_of_it(tmp_p
 
 
 def test_what_is_rejected_says_where_it_is_and_why() -> None:
-    found = cut(7.0)
-    assert [entry["reason"] for entry in found["rejected"]] == [
+    result = cut(7.0)
+    assert [entry["reason"] for entry in result["rejected"]] == [
         "no pause between segments for longer than a row may be"
     ]
-    [entry] = found["rejected"]
+    [entry] = result["rejected"]
     assert entry["place"] == "call"
     assert entry["row"]["text"] == "".join(text for _, _, text in SEGMENTS[:4])
     assert entry["row"]["duration_seconds"] > 7
-    assert found["rows"][0]["previous_text"] == ""
+    assert result["rows"][0]["previous_text"] == ""
 
 
 def test_the_previous_text_of_a_recording_goes_before_that_of_its_rows() -> None:

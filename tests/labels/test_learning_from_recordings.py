@@ -62,6 +62,7 @@ def test_a_student_learns_from_long_recordings(tmp_path: Path, run_script: RunSc
     config["data"].update(
         train_manifests=["labels/pseudo_labels.jsonl"],
         dev_manifest=None,
+        max_error_rate=None,
         timestamp_probability=0.5,
         previous_text_probability=0.5,
     )
