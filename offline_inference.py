@@ -69,6 +69,7 @@ def prepare(config: Config) -> Prepared:
         data.manifest,
         data.columns,
         max_utterances=data.max_utterances,
+        channel=data.channel,
         languages=folder.row_languages,
         new_fields=new_fields,
     )

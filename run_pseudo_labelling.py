@@ -84,6 +84,7 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
         data.manifest,
         data.columns,
         max_utterances=data.max_utterances,
+        channel=data.channel,
         languages=folder.row_languages,
         new_fields=config.label_columns.new_fields(data.columns.text),
     )

@@ -30,6 +30,12 @@ def real_speech() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    """Small inputs that failed once."""
+    return folder_named_by("SDW_CASES")
+
+
+@pytest.fixture(scope="session")
 def wer_oracle() -> Path:
     """Pairs of texts whose errors other programs have counted."""
     return folder_named_by("SDW_WER_ORACLE")

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
 import soxr
@@ -236,7 +236,7 @@ def channel_name(index: int) -> str:
     return SIDES[index] if index < len(SIDES) else str(index + 1)
 
 
-def is_channel(name: object) -> bool:
+def is_channel(name: object) -> TypeGuard[str]:
     """Return whether this names a channel, or the mean of all."""
     if not isinstance(name, str):
         return False

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 from pydantic import Field, model_validator
 
@@ -26,11 +26,22 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
 )
-from simpler_distil_whisper.data.audio import Clip
-from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
+from simpler_distil_whisper.data.audio import (
+    MEAN,
+    SIDES,
+    AudioError,
+    Clip,
+    channel_count,
+    channel_name,
+    is_channel,
+)
+from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines, to_line
 from simpler_distil_whisper.files import open_regular_file
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import whisper_language
+
+ROWS_OWN = -1  # the channel of rows that no channel is given to
+MOST_CHANNELS = 100  # of a file
 
 
 class Columns(StrictModel):
@@ -44,6 +55,9 @@ class Columns(StrictModel):
     )
     start_seconds: str | None = Field("start_seconds", description="Where a part of a file begins.")
     duration_seconds: str | None = Field("duration_seconds", description="How long the part is.")
+    channel: str | None = Field(
+        "channel", description='Which channel it is: "mean", "left", "right" or "3".'
+    )
 
 
 class DataLimits(StrictModel):
@@ -77,7 +91,18 @@ class ManifestData(DataLimits):
     """The `data` section of the scripts that write a result for each row."""
 
     manifest: Path = Field(description="JSON lines, one utterance each.")
+    channel: Literal["mean", "left", "right", "each"] = Field(
+        "mean",
+        description="Of rows that name none: the mean of all channels, one of them, or each, which "
+        'makes a row of each channel, with "-left" or "-right" added to its id.',
+    )
     columns: Columns = Columns()
+
+    @model_validator(mode="after")
+    def _channel_has_a_column(self) -> "ManifestData":
+        if self.channel != MEAN and self.columns.channel is None:
+            raise ValueError(f'channel "{self.channel}" needs a name in columns.channel')
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +112,13 @@ class Utterance:
     Attributes:
         number: position among the rows, from 0.
         place: "train.jsonl:17", for messages.
-        json: the row as it is in the manifest.
+        json: the row as it is in the manifest, with the channel that the config gives it.
         audio: path of the file, relative to the working directory or absolute.
         start_seconds: where the part begins.
         duration_seconds: length of the part; None: to the end of the file.
         text: the transcript, verbatim; None: there is none.
         language: code that Whisper knows, such as "zh"; None: the row names none.
+        channel: as in `Clip`.
     """
 
     number: int
@@ -104,6 +130,7 @@ class Utterance:
     duration_seconds: float | None
     text: str | None
     language: str | None
+    channel: str = MEAN
 
     @property
     def row(self) -> Row:
@@ -114,7 +141,7 @@ class Utterance:
     @property
     def clip(self) -> Clip:
         """The file, or part of a file, that holds its audio."""
-        return Clip(self.audio, self.start_seconds, self.duration_seconds)
+        return Clip(self.audio, self.start_seconds, self.duration_seconds, self.channel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,26 +167,30 @@ def first_reasons(rejections: Sequence[Rejection]) -> str:
 class Utterances(Sequence[Utterance]):
     """The usable rows of a manifest, in order; each is read from the file when it is accessed.
 
-    Only the offset of each row is kept in memory, so that a million rows take 24 megabytes.
+    Only the offset of each row is kept in memory, so that a million rows take 25 megabytes.
 
     Attributes:
         numbers: the position of each utterance among all rows.
+        each_channel: whether rows are made of each channel of a file.
     """
 
-    def __init__(self, path: Path, columns: Columns) -> None:
+    def __init__(self, path: Path, columns: Columns, *, each_channel: bool = False) -> None:
         """Begin without rows; note size and time of the file, to notice when it changes."""
         self.path = path
         self.columns = columns
+        self.each_channel = each_channel
         self.numbers = array("q")
         self._lines = array("q")
         self._offsets = array("q")
+        self._channels = array("b")
         self._version = self._version_now()
 
-    def append(self, number: int, line: int, offset: int) -> None:
-        """Add a row by the number of its line, from 1, and its offset in bytes."""
+    def append(self, number: int, line: int, offset: int, channel: int = ROWS_OWN) -> None:
+        """Add a row by the number of its line, from 1, its offset in bytes, and its channel."""
         self.numbers.append(number)
         self._lines.append(line)
         self._offsets.append(offset)
+        self._channels.append(channel)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -196,8 +227,12 @@ class Utterances(Sequence[Utterance]):
             for index in indices:
                 file.seek(self._offsets[index])
                 line = file.readline().strip()
+                row, channel = parse_row(line), self._channels[index]
+                if channel != ROWS_OWN:
+                    row = _of_channel(row, channel, self.columns, in_id=self.each_channel)
+                    line = to_line(row).strip().encode()
                 number, place = self.numbers[index], f"{self.path}:{self._lines[index]}"
-                yield _utterance(parse_row(line), line, number, place, folder, self.columns)
+                yield _utterance(row, line, number, place, folder, self.columns)
 
     def _version_now(self) -> tuple[int, int] | None:
         try:
@@ -249,8 +284,9 @@ def read_manifest(
     max_utterances: int | None = None,
     languages: Collection[str] | None = None,
     new_fields: Collection[str] = (),
+    channel: str = MEAN,
 ) -> Manifest:
-    """Return the rows of a manifest, checked without opening their audio.
+    """Return the rows of a manifest, checked without decoding their audio.
 
     Args:
         path: the manifest.
@@ -259,17 +295,21 @@ def read_manifest(
         languages: codes that a row may name; None: all of Whisper's.
         new_fields: fields that the run adds; a row that already has one is rejected, since its
             value would be lost.
+        channel: of rows that name none, as in `ManifestData`; with "each", the headers of all audio
+            files are read.
 
     Raises:
         ConfigError: the manifest cannot be read.
         DataError: it has no rows, or changes while it is read.
     """
-    utterances = Utterances(path, columns)
+    utterances = Utterances(path, columns, each_channel=channel == "each")
     folder, taken = str(path.parent), frozenset(new_fields)
     rejections: list[Rejection] = []
-    digest = hashlib.sha256()
-    for number, (line_number, offset, line) in enumerate(placed_lines(path, "manifest")):
-        if max_utterances is not None and number >= max_utterances:
+    digest = hashlib.sha256(b"" if channel == MEAN else channel.encode())
+    rows = number = 0
+    for rows, (line_number, offset, line) in enumerate(placed_lines(path, "manifest"), 1):
+        if max_utterances is not None and rows > max_utterances:
+            rows -= 1
             log.info("%s: only the first %d rows are used (max_utterances)", path, max_utterances)
             break
         digest.update(b"%d %s\n" % (line_number, line))
@@ -279,11 +319,18 @@ def read_manifest(
             _check_row(row, folder, columns)
             _check_language(row, columns, languages)
             _check_new_fields(row, taken)
-            utterances.append(number, line_number, offset)
+            channels = _channels(row, folder, columns, channel)
+            digest.update(b"%d" % len(channels) if channel == "each" else b"")
+            for one in channels:
+                utterances.append(number, line_number, offset, one)
+                number += 1
         except ValueError as error:
             digest.update(b"rejected\n")
             content = line.decode(errors="replace") if row is None else row
             rejections.append(Rejection(number, f"{path}:{line_number}", str(error), content))
+            number += 1
+    if channel == "each":
+        log.info("%s: %d rows are %d, with one for each channel", path, rows, number)
     utterances.check_unchanged()
     if not utterances and not rejections:
         raise DataError(f"{path}: the manifest has no rows")
@@ -346,6 +393,48 @@ def _whisper_language(name: str) -> str | ValueError:
         return error
 
 
+def _of_channel(row: Row, channel: int, columns: Columns, *, in_id: bool) -> Row:
+    """Return a row with the name of its channel, also in its id if there is a row of each."""
+    assert columns.channel
+    name = channel_name(channel)
+    if in_id and columns.id and row.get(columns.id) is not None:
+        row = row | {columns.id: f"{row[columns.id]}-{name}"}
+    return row | {columns.channel: name}
+
+
+def _named_channel(row: Row, columns: Columns) -> str | None:
+    """Return the channel that a row names; None if it names none."""
+    value = row.get(columns.channel) if columns.channel else None
+    return value if is_channel(value) else None
+
+
+def _channels(row: Row, folder: str, columns: Columns, channel: str) -> list[int]:
+    """Return the channels, from 0, of which rows are made; `ROWS_OWN` where the row stays as it is.
+
+    Raises:
+        RowError: its column for the channel holds something else, which would be lost, or its
+            audio cannot be opened.
+    """
+    if channel == MEAN or _named_channel(row, columns):
+        return [ROWS_OWN]
+    if columns.channel and row.get(columns.channel) is not None:
+        raise RowError(
+            f'"{columns.channel}" is {row[columns.channel]!r}, which is no channel: name another '
+            "data.columns.channel"
+        )
+    if channel in SIDES:
+        return [SIDES.index(channel)]
+    audio = find_audio(row[columns.audio], folder)
+    assert audio
+    try:
+        count = channel_count(Path(audio))
+    except AudioError as error:
+        raise RowError(f"{audio}: {error}") from None
+    if count > MOST_CHANNELS:
+        raise RowError(f"{audio}: it has {count} channels")
+    return list(range(count)) if count > 1 else [ROWS_OWN]
+
+
 def find_audio(name: str, folder: str) -> str | None:
     """Return the path of an audio file, which may be relative to `folder`; None if there is none.
 
@@ -392,6 +481,7 @@ def _utterance(
         audio=Path(find_audio(audio, folder) or Path(folder, audio)),
         start_seconds=float(start or 0.0),
         duration_seconds=None if duration is None else float(duration),
+        channel=_named_channel(row, columns) or MEAN,
         text=row.get(columns.text),
         language=_language(row, columns),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.data.audio import AudioError, Clip, audio_seconds
+from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, audio_seconds, is_channel
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import find_audio
 from simpler_distil_whisper.evaluation.hypotheses import (
@@ -131,7 +131,13 @@ def find_clip(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None
     if path is None:
         return None
     start = _seconds_in(row, columns.start_seconds) or 0.0
-    return Clip(Path(path), start, _seconds_in(row, columns.duration_seconds))
+    channel = row.get(columns.channel) if columns.channel else None
+    return Clip(
+        Path(path),
+        start,
+        _seconds_in(row, columns.duration_seconds),
+        channel if is_channel(channel) else MEAN,
+    )
 
 
 def _group_name(value: object) -> str:

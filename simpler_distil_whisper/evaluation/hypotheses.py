@@ -57,6 +57,9 @@ class HypothesisColumns(StrictModel):
         description="Column of its length, by which error rates are grouped; where it is missing, "
         "the audio file's header tells it.",
     )
+    channel: Name | None = Field(
+        default="channel", description="Column of the channel that was transcribed."
+    )
     speaker: Name | None = Field(
         default=None, description="Column of the speaker, for whom error rates are also given."
     )

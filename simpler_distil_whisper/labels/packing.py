@@ -392,6 +392,7 @@ def _origin(part: Row, start: float, columns: LabelColumns) -> Row:
         columns.audio,
         columns.start_seconds,
         columns.duration_seconds,
+        columns.channel,
         columns.error_rate,
         "audio_seconds",
     ]

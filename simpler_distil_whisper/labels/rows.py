@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.data.audio import Clip
+from simpler_distil_whisper.data.audio import MEAN, Clip, is_channel
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Columns, ManifestData, Utterance
 from simpler_distil_whisper.evaluation.metrics import Scorer
@@ -99,6 +99,7 @@ class LabelColumns:
     speaker: str | None = None
     unconverted: str | None = None
     with_windows: bool = False
+    channel: str | None = None
 
     @classmethod
     def from_config(
@@ -124,6 +125,7 @@ class LabelColumns:
             speaker=columns.speaker,
             unconverted=output.unconverted_label if with_unconverted else None,
             with_windows=with_windows,
+            channel=columns.channel,
         )
 
     def clip(self, row: Row) -> Clip:
@@ -132,7 +134,9 @@ class LabelColumns:
             row.get(column) if column else None
             for column in (self.start_seconds, self.duration_seconds)
         )
-        return Clip(Path(row[self.audio]), start or 0.0, duration)
+        channel = row.get(self.channel) if self.channel else None
+        channel = channel if is_channel(channel) else MEAN
+        return Clip(Path(row[self.audio]), start or 0.0, duration, channel)
 
     def new_fields(self, text_column: str) -> set[str]:
         """Return the fields that a row must not have yet, since labelling would overwrite them.

@@ -517,5 +517,5 @@ def _audio_key(utterance: Utterance, view: str | None) -> list[object] | None:
         audio = audio_digest(utterance.audio)
     except OSError:
         return None
-    part = [audio, utterance.start_seconds, utterance.duration_seconds]
+    part = [audio, utterance.start_seconds, utterance.duration_seconds, utterance.channel]
     return [*part, view] if view else part

@@ -1,0 +1,271 @@
+"""Audio that headers are wrong about, that is damaged on purpose, or whose mean is silent."""
+
+import io
+import os
+import struct
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from simpler_distil_whisper.data.audio import AudioError, audio_seconds, load_audio
+from simpler_distil_whisper.data.manifest import Columns, read_manifest
+
+RATE = 16_000
+
+
+def sound(seconds: float = 2.0, pitch: float = 300.0) -> np.ndarray:
+    """Return float64 [S]: a chirp with noise."""
+    time = np.arange(round(seconds * RATE)) / RATE
+    noise = np.random.default_rng(0).normal(0, 0.02, len(time))
+    return 0.4 * np.sin(2 * np.pi * (pitch + 400 * time) * time) + noise
+
+
+def encoded(kind: str, subtype: str | None = None, samples: np.ndarray | None = None) -> bytes:
+    content = io.BytesIO()
+    soundfile.write(content, sound() if samples is None else samples, RATE, subtype, format=kind)
+    return content.getvalue()
+
+
+def put(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def by_ffmpeg(path: Path, codec: str, rate: int = RATE, **options: str) -> Path:
+    """Write a file of two seconds with PyAV; return its path."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        stream.bit_rate = 64_000
+        frame = av.AudioFrame.from_ndarray(
+            (sound()[None] * 32767).astype(np.int16), format="s16", layout="mono"
+        )
+        frame.rate = RATE
+        resampler = av.AudioResampler(
+            stream.codec_context.format.name if stream.codec_context.format else "fltp",
+            "mono",
+            rate,
+            frame_size=stream.codec_context.frame_size or 0,
+        )
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+    return path
+
+
+def without_xing(content: bytes) -> bytes:
+    """Return an MP3 without its first frame, which tells how many frames follow."""
+    return content[content.index(b"\xff\xf3", 4) :]
+
+
+def without_size(content: bytes, size: int = 0) -> bytes:
+    place = content.index(b"data") + 4
+    return (
+        content[:4]
+        + struct.pack("<I", size)
+        + content[8:place]
+        + struct.pack("<I", size)
+        + content[place + 4 :]
+    )
+
+
+def without_total_samples(content: bytes) -> bytes:
+    flac = bytearray(content)
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    return bytes(flac)
+
+
+WHOLE: dict[str, Callable[[], bytes]] = {
+    "size_zero.wav": lambda: without_size(encoded("WAV")),
+    "size_unknown.wav": lambda: without_size(encoded("WAV"), 2**32 - 1),
+    "size_of_a_part.wav": lambda: without_size(encoded("WAV"), 16_000),
+    "no_total.flac": lambda: without_total_samples(encoded("FLAC")),
+    "no_xing.mp3": lambda: without_xing(encoded("MP3")),
+    "gsm.wav": lambda: encoded("WAV", "GSM610"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_all_of_a_file_with_a_wrong_header_is_used(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path, name, WHOLE[name]())
+    tolerance = 0.11 if name == "no_xing.mp3" else 0.025  # the encoder's padding; blocks of GSM
+    assert len(load_audio(path)) / RATE == pytest.approx(2.0, abs=tolerance)
+    assert audio_seconds(path) == pytest.approx(len(load_audio(path)) / RATE, abs=0.01)
+    end = load_audio(path, 1.5, 0.4)
+    assert np.array_equal(end, load_audio(path)[24_000:30_400])
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "AIFF", "MP3"])
+def test_all_of_joined_files_is_used(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = encoded(kind)
+    alone = load_audio(put(tmp_path, f"alone.{kind}", content))
+    path = put(tmp_path, f"joined.{kind}", content + content)
+    both = load_audio(path)
+    assert len(both) / RATE == pytest.approx(4.0, abs=0.15 if kind == "MP3" else 0.001)
+    assert str(path) in caplog.text
+    if kind != "MP3":
+        assert np.array_equal(both, np.concatenate([alone, alone]))
+        assert np.array_equal(load_audio(path, 1.5, 1.0), both[24_000:40_000])
+    if kind != "FLAC":
+        assert audio_seconds(path) == pytest.approx(len(both) / RATE, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "W64", "CAF", "FLAC", "MP3", "m4a", "mka"])
+def test_what_is_cut_off_is_rejected_with_both_lengths_unless_a_part_is_named(
+    tmp_path: Path, kind: str
+) -> None:
+    if kind in ("m4a", "mka"):
+        faststart = {"movflags": "faststart"} if kind == "m4a" else {}
+        content = by_ffmpeg(tmp_path / f"whole.{kind}", "aac", **faststart).read_bytes()
+    else:
+        content = encoded(kind)
+    path = put(tmp_path, f"cut.{kind}", content[: len(content) * 6 // 10])
+    with pytest.raises(AudioError, match=r"promises (1\.99|2\.[01])\d* s, [01]\.\d+ s are"):
+        load_audio(path)
+    assert len(load_audio(path, 0.1, 0.3)) == 4_800
+    with pytest.raises(AudioError, match="cut off"):
+        load_audio(path, 0.5, 1.2)
+
+
+def test_an_ogg_that_ends_within_a_page_is_rejected(tmp_path: Path) -> None:
+    content = encoded("OGG", "OPUS", sound(6.0))
+    path = put(tmp_path, "cut.opus", content[:-200])
+    with pytest.raises(AudioError, match=r"cut off: its end is missing, \d\.\d+ s are there"):
+        load_audio(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [("x.m4a", "aac", 44_100), ("x.webm", "libopus", 48_000), ("x.wma", "wmav2", 44_100)],
+)
+def test_formats_of_phones_and_browsers(tmp_path: Path, name: str, codec: str, rate: int) -> None:
+    path = by_ffmpeg(tmp_path / name, codec, rate)
+    whole = load_audio(path)
+    assert audio_seconds(path) == pytest.approx(len(whole) / RATE, abs=0.001)
+    assert len(whole) / RATE == pytest.approx(2.0, abs=0.1)
+    part = load_audio(path, 0.5, 1.0)
+    assert len(part) == RATE
+    assert np.abs(part[100:-100] - whole[8_000:24_000][100:-100]).max() < 0.02
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_louder_channel_takes_the_place_of_a_silent_mean(
+    tmp_path: Path, silent: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = np.zeros(2 * RATE) if silent else -0.9 * sound()
+    path = tmp_path / "x.wav"
+    soundfile.write(path, np.stack([other, sound()], axis=1), RATE)
+    right = load_audio(path, channel="right")
+    assert np.array_equal(load_audio(path), right)
+    assert np.abs(right - sound()).max() < 1e-4
+    assert "the louder one, right, is used" in caplog.text
+
+
+def test_channels_that_cancel_for_a_while_lose_nothing(tmp_path: Path) -> None:
+    """A call: one speaker in phase, the other one not."""
+    left = np.concatenate([sound(), sound(pitch=500)])
+    right = 0.9 * np.concatenate([sound(), -sound(pitch=500)])
+    path = tmp_path / "x.wav"
+    soundfile.write(path, np.stack([left, right], axis=1), RATE)
+    assert np.abs(load_audio(path) - left).max() < 1e-4
+
+
+def test_a_channel_that_is_not_there(tmp_path: Path) -> None:
+    path = put(tmp_path, "x.wav", encoded("WAV"))
+    assert np.array_equal(load_audio(path, channel="left"), load_audio(path))
+    for read in (load_audio, audio_seconds):
+        with pytest.raises(AudioError, match='no channel "right": the file has 1'):
+            read(path, 0.0, None, "right")
+
+
+@pytest.mark.parametrize("scale", [2.0**15, 2.0**31])
+def test_integers_in_floating_point_are_scaled(tmp_path: Path, scale: float) -> None:
+    path = put(tmp_path, "x.wav", encoded("WAV", "FLOAT", sound() * scale))
+    assert np.abs(load_audio(path) - sound()).max() < 1e-6
+
+
+def test_a_few_extreme_samples_are_damage(tmp_path: Path) -> None:
+    samples = sound()
+    for value in (1e8, 1e30):
+        samples[777] = value
+        path = put(tmp_path, "x.wav", encoded("WAV", "FLOAT", samples))
+        with pytest.raises(AudioError, match="damaged: some samples are as large as 1e"):
+            load_audio(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"<!DOCTYPE html>\n<html>404</html>", "<!DOCTYPE html>"),
+        (b'\xef\xbb\xbf{"error": 404}', '{"error": 404}'),
+        ("<?xml?>\n".encode("utf-16"), "<?xml?>"),
+        (b"#EXTM3U\n/etc/passwd\n", "#EXTM3U"),
+    ],
+)
+def test_text_is_no_audio(tmp_path: Path, content: bytes, line: str) -> None:
+    path = put(tmp_path, "x.mp3", content)
+    for read in (load_audio, audio_seconds):
+        with pytest.raises(AudioError) as caught:
+            read(path)
+        assert str(caught.value) == f"is no audio (it begins with {line})"
+
+
+def test_only_files_on_disk_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.wav")
+    with pytest.raises(AudioError, match="it is a pipe"):
+        load_audio(tmp_path / "x.wav")
+    with pytest.raises(AudioError, match="it is a device"):
+        audio_seconds(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(("on_disk", "in_row"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_equal_in_both_forms_of_unicode(
+    tmp_path: Path, on_disk: str, in_row: str
+) -> None:
+    name = "Gespräche/Müller.wav"
+    path = tmp_path / unicodedata.normalize(on_disk, name)
+    path.parent.mkdir()
+    path.write_bytes(encoded("WAV"))
+    line = f'{{"audio": "{unicodedata.normalize(in_row, name)}"}}\n'
+    (tmp_path / "m.jsonl").write_text(line, encoding="utf-8")
+    [utterance] = read_manifest(tmp_path / "m.jsonl", Columns()).utterances
+    assert len(load_audio(*utterance.clip)) == 2 * RATE
+
+
+# Files that failed once.
+
+
+def test_collected_cases(cases: Path) -> None:
+    expected = {
+        "joined.mp3": 7.603,
+        "chained.ogg": 7.53,
+        "vbr_noxing.mp3": 21.708,
+        "flac_nosamples.flac": 4.4,
+        "size_zero.wav": 4.4,
+        "truncated.wav": r"cut off: its header promises 4\.400 s, 2\.199 s are there",
+        "trunc.flac": r"cut off: its header promises 11\.660 s, 5\.666 s are there",
+        "inverted.wav": 4.4,
+        "int16scale.wav": 4.4,
+        "tel_gsm.wav": 4.4,
+        "aac_44k1.m4a": 3.947,
+        "opus_48k.webm": 3.936,
+        "html.mp3": "is no audio",
+    }
+    for name, outcome in expected.items():
+        path = cases / "audio" / name
+        if isinstance(outcome, str):
+            with pytest.raises(AudioError, match=outcome):
+                load_audio(path)
+            continue
+        loaded = load_audio(path)
+        assert len(loaded) / RATE == pytest.approx(outcome, abs=0.01), name
+        assert audio_seconds(path) == pytest.approx(outcome, abs=0.01), name
+        assert 0.01 < np.sqrt(np.mean(loaded**2)) < 0.5, name

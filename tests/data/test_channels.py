@@ -1,0 +1,94 @@
+"""Which channels of recordings become rows, and that everything that reads a row honours them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from pydantic import ValidationError
+from tiny import write_rows
+
+from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.data.manifest import Columns, Manifest, ManifestData, read_manifest
+from simpler_distil_whisper.model.teacher_cache import _audio_key
+
+
+def call(folder: Path, name: str = "call.wav", channels: int = 2) -> np.ndarray:
+    """Write a recording with a constant in each channel; return float64 [S, C]."""
+    samples = np.tile(np.arange(1, channels + 1) / 8, (16_000, 1))
+    soundfile.write(folder / name, samples, 16_000)
+    return samples
+
+
+def read(folder: Path, channel: str, *rows: dict[str, Any]) -> Manifest:
+    return read_manifest(write_rows(folder / "m.jsonl", list(rows)), Columns(), channel=channel)
+
+
+def test_each_channel_becomes_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    call(tmp_path)
+    call(tmp_path, "four.wav", 4)
+    call(tmp_path, "mono.wav", 1)
+    rows = [
+        {"id": "a", "audio": "call.wav", "x": 1},
+        {"id": "b", "audio": "mono.wav"},
+        {"id": "gone", "audio": "gone.wav"},
+        {"audio": "four.wav"},
+        {"id": "d", "audio": "call.wav", "channel": "right"},
+    ]
+    (tmp_path / "text.wav").write_text("no audio", encoding="utf-8")
+    manifest = read(tmp_path, "each", *rows, {"id": "e", "audio": "text.wav"})
+    utterances = list(manifest.utterances)
+    place = f"{tmp_path / 'm.jsonl'}:4"
+    assert [(one.id, one.channel) for one in utterances] == [
+        ("a-left", "left"),
+        ("a-right", "right"),
+        ("b", "mean"),
+        *[(place, name) for name in ("left", "right", "3", "4")],
+        ("d", "right"),
+    ]
+    assert utterances[1].row == {"id": "a-right", "audio": "call.wav", "x": 1, "channel": "right"}
+    assert json.loads(utterances[1].json) == utterances[1].row
+    assert [float(load_audio(*one.clip)[0]) for one in utterances[:7]] == [
+        0.125, 0.25, 0.125, 0.125, 0.25, 0.375, 0.5
+    ]  # fmt: skip
+    # Each has a number of its own, by which results are kept.
+    assert [one.number for one in utterances] == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert [rejection.number for rejection in manifest.rejections] == [3, 9]
+    assert manifest.row_count == 10
+    assert "6 rows are 10, with one for each channel" in caplog.text
+    assert manifest.utterances[3:5] == utterances[3:5]
+
+
+def test_one_side_is_written_into_the_rows(tmp_path: Path) -> None:
+    call(tmp_path)
+    rows = [{"id": "a", "audio": "call.wav"}, {"id": "b", "audio": "call.wav", "channel": "left"}]
+    first, second = read(tmp_path, "right", *rows).utterances
+    assert (first.id, first.row["channel"], first.channel) == ("a", "right", "right")
+    assert second.channel == "left"
+    # A labelled row is trained on without further steps: it names its channel itself.
+    again = read(tmp_path, "mean", first.row)
+    assert again.utterances[0].clip == first.clip
+    fingerprints = {read(tmp_path, channel, *rows).fingerprint for channel in ("mean", "right")}
+    assert len(fingerprints) == 2
+
+
+def test_a_column_with_another_meaning_is_not_lost(tmp_path: Path) -> None:
+    call(tmp_path)
+    row = {"id": "a", "audio": "call.wav", "channel": "news"}
+    [utterance] = read(tmp_path, "mean", row).utterances
+    assert (utterance.channel, utterance.row["channel"]) == ("mean", "news")
+    [rejection] = read(tmp_path, "each", row).rejections
+    assert "\"channel\" is 'news', which is no channel" in rejection.reason
+    with pytest.raises(ValidationError, match=r"needs a name in columns\.channel"):
+        ManifestData(manifest=tmp_path / "m.jsonl", channel="each", columns=Columns(channel=None))
+
+
+def test_channels_have_cached_states_of_their_own(tmp_path: Path) -> None:
+    call(tmp_path)
+    utterances = list(read(tmp_path, "each", {"id": "a", "audio": "call.wav"}).utterances)
+    utterances += read(tmp_path, "mean", {"id": "a", "audio": "call.wav"}).utterances
+    keys = [json.dumps(_audio_key(utterance, "")) for utterance in utterances]
+    assert len(set(keys)) == 3
