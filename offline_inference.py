@@ -2,23 +2,30 @@
 
 Writes `hypotheses.jsonl`: the rows of the manifest, in order and with all their fields, with the
 hypothesis and, if the config asks for them, its segments; `rejected.jsonl`: every other row, with
-the reason; `speed.json`.
+the reason; `speed.json`; for each row the subtitles that the config names, in `subtitles/`.
 """
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import RunOptions, StrictModel
+from simpler_distil_whisper.data.audio import audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, ManifestData, Utterance, read_manifest
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.decoding.speed import Speed, write_speed
+from simpler_distil_whisper.decoding.subtitles import SubtitleFormat, write_subtitles
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.model.options import AssistantOptions, DecodingOptions, ModelOptions
-from simpler_distil_whisper.run import Run, run_script
+from simpler_distil_whisper.model.options import (
+    AssistantOptions,
+    InferenceDecodingOptions,
+    ModelOptions,
+)
+from simpler_distil_whisper.run import Run, log, run_script
 
 Prepared = tuple[ModelFolder, ModelFolder | None, Manifest]
 
@@ -29,8 +36,8 @@ class OutputColumns(StrictModel):
     hypothesis: str = Field("hypothesis", description="The model's text.")
     segments: str = Field(
         "segments",
-        description="With decoding.timestamps or decoding.long_form: a list of start_seconds, "
-        "end_seconds and text.",
+        description="With decoding.timestamps, word_timestamps or long_form: a list of "
+        "start_seconds, end_seconds, text and, if they are timed, words.",
     )
 
 
@@ -40,8 +47,19 @@ class Config(RunOptions):
     model: ModelOptions
     assistant: AssistantOptions = AssistantOptions()
     data: ManifestData
-    decoding: DecodingOptions = DecodingOptions()
+    decoding: InferenceDecodingOptions = InferenceDecodingOptions()
     output_columns: OutputColumns = OutputColumns()
+    subtitles: list[SubtitleFormat] = Field(
+        [], description="Files to write for each row, in the folder subtitles: srt, vtt."
+    )
+
+    @model_validator(mode="after")
+    def _subtitles_need_times(self) -> "Config":
+        if self.subtitles and not (self.decoding.timestamps or self.decoding.word_timestamps):
+            raise ValueError(
+                "subtitles need times: set decoding.timestamps or decoding.word_timestamps to true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _assistant_needs_greedy_decoding(self) -> "Config":
@@ -84,7 +102,14 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     folder, assistant_folder, manifest = prepared
     state = join_processes()
     transcriber = transcription.load_transcriber(
-        folder, assistant_folder, config.model, config.decoding, config.seed, state, run
+        folder,
+        assistant_folder,
+        config.model,
+        config.decoding,
+        config.seed,
+        state,
+        run,
+        word_timestamps=config.decoding.word_timestamps,
     )
     results, speed = RowResults(run.folder, "hypotheses.jsonl"), Speed()
     batches = transcription.transcribe_manifest(transcriber, manifest, config.data, results, run)
@@ -101,6 +126,8 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     written, rejected = results.finish(manifest.rejections, state.wait_for_everyone)
     if state.is_main_process:
         write_speed(run.folder, report, drafts)
+        if config.subtitles:
+            _write_subtitles(config, run)
     return (
         f"{run.folder / 'hypotheses.jsonl'}: {written} rows; "
         f"{run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
@@ -118,6 +145,28 @@ def result_row(utterance: Utterance, hypothesis: Hypothesis, config: Config) -> 
     if config.decoding.with_segments:
         row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
     return row
+
+
+def _write_subtitles(config: Config, run: Run) -> None:
+    """Write the subtitles of all rows of `hypotheses.jsonl`."""
+    columns = config.data.columns
+
+    def seconds_of(row: Row) -> float:
+        start, duration = (
+            row.get(key) if key else None
+            for key in (columns.start_seconds, columns.duration_seconds)
+        )
+        return audio_seconds(Path(row[columns.audio]), start or 0.0, duration)
+
+    folder = write_subtitles(
+        run.folder / "hypotheses.jsonl",
+        config.subtitles,
+        columns.id,
+        config.output_columns.segments,
+        seconds_of,
+        run.stop_if_asked,
+    )
+    log.info("%s: subtitles of each row", folder)
 
 
 if __name__ == "__main__":

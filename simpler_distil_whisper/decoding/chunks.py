@@ -5,14 +5,14 @@ times alone. It decodes nothing.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, TimedToken
 from simpler_distil_whisper.text.languages import NEVER_SPACED
 
 MAX_CHARACTER_BYTES = 4  # in UTF-8
@@ -26,15 +26,17 @@ class SegmentTokens:
         start: from the beginning of the window or of the recording.
         end: likewise.
         ids: the tokens.
+        timed: those of text with their times; empty if none are requested.
     """
 
     start: int
     end: int
     ids: tuple[int, ...]
+    timed: tuple[TimedToken, ...] = ()
 
     def shifted(self, frames: int) -> "SegmentTokens":
         """Return the same some frames later."""
-        return SegmentTokens(self.start + frames, self.end + frames, self.ids)
+        return replace(self, start=self.start + frames, end=self.end + frames)
 
 
 @dataclass(frozen=True)
@@ -111,38 +113,54 @@ class Chunk:
         """Return its contribution if only words `first` to `stop` are kept."""
         place, kept = 0, []
         for segment, words in self.segments:
-            some = words[max(first - place, 0) : max(stop - place, 0)]
+            begin = max(first - place, 0)
+            some = words[begin : max(stop - place, 0)]
             place += len(words)
             if some:
                 ids = tuple(id for word in some for id in word.ids)
-                kept.append(replace(segment, ids=ids))
+                left_out = sum(len(word.ids) for word in words[:begin])
+                timed = segment.timed[left_out : left_out + len(ids)]
+                kept.append(replace(segment, ids=ids, timed=timed))
         return Part(self.hypothesis, kept, self.hypothesis.complete)
 
 
 def words_of(ids: Sequence[int], text_of: Callable[[Sequence[int]], str]) -> list[Word]:
     """Return the words of a text; together they have all of its tokens, in order.
 
-    In a script without spaces a character is a word. Tokens are made of bytes, so a character can
-    have several: they stay together.
+    In a script without spaces a character is a word.
 
     Args:
         ids: tokens of text.
         text_of: decodes tokens.
     """
     words: list[Word] = []
+    for text, own in whole_characters(ids, text_of):
+        if words and _continues(words[-1].text, text):
+            words[-1] = Word((*words[-1].ids, *own), words[-1].text + text)
+        else:
+            words.append(Word(tuple(own), text))
+    return words
+
+
+def whole_characters(
+    ids: Sequence[int], text_of: Callable[[Sequence[int]], str]
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield the shortest texts that end with a whole character, each with its tokens.
+
+    Tokens are made of bytes, so a character can have several of them.
+
+    Args:
+        ids: tokens of text.
+        text_of: decodes tokens.
+    """
     pending: list[int] = []
     for place, id in enumerate(ids, 1):
         pending.append(id)
         text = text_of(pending)
         half_a_character = text.endswith("\ufffd") and len(pending) < MAX_CHARACTER_BYTES
-        if half_a_character and place < len(ids):
-            continue
-        if words and _continues(words[-1].text, text):
-            words[-1] = Word((*words[-1].ids, *pending), words[-1].text + text)
-        else:
-            words.append(Word(tuple(pending), text))
-        pending = []
-    return words
+        if place == len(ids) or not half_a_character:
+            yield text, pending
+            pending = []
 
 
 def _continues(word: str, text: str) -> bool:
@@ -173,7 +191,8 @@ def merged(chunks: Sequence[Chunk], loud: Tensor, timed: bool) -> list[Part]:
             middle = (right.start + left.end) // 2
         part = left.part(first, stop)
         if not timed:  # Without timestamps each neighbour gets half of the time of an overlap.
-            segments = [SegmentTokens(begin, middle, part.ids)] if part.ids else []
+            timed_ids = tuple(token for segment in part.segments for token in segment.timed)
+            segments = [SegmentTokens(begin, middle, part.ids, timed_ids)] if part.ids else []
             part = replace(part, segments=segments)
         elif parts and parts[-1].segments and part.segments:
             _unite(parts[-1].segments, part.segments)
@@ -188,7 +207,7 @@ def _unite(before: list[SegmentTokens], after: list[SegmentTokens]) -> None:
     shared = min(left.end, right.end) - max(left.start, right.start)
     if shared > min(left.end - left.start, right.end - right.start) / 2:
         start, end = min(left.start, right.start), max(left.end, right.end)
-        before[-1] = SegmentTokens(start, end, left.ids + right.ids)
+        before[-1] = SegmentTokens(start, end, left.ids + right.ids, left.timed + right.timed)
         del after[0]
 
 

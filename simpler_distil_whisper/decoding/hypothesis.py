@@ -5,6 +5,7 @@ Owns the types; it needs no torch, so that the scripts can import it at once.
 
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,44 @@ class Segment:
     start_seconds: float
     end_seconds: float | None
     text: str
+
+
+class TimedToken(NamedTuple):
+    """A token of text with its time in seconds, and its probability among the tokens of text."""
+
+    id: int
+    start: float
+    end: float
+    probability: float
+
+    def shifted(self, seconds: float) -> "TimedToken":
+        """Return the same some seconds later."""
+        return self._replace(start=self.start + seconds, end=self.end + seconds)
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """A word of a segment and when it was spoken.
+
+    Attributes:
+        word: with the space before it and the punctuation around it: the words of a segment are
+            its text.
+        start: seconds from the beginning of the audio.
+        end: likewise.
+        probability: the mean of its tokens, without the punctuation.
+    """
+
+    word: str
+    start: float
+    end: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class SegmentWithWords(Segment):
+    """A segment from the start of its first word to the end of its last one."""
+
+    words: tuple[TimedWord, ...]
 
 
 @dataclass(frozen=True)

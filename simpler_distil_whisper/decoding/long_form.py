@@ -7,8 +7,8 @@ of a recording up to `data/features.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ from simpler_distil_whisper.decoding.chunks import (
     merged,
     words_of,
 )
-from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, WindowEvidence
+from simpler_distil_whisper.decoding.hypothesis import (
+    Hypothesis,
+    Segment,
+    TimedToken,
+    WindowEvidence,
+)
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.text.languages import join_texts
@@ -57,6 +62,9 @@ class _Recording:
     def frames(self) -> int:
         """The number of its log-mel frames."""
         return self.features.shape[1]
+
+
+_Window = tuple[_Recording, int]  # a recording, and a frame of it at which a window begins
 
 
 def transcribe_long(
@@ -112,15 +120,33 @@ def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recordi
         group = waiting[: transcriber.batch_size]
         windows = [(recording, recording.seek) for recording in group]
         contexts = [recording.context for recording in group]
-        hypotheses = _decode_windows(transcriber, windows, contexts, timestamps=True)
+        states = _encode_windows(transcriber, windows)
+        hypotheses = _decode_windows(transcriber, windows, states, contexts, timestamps=True)
         for recording, hypothesis in zip(group, hypotheses, strict=True):
             _add_window(transcriber, recording, hypothesis)
+        if transcriber.aligner:
+            parts = [recording.parts[-1] for recording in group]
+            timed = _aligned(transcriber, windows, states, [part.ids for part in parts])
+            for part, tokens in zip(parts, timed, strict=True):
+                part.segments[:] = _with_tokens(transcriber, part.segments, tokens)
         waiting = [recording for recording in waiting if recording.seek < recording.frames]
+
+
+def _encode_windows(transcriber: Transcriber, windows: Sequence[_Window]) -> Tensor:
+    """Return float [B, E, D]: the encoder states of some windows."""
+    size = _window_frames(transcriber)
+    features = []
+    for recording, start in windows:
+        window = recording.features[:, start : start + size]
+        # openai/whisper pads the last window with zeros, although they are not silence.
+        features.append(functional.pad(window, (0, size - window.shape[1])))
+    return transcriber.encode(torch.stack(features))
 
 
 def _decode_windows(
     transcriber: Transcriber,
-    windows: Sequence[tuple[_Recording, int]],
+    windows: Sequence[_Window],
+    states: Tensor,
     contexts: list[list[int]] | None = None,
     timestamps: bool | None = None,
 ) -> list[Hypothesis]:
@@ -129,17 +155,12 @@ def _decode_windows(
     Args:
         transcriber: the model and its options.
         windows: the recording and the first frame of each.
+        states: float [B, E, D]: their encoder states.
         contexts: tokens of the text before each; None: the option `prompt`.
         timestamps: whether to decode with timestamps; None: as the options say.
     """
-    size = _window_frames(transcriber)
-    features = []
-    for recording, start in windows:
-        window = recording.features[:, start : start + size]
-        # openai/whisper pads the last window with zeros, although they are not silence.
-        features.append(functional.pad(window, (0, size - window.shape[1])))
     hypotheses = transcriber.from_encoder_states(
-        transcriber.encode(torch.stack(features)),
+        states,
         [recording.language for recording, _ in windows],
         previous=contexts,
         # The place in the recording is below 2 ** 32: each window has random numbers of its own.
@@ -149,6 +170,41 @@ def _decode_windows(
     for (recording, _), hypothesis in zip(windows, hypotheses, strict=True):
         recording.language = hypothesis.language
     return hypotheses
+
+
+def _aligned(
+    transcriber: Transcriber,
+    windows: Sequence[_Window],
+    states: Tensor,
+    texts: Sequence[Sequence[int]],
+) -> list[list[TimedToken]]:
+    """Return the tokens of the texts of some windows, timed from the beginning of the recording.
+
+    Args:
+        transcriber: the model and its options.
+        windows: the recording and the first frame of each.
+        states: float [B, E, D]: their encoder states.
+        texts: tokens of each.
+    """
+    size, rate = _window_frames(transcriber), _frames_per_second(transcriber)
+    languages = [recording.language or "en" for recording, _ in windows]
+    seconds = [min(size, recording.frames - start) / rate for recording, start in windows]
+    every = transcriber.align(states, languages, texts, seconds)
+    return [
+        [token.shifted(start / rate) for token in tokens]
+        for (_, start), tokens in zip(windows, every, strict=True)
+    ]
+
+
+def _with_tokens(
+    transcriber: Transcriber, segments: Sequence[SegmentTokens], tokens: Sequence[TimedToken]
+) -> list[SegmentTokens]:
+    """Return the segments of a window with their share of the timed tokens of its text."""
+    rest, end = iter(tokens), transcriber.whisper.tokens.end
+    return [
+        replace(segment, timed=tuple(islice(rest, sum(id < end for id in segment.ids))))
+        for segment in segments
+    ]
 
 
 def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hypothesis) -> None:
@@ -222,14 +278,26 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
     first = [(n, start) for n, start in places if start == 0 and recordings[n].language is None]
     later = [place for place in places if place not in first]
     hypotheses: dict[tuple[int, int], Hypothesis] = {}
+    timed: dict[tuple[int, int], list[TimedToken]] = {}
     for some in (first, later):
         for group in in_batches(some, transcriber.batch_size):
             windows = [(recordings[number], start) for number, start in group]
-            results = _decode_windows(transcriber, windows)
+            states = _encode_windows(transcriber, windows)
+            results = _decode_windows(transcriber, windows, states)
             hypotheses.update(zip(group, results, strict=True))
+            if transcriber.aligner:
+                texts = [hypothesis.token_ids for hypothesis in results]
+                aligned = _aligned(transcriber, windows, states, texts)
+                timed.update(zip(group, aligned, strict=True))
     for number, recording in enumerate(recordings):
         chunks = [
-            _chunk(transcriber, hypotheses[n, start], start, recording.frames)
+            _chunk(
+                transcriber,
+                hypotheses[n, start],
+                start,
+                recording.frames,
+                timed.get((n, start), []),
+            )
             for n, start in places
             if n == number
         ]
@@ -237,12 +305,23 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
         recording.parts = merged(chunks, loud, transcriber.options.timestamps)
 
 
-def _chunk(transcriber: Transcriber, hypothesis: Hypothesis, start: int, frames: int) -> Chunk:
-    """Return the chunk that begins at a frame of a recording of `frames` frames."""
+def _chunk(
+    transcriber: Transcriber,
+    hypothesis: Hypothesis,
+    start: int,
+    frames: int,
+    tokens: Sequence[TimedToken],
+) -> Chunk:
+    """Return the chunk that begins at a frame of a recording of `frames` frames.
+
+    Its `tokens` have times from the beginning of the recording; there are none if none are
+    requested.
+    """
     end = min(start + _window_frames(transcriber), frames)
     if transcriber.is_silence(hypothesis):
         return Chunk(start, end, hypothesis, [])
     timed = between_timestamps(hypothesis.token_ids, _first_time(transcriber), end - start)
+    timed = _with_tokens(transcriber, timed, tokens)
     segments = [(s.shifted(start), words_of(s.ids, transcriber.text_of)) for s in timed]
     return Chunk(start, end, hypothesis, segments)
 
@@ -282,9 +361,7 @@ def _whole(transcriber: Transcriber, recording: _Recording) -> Hypothesis:
         text=join_texts([transcriber.text_of(part.ids) for part in parts]),
         language=every[0].language,
         token_ids=tuple(id for part in parts for id in part.ids),
-        segments=tuple(
-            _segment(transcriber, recording, segment) for part in parts for segment in part.segments
-        ),
+        segments=tuple(_segments(transcriber, recording, parts)),
         average_log_probability=weighted / sum(weights),
         no_speech_probability=min(no_speech, default=None),
         compression_ratio=max(h.compression_ratio for h in kept),
@@ -306,11 +383,24 @@ def _evidence(part: Part) -> WindowEvidence:
     )
 
 
-def _segment(transcriber: Transcriber, recording: _Recording, segment: SegmentTokens) -> Segment:
-    """Return a segment with times in seconds, none of them after the end of the recording."""
-    rate = SAMPLE_RATE / transcriber.whisper.feature_extractor.hop_length
-    start, end = (min(f, recording.frames) / rate for f in (segment.start, segment.end))
-    return Segment(round(start, 2), round(end, 2), transcriber.text_of(segment.ids))
+def _segments(
+    transcriber: Transcriber, recording: _Recording, parts: Sequence[Part]
+) -> list[Segment]:
+    """Return the segments of all parts, none of which lasts longer than the recording."""
+    rate = _frames_per_second(transcriber)
+    timed = []
+    for segment in (segment for part in parts for segment in part.segments):
+        start, end = (
+            round(min(f, recording.frames) / rate, 2) for f in (segment.start, segment.end)
+        )
+        timed.append((Segment(start, end, transcriber.text_of(segment.ids)), segment.timed))
+    if not transcriber.aligner:
+        return [segment for segment, _ in timed]
+    return transcriber.segments_with_words(timed, recording.language or "en")
+
+
+def _frames_per_second(transcriber: Transcriber) -> float:
+    return SAMPLE_RATE / float(transcriber.whisper.feature_extractor.hop_length)
 
 
 def _window_frames(transcriber: Transcriber) -> int:

@@ -5,6 +5,8 @@ the tokens, and `long_form.py` cuts longer audio into windows. It reads and writ
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,7 +14,12 @@ from torch import Tensor
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
-from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, compression_ratio
+from simpler_distil_whisper.decoding.hypothesis import (
+    Hypothesis,
+    Segment,
+    TimedToken,
+    compression_ratio,
+)
 from simpler_distil_whisper.decoding.search import (
     PromptedBatch,
     SearchResult,
@@ -22,6 +29,7 @@ from simpler_distil_whisper.decoding.search import (
 )
 from simpler_distil_whisper.decoding.speculative import Assistant, DraftCounts
 from simpler_distil_whisper.decoding.token_rules import TokenRules
+from simpler_distil_whisper.decoding.word_times import TokenAligner, segments_with_words
 from simpler_distil_whisper.model.devices import suitable_batch_size
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
@@ -33,6 +41,7 @@ class Transcriber:
     Attributes:
         batch_size: how many utterances to give it at once.
         prompt_ids: tokens of the option `prompt`.
+        aligner: gives words their times; None if none are requested.
     """
 
     def __init__(
@@ -41,6 +50,8 @@ class Transcriber:
         options: DecodingOptions,
         seed: int = 0,
         assistant: Assistant | None = None,
+        *,
+        word_timestamps: bool = False,
     ) -> None:
         """Prepare what does not change from batch to batch.
 
@@ -49,6 +60,7 @@ class Transcriber:
             options: how it is decoded.
             seed: by which tokens are sampled at temperatures above 0.
             assistant: drafts for the model at temperature 0, which changes the speed alone.
+            word_timestamps: whether hypotheses are given the times of their words.
 
         Raises:
             ConfigError: the model lacks a token that the options need, or the options make no use
@@ -75,6 +87,9 @@ class Transcriber:
                 "tokens; set it to chunked"
             )
         self.prompt_ids = prompt_ids(whisper, options.prompt) if options.prompt else ()
+        self.aligner = (
+            TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
+        )
         self.assistant = assistant
         if assistant is not None and options.num_beams > 1:
             raise ConfigError(
@@ -166,6 +181,61 @@ class Transcriber:
                     result, codes[row] or "en", probability, temperature
                 )
         return [hypotheses[row] for row in range(len(codes))]
+
+    @torch.inference_mode()
+    def align(
+        self,
+        states: Tensor,
+        languages: Sequence[str],
+        texts: Sequence[Sequence[int]],
+        seconds: Sequence[float],
+    ) -> list[list[TimedToken]]:
+        """Return the tokens of some texts with their times, as `TokenAligner` gives them.
+
+        Args:
+            states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
+            languages: the code of each text.
+            texts: tokens; those that are no text are left out.
+            seconds: how much of the states is audio.
+        """
+        assert self.aligner is not None, "no times of words are requested"
+        own_states, _ = self._split(states)
+        return self.aligner(own_states, languages, list(map(self._text_ids, texts)), seconds)
+
+    def with_words(
+        self, states: Tensor, hypotheses: Sequence[Hypothesis], seconds: Sequence[float]
+    ) -> list[Hypothesis]:
+        """Return hypotheses about whole utterances, their segments with words.
+
+        Args:
+            states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
+            hypotheses: what was decoded from them.
+            seconds: the length of each utterance.
+        """
+        languages = [hypothesis.language for hypothesis in hypotheses]
+        texts = [hypothesis.token_ids for hypothesis in hypotheses]
+        every = self.align(states, languages, texts, seconds)
+        return [
+            replace(hypothesis, segments=tuple(self._segments_with_words(hypothesis, tokens, end)))
+            for hypothesis, tokens, end in zip(hypotheses, every, seconds, strict=True)
+        ]
+
+    def _segments_with_words(
+        self, hypothesis: Hypothesis, tokens: Sequence[TimedToken], end: float
+    ) -> list[Segment]:
+        segments = self._timed_ids(hypothesis.token_ids)
+        if not segments and tokens:
+            segments = [(Segment(0.0, end, hypothesis.text), [token.id for token in tokens])]
+        rest = iter(tokens)
+        timed = [(segment, list(islice(rest, len(ids)))) for segment, ids in segments]
+        return self.segments_with_words(timed, hypothesis.language)
+
+    def segments_with_words(
+        self, timed: Sequence[tuple[Segment, Sequence[TimedToken]]], language: str
+    ) -> list[Segment]:
+        """Return the segments of an utterance with words, made of the tokens of each segment."""
+        written = "en" if self.options.task == "translate" else language
+        return segments_with_words(timed, written, self.text_of)
 
     def warm_up(self) -> None:
         """Transcribe a batch of silence, so that no measured time includes the costs of a start."""
@@ -282,12 +352,20 @@ class Transcriber:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without timestamps."""
-        text_ids = [id for id in ids if id < self.whisper.tokens.end]
         # Cleaning up would change the spaces before punctuation, and with them the tokens.
-        return str(self.whisper.tokenizer.decode(text_ids, clean_up_tokenization_spaces=False))
+        return str(
+            self.whisper.tokenizer.decode(self._text_ids(ids), clean_up_tokenization_spaces=False)
+        )
+
+    def _text_ids(self, ids: Sequence[int]) -> list[int]:
+        return [id for id in ids if id < self.whisper.tokens.end]
 
     def segments_of(self, ids: Sequence[int]) -> list[Segment]:
         """Return the texts between timestamps."""
+        return [segment for segment, _ in self._timed_ids(ids)]
+
+    def _timed_ids(self, ids: Sequence[int]) -> list[tuple[Segment, list[int]]]:
+        """Return the texts between timestamps, each with its tokens."""
         segments, text_ids = [], list[int]()
         start: float | None = None
         for id in ids:
@@ -296,13 +374,13 @@ class Transcriber:
                 continue
             seconds = (id - self.whisper.tokens.timestamps.start) * TIME_STEP
             if start is not None and text_ids:
-                text = self.text_of(text_ids)
-                segments.append(Segment(round(start, 2), round(seconds, 2), text))
+                segment = Segment(round(start, 2), round(seconds, 2), self.text_of(text_ids))
+                segments.append((segment, text_ids))
                 text_ids, start = [], None
             else:
                 start = seconds
         if start is not None and text_ids:
-            segments.append(Segment(round(start, 2), None, self.text_of(text_ids)))
+            segments.append((Segment(round(start, 2), None, self.text_of(text_ids)), text_ids))
         return segments
 
 

@@ -90,6 +90,8 @@ def load_transcriber(
     seed: int,
     state: PartialState,
     run: Run,
+    *,
+    word_timestamps: bool = False,
 ) -> Transcriber:
     """Return a transcriber, with its assistant if there is one, that has been warmed up.
 
@@ -102,7 +104,7 @@ def load_transcriber(
         dtype = whisper.model.dtype  # also where "auto" decodes in another dtype than it trains in
         student = load_whisper(assistant_folder, dtype, model.attention, state.device)
         assistant = Assistant(student, whisper)
-    transcriber = Transcriber(whisper, decoding, seed, assistant)
+    transcriber = Transcriber(whisper, decoding, seed, assistant, word_timestamps=word_timestamps)
     try:
         transcriber.warm_up()
     except (RuntimeError, MemoryError) as error:
@@ -216,16 +218,16 @@ def transcribe_batch(
     keys = [utterance.number for utterance in batch.utterances]
     count = batch.short_form_count
     hypotheses: list[Hypothesis] = []
-    if cache and count:
+    if count:
         states = _encoder_states(batch, cache, transcriber)
         hypotheses = transcriber.from_encoder_states(states, languages[:count], keys=keys[:count])
-    elif batch.input_features is not None:
-        hypotheses = transcriber(batch.input_features, languages[:count], keys[:count])
+        if transcriber.aligner:
+            hypotheses = transcriber.with_words(states, hypotheses, batch.seconds[:count])
     if batch.recordings:
         hypotheses += transcribe_long(
             transcriber, batch.recordings, languages[count:], keys[count:]
         )
-    if transcriber.options.with_segments:
+    if transcriber.options.with_segments or transcriber.aligner:
         return [
             _with_segments(hypothesis, seconds)
             for hypothesis, seconds in zip(hypotheses, batch.seconds, strict=True)
@@ -241,10 +243,13 @@ def _with_segments(hypothesis: Hypothesis, seconds: float) -> Hypothesis:
 
 
 def _encoder_states(
-    batch: SpeechBatch, cache: EncoderStateCache, transcriber: Transcriber
+    batch: SpeechBatch, cache: EncoderStateCache | None, transcriber: Transcriber
 ) -> torch.Tensor:
-    """Return float [B, E, D]: all encoder states, after computing and storing the missing ones."""
+    """Return float [B, E, D]: all encoder states; those that a cache lacks are stored in it."""
     model, features = transcriber.whisper.model, batch.input_features
+    if cache is None:
+        assert features is not None, "without a cache there are log-mels of all utterances"
+        return transcriber.encode(features)
     assert batch.cached is not None, "the reader has the cache too"
     missing = torch.empty(0) if features is None else features
     states = cache.complete(

@@ -133,6 +133,19 @@ class DecodingOptions(DecodingLimits):
         return self
 
 
+class InferenceDecodingOptions(DecodingOptions):
+    """How hypotheses are made, and how closely their words are timed."""
+
+    word_timestamps: bool = Field(
+        False, description="Give every word of the segments its time and its probability."
+    )
+
+    @property
+    def with_segments(self) -> bool:
+        """Whether the hypotheses come with segments."""
+        return self.word_timestamps or super().with_segments
+
+
 class CacheOptions(StrictModel):
     """A folder of the teacher's states, shared by all runs and processes that name it."""
 
