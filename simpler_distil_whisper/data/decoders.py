@@ -26,6 +26,7 @@ MP3_PADDING_SECONDS = 0.2
 # Of the lengths in the headers of videos and the like.
 CONTAINER_TOLERANCE_SECONDS = 0.25
 BLOCK_FRAMES = 2**20  # read at once
+MP3_LEAD_FRAMES = 2**13
 MOST_FRAMES = 2**48  # a FLAC of unknown length has more, by its header
 HEADERLESS = {".gsm": "GSM610", ".vox": "VOX_ADPCM"}  # of telephones: 8000 samples a second
 # Playlists, by which a file could make FFmpeg open other files, are not among them.
@@ -147,10 +148,11 @@ class _LibsndfileSound:
         position = round(start_seconds * rate)
         left = 2**62 if duration_seconds is None else round(duration_seconds * rate)
         try:
-            self._go_to(position)
+            skipped = self._go_to(position)
             while left > 0:
                 requested = min(BLOCK_FRAMES, left)
-                block = self._file.read(requested, dtype="float32", always_2d=True)
+                block = self._file.read(requested + skipped, dtype="float32", always_2d=True)
+                block, skipped = block[skipped:], 0
                 yield rate, block
                 position, left = position + len(block), left - len(block)
                 if len(block) < requested:
@@ -160,12 +162,15 @@ class _LibsndfileSound:
             rest = None if duration_seconds is None else left / rate
             yield from self._by_ffmpeg(position / rate, rest)
 
-    def _go_to(self, position: int) -> None:
-        if self._file.seekable():
-            self._file.seek(position)
-            return
-        while position > 0 and len(skipped := self._file.read(min(position, BLOCK_FRAMES))):
-            position -= len(skipped)
+    def _go_to(self, position: int) -> int:
+        """Go to a sample, or to one before; return how many samples are to be skipped then."""
+        if not self._file.seekable():
+            return position
+        # The decoder of MP3 begins with wrong samples, for it lacks what was before. They must be
+        # skipped in the same call of `read`, since soundfile seeks after each.
+        before = min(position, MP3_LEAD_FRAMES) if self._file.format == "MP3" else 0
+        self._file.seek(position - before)
+        return before
 
     def _end_at(self, seconds: float) -> None:
         """Note that no more is there, even if more was promised."""

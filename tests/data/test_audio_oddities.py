@@ -178,6 +178,14 @@ def test_channels_that_cancel_for_a_while_lose_nothing(tmp_path: Path) -> None:
     assert np.abs(load_audio(path) - left).max() < 1e-4
 
 
+def test_a_part_of_an_mp3_is_exactly_that_of_the_whole(tmp_path: Path) -> None:
+    path = put(tmp_path, "x.mp3", encoded("MP3", samples=sound(4.0)))
+    whole = load_audio(path)
+    for start in range(1_000, 50_000, 3_777):
+        part = load_audio(path, start / RATE, 0.5)
+        assert np.abs(part - whole[start : start + 8_000]).max() < 1e-5
+
+
 def test_a_channel_that_is_not_there(tmp_path: Path) -> None:
     path = put(tmp_path, "x.wav", encoded("WAV"))
     assert np.array_equal(load_audio(path, channel="left"), load_audio(path))
