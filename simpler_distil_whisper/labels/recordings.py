@@ -4,8 +4,8 @@ Owns the files, the share of each process, and the account of all hours. What st
 to `cut_rows`, where a recording is cut to `segmentation`.
 """
 
+import contextlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -88,8 +88,8 @@ def cut_recordings(
         DataError: the audio of a recording cannot be read any more, or no row is left.
         Interrupted: a stop signal came.
     """
+    recordings = _long_recordings(labels.with_name(RECORDINGS))
     if not labels.exists():
-        recordings = _long_recordings(labels.with_name(RECORDINGS))
         cutter = RecordingCutter(
             columns, _limits(options, folder), options.min_silence_seconds, scorer
         )
@@ -98,7 +98,7 @@ def cut_recordings(
         if is_main_process():
             _merge(labels, recordings)
     if is_main_process():
-        shutil.rmtree(labels.with_name(CUT_FOLDER), ignore_errors=True)
+        _tidy_up(labels.parent, recordings)
     wait_for_everyone()
     rejected = labels.with_name(REJECTED_SEGMENTS)
     return f"{labels}: the same, cut into rows; {rejected}: what of it is in no row, and why.\n"
@@ -178,3 +178,13 @@ def _merge(labels: Path, recordings: Sequence[_Recording]) -> None:
             content = json.loads(cut[offset].read_bytes())
             kept.writelines(to_line(row).encode() for row in content["rows"])
             rejected.writelines(to_line(entry).encode() for entry in content["rejected"])
+
+
+def _tidy_up(folder: Path, recordings: Sequence[_Recording]) -> None:
+    """Remove the files that `_cut_own` has written, and the folders that this leaves empty."""
+    paths = [recording.rows_path(folder) for recording in recordings]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for own in [*dict.fromkeys(path.parent for path in paths), folder / CUT_FOLDER]:
+        with contextlib.suppress(OSError):  # it is not there, or somebody else's file is in it
+            own.rmdir()

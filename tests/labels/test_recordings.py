@@ -97,9 +97,11 @@ def test_a_stopped_run_and_several_processes_write_the_same(
             cut(stopped, after)
         assert not (stopped / "pseudo_labels.jsonl").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    (stopped / "segmentation/mine.txt").touch()
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         cut(stopped)
+    assert [path.name for path in stopped.glob("segmentation/*")] == ["mine.txt"]
     for name in FILES:
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
