@@ -19,9 +19,9 @@ from simpler_distil_whisper.text.languages import MIXED_TOKEN, Unit, tokens
 
 Integers = npt.NDArray[np.int64]
 
-NEIGHBOURS = 10  # tokens of the hypothesis on either side of a cut that are looked at
-MATCHES = 0.5  # share of them that must be in the reference, close to the cut
-LONGEST_MISMATCH = 5  # tokens of the reference at a cut that match nothing
+NEIGHBOURS = 20  # tokens of the hypothesis on either side of a cut that are looked at
+MATCHES = 0.35  # share of them that must be in the reference, close to the cut
+LONGEST_MISMATCH = 5  # tokens from a cut to the nearer match, and missing on one side alone
 
 NO_REFERENCE_TEXT = "the reference has no text for it"
 PLACE_UNKNOWN = "where it begins or ends in the reference is not known"
@@ -147,16 +147,17 @@ def _cut(bound: int, places: Integers, reference: _Written) -> int | None:
     high = int(places[right[0]]) if right else len(reference.tokens)
     near_left = sum(places[number] >= low - 2 * NEIGHBOURS for number in left)
     near_right = sum(places[number] < high + 2 * NEIGHBOURS for number in right)
+    before = bound - left[-1] - 1 if left else 0
+    after = right[0] - bound if right else 0
     if (
-        high - low > LONGEST_MISMATCH
+        min(before, after) > LONGEST_MISMATCH
+        or abs(high - low - before - after) > LONGEST_MISMATCH
         or near_left < MATCHES * (bound - first)
         or near_right < MATCHES * (stop - bound)
     ):
         return None
     # Among tokens that match nothing: where a sentence ends, or else where the share is the same.
-    before = bound - left[-1] - 1 if left else 0
-    unmatched = before + (right[0] - bound if right else 0)
-    likely = low + (high - low) * before / max(unmatched, 1)
+    likely = low + (high - low) * before / max(before + after, 1)
     if bound in (0, len(places)):
         likely = 0 if bound == 0 else len(reference.tokens)
     return min(

@@ -7,7 +7,7 @@ writes no rows; `recordings` does.
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ PADDING_SECONDS = 0.2  # of silence that a row keeps before and after its speech
 LONGEST_PAUSE_SECONDS = 2.0  # within a row
 
 NO_SPEECH = "no speech in the audio of the text"
+TEXT_GOES_ON = "the text may go on in the next segment, which has no speech"
 NO_PAUSE = "no pause next to its segments"
 NO_PAUSE_WITHIN = "no pause between segments for longer than a row may be"
 SEGMENT_TOO_LONG = "a single segment is longer than a row may be"
@@ -109,6 +110,11 @@ class _Unit:
     before: int | None
     after: int | None
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether all of it lies in one pause."""
+        return None not in (self.before, self.after) and self.before == self.after
+
 
 def cut_at_pauses(
     segments: Sequence[TimedText],
@@ -130,10 +136,13 @@ def cut_at_pauses(
         min_silence: shortest pause at which it may be cut.
     """
     pauses = _Pauses(speech, seconds, min_silence)
+    units = list(_units(segments, pauses))
     pieces: list[Piece] = []
     previous: _Unit | None = None
-    for unit in _units(segments, pauses):
+    for unit, following in zip_longest(units, units[1:]):
         piece, joined = _piece(unit, segments, pauses, limits), None
+        if piece.reason is None and _text_goes_on(unit, following, segments):
+            piece = replace(piece, reason=TEXT_GOES_ON)
         if previous and piece.reason is None and previous.after == unit.before:
             joined = _joined(pieces[-1], piece, pauses.length(unit.before), segments, limits)
         if joined:
@@ -204,6 +213,17 @@ def _piece(unit: _Unit, segments: Sequence[TimedText], pauses: _Pauses, limits: 
         reason = NO_PAUSE_WITHIN if len(unit.segments) > 1 else SEGMENT_TOO_LONG
         return Piece(start, end, unit.segments, reason)
     return Piece(start, end, unit.segments)
+
+
+def _text_goes_on(unit: _Unit, following: _Unit | None, segments: Sequence[TimedText]) -> bool:
+    """Return whether the next unit, which has text but no speech, may belong to the speech of this.
+
+    Teachers put the last words before a pause too late, into the pause.
+    """
+    if following is None or not following.is_silent or unit.after != following.before:
+        return False
+    silence = segments[following.segments.start].start - segments[unit.segments.stop - 1].end
+    return silence <= TOLERANCE_SECONDS
 
 
 def _joined(

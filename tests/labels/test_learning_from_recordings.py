@@ -70,7 +70,7 @@ def test_a_student_learns_from_long_recordings(tmp_path: Path, run_script: RunSc
     config["batch"].update(micro_batch_size=4)
     done = run_script("run_distillation", config)
     assert done.returncode == 0, done.stderr
-    assert f"kept training rows, with segments: {len(rows)}" in done.stderr
+    assert f"kept training rows, with segments: {len(labels)}" in done.stderr
     assert "kept training rows, with previous text" in done.stderr
     assert (tmp_path / "run/final/model.safetensors").exists()
     assert read_rows(tmp_path / "run/rejected.jsonl") == []

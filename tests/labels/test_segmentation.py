@@ -14,6 +14,7 @@ from simpler_distil_whisper.labels.segmentation import (
     NO_SPEECH,
     NO_TEXT,
     SEGMENT_TOO_LONG,
+    TEXT_GOES_ON,
     TOLERANCE_SECONDS,
     Limits,
     Piece,
@@ -89,6 +90,16 @@ def test_text_without_speech_is_rejected() -> None:
     pieces = cut([(0.0, 2.0), (4.0, 6.0), (8.0, 9.0)], [(0.0, 2.0), (8.0, 9.0)], 9.0)
     assert [(list(p.segments), p.reason) for p in pieces] == [
         ([0], None),
+        ([1], NO_SPEECH),
+        ([2], None),
+    ]
+
+
+def test_words_that_a_teacher_puts_into_a_pause_cost_the_row_before_too() -> None:
+    # The second segment may be the end of what is spoken until 2.0, so that text must not be lost.
+    pieces = cut([(0.0, 2.0), (2.1, 4.0), (8.0, 9.0)], [(0.0, 2.0), (8.0, 9.0)], 9.0)
+    assert [(list(p.segments), p.reason) for p in pieces] == [
+        ([0], TEXT_GOES_ON),
         ([1], NO_SPEECH),
         ([2], None),
     ]
