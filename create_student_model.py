@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from simpler_distil_whisper.atomic import write_atomically
-from simpler_distil_whisper.config import ConfigError, PositiveInt, StrictModel
+from simpler_distil_whisper.config import ConfigError, NonNegativeInt, PositiveInt, StrictModel
 from simpler_distil_whisper.layers.rows import Labelled, LayerScoring, select_rows
 from simpler_distil_whisper.layers.search import describe_search
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
@@ -32,10 +32,10 @@ class Student(StrictModel):
 
     encoder_layers: PositiveInt | None = Field(None, description="How many; null: all.")
     decoder_layers: PositiveInt | None = Field(None, description="How many; null: all.")
-    encoder_layer_indices: list[int] | None = Field(
+    encoder_layer_indices: list[NonNegativeInt] | None = Field(
         None, description="Which, from 0; null: evenly spread, first and last kept."
     )
-    decoder_layer_indices: list[int] | None = Field(
+    decoder_layer_indices: list[NonNegativeInt] | None = Field(
         None,
         description="Which, from 0: layer_scoring is not used then; null: those that score best, "
         "without layer_scoring evenly spread, first and last kept.",

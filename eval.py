@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from simpler_distil_whisper.atomic import write_atomically, written_atomically
-from simpler_distil_whisper.config import NonNegativeInt, StrictModel
+from simpler_distil_whisper.config import Seed, StrictModel
 from simpler_distil_whisper.data.jsonl import to_line
 from simpler_distil_whisper.evaluation.examples import ReportOptions, list_utterances
 from simpler_distil_whisper.evaluation.facts import read_facts
@@ -51,14 +51,17 @@ class Config(StrictModel):
         default=0.95, gt=0, lt=1, description="Share of the bootstrap samples inside an interval."
     )
     bootstrap_samples: int = Field(
-        default=1000, ge=100, description="Corpora drawn for each interval and p-value."
+        default=1000,
+        ge=100,
+        le=100_000,
+        description="Corpora drawn for each interval and p-value.",
     )
     bootstrap_block_column: Name | None = Field(
         default=None,
         description="Column by which whole blocks of utterances are drawn, such as the speaker or "
         "the recording, whose errors go together; null draws utterance by utterance.",
     )
-    seed: NonNegativeInt = Field(default=0, description="Of the bootstrap.")
+    seed: Seed = Field(default=0, description="Of the bootstrap.")
     report: ReportOptions = ReportOptions()
 
     @field_validator("hypotheses")

@@ -7,24 +7,31 @@ the keys mean: the sections are defined beside the code that they configure.
 import difflib
 import json
 import types
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from simpler_distil_whisper.files import read_regular_file
+from simpler_distil_whisper.files import read_regular_file, why_impossible
 
 LARGEST_CONFIG = 2**22  # bytes
+MOST_PROBLEMS = 100  # that are listed
+LONGEST_QUOTE = 200  # characters of a file's content in a message
 
+# Every number has both bounds: what is computed from it must end, and fit into memory. A key that
+# needs narrower ones names both of its own, since pydantic does not narrow those of an alias.
 Ratio = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+PositiveFloat = Annotated[float, Field(gt=0, le=10**9)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+BatchSize = Annotated[int, Field(gt=0, le=4096)]
 
 # Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> the keys here.
 RENAMED_KEYS = {
@@ -94,6 +101,14 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _possible_paths(cls, value: object) -> object:
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and (reason := why_impossible(path)):
+                raise ValueError(reason)
+        return value
+
 
 class RunOptions(StrictModel):
     """The keys at the top of each config whose run can be continued."""
@@ -102,7 +117,7 @@ class RunOptions(StrictModel):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue what is in output_dir; never: refuse if it has results."
     )
-    seed: NonNegativeInt = Field(0, description="Of everything that is random.")
+    seed: Seed = Field(0, description="Of everything that is random.")
 
 
 Config = TypeVar("Config", bound=StrictModel)
@@ -124,8 +139,8 @@ def load_config(path: Path, model: type[Config]) -> Config:
     duplicates: list[str] = []
 
     def note_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        duplicates.extend(sorted({key for key in keys if keys.count(key) > 1}))
+        counts = Counter(key for key, _ in pairs)
+        duplicates.extend(sorted(key for key, count in counts.items() if count > 1))
         return dict(pairs)
 
     try:
@@ -134,12 +149,13 @@ def load_config(path: Path, model: type[Config]) -> Config:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
         raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
-    problems = [f'"{key}": this key stands twice in one object' for key in duplicates]
+    problems = [f'"{shortened(key)}": this key stands twice in one object' for key in duplicates]
     try:
         config = model.model_validate_json(json.dumps(tree) if _drop_unused(tree) else text)
     except ValidationError as error:
-        problems += [_explain(details, model) for details in error.errors()]
+        problems += [_explain(details, model) for details in error.errors()[:MOST_PROBLEMS]]
     if problems:
+        del problems[MOST_PROBLEMS:]
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return config
 
@@ -199,17 +215,21 @@ def _explain(details: ErrorDetails, model: type[StrictModel]) -> str:
         for part in details["loc"]
         if isinstance(part, int) or part in known or details["type"] == "extra_forbidden"
     ]
-    path = ".".join(str(part) for part in parts) or "the file"
+    path = shortened(".".join(str(part) for part in parts)) or "the file"
     kind, message = details["type"], details["msg"]
     if kind == "extra_forbidden":
         return f"{path}: unknown key{_suggest(path, model)}"
     if kind == "missing":
         return f"{path}: missing; this key is required"
     if kind in ("value_error", "assertion_error"):
-        return f"{path}: {message.removeprefix('Value error, ')}"
-    return (
-        f"{path}: {message}, found {json.dumps(details['input'], ensure_ascii=False, default=str)}"
-    )
+        return f"{path}: {shortened(message.removeprefix('Value error, '), 1000)}"
+    found = json.dumps(details["input"], ensure_ascii=False, default=str)
+    return f"{path}: {shortened(message)}, found {shortened(found)}"
+
+
+def shortened(text: str, longest: int = LONGEST_QUOTE) -> str:
+    """Return a text, or its beginning if it is too long to be quoted in a message."""
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 def _suggest(path: str, model: type[StrictModel]) -> str:

@@ -20,6 +20,8 @@ log = logging.getLogger("simpler_distil_whisper")
 # With O_NONBLOCK, a pipe that nobody writes to is opened at once. Windows lacks it.
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KERNEL_FOLDERS = (Path("/proc"), Path("/sys"))  # regular files by name alone; some never end
+LONGEST_NAME = 255
+LONGEST_PATH = 4000
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -46,6 +48,21 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
         os.close(descriptor)
         raise OSError(error.errno, error.strerror, str(path)) from None
     return os.fdopen(descriptor, "rb")
+
+
+def why_impossible(path: Path) -> str | None:
+    """Return why no file can have this path; None if one can."""
+    try:
+        parts = [os.fsencode(part) for part in path.parts]
+    except ValueError:
+        return "holds half a character (a lone surrogate), which no path can"
+    if any(b"\0" in part for part in parts):
+        return "holds a NUL character, which no path can"
+    if any(len(part) > LONGEST_NAME for part in parts):
+        return f"holds a name of more than {LONGEST_NAME} bytes, which file systems do not take"
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        return f"is longer than {LONGEST_PATH} bytes, which systems do not take"
+    return None
 
 
 def _check_on_disk(status: os.stat_result) -> None:

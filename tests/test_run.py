@@ -175,7 +175,7 @@ def test_a_run_killed_while_it_copied_its_config_is_no_other_program(
     assert sorted(contents(Path("out"))) == ["log.txt", "run_info.json", "words.txt", "x.json"]
 
 
-@pytest.mark.parametrize("output_dir", ["x.json", "x.json/out", "長" * 300])
+@pytest.mark.parametrize("output_dir", ["x.json", "x.json/out"])
 def test_a_folder_that_cannot_be_made_is_a_config_error(
     start: Callable[..., int], output_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

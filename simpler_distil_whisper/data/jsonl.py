@@ -6,15 +6,18 @@ Owns what counts as a row; which fields a row needs is decided in `manifest.py` 
 import codecs
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.config import ConfigError, shortened
 from simpler_distil_whisper.files import open_regular_file
 
 Row = dict[str, Any]
 
+LONGEST_ROW = 2**25  # bytes
+LONGEST_TEXT = 1_000_000  # characters; tokenizers and alignments take memory by the length
 DEEPEST = 100  # nested levels of a row; Python can neither copy nor pickle ten times as many
 
 
@@ -24,6 +27,8 @@ class RowError(ValueError):
 
 def placed_lines(path: Path, key: str) -> Iterator[tuple[int, int, bytes]]:
     """Yield the number, from 1, the offset in bytes and the bytes of each line that is not blank.
+
+    Of a line that is too long to be a row, only the beginning is yielded.
 
     Args:
         path: the file.
@@ -35,9 +40,14 @@ def placed_lines(path: Path, key: str) -> Iterator[tuple[int, int, bytes]]:
     offset = 0
     try:
         with open_regular_file(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), 1):
+                if len(line) > LONGEST_ROW:
+                    yield number, offset, line
+                elif not line.isspace():
                     yield number, offset, line.strip()
+                while line and not line.endswith(b"\n"):
+                    offset += len(line)
+                    line = file.readline(LONGEST_ROW)
                 offset += len(line)
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read: {error.strerror}") from None
@@ -47,9 +57,11 @@ def parse_row(line: bytes) -> Row:
     """Return the JSON object in one line.
 
     Raises:
-        RowError: the line holds no object, or one that standard JSON in UTF-8 cannot represent, or
-            the same key twice, so that a value would be lost.
+        RowError: the line is too long, or holds no object, or one that standard JSON in UTF-8
+            cannot represent, or the same key twice, so that a value would be lost.
     """
+    if len(line) > LONGEST_ROW:
+        raise RowError(f"longer than the {LONGEST_ROW // 2**20} MiB that a row may have")
     try:
         row = _decoder.decode(line.removeprefix(codecs.BOM_UTF8).decode())
         if b"\\u" in line:
@@ -78,11 +90,24 @@ def to_line(row: object) -> str:
     return _encoder.encode(row) + "\n"
 
 
+def check_text(value: object, column: str) -> None:
+    """Raise RowError if the value of a column is neither a text of a usable length nor null."""
+    if value is not None and not isinstance(value, str):
+        raise RowError(f'"{column}" is not a string: {quoted(value)}')
+    if value is not None and len(value) > LONGEST_TEXT:
+        raise RowError(f'"{column}" has more than {LONGEST_TEXT} characters')
+
+
+def quoted(value: object) -> str:
+    """Return a value of a row for a message."""
+    return shortened(to_line(value).strip())
+
+
 def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RowError(f"has the key {json.dumps(max(keys, key=keys.count))} twice in one object")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise RowError(f"has the key {shortened(json.dumps(key))} twice in one object")
     return row
 
 

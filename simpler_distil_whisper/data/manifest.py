@@ -19,12 +19,13 @@ from typing import Literal, overload
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import (
+    LONGEST_QUOTE,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Ratio,
     StrictModel,
+    shortened,
 )
 from simpler_distil_whisper.data.audio import (
     MEAN,
@@ -35,7 +36,16 @@ from simpler_distil_whisper.data.audio import (
     channel_name,
     is_channel,
 )
-from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines, to_line
+from simpler_distil_whisper.data.jsonl import (
+    LONGEST_ROW,
+    Row,
+    RowError,
+    check_text,
+    parse_row,
+    placed_lines,
+    quoted,
+    to_line,
+)
 from simpler_distil_whisper.files import open_regular_file
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import whisper_language
@@ -75,8 +85,11 @@ class DataLimits(StrictModel):
     max_bad_fraction: Ratio = Field(
         0.1, description="End with exit code 3 when a larger share of the rows is unusable."
     )
-    num_workers: NonNegativeInt = Field(
-        1, description="Processes that decode audio ahead of the model; 0: the model's own process."
+    num_workers: int = Field(
+        1,
+        ge=0,
+        le=256,
+        description="Processes that decode audio ahead of the model; 0: the model's own process.",
     )
 
     @model_validator(mode="after")
@@ -326,8 +339,9 @@ def read_manifest(
                 number += 1
         except ValueError as error:
             digest.update(b"rejected\n")
-            content = line.decode(errors="replace") if row is None else row
-            rejections.append(Rejection(number, f"{path}:{line_number}", str(error), content))
+            content = _readable(line) if row is None else row
+            reason = shortened(str(error), 1000)
+            rejections.append(Rejection(number, f"{path}:{line_number}", reason, content))
             number += 1
     if channel == "each":
         log.info("%s: %d rows are %d, with one for each channel", path, rows, number)
@@ -342,9 +356,10 @@ def _check_row(row: Row, folder: str, columns: Columns) -> None:
     audio = row.get(columns.audio)
     if not isinstance(audio, str) or not audio:
         raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
-    text = row.get(columns.text)
-    if text is not None and not isinstance(text, str):
-        raise RowError(f'"{columns.text}" is not a string: {text!r}')
+    check_text(row.get(columns.text), columns.text)
+    identity = row.get(columns.id) if columns.id else None
+    if isinstance(identity, bool | list | dict):
+        raise RowError(f'"{columns.id}" is neither a string nor a number: {quoted(identity)}')
     _check_seconds(row, columns.start_seconds)
     _check_seconds(row, columns.duration_seconds)
     if columns.duration_seconds and row.get(columns.duration_seconds) == 0:
@@ -353,13 +368,19 @@ def _check_row(row: Row, folder: str, columns: Columns) -> None:
         raise RowError(f'no such file: "{audio}", neither in {folder} nor in the working directory')
 
 
+def _readable(line: bytes) -> str:
+    """Return a line that is no row; of one that is too long for a row, the beginning."""
+    content = line if len(line) <= LONGEST_ROW else line[:LONGEST_QUOTE]
+    return content.decode(errors="replace")
+
+
 def _check_seconds(row: Row, column: str | None) -> None:
     value = row.get(column) if column else None
     if value is None:
         return
     # In Python, a bool is an int.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise RowError(f'"{column}" is not a time in seconds: {value!r}')
+        raise RowError(f'"{column}" is not a time in seconds: {quoted(value)}')
 
 
 def _check_language(row: Row, columns: Columns, known: Collection[str] | None) -> None:
@@ -378,7 +399,11 @@ def _language(row: Row, columns: Columns) -> str | None:
     name = row.get(columns.language) if columns.language else None
     if name is None:
         return None
-    code = _whisper_language(str(name))
+    if not isinstance(name, str):
+        raise RowError(f'"{columns.language}" is not a string: {quoted(name)}')
+    if not name.strip():  # what tables without a value are exported to
+        return None
+    code = _whisper_language(shortened(name))
     if isinstance(code, ValueError):
         raise code
     return code

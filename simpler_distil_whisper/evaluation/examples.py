@@ -19,7 +19,7 @@ import numpy.typing as npt
 import soundfile
 from pydantic import Field
 
-from simpler_distil_whisper.config import NonNegativeInt, StrictModel
+from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, Clip, load_audio
 from simpler_distil_whisper.data.decoders import UNREADABLE_ERRORS
 from simpler_distil_whisper.data.jsonl import Row, parse_row, placed_lines
@@ -36,8 +36,10 @@ class ReportOptions(StrictModel):
     """The page for a browser."""
 
     html: bool = Field(default=True, description="Write report.html.")
-    worst_utterances: NonNegativeInt = Field(
+    worst_utterances: int = Field(
         default=20,
+        ge=0,
+        le=MOST_UTTERANCES,
         description="How many of those with most errors, and of those at which a system and the "
         "baseline differ most, are listed for each system.",
     )

@@ -3,20 +3,30 @@
 Owns the reading and matching of what inference, or another tool, has written. It counts no errors.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 from pydantic import Field, model_validator
 
-from simpler_distil_whisper.config import ConfigError, StrictModel
-from simpler_distil_whisper.data.jsonl import Row, RowError, parse_row, placed_lines
+from simpler_distil_whisper.config import ConfigError, StrictModel, shortened
+from simpler_distil_whisper.data.jsonl import (
+    LONGEST_ROW,
+    Row,
+    RowError,
+    check_text,
+    parse_row,
+    placed_lines,
+    quoted,
+)
+from simpler_distil_whisper.files import read_regular_file
 from simpler_distil_whisper.run import DataError, log
 
 Name = Annotated[str, Field(min_length=1)]
+
+MOST_OF_ANYTHING = 1e18  # bytes, parameters, real time
 
 
 class Hypotheses(StrictModel):
@@ -87,8 +97,8 @@ class SystemSpeed(NamedTuple):
     """How fast and how large a system is; None where inference has not measured it."""
 
     rtfx: float | None
-    parameters: int | None
-    model_bytes: int | None
+    parameters: float | None
+    model_bytes: float | None
 
 
 @dataclass
@@ -115,12 +125,29 @@ class ExaminedSystem:
         self.rejected.append(RejectedRow(self.name, place, utterance_id, reason))
 
     def read_speed(self) -> SystemSpeed | None:
-        """Return what the `speed.json` beside the file tells; None if there is none."""
-        try:
-            speed = json.loads((self.path.parent / "speed.json").read_bytes())
-            return SystemSpeed(*(speed.get(key) for key in SystemSpeed._fields))
-        except (OSError, ValueError, AttributeError):
+        """Return what the `speed.json` beside the file tells; None if there is none to be read."""
+        path = self.path.parent / "speed.json"
+        if not path.exists():
             return None
+        try:
+            speed = parse_row(read_regular_file(path, LONGEST_ROW))
+            return SystemSpeed(*(_measured(speed.get(key)) for key in SystemSpeed._fields))
+        except (OSError, RowError) as error:
+            log.warning("%s: not used, the report shows no speed: %s", path, error)
+            return None
+
+
+def _measured(value: object) -> float | None:
+    """Return a number from `speed.json`; None if nothing was measured.
+
+    Raises:
+        RowError: it is none.
+    """
+    if value is None:
+        return None
+    if type(value) in (int, float) and 0 <= (number := cast(float, value)) < MOST_OF_ANYTHING:
+        return number
+    raise RowError(f"{quoted(value)} is not a number that can be measured")
 
 
 def match_systems(
@@ -198,7 +225,7 @@ def _examine(
                 raise RowError("an earlier system has another reference for this id")
             system.lines[utterance_id] = line
         except RowError as problem:
-            system.reject(line, utterance_id, str(problem))
+            system.reject(line, utterance_id, shortened(str(problem), 1000))
     return system
 
 
@@ -210,7 +237,7 @@ def _refuse_missing_columns(system: ExaminedSystem, required: Mapping[str, Seque
         required: config key -> the columns that it names.
     """
     problems = [
-        f'{key}: no row of {system.path} has a column "{column}"; '
+        f'{key}: no row of {system.path} has a column "{shortened(column)}"; '
         f"columns found: {', '.join(sorted(system.columns))}"
         for key, columns in required.items()
         for column in columns
@@ -270,6 +297,7 @@ def _read_text(row: Row, column: str) -> str:
         raise RowError(f'column "{column}" is null')
     if not isinstance(value, str):
         raise RowError(f'column "{column}" is not a string')
+    check_text(value, column)
     return value
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from simpler_distil_whisper.config import NonNegativeInt, StrictModel
+from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row, placed_lines
 from simpler_distil_whisper.evaluation.metrics import Scorer, align
@@ -48,8 +48,11 @@ class QualityOptions(StrictModel):
     group_by: list[str] = Field(
         [], description="Columns for whose values it is also shown, besides language and speaker."
     )
-    worst_rows: NonNegativeInt = Field(
-        20, description="Rows that are shown with reference and label side by side."
+    worst_rows: int = Field(
+        20,
+        ge=0,
+        le=10_000,
+        description="Rows that are shown with reference and label side by side.",
     )
 
 

@@ -56,11 +56,16 @@ def make_accelerator(
     if precision == "auto":
         precision = "bf16" if gpu and _has_bfloat16() else "float32"
     set_seed(seed)
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "float32" else precision,
-        cpu=_several_on_cpu(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "float32" else precision,
+            cpu=_several_on_cpu(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except ValueError as error:  # of a precision that this build of torch has not
+        if precision == "float32":
+            raise
+        raise ConfigError(f'precision: "{precision}": {error}; use "float32"') from None
     assert accelerator.num_processes == process_count(), NOT_JOINED
     return accelerator
 

@@ -5,12 +5,12 @@ check its config, and print `--help`, without waiting for the import.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from simpler_distil_whisper.config import (
-    NonNegativeFloat,
+    BatchSize,
     PositiveFloat,
     PositiveInt,
     Ratio,
@@ -64,7 +64,7 @@ class AssistantOptions(StrictModel):
 class DecodingBatch(StrictModel):
     """How much is decoded at once."""
 
-    batch_size: PositiveInt | Literal["auto"] = Field(
+    batch_size: BatchSize | Literal["auto"] = Field(
         "auto", description="Utterances decoded at once, per process; auto: what suits the device."
     )
 
@@ -90,8 +90,8 @@ class DecodingOptions(DecodingLimits):
     prompt: str | None = Field(
         None, description="Text that the model is given as if it came before: names, spelling."
     )
-    num_beams: PositiveInt = Field(1, description="Beams of the beam search; 1: greedy.")
-    temperatures: list[NonNegativeFloat] = Field(
+    num_beams: int = Field(1, gt=0, le=100, description="Beams of the beam search; 1: greedy.")
+    temperatures: list[Annotated[float, Field(ge=0, le=10)]] = Field(
         [0.0],
         min_length=1,
         description="The first decodes everything; a hypothesis that fails the next two "
@@ -100,7 +100,7 @@ class DecodingOptions(DecodingLimits):
     compression_ratio_threshold: PositiveFloat | None = Field(
         2.4, description="Text that compresses better is a loop and is sampled again; null: never."
     )
-    log_probability_threshold: float | None = Field(
+    log_probability_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = Field(
         -1.0, description="An average log-probability below is sampled again; null: never."
     )
     no_speech_threshold: Ratio | None = Field(
@@ -128,6 +128,8 @@ class DecodingOptions(DecodingLimits):
     def _temperatures_rise(self) -> "DecodingOptions":
         if self.temperatures != sorted(set(self.temperatures)):
             raise ValueError(f"temperatures {self.temperatures} do not rise")
+        if any(0 < temperature < 0.01 for temperature in self.temperatures):
+            raise ValueError(f"temperatures {self.temperatures}: each is 0, or at least 0.01")
         if self.num_beams > 1 and self.temperatures[0] > 0:
             raise ValueError("num_beams is of no use unless the first of temperatures is 0")
         return self

@@ -11,11 +11,12 @@ from typing import Any
 
 from simpler_distil_whisper import __version__
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.jsonl import LONGEST_ROW, Row
+from simpler_distil_whisper.files import read_regular_file
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.weights import parameter_count
 from simpler_distil_whisper.pages import render
-from simpler_distil_whisper.run import package_versions
+from simpler_distil_whisper.run import log, package_versions
 from simpler_distil_whisper.text.languages import code_or_none
 from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.plan import RunLength
@@ -31,6 +32,14 @@ FILTERS = (
     "timestamp_probability",
     "previous_text_probability",
 )
+
+
+class LayerMap(StrictModel):
+    """What create_student_model.py writes: the teacher layer of each student layer."""
+
+    teacher: str
+    encoder: list[int]
+    decoder: list[int]
 
 
 class ModelCard:
@@ -117,10 +126,14 @@ def _size(folder: ModelFolder) -> dict[str, Any]:
     return {**shape, "parameters": parameter_count(folder)}
 
 
-def _layer_map(student: Path) -> dict[str, list[int]] | None:
-    """Return which teacher layers the student was made of; None if no layer_map.json is there."""
+def _layer_map(student: Path) -> dict[str, Any] | None:
+    """Return which teacher layers the student was made of; None if no layer_map.json tells it."""
+    path = student / "layer_map.json"
+    if not path.exists():
+        return None
     try:
-        layer_map = json.loads((student / "layer_map.json").read_bytes())
-        return {part: layer_map[part] for part in ("encoder", "decoder")}
-    except (OSError, ValueError, KeyError, TypeError):
+        layer_map = LayerMap.model_validate_json(read_regular_file(path, LONGEST_ROW))
+        return layer_map.model_dump(include={"encoder", "decoder"})
+    except (OSError, ValueError) as error:
+        log.warning("%s: not used in the model card: %s", path, error)
         return None

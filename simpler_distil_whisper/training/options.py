@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from simpler_distil_whisper.config import (
+    BatchSize,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -50,7 +51,7 @@ class TrainingData(DataLimits):
     train_manifests: list[Path] = Field(
         min_length=1, description="Labelled manifests: pseudo_labels.jsonl of one or several runs."
     )
-    train_weights: list[PositiveFloat] | None = Field(
+    train_weights: list[Annotated[float, Field(ge=0.001, le=1000)]] | None = Field(
         None,
         description="How often an epoch uses the rows of each train manifest: 2 twice, 0.5 every "
         "other epoch; null: once.",
@@ -90,7 +91,7 @@ class TeacherOptions(ModelOptions):
 
     device: str | None = Field(
         None,
-        pattern=r"^(cpu|cuda(:\d+)?)$",
+        pattern="^(cpu|cuda(:[0-9]{1,2})?)$",
         description='For example "cpu" or "cuda:1", where the student leaves it no room; null: the '
         "student's device.",
     )
@@ -107,7 +108,7 @@ class Objective(StrictModel):
 
     cross_entropy_weight: NonNegativeFloat = Field(0.8, description="Of the labels.")
     kl_weight: NonNegativeFloat = Field(1.0, description="Of the teacher's distribution.")
-    temperature: PositiveFloat = Field(2.0, description="T of both distributions in KL.")
+    temperature: float = Field(2.0, ge=0.01, le=1000, description="T of both distributions in KL.")
 
     @property
     def uses_teacher(self) -> bool:
@@ -181,14 +182,16 @@ class Schedule(StrictModel):
 class BatchOptions(StrictModel):
     """How an optimizer step is divided."""
 
-    micro_batch_size: PositiveInt = Field(16, description="Utterances at once, per process.")
+    micro_batch_size: BatchSize = Field(16, description="Utterances at once, per process.")
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="Micro-batches per optimizer step, per process."
     )
     length_bucketing: bool = Field(True, description="Labels of similar length in one step.")
 
 
-Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+Bounds = Annotated[
+    list[Annotated[float, Field(ge=-100, le=100)]], Field(min_length=2, max_length=2)
+]
 
 
 class WaveformOptions(StrictModel):
@@ -225,9 +228,9 @@ class SpecAugmentOptions(StrictModel):
     Together the stretches take no more than half of the speech, the bands half of the mels.
     """
 
-    time_masks: NonNegativeInt = Field(0, description="How many stretches of time.")
+    time_masks: int = Field(0, ge=0, le=100, description="How many stretches of time.")
     max_time_seconds: PositiveFloat = Field(0.5, description="The longest.")
-    frequency_masks: NonNegativeInt = Field(0, description="How many bands of frequency.")
+    frequency_masks: int = Field(0, ge=0, le=100, description="How many bands of frequency.")
     max_mels: PositiveInt = Field(20, description="The widest, in mel bins.")
 
     @property
@@ -243,7 +246,7 @@ HOURS_WITHOUT_VIEWS = 1.0  # more clips are worth more than views of few, which 
 class Augmentation(StrictModel):
     """Altered versions of the clips, the same for teacher and student."""
 
-    views: NonNegativeInt | Literal["auto"] | None = Field(
+    views: Annotated[int, Field(ge=0, le=10_000)] | Literal["auto"] | None = Field(
         0,
         description="Altered versions of each clip, always the same ones, so that a cache keeps "
         "them; epochs use the clip and its views in turn; 0: none. auto: 3 where less than an hour "
