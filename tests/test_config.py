@@ -252,12 +252,12 @@ def test_help_states_type_bounds_default_and_meaning() -> None:
     rows = dict(zip(table.splitlines()[::2], table.splitlines()[1::2], strict=True))
     assert {key.strip(): row.strip() for key, row in rows.items()} == {
         "output_dir": "path, required. Where to write.",
-        "count": "integer > 0, default 3. How many.",
-        "seed": "integer >= 0, default 0.",
-        "rate": "number > 0, default 1.0.",
+        "count": "integer > 0 <= 1000000000, default 3. How many.",
+        "seed": "integer >= 0 <= 1000000000, default 0.",
+        "rate": "number > 0 <= 1000000000, default 1.0.",
         "flag": "true | false, default false.",
         "kind": '"linear" | "cosine", default "linear".',
-        "at_most": "integer > 0 or null, default null.",
+        "at_most": "integer > 0 <= 1000000000 or null, default null.",
         "betas": "list of number >= 0 < 1 at least 2, default [0.9, 0.999].",
         "limits.min_seconds": "number >= 0, default 0.1. Shorter is rejected.",
         "limits.threshold": "number >= 0 <= 1 or null, default null.",
