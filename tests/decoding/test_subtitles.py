@@ -19,6 +19,7 @@ from simpler_distil_whisper.decoding.subtitles import (
     cues_of,
     srt,
     vtt,
+    write_subtitles,
 )
 
 
@@ -131,6 +132,22 @@ def test_names_are_safe_and_each_is_another() -> None:
         assert name.lower().split(".")[0] not in ("con", "nul")
     again = FileNames()
     assert [again.new(id, number) for number, id in enumerate(ids, 1)] == given
+
+
+def test_every_row_has_its_files(tmp_path: Path) -> None:
+    """Also one without speech, one without an id, and one whose last segment has no end."""
+    rows = [
+        {"id": "a/b", "segments": [segment(" One.", 0.0, 1.0), segment(" Two.", 1.0, None)]},
+        {"id": None, "segments": []},
+        {"id": 7, "segments": [segment(" Three.", 0.0, 1.0)]},
+    ]
+    hypotheses = write_rows(tmp_path / "hypotheses.jsonl", rows)
+    folder = write_subtitles(
+        hypotheses, ["vtt"], "id", "segments", lambda row: 4.5, stop_if_asked=lambda: None
+    )
+    assert {path.name for path in folder.iterdir()} == {"a_b.vtt", "2.vtt", "7.vtt"}
+    assert "00:00:01.000 --> 00:00:04.500\nTwo.\n" in (folder / "a_b.vtt").read_text()
+    assert (folder / "2.vtt").read_text() == "WEBVTT\n"
 
 
 def test_subtitles_without_times_are_refused(tmp_path: Path, run_script: RunScript) -> None:
