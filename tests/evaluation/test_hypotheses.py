@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from tiny import write_rows
 
 from simpler_distil_whisper.evaluation.hypotheses import (
+    ExaminedSystem,
     Hypotheses,
     HypothesisColumns,
+    SystemSpeed,
     match_systems,
 )
 
@@ -25,3 +28,14 @@ def test_only_the_systems_that_lack_an_utterance_are_named(tmp_path: Path) -> No
         ("second", "b", 'no usable row with this id in "third"'),
         ("third", "c", 'no usable row with this id in "second"'),
     ]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"rtfx": "fast"}', '{"rtfx": [1]}', '{"parameters": true}', "[]", "{", "[" * 9999]
+)
+def test_a_speed_that_cannot_be_read_costs_no_evaluation(tmp_path: Path, content: str) -> None:
+    system = ExaminedSystem("a", tmp_path / "hypotheses.jsonl")
+    (tmp_path / "speed.json").write_text(content, encoding="utf-8")
+    assert system.read_speed() is None
+    (tmp_path / "speed.json").write_text('{"rtfx": 2, "more": "x"}', encoding="utf-8")
+    assert system.read_speed() == SystemSpeed(2, None, None)
