@@ -97,7 +97,7 @@ def prepare(config: Config) -> Prepared:
 def work(config: Config, prepared: Prepared, run: Run) -> str:
     """Write `hypotheses.jsonl`, `rejected.jsonl` and `speed.json`."""
     from simpler_distil_whisper.decoding import transcription
-    from simpler_distil_whisper.model.devices import join_processes
+    from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
 
     folder, assistant_folder, manifest = prepared
     state = join_processes()
@@ -121,9 +121,10 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
             for utterance, hypothesis in zip(done.batch.utterances, done.hypotheses, strict=True)
         ]
         results.append(rows, done.batch.rejections)
+    wait_for_everyone()
     report = transcription.speed_report(speed, transcriber, folder.weight_bytes)
     drafts = transcriber.assistant.report() if transcriber.assistant else {}
-    written, rejected = results.finish(manifest.rejections, state.wait_for_everyone)
+    written, rejected = results.finish(manifest.rejections, wait_for_everyone)
     if state.is_main_process:
         write_speed(run.folder, report, drafts)
         if config.subtitles:

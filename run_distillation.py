@@ -168,7 +168,7 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
 
 def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "TrainingSteps"]:
     """Return the trainer, which holds both models, and what it learns from in each step."""
-    from simpler_distil_whisper.model.devices import make_accelerator
+    from simpler_distil_whisper.model.processes import make_accelerator
     from simpler_distil_whisper.model.weights import encoders_are_equal
     from simpler_distil_whisper.model.whisper import load_whisper
     from simpler_distil_whisper.training.dataset import TrainingSteps

@@ -98,7 +98,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
         load_for_decoding,
         transcribe_manifest,
     )
-    from simpler_distil_whisper.model.devices import join_processes
+    from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
     from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 
     folder, manifest = prepared
@@ -121,7 +121,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
             )
             rows.append((decoded[0], row))
         results.append(rows, batch.rejections)
-    kept, rejected = results.finish(manifest.rejections, state.wait_for_everyone)
+    kept, rejected = results.finish(manifest.rejections, wait_for_everyone)
 
     summary = f"{labelled}: {kept} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
     if config.segmentation.enabled:
@@ -150,7 +150,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
             scorer,
             run,
             workers=config.data.num_workers,
-            wait_for_everyone=state.wait_for_everyone,
+            wait_for_everyone=wait_for_everyone,
         )
     return (
         f"{summary}Look at {run.folder / 'label_quality.html'}.\n"

@@ -32,8 +32,9 @@ import run_distillation
 from benchmarks import machine
 from benchmarks.random_whispers import END, SHAPES, Shape, write_random_whisper
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.model.devices import make_accelerator, torch_dtype
+from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.processes import make_accelerator
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.teacher_cache import CachedDecoderStates, CachedEncoderStates
 from simpler_distil_whisper.model.whisper import quieten_libraries, save_whisper

@@ -57,6 +57,13 @@ HARMLESS_KEYS = {
     "check.learning_rate_range_test",
 }
 SECONDS_BETWEEN_LINES = 30.0  # of progress in the log, where stderr is no terminal
+# In these variables other launchers count the processes that they start.
+OTHER_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGEST_INFO = 2**24  # bytes of `run_info.json`
 STOP_SIGNALS = [
@@ -289,6 +296,7 @@ def run_script(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_handled(_stop_at_once))
+            check_launch()
             config = _load_config(path, model)
             prepared = prepare(config)
             if "--check" in sys.argv[1:]:
@@ -343,6 +351,12 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
         code, message = 3, f"{error}: make room, and run the same command again"
     elif isinstance(error, OSError) and run is None:  # a folder that may not be read, for example
         code, message = 2, f"{error.filename or 'the config'}: {error.strerror or error}"
+    elif _is_of_a_connection(error):
+        code = 3
+        message = (
+            f"Process {process_rank()} lost another one, which has ended or did not answer: "
+            f"{error}\nIts own message says why. Run the same command again to continue."
+        )
     else:
         where = f" The log is {run.folder / 'log.txt'}." if run else ""
         code, message = 1, f"{traceback.format_exc()}This is a bug, please report it.{where}"
@@ -351,10 +365,42 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
     return code
 
 
+def _is_of_a_connection(error: BaseException) -> bool:
+    """Return whether the connection to another process has broken; gloo raises RuntimeErrors."""
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    of_torch = type(error).__module__.startswith("torch.distributed")
+    return process_count() > 1 and (of_gloo or of_torch)
+
+
 def _close(run: Run | None, outcome: str) -> None:
     if run:
         with contextlib.suppress(OSError):  # a full disk cannot take this either
             run.close(outcome)
+
+
+def check_launch() -> None:
+    """Make sure that each of several processes knows of the others, or each would do all the work.
+
+    Raises:
+        ConfigError: they were not started by torchrun, and something is missing that it would set.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        if "SLURM_LOCALID" in os.environ:
+            os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+        missing = [name for name in OF_TORCHRUN if not os.environ.get(name)]
+        if missing and os.environ.get("WORLD_SIZE") != "1":
+            raise ConfigError(
+                f"RANK or WORLD_SIZE is set, but not {', '.join(missing)}: launch with torchrun, "
+                "which sets all of them, or unset them to use one process"
+            )
+        return
+    for variable, launcher in OTHER_LAUNCHERS.items():
+        if (count := os.environ.get(variable, "1")) != "1":
+            raise ConfigError(
+                f"{launcher} has started {count} processes, which do not know of one another: let "
+                "it start one torchrun per machine, and torchrun one process per GPU (see "
+                "docs/troubleshooting.md)"
+            )
 
 
 def process_rank() -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from conftest import REPOSITORY, RunScript
 from simpler_distil_whisper import run as run_module
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, NonNegativeInt, StrictModel
-from simpler_distil_whisper.run import DataError, Run, run_script
+from simpler_distil_whisper.run import DataError, Run, check_launch, run_script
 
 
 class Data(StrictModel):
@@ -338,11 +339,68 @@ def test_help_needs_no_config(
     assert '  data.manifest\n      string, default "train.jsonl"' in shown
 
 
+def launched_as(monkeypatch: pytest.MonkeyPatch, **variables: str | None) -> None:
+    """Set the variables of torchrun, with some changes; None: it is not set."""
+    of_torchrun = dict.fromkeys(("RANK", "LOCAL_RANK"), "0")
+    of_torchrun |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in {**of_torchrun, **variables}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+NO_TORCHRUN: dict[str, str | None] = dict.fromkeys(
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LOCAL_RANK": None}, "RANK or WORLD_SIZE is set, but not LOCAL_RANK: launch with"),
+        ({"WORLD_SIZE": None, "MASTER_PORT": None}, "but not WORLD_SIZE, MASTER_PORT"),
+        ({**NO_TORCHRUN, "SLURM_STEP_NUM_TASKS": "4"}, "srun has started 4 processes"),
+        ({**NO_TORCHRUN, "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
+    ],
+)
+def test_processes_that_do_not_know_of_one_another_do_not_begin(
+    start: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str | None],
+    message: str,
+) -> None:
+    launched_as(monkeypatch, **variables)
+    assert start(write_words) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LOCAL_RANK": None, "SLURM_LOCALID": "1"},
+        {**NO_TORCHRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+        {**NO_TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        {"SLURM_STEP_NUM_TASKS": "2"},
+    ],
+    ids=["the local rank of SLURM", "one task of a step", "one process", "torchrun in a step"],
+)
+def test_launches_in_which_nothing_is_missing(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "")  # so that it is as before after the test
+    launched_as(monkeypatch, **variables)
+    check_launch()
+    if "SLURM_LOCALID" in variables:
+        assert os.environ["LOCAL_RANK"] == "1"
+
+
 def test_other_processes_write_none_of_the_shared_files(
     start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched_as(monkeypatch, RANK="1")
 
     def work(config: Config, prepared: str, run: Run) -> str:
         run.note(device="gpu 1")

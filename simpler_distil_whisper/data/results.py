@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from simpler_distil_whisper.atomic import written_atomically
+from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.jsonl import Row, to_line
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance
@@ -79,6 +79,13 @@ class RowResults:
         """Keep the results of one batch; once this returns, a kill does not lose them."""
         self._append(RESULTS, [(utterance.number, to_line(row)) for utterance, row in results])
         self._append(REJECTED, _numbered_lines(rejections))
+
+    def begun_with(self, name: str, number: int) -> int:
+        """Return the number that the run was begun with; if it begins now, this one, for later."""
+        path = self._folder / name
+        if not path.exists():
+            write_atomically(path, str(number).encode())
+        return int(path.read_text())
 
     @property
     def rejected_parts(self) -> str:

@@ -75,7 +75,7 @@ def transcribe_long(
 ) -> list[Hypothesis]:
     """Return one hypothesis for each recording, however long.
 
-    Several are decoded side by side, `transcriber.batch_size` windows at a time; none depends on
+    Several are decoded side by side, `transcriber.room.rows` windows at a time; none depends on
     the others. The hypothesis of a recording is made of those of its windows:
 
     - text and tokens: joined, the texts with a space between them unless their script has none, the
@@ -117,7 +117,7 @@ def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recordi
     """Decode window after window of each recording, a batch of recordings at a time."""
     waiting = recordings
     while waiting:
-        group = waiting[: transcriber.batch_size]
+        group = waiting[: transcriber.room.rows]
         windows = [(recording, recording.seek) for recording in group]
         contexts = [recording.context for recording in group]
         states = _encode_windows(transcriber, windows)
@@ -280,7 +280,7 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
     hypotheses: dict[tuple[int, int], Hypothesis] = {}
     timed: dict[tuple[int, int], list[TimedToken]] = {}
     for some in (first, later):
-        for group in in_batches(some, transcriber.batch_size):
+        for group in in_batches(some, transcriber.room.rows):
             windows = [(recordings[number], start) for number, start in group]
             states = _encode_windows(transcriber, windows)
             results = _decode_windows(transcriber, windows, states)

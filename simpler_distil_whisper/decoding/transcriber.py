@@ -30,7 +30,7 @@ from simpler_distil_whisper.decoding.search import (
 from simpler_distil_whisper.decoding.speculative import Assistant, DraftCounts
 from simpler_distil_whisper.decoding.token_rules import TokenRules
 from simpler_distil_whisper.decoding.word_times import TokenAligner, segments_with_words
-from simpler_distil_whisper.model.devices import suitable_batch_size
+from simpler_distil_whisper.model.memory import Room, suitable_batch_size
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
 
@@ -40,6 +40,7 @@ class Transcriber:
 
     Attributes:
         batch_size: how many utterances to give it at once.
+        room: how many of them have proved to fit into the memory.
         prompt_ids: tokens of the option `prompt`.
         aligner: gives words their times; None if none are requested.
     """
@@ -73,11 +74,6 @@ class Transcriber:
         self.positions: int = whisper.model.config.max_target_positions
         # As in openai/whisper, one half of the positions is for the previous text.
         self.max_new_tokens = options.max_new_tokens or self.positions // 2
-        self.batch_size = (
-            suitable_batch_size(whisper.model)
-            if options.batch_size == "auto"
-            else options.batch_size
-        )
         self._rules = {timestamps: TokenRules(whisper, timestamps) for timestamps in (False, True)}
         if options.timestamps and not whisper.tokens.timestamps:
             raise ConfigError("decoding.timestamps: the model has no timestamp tokens")
@@ -91,6 +87,13 @@ class Transcriber:
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
         )
         self.assistant = assistant
+        student = assistant.student.model if assistant else None
+        self.batch_size = (
+            suitable_batch_size(whisper.model, options.num_beams, student)
+            if options.batch_size == "auto"
+            else options.batch_size
+        )
+        self.room = Room(self.batch_size)
         if assistant is not None and options.num_beams > 1:
             raise ConfigError(
                 f"assistant.path: drafts are of no use to {options.num_beams} beams; name no "
@@ -167,6 +170,7 @@ class Transcriber:
                 rows = [row for row in rows if self._fails(hypotheses[row])]
                 if not rows:
                     break
+                del cache  # else two would have to fit into the memory
                 cache = self.decoder.start(states[rows], self.positions, uneven=uneven)
             results, no_speech = self._search(
                 cache,

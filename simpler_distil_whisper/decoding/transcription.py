@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 
 from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance, Utterances, reject
@@ -35,14 +35,22 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.devices import (
     decoding_dtype,
     leave_a_core_to_audio,
-    out_of_memory,
-    peak_memory_megabytes,
 )
 from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory_megabytes
 from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
+from simpler_distil_whisper.model.processes import smallest_of_all
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
-from simpler_distil_whisper.run import DataError, Progress, Run, log, process_count, process_rank
+from simpler_distil_whisper.run import (
+    DataError,
+    Progress,
+    Run,
+    is_main_process,
+    log,
+    process_count,
+    process_rank,
+)
 
 BATCHES_OF_A_GROUP = 64  # whose rows are sorted by length together
 MAX_BATCH_SECONDS = 7200.0  # the log-mel of an hour takes up to 200 megabytes
@@ -108,9 +116,9 @@ def load_transcriber(
     try:
         transcriber.warm_up()
     except (RuntimeError, MemoryError) as error:
-        # No full batch of rows will fit either, but these are decoded in halves then.
         if not out_of_memory(error):
             raise
+        transcriber.room.has_not_fitted(transcriber.batch_size)
     clear_device_cache()
     return transcriber
 
@@ -149,6 +157,7 @@ def transcribe_manifest(
     """
     results.open_for(manifest)
     _check_rejections(manifest, results, data)
+    _agree_on_batch_size(transcriber, results, run)
     batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data)
     read = SpeechReader(
         transcriber.whisper.feature_extractor,
@@ -164,12 +173,26 @@ def transcribe_manifest(
         for loaded in speech_batches(batches, read, data.num_workers):
             run.stop_if_asked()
             started = time.perf_counter()
-            batch, hypotheses = decode_halving(decode, loaded)
+            batch, hypotheses = decode_halving(decode, loaded, transcriber.room)
             yield TranscribedBatch(batch, hypotheses, time.perf_counter() - started)
             progress.advance(len(batch.utterances) + len(batch.rejections))
             if batch.rejections:
                 _check_rejections(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
+
+
+def _agree_on_batch_size(transcriber: Transcriber, results: RowResults, run: Run) -> None:
+    """Let every process form the batches that the run was begun with, or else no row is safe.
+
+    What "auto" chooses depends on the memory, which may be another one in each process, and another
+    one when the run goes on.
+    """
+    size = smallest_of_all(transcriber.batch_size)
+    if is_main_process():
+        size = results.begun_with("batch_size", size)
+    [size] = broadcast_object_list([size])
+    transcriber.batch_size, transcriber.room = size, Room(min(size, transcriber.room.rows))
+    run.note(batch_size=size)
 
 
 def own_batches(
@@ -259,28 +282,44 @@ def _encoder_states(
 
 
 def decode_halving(
-    decode: Callable[[SpeechBatch], list[Hypothesis]], batch: SpeechBatch
+    decode: Callable[[SpeechBatch], list[Hypothesis]], batch: SpeechBatch, room: Room
 ) -> tuple[SpeechBatch, list[Hypothesis]]:
     """Return the batch with one hypothesis per utterance, decoded in halves if memory runs out.
 
     An utterance for which memory runs out even alone is among the rejections of the returned batch.
+
+    Args:
+        decode: decodes a batch; recordings `room.rows` windows at a time.
+        batch: some utterances.
+        room: what has fitted before; what does not fit now is not tried again.
     """
-    if not batch.utterances:
+    count, windows = len(batch.utterances), batch.short_form_count
+    if not count:
         return batch, []
-    try:
-        return batch, decode(batch)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-    # The error is gone now, and with it the tensors of the attempt, which its traceback held.
-    clear_device_cache()
-    if len(batch.utterances) == 1:
+    reason = None
+    if windows <= room.rows:
+        try:
+            hypotheses = decode(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        else:
+            room.has_fitted(windows)
+            return batch, hypotheses
+        # The error is gone now, and with it the tensors of the attempt, which its traceback held.
+        clear_device_cache()
+        _warn_once_of_halving(count)
+        if windows in (0, count):
+            tried = windows or room.rows
+            room.has_not_fitted(tried)
+            if not windows and tried > 1:  # the same recordings, fewer windows at a time
+                return decode_halving(decode, batch, room)
+    if count == 1:
         why = f"out of memory even in a batch of its own: {reason}"
         rejections = [*batch.rejections, reject(batch.utterances[0], why)]
         return SpeechBatch([], None, [], rejections), []
-    _warn_once_of_halving(len(batch.utterances))
-    done = [decode_halving(decode, half) for half in halved(batch)]
+    done = [decode_halving(decode, half, room) for half in halved(batch)]
     hypotheses = [hypothesis for _, part in done for hypothesis in part]
     return joined([half for half, _ in done]), hypotheses
 

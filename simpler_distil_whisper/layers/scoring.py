@@ -26,8 +26,8 @@ from simpler_distil_whisper.decoding.batches import (
 )
 from simpler_distil_whisper.layers.rows import Labelled
 from simpler_distil_whisper.layers.search import Layers, LayerScore, ScoredLayers, search_layers
-from simpler_distil_whisper.model.devices import suitable_batch_size
 from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.memory import suitable_batch_size
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import DataError, Progress, log
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss

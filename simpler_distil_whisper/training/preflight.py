@@ -17,7 +17,7 @@ import torch
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Manifest
-from simpler_distil_whisper.model.devices import peak_memory_megabytes
+from simpler_distil_whisper.model.memory import peak_memory_megabytes
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import load_whisper
 from simpler_distil_whisper.run import is_main_process, log

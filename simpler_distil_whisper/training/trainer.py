@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.model.devices import leave_a_core_to_audio, out_of_memory
+from simpler_distil_whisper.model.devices import leave_a_core_to_audio
+from simpler_distil_whisper.model.memory import out_of_memory
 from simpler_distil_whisper.model.whisper import save_whisper
 from simpler_distil_whisper.run import DataError, Run, log
 from simpler_distil_whisper.training.checkpoints import Checkpoints, TrainerState

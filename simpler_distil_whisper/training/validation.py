@@ -18,6 +18,7 @@ from simpler_distil_whisper.decoding.transcription import transcribe_batch
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
 from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
@@ -115,7 +116,7 @@ class Validation:
     def score(self, whisper: Whisper) -> Score:
         """Return the error counts of a model; call it in every process."""
         transcriber = Transcriber(whisper, self.decoding)
-        batches = list(in_batches(self.utterances, transcriber.batch_size))
+        batches = list(in_batches(self.utterances, smallest_of_all(transcriber.batch_size)))
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
         read = SpeechReader(whisper.feature_extractor, self.limits, self.cache)
         counted: list[tuple[str, ErrorCounts]] = []
@@ -134,6 +135,7 @@ class Validation:
                     counts = self.scorer.count(reference, hypothesis.text, language)
                     counted.append((language or "unknown", counts))
                     examples.append((reference, hypothesis.text.strip()))
+        wait_for_everyone()
         return Score(_by_language(gather_object(counted)), examples[:3])
 
 
