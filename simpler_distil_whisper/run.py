@@ -53,6 +53,8 @@ HARMLESS_KEYS = {
     "output_dir",
     "data.num_workers",
     "data.max_bad_fraction",
+    "batch.micro_batch_size",  # the steps' size, a product of these, is in the checkpoints
+    "batch.gradient_accumulation_steps",
     "teacher_cache.max_gigabytes",
     "check.learning_rate_range_test",
 }

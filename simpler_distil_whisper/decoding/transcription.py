@@ -41,6 +41,7 @@ from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory
 from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
 from simpler_distil_whisper.model.processes import smallest_of_all
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
+from simpler_distil_whisper.model.weights import stored_dtype
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.run import (
     DataError,
@@ -77,7 +78,7 @@ def load_for_decoding(
     """Return the model of a folder on this process's device, and log what "auto" has chosen."""
     quieten_libraries()
     leave_a_core_to_audio()
-    dtype = decoding_dtype(options.dtype, state.device)
+    dtype = decoding_dtype(options.dtype, state.device, stored_dtype(folder))
     whisper = load_whisper(folder, dtype, options.attention, state.device)
     chosen = {
         "device": str(state.device),
@@ -328,7 +329,7 @@ def decode_halving(
 def _warn_once_of_halving(batch_size: int) -> None:
     log.warning(
         "A batch of %d did not fit into the memory: it is decoded in halves, and so are later "
-        "ones; a smaller decoding.batch_size would save these attempts.",
+        "ones; a smaller decoding.batch_size would save the attempt.",
         batch_size,
     )
 

@@ -42,8 +42,9 @@ class ModelOptions(FolderOptions):
 
     dtype: Dtype = Field(
         "auto",
-        description="auto: bfloat16 on GPUs that have it, else float16; on CPUs float32, but "
-        "bfloat16 to decode where the CPU computes in it.",
+        description="auto: bfloat16 on GPUs that have it, else float16, in which weights of "
+        "float16 are always decoded there; on CPUs float32, but bfloat16 to decode where the CPU "
+        "computes in it.",
     )
     attention: Attention = Field(
         "auto", description="Attention implementation; auto: sdpa, in bfloat16 on CPUs eager."

@@ -51,6 +51,16 @@ def read_tensor(stored: StoredTensor) -> Tensor:
         return tensor
 
 
+def stored_dtype(folder: ModelFolder) -> torch.dtype:
+    """Return the dtype that the decoder's weights have on disk.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    [(name, path), *_] = tensors_in(folder.path, "decoder.layer_norm.weight").items()
+    return read_tensor(path, name).dtype
+
+
 def digest_of_weights(folder: Path, prefix: str = "") -> str:
     """Return a hash of the weights whose name begins with a prefix, however they are sharded.
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from simpler_distil_whisper.atomic import new_folder, refuse_others, write_atomically
+from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.run import DataError
 
 OWN_NAME = re.compile(r"step-\d{8,}")
@@ -56,9 +59,11 @@ class Checkpoints:
         self.folder = folder
         self.keep_last = keep_last
         self.accelerator = accelerator
+        accelerator.register_save_state_pre_hook(self._give_trained_weights)
+        accelerator.register_load_state_pre_hook(self._load_trained_weights)
 
     def save(self, state: TrainerState) -> Path:
-        """Save model, optimizer, random states and `state`; call it in every process.
+        """Save trained weights, optimizer, random states and `state`; call it in every process.
 
         Raises:
             ConfigError: somebody else's file or folder has its name.
@@ -98,6 +103,40 @@ class Checkpoints:
         self.accelerator.load_state(str(checkpoints[-1]))
         text = (checkpoints[-1] / "trainer_state.json").read_text(encoding="utf-8")
         return TrainerState(**json.loads(text))
+
+    def _trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by the names that they have in one process."""
+        parameters = self.accelerator.unwrap_model(model).named_parameters()
+        return {name: value for name, value in parameters if value.requires_grad}
+
+    def _give_trained_weights(
+        self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str
+    ) -> None:
+        """Replace what accelerate would save: a frozen encoder is most of a student."""
+        weights[:] = [
+            {name: value.detach() for name, value in self._trained(model).items()}
+            for model in models
+        ]
+
+    def _load_trained_weights(self, models: list[nn.Module], folder: str) -> None:
+        """Load weights saved by any number of processes, with or without the frozen ones.
+
+        Raises:
+            ConfigError: a trained parameter is not among them.
+        """
+        while models:  # accelerate loads what is left in the list
+            module = self.accelerator.unwrap_model(models.pop())
+            path = Path(folder) / "model.safetensors"
+            weights = {name.removeprefix("module."): w for name, w in load_file(path).items()}
+            module.load_state_dict(weights, strict=False)
+            tensors = module.state_dict(keep_vars=True)  # two names can share one
+            loaded = {id(tensors[name]) for name in weights.keys() & tensors.keys()}
+            for name, parameter in self._trained(module).items():
+                if id(parameter) not in loaded:
+                    raise ConfigError(
+                        f"resume: {path} holds no {name}, which is trained now: restore the "
+                        'student and "freeze", or choose another "output_dir"'
+                    )
 
     def _all(self) -> list[Path]:
         """Return the folders of checkpoints; others that lie beside them are somebody else's."""

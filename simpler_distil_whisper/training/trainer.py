@@ -86,9 +86,10 @@ class Trainer:
         self.state = self.checkpoints.restore_last() or TrainerState(plan=digest)
         if self.state.plan != digest:
             raise ConfigError(
-                f"resume: the checkpoint in {folder} belongs to other training rows or another "
-                "number of processes, so its step is no place in this run: restore them or choose "
-                'another "output_dir"'
+                f"resume: the checkpoint in {folder} belongs to other training rows or to steps "
+                "of another size, so its step is no place in this run: restore the rows, and what "
+                "batch.micro_batch_size, batch.gradient_accumulation_steps and the number of "
+                'processes come to together, or choose another "output_dir"'
             )
         if self.state.step:
             log.info("continuing after step %d", self.state.step)

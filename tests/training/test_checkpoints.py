@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from simpler_distil_whisper.config import ConfigError
@@ -47,6 +48,58 @@ def test_a_restored_checkpoint_goes_on_as_if_nothing_had_been(
     assert checkpoints.restore_last() == TrainerState(1, 0.5, 0.25)
     do_step(line, optimizer)  # the same random input again: random states are in the checkpoint
     assert torch.equal(line.weight, expected)
+
+
+class Tied(nn.Module):
+    """A frozen layer, a trained one, and another name for the trained one's weight."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder, self.decoder = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3)
+        self.head = nn.Linear(3, 3, bias=False)
+        self.head.weight = self.decoder.weight
+
+
+def prepared(seed: int, folder: Path) -> tuple[Tied, Checkpoints]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    model = Tied(seed)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW([*model.decoder.parameters()]))
+    return model, Checkpoints(folder, 1, accelerator)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
+    first, checkpoints = prepared(1, tmp_path)
+    place = checkpoints.save(TrainerState(1))
+    assert load_file(place / "model.safetensors").keys() == {"decoder.weight", "decoder.bias"}
+    second, checkpoints = prepared(2, tmp_path)
+    assert checkpoints.restore_last() == TrainerState(1)
+    assert torch.equal(second.head.weight, first.decoder.weight)
+    assert not torch.equal(second.encoder.weight, first.encoder.weight)
+
+
+@pytest.mark.parametrize("kept_name", ["decoder", "head"])
+def test_checkpoints_of_before_are_read(tmp_path: Path, kept_name: str) -> None:
+    """They hold all weights, shared ones once, and those of several processes with a prefix."""
+    first, checkpoints = prepared(1, tmp_path)
+    place = checkpoints.save(TrainerState(1))
+    names = ("encoder.weight", "encoder.bias", f"{kept_name}.weight", "decoder.bias")
+    whole = {f"module.{name}": first.state_dict()[name] for name in names}
+    save_file(whole, place / "model.safetensors")
+    second, checkpoints = prepared(2, tmp_path)
+    checkpoints.restore_last()
+    for name, weight in second.state_dict().items():
+        assert torch.equal(weight, first.state_dict()[name])
+
+
+def test_a_checkpoint_without_a_trained_weight_is_refused(tmp_path: Path) -> None:
+    _, checkpoints = prepared(1, tmp_path)
+    place = checkpoints.save(TrainerState(1))
+    save_file({"decoder.weight": torch.zeros(3, 3)}, place / "model.safetensors")
+    _, checkpoints = prepared(2, tmp_path)
+    with pytest.raises(ConfigError, match="holds no decoder.bias, which is trained now"):
+        checkpoints.restore_last()
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path: Path, accelerator: Accelerator) -> None:

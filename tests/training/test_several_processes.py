@@ -155,7 +155,7 @@ def test_fewer_processes_do_not_go_on_with_what_more_have_begun(
     path.write_text(json.dumps({**options, "output_dir": str(tmp_path / "run")}))
     code, stderr = ended(launch(path, 1))
     assert code == 2, stderr
-    assert "belongs to other training rows or another number of processes" in stderr
+    assert "belongs to other training rows or to steps of another size" in stderr
     assert "Traceback" not in stderr
 
 
