@@ -26,7 +26,8 @@ from simpler_distil_whisper.run import ANOTHER_RUN, DataError, is_main_process, 
 # Endings of the parts' names.
 RESULTS = "answers"
 REJECTED = "rejected"
-OWN_NAME = re.compile(rf"\d+\.({RESULTS}|{REJECTED}|lock)")
+BEGUN_WITH = "begun"
+OWN_NAME = re.compile(rf"\d+\.({RESULTS}|{REJECTED}|lock)|\w+\.{BEGUN_WITH}")
 
 
 class RowResults:
@@ -82,7 +83,7 @@ class RowResults:
 
     def begun_with(self, name: str, number: int) -> int:
         """Return the number that the run was begun with; if it begins now, this one, for later."""
-        path = self._folder / name
+        path = self._folder / f"{name}.{BEGUN_WITH}"
         if not path.exists():
             write_atomically(path, str(number).encode())
         return int(path.read_text())

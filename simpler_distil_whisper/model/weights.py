@@ -57,8 +57,8 @@ def stored_dtype(folder: ModelFolder) -> torch.dtype:
     Raises:
         ConfigError: there are none.
     """
-    [(name, path), *_] = tensors_in(folder.path, "decoder.layer_norm.weight").items()
-    return read_tensor(path, name).dtype
+    [stored, *_] = tensors_in(folder.path, "decoder.layer_norm.weight").values()
+    return read_tensor(stored).dtype
 
 
 def digest_of_weights(folder: Path, prefix: str = "") -> str:

@@ -326,7 +326,7 @@ def test_processes_with_other_memories_form_the_same_batches(tmp_path: Path) -> 
     script.write_text(OTHER_MEMORY.format(sizes=[7 * window, 5 * window], script=str(LABELLING)))
     done = label(tmp_path, config, 2, script)
     assert "rows are unusable" in done.stderr
-    assert (tmp_path / "out/parts/batch_size").read_text() == "5"
+    assert (tmp_path / "out/parts/batch_size.begun").read_text() == "5"
     config.write_text(
         config.read_text().replace('"max_bad_fraction": 0.0', '"max_bad_fraction": 1')
     )
