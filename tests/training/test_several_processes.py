@@ -160,9 +160,11 @@ def test_fewer_processes_do_not_go_on_with_what_more_have_begun(
 
 
 @pytest.mark.slow
-def test_processes_stopped_together_go_on_together(
-    tmp_path: Path, setting: Setting, by_one: Path
+@pytest.mark.parametrize("later", [2, 1])
+def test_processes_stopped_together_go_on_whatever_their_number(
+    tmp_path: Path, setting: Setting, by_one: Path, later: int
 ) -> None:
+    """With other micro-batches, so that a step holds the same rows."""
     path = config(tmp_path / "run", setting, 2)
     process = launch(path, 2)
     wait_for(tmp_path / "run/best/config.json", process)
@@ -171,7 +173,7 @@ def test_processes_stopped_together_go_on_together(
     assert "run the same command again to continue" in stderr
     [saved] = (tmp_path / "run/checkpoints").iterdir()
     assert saved.name in ("step-00000003", "step-00000004", "step-00000005")
-    code, stderr = ended(launch(path, 2))
+    code, stderr = ended(launch(config(tmp_path / "run", setting, later), later))
     assert code == 0, stderr
     assert f"continuing after step {int(saved.name[-8:])}" in stderr
     assert_about_the_same_run(tmp_path / "run", by_one)

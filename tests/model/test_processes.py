@@ -1,0 +1,105 @@
+"""Processes that come late, stop for a while, stop for too long, or are killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from conftest import REPOSITORY
+
+WORK = """
+import datetime, os, sys, time
+from simpler_distil_whisper.model import processes
+processes.FOR_THE_START = datetime.timedelta(seconds=90)
+processes.join_processes()
+print("joined", flush=True)
+if os.environ["RANK"] == "1":
+    sys.stdin.readline()  # its share of the work
+processes.wait_for_everyone()
+print("together", processes.smallest_of_all(5 - int(os.environ["RANK"])), flush=True)
+if os.environ["RANK"] == "1":
+    sys.stdin.readline()
+processes.wait_for_everyone(datetime.timedelta(seconds=3))
+"""
+Start = Callable[[int], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start the process of a rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started: list[subprocess.Popen[str]] = []
+
+    def start_rank(rank: int) -> "subprocess.Popen[str]":
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in launched.items()}
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WORK],
+            env={
+                **os.environ,
+                **environment,
+                "MASTER_ADDR": "localhost",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(REPOSITORY),
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start_rank
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def says(process: "subprocess.Popen[str]", word: str) -> bool:
+    assert process.stdout is not None
+    return process.stdout.readline().startswith(word)
+
+
+def go_on(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def start_together(start: Start) -> list["subprocess.Popen[str]"]:
+    """Start two processes, the second one late and stopped for a while."""
+    first = start(0)
+    time.sleep(3)
+    second = start(1)
+    assert says(second, "joined")
+    assert says(first, "joined")
+    second.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    assert first.poll() is None
+    second.send_signal(signal.SIGCONT)
+    go_on(second)
+    assert says(first, "together 4")
+    assert says(second, "together 4")
+    return [first, second]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_is_late_is_waited_for_and_who_is_lost_is_named(
+    start: Start, end: signal.Signals
+) -> None:
+    first, second = start_together(start)
+    second.send_signal(end)
+    _, stderr = first.communicate(timeout=30)
+    assert first.returncode == 1
+    assert "DataError: process 0 waits for others in vain" in stderr
+    assert "Rank 1 failed to pass monitoredBarrier" in stderr
+    second.send_signal(signal.SIGCONT)
