@@ -133,7 +133,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
             scorer,
             run,
             workers=config.data.num_workers,
-            wait_for_everyone=state.wait_for_everyone,
+            wait_for_everyone=wait_for_everyone,
         )
     if state.is_main_process:
         assess_labels(labels, columns, config.quality, scorer, config.data.manifest.parent)
