@@ -152,6 +152,28 @@ def save_processor(
     extractor.save_pretrained(folder)
 
 
+def add_words(folder: Path, words: dict[str, str]) -> Path:
+    """Add words to the vocabulary of a model folder, as people do for names and terms.
+
+    Args:
+        folder: of the model, which is changed.
+        words: each word with the letter in whose place the model will write it.
+    """
+    tokenizer = WhisperTokenizer.from_pretrained(folder)
+    model = WhisperForConditionalGeneration.from_pretrained(folder)
+    tokenizer.add_tokens(list(words))
+    model.resize_token_embeddings(len(tokenizer))
+    ids = tokenizer.get_vocab()
+    with torch.no_grad():
+        for word, letter in words.items():
+            rows = model.model.decoder.embed_tokens.weight
+            rows[ids[word]] = rows[ids[letter]]
+            rows[ids[letter]] *= 0.9
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_tone(path: Path, seconds: float = 1.0, rate: int = SIXTEEN_KHZ, seed: int = 0) -> Path:
     """Write a noisy tone; a random Whisper can tell those of different seeds apart."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -214,7 +214,8 @@ def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hyp
         recording.parts.append(Part(hypothesis, [], complete=True))
         recording.seek += frames
         return
-    segments, advance = cut_at_timestamps(hypothesis.token_ids, _first_time(transcriber), frames)
+    times = transcriber.whisper.tokens.timestamps
+    segments, advance = cut_at_timestamps(hypothesis.token_ids, times, frames)
     kept = [
         segment.shifted(recording.seek)
         for segment in segments
@@ -231,7 +232,7 @@ def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hyp
 
 
 def cut_at_timestamps(
-    ids: Sequence[int], first_time: int, frames: int
+    ids: Sequence[int], times: range, frames: int
 ) -> tuple[list[SegmentTokens], int]:
     """Return the segments of a window, and after how many frames the next window begins.
 
@@ -242,22 +243,22 @@ def cut_at_timestamps(
 
     Args:
         ids: tokens with timestamps.
-        first_time: the token of 0.00 s; greater ones are later.
+        times: the tokens of 0.00 s, 0.02 s and so on.
         frames: of the window, as far as the recording goes.
     """
-    is_time = [id >= first_time for id in ids]
+    is_time = [id in times for id in ids]
     ends = [place for place in range(1, len(ids)) if is_time[place - 1] and is_time[place]]
     if not ends:
-        times = [id - first_time for id in ids if id >= first_time]
-        end = times[-1] * FRAMES_PER_POSITION if times else 0
+        positions = [id - times.start for id in ids if id in times]
+        end = positions[-1] * FRAMES_PER_POSITION if positions else 0
         return [SegmentTokens(0, end or frames, tuple(ids))], frames
     nothing_follows = is_time[-2:] == [False, True]
     if nothing_follows:
         ends.append(len(ids))
     segments = []
     for begin, end in pairwise([0, *ends]):
-        start = (ids[begin] - first_time) * FRAMES_PER_POSITION
-        stop = (ids[end - 1] - first_time) * FRAMES_PER_POSITION
+        start = (ids[begin] - times.start) * FRAMES_PER_POSITION
+        stop = (ids[end - 1] - times.start) * FRAMES_PER_POSITION
         segments.append(SegmentTokens(start, stop, tuple(ids[begin:end])))
     # After a segment that ends at 0, which the timestamp rules forbid, the loop would never end.
     advance = frames if nothing_follows else segments[-1].end or frames
@@ -320,26 +321,27 @@ def _chunk(
     end = min(start + _window_frames(transcriber), frames)
     if transcriber.is_silence(hypothesis):
         return Chunk(start, end, hypothesis, [])
-    timed = between_timestamps(hypothesis.token_ids, _first_time(transcriber), end - start)
+    times = transcriber.whisper.tokens.timestamps
+    timed = between_timestamps(hypothesis.token_ids, times, end - start)
     timed = _with_tokens(transcriber, timed, tokens)
     segments = [(s.shifted(start), words_of(s.ids, transcriber.text_of)) for s in timed]
     return Chunk(start, end, hypothesis, segments)
 
 
-def between_timestamps(ids: Sequence[int], first_time: int, frames: int) -> list[SegmentTokens]:
+def between_timestamps(ids: Sequence[int], times: range, frames: int) -> list[SegmentTokens]:
     """Return the segments between timestamps, without the timestamps.
 
     Args:
         ids: tokens.
-        first_time: the token of 0.00 s; greater ones are later.
+        times: the tokens of 0.00 s, 0.02 s and so on.
         frames: of the window, at whose ends segments begin and end that have no timestamps.
     """
     segments, text_ids, start = [], list[int](), 0
     for id in ids:
-        if id < first_time:
+        if id not in times:
             text_ids.append(id)
             continue
-        now = (id - first_time) * FRAMES_PER_POSITION
+        now = (id - times.start) * FRAMES_PER_POSITION
         if text_ids:
             segments.append(SegmentTokens(start, now, tuple(text_ids)))
             text_ids = []
@@ -406,8 +408,3 @@ def _frames_per_second(transcriber: Transcriber) -> float:
 def _window_frames(transcriber: Transcriber) -> int:
     frames: int = transcriber.whisper.feature_extractor.nb_max_frames
     return frames
-
-
-def _first_time(transcriber: Transcriber) -> int:
-    """Return the token of 0.00 s."""
-    return transcriber.whisper.tokens.no_timestamps + 1

@@ -22,17 +22,17 @@ class TokenRules:
         tokens, generation = whisper.tokens, whisper.model.generation_config
         self.end = tokens.end
         self.timestamps = timestamps
-        self._first_time = tokens.no_timestamps + 1
+        self._times = tokens.timestamps
         self._latest_initial: int | None = getattr(generation, "max_initial_timestamp_index", None)
         never = {*tokens.control, *(generation.suppress_tokens or ())} - {tokens.end}
         if timestamps:
-            never -= set(range(self._first_time, self._first_time + len(tokens.timestamps)))
+            never -= set(self._times)
         size, device = whisper.model.config.vocab_size, whisper.model.device
         self._bias = torch.zeros(size, device=device, dtype=whisper.model.dtype)
         self._bias[sorted(never)] = -torch.inf
         self._initial_bias = self._bias.clone()
         self._initial_bias[list(generation.begin_suppress_tokens or ())] = -torch.inf
-        self._numbers = torch.arange(size - self._first_time, device=device)
+        self._numbers = torch.arange(len(self._times), device=device)
 
     def bias(self, step: int) -> Tensor:
         """Return [V]: 0 or minus infinity, to be added to the logits of the `step`-th token."""
@@ -51,20 +51,26 @@ class TokenRules:
         """
         if not self.timestamps:
             return
-        text, times = logits[:, : self._first_time], logits[:, self._first_time :]
+        first, stop = self._times.start, self._times.stop
+        # What people have added to the vocabulary stands behind the timestamps.
+        before, times, added = logits.tensor_split((first, stop), dim=1)
         if tokens.shape[1] == 0:
-            text.fill_(-torch.inf)
+            before.fill_(-torch.inf)
+            added.fill_(-torch.inf)
             if self._latest_initial is not None:
                 times[:, self._latest_initial + 1 :] = -torch.inf
             return
-        is_time = tokens >= self._first_time
+        is_time = (tokens >= first) & (tokens < stop)
         after_time = is_time[:, -1]
         before_that = is_time[:, -2] if tokens.shape[1] > 1 else torch.ones_like(after_time)
         alone = after_time & ~before_that
         times.masked_fill_((after_time & before_that)[:, None], -torch.inf)
-        logits[:, : self.end].masked_fill_(alone[:, None], -torch.inf)
-        latest = (tokens - self._first_time).amax(dim=1)  # they do not decrease; below 0: none
+        for text in (logits[:, : self.end], added):
+            text.masked_fill_(alone[:, None], -torch.inf)
+        latest = torch.where(is_time, tokens - first, -1).amax(dim=1)  # they do not decrease
         earliest = torch.where(alone, latest, latest + 1).clamp(min=0)
         times.masked_fill_(self._numbers < earliest[:, None], -torch.inf)
-        due = times.logsumexp(dim=-1) > text.amax(dim=-1)
-        text.masked_fill_(due[:, None], -torch.inf)
+        best = torch.cat([before.amax(dim=-1, keepdim=True), added], dim=1).amax(dim=-1)
+        due = times.logsumexp(dim=-1) > best
+        for text in (before, added):
+            text.masked_fill_(due[:, None], -torch.inf)

@@ -356,13 +356,10 @@ class Transcriber:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without timestamps."""
-        # Cleaning up would change the spaces before punctuation, and with them the tokens.
-        return str(
-            self.whisper.tokenizer.decode(self._text_ids(ids), clean_up_tokenization_spaces=False)
-        )
+        return self.whisper.text_of(ids)
 
     def _text_ids(self, ids: Sequence[int]) -> list[int]:
-        return [id for id in ids if id < self.whisper.tokens.end]
+        return [id for id in ids if self.whisper.tokens.is_text(id)]
 
     def segments_of(self, ids: Sequence[int]) -> list[Segment]:
         """Return the texts between timestamps."""
@@ -373,7 +370,7 @@ class Transcriber:
         segments, text_ids = [], list[int]()
         start: float | None = None
         for id in ids:
-            if id < self.whisper.tokens.end:
+            if self.whisper.tokens.is_text(id):
                 text_ids.append(id)
                 continue
             seconds = (id - self.whisper.tokens.timestamps.start) * TIME_STEP
@@ -397,7 +394,7 @@ def prompt_ids(whisper: Whisper, prompt: str) -> tuple[int, ...]:
     if whisper.tokens.previous is None:
         raise ConfigError("decoding.prompt: the model has no token <|startofprev|>")
     ids = whisper.tokenizer(" " + prompt.strip(), add_special_tokens=False).input_ids
-    if special := [id for id in ids if id >= whisper.tokens.end]:
+    if special := [id for id in ids if not whisper.tokens.is_text(id)]:
         token = whisper.tokenizer.convert_ids_to_tokens(special[0])
         raise ConfigError(f"decoding.prompt: {token} is no text; take it out")
     return tuple(ids)

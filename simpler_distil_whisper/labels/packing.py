@@ -18,11 +18,12 @@ import soundfile
 from pydantic import Field
 
 from simpler_distil_whisper.atomic import partial_path, written_atomically
-from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
+from simpler_distil_whisper.config import PositiveFloat, Ratio
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
 from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
+from simpler_distil_whisper.labels.evidence import INCOMPLETE, EvidenceLimits, is_cut_off
 from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.run import (
@@ -44,7 +45,7 @@ FILES_IN_A_FOLDER = 1000
 ROUNDING_SECONDS = 1e-5  # by which the sum of rounded lengths may exceed the window
 
 
-class PackOptions(StrictModel):
+class PackOptions(EvidenceLimits):
     """Utterances of one speaker joined into windows; the labels one by one are written anyway."""
 
     enabled: bool = Field(
@@ -75,6 +76,7 @@ class PackOptions(StrictModel):
             seconds=self.max_seconds or folder.window_seconds,
             tokens=folder.config["max_target_positions"] - PROMPT_TOKENS,
             error_rate=self.max_error_rate,
+            evidence=self,
         )
 
 
@@ -86,11 +88,13 @@ class PackLimits:
         seconds: of audio.
         tokens: of text, with two timestamps for each part.
         error_rate: the highest of a part; None: every part is taken, even without an error rate.
+        evidence: what the teacher's evidence must be; a part that was cut off is never taken.
     """
 
     seconds: float
     tokens: int
     error_rate: float | None
+    evidence: EvidenceLimits = EvidenceLimits()
 
 
 @dataclass
@@ -345,6 +349,10 @@ def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | 
     if dropped := why_dropped(row, columns.error_rate, limits.error_rate):
         kind, _ = dropped
         return "error rate above pack.max_error_rate" if kind == ABOVE_MAXIMUM else kind
+    if is_cut_off(row):
+        return INCOMPLETE
+    if doubt := limits.evidence.why_dropped(row):
+        return doubt[0]
     if row["audio_seconds"] > limits.seconds + ROUNDING_SECONDS:
         return "longer than a pack"
     return None

@@ -19,14 +19,16 @@ from simpler_distil_whisper.evaluation.hallucination import (
     MAX_NO_SPEECH_PROBABILITY,
     MAX_REPETITION,
 )
+from simpler_distil_whisper.labels.evidence import (
+    MAX_COMPRESSION_RATIO,
+    MIN_AVERAGE_LOG_PROBABILITY,
+    is_cut_off,
+)
 from simpler_distil_whisper.labels.rows import LabelColumns
 
 Numbers = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-# The first two are where openai/whisper decodes again, with a higher temperature.
-MAX_COMPRESSION_RATIO = 2.4
-MIN_AVERAGE_LOG_PROBABILITY = -1.0
 MAX_SPEED_FACTOR = 4.0  # to the median of the language, either way
 SIGN_LIMITS = {
     "compression_ratio": MAX_COMPRESSION_RATIO,
@@ -87,7 +89,7 @@ def read_labels(path: Path, columns: LabelColumns, group_by: Iterable[str]) -> L
             value = row.get(column)
             numbers[name].append(math.nan if value is None else value)
         empty.append(not row[columns.label].strip())
-        incomplete.append(row.get("complete") is False)
+        incomplete.append(is_cut_off(row))
         for column, known in values.items():
             groups[column].append(_group_number(known, row.get(column)))
     return LabelTable(

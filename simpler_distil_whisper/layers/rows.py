@@ -20,6 +20,7 @@ from simpler_distil_whisper.data.manifest import (
     read_manifest,
     reject,
 )
+from simpler_distil_whisper.labels.evidence import is_cut_off
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Task, whisper_code
 from simpler_distil_whisper.run import DataError, log
@@ -51,7 +52,7 @@ class Labelled(NamedTuple):
     """An utterance with the tokens of its label.
 
     Attributes:
-        tokens: prompt, label and end token.
+        tokens: prompt, label and, unless the label was cut off, the end token.
         prompt_length: how many of them are given to the decoder and not scored.
     """
 
@@ -104,7 +105,8 @@ class Labeller:
             raise ValueError(f"label of {len(label)} tokens, the maximum is {maximum}")
         seconds = audio_seconds(*utterance.clip)
         check_length(seconds, DataLimits().min_duration_seconds, self.window)
-        return Labelled(utterance, [*prompt, *label, self.special.end], len(prompt))
+        end = [] if is_cut_off(utterance.row) else [self.special.end]
+        return Labelled(utterance, [*prompt, *label, *end], len(prompt))
 
 
 def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Labelled]":

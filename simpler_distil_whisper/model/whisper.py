@@ -7,10 +7,12 @@ with where these are run, in `decoding/cached_decoder.py` and `layers/scoring.py
 
 import contextlib
 import copy
+import itertools
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +51,16 @@ PROCESSOR_FILES = (
     "normalizer.json",
 )
 TIME_STEP = 0.02  # seconds from one timestamp to the next
+TIMESTAMP = re.compile(r"<\|\d+\.\d\d\|>")
+# Whisper's own tokens besides languages and timestamps; tokenizers of early folders do not mark
+# each of them as special.
+OWN_TOKENS = frozenset(
+    f"<|{name}|>"
+    for name in (
+        *("endoftext", "startoftranscript", "translate", "transcribe", "startoflm"),
+        *("startofprev", "nospeech", "nocaptions", "notimestamps", *WHISPER_LANGUAGES),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class SpecialTokens:
         previous: `<|startofprev|>`, which precedes the previous text; None where there is none.
         timestamps: ids of `<|0.00|>`, `<|0.02|>`, ... up to the window's length.
         control: all ids that are never text, except `end`.
+        added: id -> text of the words that people have added to the vocabulary, such as names. They
+            stand behind the timestamps, and are text like any other.
     """
 
     start: int
@@ -73,6 +87,11 @@ class SpecialTokens:
     timestamps: range
     languages: dict[str, int]
     control: tuple[int, ...]
+    added: dict[int, str]
+
+    def is_text(self, id: int) -> bool:
+        """Return whether a token is a part of the text, neither special nor a timestamp."""
+        return id < self.end or id in self.added
 
     def prompt(self, language: str | None, task: Task, timestamps: bool = False) -> list[int]:
         """Return the ids that precede the text: `<|startoftranscript|>`, language, task, ...
@@ -109,6 +128,19 @@ class Whisper:
     def window_seconds(self) -> float:
         """The longest audio that the encoder takes at once."""
         return float(self.feature_extractor.chunk_length)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, without timestamps and other special tokens."""
+        added, decode = self.tokens.added, self.tokenizer.decode
+        text_ids = filter(self.tokens.is_text, ids)
+        # The tokenizer would take the letters of an added "Müller" for bytes: "M\ufffdller". And
+        # cleaning up would change the spaces before punctuation, and with them the tokens.
+        return "".join(
+            "".join(added[id] for id in some)
+            if are_added
+            else str(decode(list(some), clean_up_tokenization_spaces=False))
+            for are_added, some in itertools.groupby(text_ids, added.__contains__)
+        )
 
     @torch.no_grad()  # not inference_mode, whose tensors training could not use
     def encode(self, features: Tensor) -> Tensor:
@@ -215,10 +247,11 @@ def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialT
     except KeyError as error:
         raise ConfigError(f"{folder.processor}: the tokenizer has no token {error}") from None
     every_language = {code: vocabulary.get(f"<|{code}|>") for code in WHISPER_LANGUAGES}
-    # After <|notimestamps|> come the timestamps and, in large vocabularies, padding.
-    control = {id for text, id in vocabulary.items() if text.startswith("<|") and id >= end}
-    control |= set(range(no_timestamps, folder.config["vocab_size"]))
+    # After <|notimestamps|> come the timestamps, what people have added and, in some, padding.
+    added = _added_words(tokenizer, end)
     times = range(no_timestamps + 1, no_timestamps + 2 + round(folder.window_seconds / TIME_STEP))
+    # Words that were added to a tokenizer without timestamps have the ids of timestamps.
+    lacks_times = times.stop > folder.config["vocab_size"] or not added.keys().isdisjoint(times)
     return SpecialTokens(
         start=start,
         end=end,
@@ -227,14 +260,27 @@ def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialT
         translate=vocabulary.get("<|translate|>"),
         no_speech=vocabulary.get("<|nospeech|>", vocabulary.get("<|nocaptions|>")),
         previous=vocabulary.get("<|startofprev|>"),
-        timestamps=times if times.stop <= folder.config["vocab_size"] else range(0),
+        timestamps=range(0) if lacks_times else times,
         languages={
             code: id
             for code, id in every_language.items()
             if id is not None and code in folder.languages
         },
-        control=tuple(sorted(control - {end})),
+        control=tuple(id for id in range(end + 1, folder.config["vocab_size"]) if id not in added),
+        added=added,
     )
+
+
+def _added_words(tokenizer: WhisperTokenizer, end: int) -> dict[int, str]:
+    """Return id -> text of the tokens behind `end` that are no special tokens of any kind."""
+    return {
+        id: token.content
+        for id, token in tokenizer.added_tokens_decoder.items()
+        if id > end
+        and not token.special
+        and token.content not in OWN_TOKENS
+        and not TIMESTAMP.fullmatch(token.content)
+    }
 
 
 def completed_generation_config(

@@ -40,7 +40,8 @@ def chinese_converter(script: Script) -> Callable[[str], str]:
     converter = opencc.OpenCC(OPENCC_CONFIGS[script])
 
     def convert(text: str) -> str:
-        # Twice, because OpenCC converts 薴 to 苧, and 苧 to 苎.
-        return str(converter.convert(converter.convert(text)))
+        # In parts, because OpenCC drops what follows a NUL. Twice, because it converts 薴 to 苧,
+        # and 苧 to 苎.
+        return "\0".join(converter.convert(converter.convert(part)) for part in text.split("\0"))
 
     return convert

@@ -24,20 +24,28 @@ from simpler_distil_whisper.text.numerals import with_digits
 
 Step = Callable[[str], str]
 
-# Joiners, direction marks, soft hyphens and variation selectors: two texts that differ only in
-# these look the same. Not the zero-width space, which separates words.
+# Joiners, direction marks, soft hyphens, fillers and variation selectors: two texts that differ in
+# these alone look the same. Not the zero-width space, which separates words.
 INVISIBLE = re.compile(
-    r"[\u00ad\u034f\u061c\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
-    r"\U000e0000-\U000e0fff]"
+    r"[\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
 DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-APOSTROPHES = "'\u2018\u2019\u02bc"
+# Quotation marks, modifier letters, accents that stand alone and primes, as people type them, and
+# the geresh of Hebrew.
+APOSTROPHES = "'`\u00b4\u02b9\u02bb\u02bc\u055a\u05f3\u2018\u2019\u201b\u2032\uff07"
 DECIMAL_SIGNS = ".,\u066b"
 # Not brackets: Whisper's normalisers delete what stands in ASCII's.
 FULL_WIDTH = {
     ord(c): ord(c) - 0xFEE0 for c in map(chr, range(0xFF01, 0xFF5F)) if c not in "（）［］＜＞｛｝"
 }
-PLAIN_SIGNS = str.maketrans(dict.fromkeys(APOSTROPHES, "'") | {"\u200b": " "}) | FULL_WIDTH
+PLAIN_APOSTROPHES = str.maketrans(dict.fromkeys(APOSTROPHES, "'"))
+# NFKC would make periods of these, after Whisper's normalisers have looked for periods.
+SMALL_SIGNS = {ord(c): unicodedata.normalize("NFKC", c) for c in "﹐﹒﹣﹩﹪․"}
+ELLIPSES = dict.fromkeys(map(ord, "…‥⋯︙"), " ")
+# Not the tab and line ends, at which texts are split into words anyway.
+CONTROLS = dict.fromkeys([*range(9), *range(14, 28), *range(127, 160), 0x200B], " ")
+PLAIN_SIGNS = FULL_WIDTH | SMALL_SIGNS | ELLIPSES | CONTROLS | PLAIN_APOSTROPHES
 # Of scripts with spaces around words. Korean is one: a filler can be a syllable of a word there.
 SPACED_CHARACTER = rf"[^\s{HAN_AND_KANA}{OTHER_UNSPACED}]"
 BESIDES_PUBLISHED = [r"\bkinda\b", r"\bsorta\b", r"\bdunno\b", r"\bcause\b"]
@@ -134,7 +142,7 @@ def _own_steps(options: TextNormalization) -> list[Step]:
     steps: list[Step] = []
     if options.remove_punctuation:
         # First of all: characters that an invisible one separates can compose once it is gone.
-        steps.append(functools.partial(INVISIBLE.sub, ""))
+        steps.append(_with_plain_apostrophes)
     if options.unicode:
         steps.append(functools.partial(unicodedata.normalize, options.unicode))
     if options.lowercase:
@@ -180,6 +188,11 @@ def _whisper_normalizers() -> tuple[Step, Step]:
     return english, BasicTextNormalizer()
 
 
+def _with_plain_apostrophes(text: str) -> str:
+    """Return a text without invisible characters, and with one kind of apostrophe."""
+    return INVISIBLE.sub("", text).translate(PLAIN_APOSTROPHES)
+
+
 def _with_plain_signs(text: str) -> str:
     """Return a text as Whisper's normalisers expect it, which know only ASCII's apostrophe."""
     return INVISIBLE.sub("", text).translate(PLAIN_SIGNS)
@@ -221,9 +234,7 @@ class _PunctuationTable(dict[int, str]):
 
     def __missing__(self, code_point: int) -> str:
         character = chr(code_point)
-        if character in APOSTROPHES:
-            replacement = "'"
-        elif character in DECIMAL_SIGNS:
+        if character in APOSTROPHES[0] + DECIMAL_SIGNS:
             replacement = character
         else:
             category = unicodedata.category(character)

@@ -19,7 +19,7 @@ from simpler_distil_whisper.training.augment import View
 from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
 from simpler_distil_whisper.training.plan import Visit
-from simpler_distil_whisper.training.tokens import Example, VisitTokens
+from simpler_distil_whisper.training.tokens import Example, VisitTokens, learnt_text
 
 FEW_HOURS = 25
 # Published sizes of filtered data against error rates, for the deepest cut; from the statistics
@@ -105,26 +105,24 @@ def check_labels(examples: Sequence[Example], data: TrainingData, student: Whisp
 
 def _misreading(visit_tokens: VisitTokens, number: int, student: Whisper) -> str | None:
     """Return how an example's text differs when decoded from its tokens; None: it does not."""
-    utterance, special = visit_tokens.examples[number].utterance, student.tokens
+    example, special = visit_tokens.examples[number], student.tokens
+    utterance = example.utterance
     tokens, prompt_length = visit_tokens.of(Visit(number, position=0, use=0), View())
-    given, learnt = tokens[:prompt_length], tokens[prompt_length:-1]  # without the end token
+    given, learnt = tokens[:prompt_length], [t for t in tokens[prompt_length:] if t != special.end]
     text_tokens = [id for id in learnt if id not in special.timestamps]
-    label, decoded = utterance.text or "", _decode(text_tokens, student)
+    label = learnt_text(utterance.text or "", example.complete)
+    decoded = student.text_of(text_tokens)
     if len(text_tokens) < len(learnt):  # between segments with times there may be a space or none
         label, decoded = "".join(label.split()), "".join(decoded.split())
     if decoded != label:
         return f'{utterance.place}: "{label}" comes back as "{decoded}"'
     if given[0] == special.previous:
-        previous = utterance.row[visit_tokens.data.columns.previous_text]
-        decoded = _decode(given[1 : given.index(special.start)], student)
+        previous = learnt_text(utterance.row[visit_tokens.data.columns.previous_text])
+        decoded = student.text_of(given[1 : given.index(special.start)])
         # It may begin within a character of several tokens.
         if not previous.endswith(decoded.lstrip("\N{REPLACEMENT CHARACTER}")):
             return f'{utterance.place}: previous text "{previous}" comes back as "{decoded}"'
     return None
-
-
-def _decode(ids: Sequence[int], student: Whisper) -> str:
-    return str(student.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def check_references(dev: Manifest, columns: TrainingColumns) -> int:

@@ -12,22 +12,28 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
+from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
 from simpler_distil_whisper.labels.error_rate import why_dropped
+from simpler_distil_whisper.labels.evidence import INCOMPLETE, is_cut_off
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
 from simpler_distil_whisper.run import DataError, Progress, log
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.tokens import (
+    BROKEN_CHARACTER,
     Example,
     LabelTokenizer,
     SpecialTokenInText,
     TimedTokens,
+    learnt_text,
 )
 
 UNREADABLE = "unreadable audio"
 BAD = ("unusable row", UNREADABLE)  # the reasons that count against max_bad_fraction
 WITH_SEGMENTS = "with segments"
+WITHOUT_END = "learnt without an end token, since they were cut off"
+CLEANED = "without their control characters and other characters that are no speech"
 
 
 class Dropped(Exception):
@@ -128,7 +134,7 @@ class ExampleFilter:
         self.max_seconds = min(data.max_duration_seconds or window_seconds, window_seconds)
         longest = label_tokenizer.max_label_tokens
         self.max_label_tokens = min(data.max_label_tokens or longest, longest)
-        self.timed: Counter[str] = Counter()
+        self.kept: Counter[str] = Counter()
 
     def select(self, manifests: Sequence[Manifest]) -> Selection:
         """Return the examples of all manifests; rows and hours are counted for every reason."""
@@ -141,7 +147,7 @@ class ExampleFilter:
             for manifest, weight in zip(manifests, weights, strict=True)
             for utterance in manifest.utterances
         ]
-        self.timed.clear()
+        self.kept.clear()
         progress = Progress("reading audio headers", "rows", len(utterances))
         for utterance, weight in progress.over(utterances):
             seconds = 0.0
@@ -160,13 +166,13 @@ class ExampleFilter:
             for kind, each in hours.items()
             if each or kind == "kept"
         }
-        self._log_timestamps_and_previous_text(examples)
+        self._log_how_they_are_learnt(examples)
         return Selection(examples, rejections, report)
 
-    def _log_timestamps_and_previous_text(self, examples: Sequence[Example]) -> None:
-        for kind, count in self.timed.items():
+    def _log_how_they_are_learnt(self, examples: Sequence[Example]) -> None:
+        for kind, count in (+self.kept).items():
             log.info("kept training rows, %s: %d", kind, count)
-        if self.data.timestamp_probability and not self.timed[WITH_SEGMENTS]:
+        if self.data.timestamp_probability and not self.kept[WITH_SEGMENTS]:
             log.warning(
                 "data.timestamp_probability is %g, but no row can be learnt with timestamps: set "
                 "decoding.timestamps or pack.enabled when labelling",
@@ -178,13 +184,19 @@ class ExampleFilter:
             write("kept training rows, with previous text: %d", count)
 
     def _example(self, utterance: Utterance, seconds: float, weight: float) -> Example:
-        columns = self.data.columns
-        if not (utterance.text or "").strip():
+        row, columns = utterance.row, self.data.columns
+        # A label that a person wrote is not what the teacher's evidence is about.
+        by_teacher = columns.text != columns.reference
+        complete = not (by_teacher and is_cut_off(row))
+        text = learnt_text(utterance.text or "", complete)
+        if not text.strip():
             raise Dropped("no label", f'"{columns.text}" is empty')
-        if dropped := why_dropped(utterance.row, columns.error_rate, self.data.max_error_rate):
+        if dropped := why_dropped(row, columns.error_rate, self.data.max_error_rate):
             raise Dropped(*dropped)
+        if by_teacher:
+            self._check_evidence(row)
         self._check_length(seconds)
-        label = self._tokens_of(utterance.text or "", "label")
+        label = self._tokens_of(text, "label")
         if len(label) > self.max_label_tokens:
             limit = self.max_label_tokens
             raise Dropped("label too long", f"label of {len(label)} tokens, the maximum is {limit}")
@@ -193,9 +205,25 @@ class ExampleFilter:
             raise Dropped("no language", "neither the row nor data.language names the language")
         prompt = self.tokens.prompt(language, self.data.task)
         previous = self._previous(utterance)
-        segments = self._timed_segments(utterance, len(prompt) - 1)
-        tokens = array("i", [*prompt, *label, self.tokens.end])
-        return Example(utterance, seconds, tokens, len(prompt), weight, segments, previous)
+        segments = self._timed_segments(utterance, text, len(prompt) - 1, complete)
+        end = [self.tokens.end] if complete else []
+        self.kept[WITHOUT_END] += not complete
+        self.kept[CLEANED] += text != utterance.text and complete
+        tokens = array("i", [*prompt, *label, *end])
+        return Example(
+            utterance, seconds, tokens, len(prompt), weight, segments, previous, complete
+        )
+
+    def _check_evidence(self, row: Row) -> None:
+        """Raise Dropped if the teacher's evidence speaks against its label."""
+        if is_cut_off(row) and self.data.incomplete_labels == "drop":
+            raise Dropped(
+                INCOMPLETE,
+                "the label was cut off: label with more decoding.max_new_tokens, or set "
+                "data.incomplete_labels to without_end",
+            )
+        if dropped := self.data.why_dropped(row):
+            raise Dropped(*dropped)
 
     def _check_length(self, seconds: float) -> None:
         minimum, maximum = self.data.min_duration_seconds, self.max_seconds
@@ -205,6 +233,8 @@ class ExampleFilter:
             raise Dropped("too long", f"too long: {seconds:.3f} s, the maximum is {maximum:g} s")
 
     def _tokens_of(self, text: str, what: str) -> "array[int]":
+        if BROKEN_CHARACTER in text and what != "previous text":
+            raise Dropped(f"broken character in {what}", f"the {what} holds U+FFFD: {text!r}")
         try:
             return self.label_tokenizer(text, what)
         except SpecialTokenInText as error:
@@ -221,31 +251,35 @@ class ExampleFilter:
         # As in openai/whisper: half of the positions, <|startofprev|> included, is for the past.
         return self._tokens_of(text, "previous text")[-(self.max_positions // 2 - 1) :]
 
-    def _timed_segments(self, utterance: Utterance, prompt_length: int) -> tuple[TimedTokens, ...]:
+    def _timed_segments(
+        self, utterance: Utterance, label: str, prompt_length: int, complete: bool
+    ) -> tuple[TimedTokens, ...]:
         """Return the label's segments with times; none if it is to be learnt without timestamps.
 
         Args:
             utterance: whose segments they are.
+            label: the text that is learnt.
             prompt_length: how many tokens stand before the first timestamp.
+            complete: whether the label was not cut off.
         """
         if not self.data.timestamp_probability:
             return ()
         segments = self._segments(utterance)
+        texts = [learnt_text(each.text, complete) for each in segments]
         timed = tuple(
-            TimedTokens(each.start_seconds, each.end_seconds, self._tokens_of(each.text, "segment"))
-            for each in segments
+            TimedTokens(each.start_seconds, each.end_seconds, self._tokens_of(text, "segment"))
+            for each, text in zip(segments, texts, strict=True)
         )
         positions = prompt_length + sum(len(each.tokens) + 2 for each in timed)
-        text = "".join(each.text for each in segments)
         if not segments:
             kind = "without segments"
-        elif _without_spaces(text) != _without_spaces(utterance.text or ""):
+        elif _without_spaces("".join(texts)) != _without_spaces(label):
             kind = "without timestamps, since their segments are not the label"
         elif positions > self.max_positions:
             kind = "without timestamps, since with them they are too long"
         else:
             kind = WITH_SEGMENTS
-        self.timed[kind] += 1
+        self.kept[kind] += 1
         return timed if kind == WITH_SEGMENTS else ()
 
     def _segments(self, utterance: Utterance) -> list[_Segment]:
@@ -267,7 +301,7 @@ class ExampleFilter:
         known = [time for time in times if time is not None]
         if known != sorted(known):
             raise Dropped(kind, f'"{column}": the times go back: {known}')
-        return [each for each in segments if each.text.strip()]
+        return [each for each in segments if learnt_text(each.text).strip()]
 
 
 def _without_spaces(text: str) -> str:

@@ -20,6 +20,7 @@ from simpler_distil_whisper.config import (
 )
 from simpler_distil_whisper.data.manifest import Columns, DataLimits
 from simpler_distil_whisper.evaluation.metrics import Metric
+from simpler_distil_whisper.labels.evidence import EvidenceLimits
 from simpler_distil_whisper.model.options import (
     DecodingBatch,
     FolderOptions,
@@ -45,7 +46,7 @@ class TrainingColumns(Columns):
     )
 
 
-class TrainingData(DataLimits):
+class TrainingData(DataLimits, EvidenceLimits):
     """The `data` section of run_distillation.json; the limits hold for training rows alone."""
 
     train_manifests: list[Path] = Field(
@@ -60,6 +61,11 @@ class TrainingData(DataLimits):
     columns: TrainingColumns = TrainingColumns()
     max_error_rate: Ratio | None = Field(
         None, description="Rows with a higher error rate are not used; null: all are used."
+    )
+    incomplete_labels: Literal["drop", "without_end"] = Field(
+        "drop",
+        description="Labels that max_new_tokens has cut off: not used, or learnt without an end "
+        "token, so that the student does not learn to stop there.",
     )
     max_label_tokens: PositiveInt | None = Field(
         None, description="Rows with a longer label are not used; null: what the decoder can hold."

@@ -4,6 +4,7 @@ Owns the order of the tokens: previous text, prompt, label with or without times
 reads no audio and drops no rows.
 """
 
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,27 @@ from simpler_distil_whisper.training.plan import Drawn, Visit, draw
 
 class SpecialTokenInText(ValueError):
     """A text holds a token such as `<|endoftext|>`, which is no speech."""
+
+
+# Byte order marks, soft hyphens, zero-width spaces, direction marks and control characters: they
+# belong to files and layout, not to speech. Not joiners, which change letters in many scripts.
+UNSPOKEN = re.compile(
+    r"[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
+    r"\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"
+)
+LINE_BREAK = re.compile(r"\s*[\t-\r\x85\u2028\u2029]\s*")
+BROKEN_CHARACTER = "\ufffd"  # in the text of tokens that are only some of a character's bytes
+
+
+def learnt_text(text: str, complete: bool = True) -> str:
+    """Return what is learnt of a label: one line, without characters that are no speech.
+
+    Args:
+        text: the label.
+        complete: whether its end is that of the speech; else its last character may be broken.
+    """
+    lines = LINE_BREAK.sub("\n", UNSPOKEN.sub("", text)).removesuffix("\n")
+    return lines.replace("\n", " ").rstrip("" if complete else BROKEN_CHARACTER)
 
 
 class LabelTokenizer:
@@ -53,13 +75,13 @@ class LabelTokenizer:
         """Return the token ids of a text.
 
         Args:
-            text: no special tokens are added to it.
+            text: only `learnt_text` of it is used, and no special tokens are added.
             what: the kind of text, for the error message.
 
         Raises:
             SpecialTokenInText: the text itself holds special tokens.
         """
-        ids = array("i", self.tokenizer(text, add_special_tokens=False).input_ids)
+        ids = array("i", self.tokenizer(learnt_text(text), add_special_tokens=False).input_ids)
         if special := self._special.intersection(ids):
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
             raise SpecialTokenInText(f"the {what} holds {names}, which is no speech")
@@ -81,11 +103,12 @@ class Example:
     Attributes:
         utterance: where the audio is.
         seconds: its length, from the file's header.
-        tokens: prompt, label and end token, without timestamps.
+        tokens: prompt, label and, of a complete label, the end token; without timestamps.
         prompt_length: how many of them are given, not learnt.
         weight: how often an epoch uses the example.
         segments: the label once more, with times; empty if it is not learnt with timestamps.
         previous: tokens of the text before it in the recording, as many as a decoder may be given.
+        complete: whether the label's end is that of the speech, so that the end token is learnt.
     """
 
     utterance: Utterance
@@ -95,13 +118,14 @@ class Example:
     weight: float = 1.0
     segments: tuple[TimedTokens, ...] = ()
     previous: Sequence[int] = ()
+    complete: bool = True
 
 
 class DecoderTokens(NamedTuple):
     """The token sequence of one visit.
 
     Attributes:
-        tokens: previous text, prompt, label and end token.
+        tokens: previous text, prompt, label and, of a complete label, the end token.
         prompt_length: how many of them are given, not learnt.
     """
 
@@ -143,7 +167,8 @@ class VisitTokens:
         if example.segments and self._draw(timestamps, Drawn.TIMESTAMPS, visit):
             # <|notimestamps|> is the last token of the prompt.
             prompt_length -= 1
-            tokens = [*tokens[:prompt_length], *self._timed(example, view), self.tokens.end]
+            end = [self.tokens.end] if example.complete else []
+            tokens = [*tokens[:prompt_length], *self._timed(example, view), *end]
         if example.previous and self._draw(previous, Drawn.PREVIOUS_TEXT, visit):
             # The end token is no input, <|startofprev|> is one more.
             room = self.max_positions - len(tokens)

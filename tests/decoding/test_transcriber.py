@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from generated import generated_tokens, never_text
-from tiny import make_corpus, make_model_folder, read_rows
+from tiny import add_words, make_corpus, make_model_folder, read_rows
 from torch import Tensor
 
 from simpler_distil_whisper.config import ConfigError
@@ -20,6 +20,7 @@ from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 
 UTTERANCES = 8
+ADDED = ["浴室", "Kubernetes", "Müller", "<|speaker|>"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,6 +225,55 @@ def test_sentences_stand_between_their_timestamps(whisper: Whisper, features: Te
         assert "".join(segment.text for segment in hypothesis.segments) == hypothesis.text
         times = [s.start_seconds for s in hypothesis.segments]
         assert times == sorted(times) and max(times) <= 2.0
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
+    """A model that writes words which were added to its vocabulary, behind the timestamps."""
+    folder = tmp_path_factory.mktemp("extended")
+    make_model_folder(folder, languages=["en", "zh", "ja"], talkative=True, seed=53)
+    add_words(folder, dict(zip(ADDED, "pWjU", strict=True)))
+    return load_whisper(read_model_folder(folder, None, "model"))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_added_words_are_text_as_in_generate(
+    extended: Whisper, features: Tensor, beams: int
+) -> None:
+    languages = ["zh"] * UTTERANCES
+    settings = copy.deepcopy(extended.model.generation_config)
+    settings.suppress_tokens = sorted({*extended.tokens.control, *settings.suppress_tokens})
+    ids = extended.model.generate(
+        features,
+        generation_config=settings,
+        language="<|zh|>",
+        task="transcribe",
+        max_new_tokens=100,
+        num_beams=beams,
+        force_unique_generate_call=True,
+        do_sample=False,
+    )
+    theirs = extended.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ours = transcribe(extended, features, languages, max_new_tokens=100, num_beams=beams)
+    # The tokenizer takes the letter of one of them for a byte.
+    assert [h.text.replace("ü", "\ufffd") for h in ours] == theirs
+    for word in ADDED:
+        assert any(word in h.text for h in ours), word
+
+
+def test_added_words_are_no_timestamps(extended: Whisper, features: Tensor) -> None:
+    ours = transcribe(extended, features, ["zh"] * UTTERANCES, timestamps=True)
+    for hypothesis in ours:
+        assert "".join(segment.text for segment in hypothesis.segments) == hypothesis.text
+        times = [
+            time
+            for segment in hypothesis.segments
+            for time in (segment.start_seconds, segment.end_seconds)
+            if time is not None
+        ]
+        assert times == sorted(times) and max(times) <= 2.0
+    for word in ADDED:
+        assert any(word in h.text for h in ours), word
 
 
 def test_the_languages_of_the_rows_decide(whisper: Whisper, features: Tensor) -> None:

@@ -15,6 +15,7 @@ from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.packing import (
     PackLimits,
+    PackOptions,
     PackPlan,
     packed_row,
     plan_packs,
@@ -91,6 +92,31 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
     }
     everything = plan(tmp_path, rows, PackLimits(30.0, 444, None))
     assert ids_in(tmp_path, everything) == [[0, 1, 2], [5]]
+
+
+def test_a_label_that_the_teacher_doubts_enters_no_pack(tmp_path: Path) -> None:
+    rows = [
+        label(id=0, compression_ratio=12.96),
+        label(id=1, average_log_probability=-1.2),
+        label(id=2, no_speech_probability=0.93),
+        label(id=3, complete=False),
+        label(id=4, compression_ratio=2.4, no_speech_probability=0.6, complete=True),
+    ]
+    planned = plan(tmp_path, rows)
+    assert ids_in(tmp_path, planned) == [[4]]
+    assert planned.left_out == {
+        "a loop": 1,
+        "improbable label": 1,
+        "no speech": 1,
+        "incomplete label": 1,
+    }
+    options = PackOptions(
+        max_compression_ratio=None,
+        min_average_log_probability=None,
+        max_no_speech_probability=None,
+    )
+    everything = plan(tmp_path, rows, PackLimits(60.0, 444, None, options))
+    assert ids_in(tmp_path, everything) == [[0, 1, 2, 4]]
 
 
 def test_a_pack_is_not_too_long_for_the_decoder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from training_data import (
     ALWAYS,
     EN,
     END,
+    HI,
     NEVER,
     NI_HAO,
     NO_TIMESTAMPS,
@@ -65,6 +66,13 @@ def test_a_transcript_cannot_hold_a_special_token(select: Select, token: str) ->
         ({}, {"min_duration_seconds": 1.001}, "too short", "1.000 s, the minimum is 1.001 s"),
         ({}, {"max_duration_seconds": 0.999}, "too long", "1.000 s, the maximum is 0.999 s"),
         ({}, {"max_label_tokens": 5}, "label too long", "label of 6 tokens, the maximum is 5"),
+        ({"text": "\ufeff \u200b\x00"}, {}, "no label", '"text" is empty'),
+        ({"text": "你\ufffd好"}, {}, "broken character in label", "the label holds U+FFFD"),
+        ({"compression_ratio": 2.41}, {}, "a loop", '"compression_ratio" is 2.41, above 2.4'),
+        ({"average_log_probability": -1.01}, {}, "improbable label", "is -1.01, below -1"),
+        ({"no_speech_probability": 0.93}, {}, "no speech", "is 0.93, above 0.6"),
+        ({"compression_ratio": "3"}, {}, "unusable evidence", "is not a number: '3'"),
+        ({"complete": False}, {}, "incomplete label", "the label was cut off"),
         ({"audio": "text.wav"}, {}, "unreadable audio", "text.wav: is no audio"),
         ({"start_seconds": 1.5}, {}, "unreadable audio", "the part starts at 1.5 s"),
         ({"audio": "nowhere.wav"}, {}, "unusable row", "no such file"),
@@ -97,6 +105,11 @@ def test_each_filter_gives_the_reason_for_what_it_drops(
         ({}, {"max_duration_seconds": 1.0}),
         ({"duration_seconds": 0.5}, {"max_duration_seconds": 0.5}),
         ({}, {"max_label_tokens": 6}),
+        ({"compression_ratio": 2.4, "average_log_probability": -1, "complete": True}, {}),
+        ({"no_speech_probability": None, "compression_ratio": None}, {}),
+        ({"compression_ratio": 13}, {"max_compression_ratio": None}),
+        ({"average_log_probability": -3}, {"min_average_log_probability": None}),
+        ({"no_speech_probability": 1}, {"max_no_speech_probability": None}),
         ({"audio": "window.wav"}, {}),
     ],
 )
@@ -105,6 +118,47 @@ def test_each_limit_still_belongs_to_what_is_kept(
 ) -> None:
     write_tone(tmp_path / "window.wav", float(WINDOW))
     assert len(select(row(**fields), **data).examples) == 1
+
+
+def test_the_evidence_is_of_pseudo_labels_alone(select: Select) -> None:
+    doubtful = {"compression_ratio": 9.0, "complete": False, "origin_text": "你好", "text": "你"}
+    references = select(row(**doubtful), columns={"text": "origin_text"})
+    assert [list(example.tokens[-2:]) for example in references.examples] == [[NI_HAO[-1], END]]
+
+
+def test_a_label_that_was_cut_off_is_learnt_without_an_end_token(select: Select) -> None:
+    cut = timed_row((0, 0.5, "H"), (0.5, None, "i\ufffd"), complete=False)
+    examples = select(cut, incomplete_labels="without_end", **ALWAYS).examples
+    _, labels = decoder_sequences(decoder_tokens(examples), END)
+    assert labels[0, -len(HI) :].tolist() == HI
+    timed = make_visit_tokens(examples, **ALWAYS).of(visits_to(0)[0], View())
+    times = [TIME, HI[0], TIME + 25, TIME + 25, HI[1]]
+    assert list(timed.tokens) == [START, EN, TRANSCRIBE, *times]
+
+
+@pytest.mark.parametrize(
+    ("text", "learnt"),
+    [
+        ("\ufeffHi", "Hi"),
+        ("H\u00adi\x00", "Hi"),
+        ("\u200eH\u200bi\u2060", "Hi"),
+        ("H\r\n i\n", "H i"),
+        ("\nHi", " Hi"),
+        ("ن\u200cم", "ن\u200cم"),  # joiners change letters
+    ],
+)
+def test_characters_that_are_no_speech_are_not_learnt(
+    select: Select, text: str, learnt: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        cleaned, plain = select(row(text=text), row(text=learnt)).examples
+    assert cleaned.tokens == plain.tokens
+    assert len(caplog.messages) == (text != learnt)
+
+
+def test_a_hidden_character_does_not_hide_a_special_token(select: Select) -> None:
+    selection = select(row(text="a<|end\u200boftext|>"))
+    assert "<|endoftext|>" in selection.rejections[0].reason
 
 
 def test_audio_longer_than_the_window_is_dropped_whatever_the_config_allows(

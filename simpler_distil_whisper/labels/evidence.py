@@ -1,0 +1,59 @@
+"""The filters by evidence: which pseudo-labels the teacher itself gives reason to doubt.
+
+Owns the limits and the decision for one labelled row, which needs no reference. The evidence is
+written by run_pseudo_labelling.py; what is done with a row that is dropped is up to the stage.
+"""
+
+from pydantic import Field
+
+from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.evaluation.hallucination import MAX_NO_SPEECH_PROBABILITY
+
+# Where openai/whisper decodes again, with a higher temperature.
+MAX_COMPRESSION_RATIO = 2.4
+MIN_AVERAGE_LOG_PROBABILITY = -1.0
+
+UNUSABLE_EVIDENCE = "unusable evidence"
+INCOMPLETE = "incomplete label"
+
+
+class EvidenceLimits(StrictModel):
+    """Labels beyond these limits are not used; rows without the column are not affected."""
+
+    max_compression_ratio: PositiveFloat | None = Field(
+        MAX_COMPRESSION_RATIO,
+        description="Labels that compress better are loops and not used; null: all are used.",
+    )
+    min_average_log_probability: float | None = Field(
+        MIN_AVERAGE_LOG_PROBABILITY,
+        description="Labels that the teacher thought less probable are not used; null: all are.",
+    )
+    max_no_speech_probability: Ratio | None = Field(
+        MAX_NO_SPEECH_PROBABILITY,
+        description="Labels of audio that is silence or noise with a higher probability are not "
+        "used; null: all are.",
+    )
+
+    def why_dropped(self, row: Row) -> tuple[str, str] | None:
+        """Return why a labelled row is dropped, as a kind to count and a reason; None: it stays."""
+        for column, limit, sign, kind in (
+            ("compression_ratio", self.max_compression_ratio, 1, "a loop"),
+            ("average_log_probability", self.min_average_log_probability, -1, "improbable label"),
+            ("no_speech_probability", self.max_no_speech_probability, 1, "no speech"),
+        ):
+            value = row.get(column)
+            if limit is None or value is None:
+                continue
+            # In Python, a bool is an int.
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return UNUSABLE_EVIDENCE, f'"{column}" is not a number: {value!r}'
+            if sign * value > sign * limit:
+                beyond = "above" if sign > 0 else "below"
+                return kind, f'{kind}: "{column}" is {value:g}, {beyond} {limit:g}'
+        return None
+
+
+def is_cut_off(row: Row) -> bool:
+    """Return whether the limit of tokens cut the label off, so that its end is not the speech's."""
+    return row.get("complete") is False
