@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from tiny import make_corpus, make_model_folder, read_rows, write_rows
+from tiny import ALL_EVIDENCE, make_corpus, make_model_folder, read_rows, write_rows
 
 STEPS = [
     "run_pseudo_labelling",
@@ -81,6 +81,8 @@ def chain_configs(out: str) -> dict[str, Config]:
             "data": {
                 "train_manifests": [f"{out}/run_pseudo_labelling/pseudo_labels.jsonl"],
                 "dev_manifest": "zh-100.jsonl",
+                "incomplete_labels": "without_end",
+                **ALL_EVIDENCE,
             },
             "schedule": {"warmup_steps": 2, "epochs": None, "max_steps": 8},
             "batch": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -129,7 +131,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
     (folder / "no-network").mkdir()
     (folder / "no-network" / "sitecustomize.py").write_text(NO_NETWORK)
-    make_model_folder(folder / "teacher", languages=["en", "zh"], decoder_layers=4)
+    layout = {"languages": ["en", "zh"], "decoder_layers": 4, "talkative": True}
+    make_model_folder(folder / "teacher", **layout)
     rows = read_rows(make_corpus(folder, 10))
     rows[4]["note"] = "字段保留"
     (folder / "audio" / "broken.wav").write_bytes(b"RIFF nothing")
@@ -356,7 +359,8 @@ def test_two_processes_label_the_same_bytes(chain: Path) -> None:
 @pytest.mark.slow
 def test_the_scripts_run_on_real_speech(real_speech: Path, chain: Path) -> None:
     """Columns of other names, three languages, a window of 30 s, clips that are too long for it."""
-    make_model_folder(chain / "wide", window_seconds=30, width=32, decoder_layers=3)
+    layout = {"window_seconds": 30, "width": 32, "decoder_layers": 3, "talkative": True}
+    make_model_folder(chain / "wide", **layout)
     languages = ("zh-TW", "zh-CN", "en")
     rows = [row for row in read_rows(real_speech / "manifest.jsonl") if row["lang"] in languages]
     for row in rows:

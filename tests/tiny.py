@@ -20,6 +20,12 @@ from transformers import (
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
 SIXTEEN_KHZ = 16_000
+# A random teacher's own evidence is against its labels.
+ALL_EVIDENCE = {
+    "max_compression_ratio": None,
+    "min_average_log_probability": None,
+    "max_no_speech_probability": None,
+}
 
 
 def make_tokenizer(languages: list[str], window_seconds: int = 30) -> WhisperTokenizer:
