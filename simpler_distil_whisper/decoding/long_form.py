@@ -200,9 +200,9 @@ def _with_tokens(
     transcriber: Transcriber, segments: Sequence[SegmentTokens], tokens: Sequence[TimedToken]
 ) -> list[SegmentTokens]:
     """Return the segments of a window with their share of the timed tokens of its text."""
-    rest, end = iter(tokens), transcriber.whisper.tokens.end
+    rest, is_text = iter(tokens), transcriber.whisper.tokens.is_text
     return [
-        replace(segment, timed=tuple(islice(rest, sum(id < end for id in segment.ids))))
+        replace(segment, timed=tuple(islice(rest, sum(map(is_text, segment.ids)))))
         for segment in segments
     ]
 

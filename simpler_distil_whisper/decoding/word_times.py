@@ -95,7 +95,8 @@ class TokenAligner:
             audio = max(1, min(int(seconds[row] / TIME_STEP + 1e-6), states.shape[1]))
             attention = self._attention(queries, cache, row, used, audio)
             places = first_positions(-attention[last : last + len(text) + 1].double().cpu().numpy())
-            logits = self.decoder.logits(decoded[row, last : last + len(text)])[:, : tokens.end]
+            logits = self.decoder.logits(decoded[row, last : last + len(text)])
+            logits[:, [tokens.end, *tokens.control]] = -torch.inf
             chosen = torch.tensor(text, device=logits.device)[:, None]
             probabilities = logits.softmax(-1).gather(1, chosen)[:, 0].tolist()
             starts = (places * TIME_STEP).tolist()
