@@ -4,6 +4,7 @@ Owns what must fit together: weights, config.json, generation_config.json, token
 extractor. What a single file must be like is for `settings.py` and `headers.py`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -161,12 +162,15 @@ def _vocabulary_misfits(
     last = max(vocabulary.values(), default=0)
     if sizes and last >= sizes["vocab_size"]:
         yield f"has tokens up to {last}, {path} knows {sizes['vocab_size']}"
+    if len(set(vocabulary.values())) < len(vocabulary):
+        id, count = Counter(vocabulary.values()).most_common(1)[0]
+        yield f"{count} of its tokens have the id {id}"
     # Ids can differ though the sizes fit: large-v3 has one language, and so one token, more.
-    for token, stated in (
+    for token, theirs in (
         ("<|startoftranscript|>", generation.decoder_start_token_id),
-        ("<|notimestamps|>", [generation.no_timestamps_token_id]),
+        ("<|notimestamps|>", generation.no_timestamps_token_id),
     ):
-        ours, theirs = vocabulary.get(token), next(iter(stated), None)
+        ours = vocabulary.get(token)
         if None not in (ours, theirs) and ours != theirs:
             yield f"its {token} is token {ours}, that of {path} is {theirs}"
 

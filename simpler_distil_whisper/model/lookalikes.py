@@ -77,8 +77,9 @@ def what_it_is(path: Path) -> str | None:
         if any(path.glob(pattern)):
             return answer
     for pattern, answer in COLLECTIONS.items():
-        if folders := sorted({str(file.parent) for file in path.glob(pattern)}):
-            return f"{answer}; the models are in {', '.join(folders[:5])}: name one of them"
+        if any(path.glob(pattern)):
+            inside = sorted({str(file.parent) for each in COLLECTIONS for file in path.glob(each)})
+            return f"{answer}; the models are in {', '.join(inside[:5])}: name one of them"
     return None
 
 

@@ -43,14 +43,14 @@ def _fits_width(heads: int, info: ValidationInfo) -> int:
 
 
 def _as_list(value: object) -> object:
-    """Return a list: a key such as `eos_token_id` may hold null, an id or several."""
+    """Return a list: `eos_token_id` may be null, an id or several."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
 TokenId = Annotated[NonNegativeInt, AfterValidator(_known_token)]
-TokenIds = Annotated[list[TokenId], BeforeValidator(_as_list)]
+OneOrMore = Annotated[list[TokenId], BeforeValidator(_as_list)]
 Heads = Annotated[int, Field(gt=0), AfterValidator(_fits_width)]
 
 
@@ -63,12 +63,12 @@ class SettingsFile(BaseModel):
 class TokenSettings(SettingsFile):
     """Ids that stood in config.json before there was a generation_config.json."""
 
-    bos_token_id: TokenIds = []
-    eos_token_id: TokenIds = []
-    pad_token_id: TokenIds = []
-    decoder_start_token_id: TokenIds = []
-    suppress_tokens: TokenIds = []
-    begin_suppress_tokens: TokenIds = []
+    bos_token_id: TokenId | None = None
+    eos_token_id: OneOrMore = []
+    pad_token_id: TokenId | None = None
+    decoder_start_token_id: TokenId | None = None
+    suppress_tokens: list[TokenId] | None = None
+    begin_suppress_tokens: list[TokenId] | None = None
 
 
 class ConfigSettings(TokenSettings):

@@ -202,10 +202,22 @@ def load_tokenizer(folder: ModelFolder) -> WhisperTokenizer:
     """Return the tokenizer of a model folder.
 
     Raises:
-        ConfigError: its files cannot be loaded.
+        ConfigError: its files cannot be loaded, or contradict each other.
     """
     with _blamed_on(folder.processor):
-        return WhisperTokenizer.from_pretrained(folder.processor, local_files_only=True)
+        tokenizer = WhisperTokenizer.from_pretrained(folder.processor, local_files_only=True)
+    # A token more in added_tokens.json than in tokenizer.json moves the ids of all that follow.
+    loaded: dict[str, int] = tokenizer.get_vocab()
+    stated = {**loaded, **folder.vocabulary}
+    moved = [token for token, id in loaded.items() if id != stated[token]]
+    if moved or max(loaded.values()) >= folder.config["vocab_size"]:
+        token = max(moved or loaded, key=loaded.__getitem__)
+        raise ConfigError(
+            f"{folder.processor}: the files of the tokenizer contradict each other: {token} is "
+            f"token {loaded[token]} of {folder.config['vocab_size']}, or {stated[token]}; save the "
+            "tokenizer again with save_pretrained of transformers"
+        )
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -214,8 +226,8 @@ def _blamed_on(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a wrong file makes transformers fail with any class
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{folder}: cannot be loaded: {what}") from error
+        what = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: cannot be loaded: {type(error).__name__}: {what}") from error
 
 
 def _check_finite(model: WhisperForConditionalGeneration, folder: ModelFolder) -> None:

@@ -142,3 +142,48 @@ def test_the_processor_of_a_new_folder_is_made_readable_for_old_programs(tmp_pat
 def test_two_names_of_one_tensor_stay_one(folder: Path) -> None:
     model: WhisperForConditionalGeneration = loaded(folder).model
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "remedy"),
+    [
+        (torch.nan, "float32", "the file is damaged"),
+        (-torch.inf, "float32", "the file is damaged"),
+        (1e30, "float16", 'some are too large for torch.float16: set the dtype "float32"'),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(
+    folder: Path, value: float, dtype: str, remedy: str
+) -> None:
+    model = WhisperForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.encoder.layers[1].fc1.bias[5] = value
+    model.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=rf"model.encoder.layers.1.fc1.bias are not.*{remedy}"):
+        loaded(folder, dtype=dtype)
+
+
+def test_alignment_heads_of_the_teacher_are_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**settings, "alignment_heads": [[25, 6], [1, 0], [0, 9]]}))
+    assert loaded(folder).model.generation_config.alignment_heads == [[1, 0]]
+    assert "alignment_heads: 2 of 3 are not in this model" in caplog.text
+
+
+def test_tokenizer_files_that_contradict_each_other_are_refused(folder: Path) -> None:
+    """A token that only one file knows would move the ids of all others, with no warning."""
+    tokens = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
+    added = {"<|new|>": 256, **{token["content"]: token["id"] for token in tokens}}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(ConfigError, match="files of the tokenizer contradict each other"):
+        loaded(folder)
+
+
+def test_an_error_of_a_library_is_a_message_about_the_folder(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "mask_time_length": "x"}))
+    with pytest.raises(ConfigError, match="cannot be loaded: .*mask_time_length"):
+        loaded(folder)
