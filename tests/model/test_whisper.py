@@ -176,7 +176,7 @@ def test_alignment_heads_of_the_teacher_are_left_out(
 def test_tokenizer_files_that_contradict_each_other_are_refused(folder: Path) -> None:
     """A token that only one file knows would move the ids of all others, with no warning."""
     tokens = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
-    added = {"<|new|>": 256, **{token["content"]: token["id"] for token in tokens}}
+    added = {"<|new|>": 0, **{token["content"]: token["id"] for token in tokens}}
     (folder / "added_tokens.json").write_text(json.dumps(added))
     with pytest.raises(ConfigError, match="files of the tokenizer contradict each other"):
         loaded(folder)
