@@ -67,6 +67,7 @@ def test_a_student_learns_from_long_recordings(tmp_path: Path, run_script: RunSc
         previous_text_probability=0.5,
     )
     config["schedule"].update(epochs=None, max_steps=3, warmup_steps=1)
+    config["optimizer"].update(learning_rate=1e-3)
     config["batch"].update(micro_batch_size=4)
     done = run_script("run_distillation", config)
     assert done.returncode == 0, done.stderr
