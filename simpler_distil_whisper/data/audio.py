@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000  # of every Whisper
 MEAN = "mean"
 SIDES = ("left", "right")  # the first two channels; others are named by their number, from 1
+# Others come from damaged headers, and of a second at 1 Hz 16,000 samples would be made up.
+RATES = range(1_000, 1_000_001)
 # Where the mean of two channels has so small a share of the power of the louder one, they cancel.
 CANCELLING_POWER = 0.01
 SILENT_POWER = 1e-6  # of a channel, compared with the other one's
@@ -109,7 +111,10 @@ def load_audio(
         raise AudioError("empty: it decodes to no samples")
     check_length(sum(len(mono) / rate for rate, mono in pieces), min_seconds, max_seconds)
     waveforms = [_resampled(_to_full_scale(mono, path), rate) for rate, mono in pieces]
-    return waveforms[0] if len(waveforms) == 1 else np.concatenate(waveforms)
+    waveform = waveforms[0] if len(waveforms) == 1 else np.concatenate(waveforms)
+    if not len(waveform):
+        raise AudioError("empty: it is shorter than a sample at 16 kHz")
+    return waveform
 
 
 def audio_seconds(
@@ -168,6 +173,7 @@ def _opened(path: Path, *, thorough: bool) -> Iterator[Sound]:
         raise AudioError(f"cannot be opened: {error.strerror}") from None
 
 
+@np.errstate(all="ignore")  # of NaN and the like, which is rejected later
 def _read_mono(
     sound: Sound, part: tuple[float, float | None], channel: str, path: Path
 ) -> list[Block]:
@@ -177,6 +183,8 @@ def _read_mono(
     blocks: list[Block] = []
     # The file is read in blocks, so that all channels of half an hour are never in memory at once.
     for rate, samples in sound.blocks(*part):
+        if rate not in RATES:
+            raise AudioError(f"damaged: by its header, it has {rate} samples in a second")
         mono = samples.mean(axis=1) if index is None else samples[:, index]
         if index is None and samples.shape[1] == sound.channels > 1:
             loudness.add(samples, mono, rate)
@@ -216,13 +224,12 @@ class _Loudness:
         """The channel with the largest power."""
         return int(self.powers.argmax())
 
-    @np.errstate(all="ignore")  # of NaN and the like, which is rejected later
     def add(self, samples: np.ndarray, mean: np.ndarray, rate: int) -> None:
         """Take in a block: float32 [S, C], and float32 [S], the mean of its channels."""
         length = min(rate // 2, len(samples)) or 1
         windows = len(samples) // length
         channels = np.square(samples[: windows * length], dtype=np.float64)
-        powers = channels.reshape(windows, length, -1).mean(axis=1)
+        powers = channels.reshape(windows, length, samples.shape[1]).mean(axis=1)
         mean_powers = np.square(mean[: windows * length], dtype=np.float64)
         loudest = powers.max(axis=1, initial=0.0)
         limit = loudest * (CANCELLING_POWER * (2 / samples.shape[1]) ** 2)

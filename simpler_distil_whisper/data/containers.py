@@ -124,7 +124,7 @@ def _read_chunks(file: BinaryIO, size: int, layout: str, audio: bytes) -> Struct
         elif audio_passed and not _is_name(name):
             understated = there > FEW_BYTES
             return _joined_at(starts, size)._replace(understated=understated)
-        position = _next_chunk(file, position + header.size + length)
+        position = _next_chunk(file, min(position + header.size + length, size))
     return _joined_at(starts, size)
 
 

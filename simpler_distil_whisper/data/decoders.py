@@ -105,6 +105,25 @@ def open_sound(file: BinaryIO, name: str, *, thorough: bool) -> Sound:
     return _FfmpegSound(file, structure, remark=sound.remark)
 
 
+class _SeeksForC:
+    """Answers C libraries that seek where no file can be; they would print an exception."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Return the new position, or -1."""
+        try:
+            return super().seek(offset, whence)  # type: ignore[misc, no-any-return]
+        except (OSError, ValueError):
+            return -1
+
+
+class _FileForC(_SeeksForC, io.FileIO):
+    pass
+
+
+class _BytesForC(_SeeksForC, io.BytesIO):
+    pass
+
+
 class _LibsndfileSound:
     """Audio that libsndfile decodes; `is_trusted` tells whether its idea of the length is right."""
 
@@ -210,7 +229,7 @@ class _JoinedSounds:
         self._sounds: list[Sound] = []
         for begin, end in parts:
             file.seek(begin)
-            part = io.BytesIO(file.read(end - begin))
+            part = _BytesForC(file.read(end - begin))
             self._sounds.append(open_sound(part, "", thorough=False))
         for sound in self._sounds:
             sound.measure()
@@ -295,7 +314,7 @@ class _FfmpegSound:
         file = self._file
         if not isinstance(file, io.BytesIO):
             # libsndfile may have moved on behind the buffer.
-            file = io.FileIO(file.fileno(), closefd=False)
+            file = _FileForC(file.fileno(), closefd=False)
         file.seek(0)
         options = {"format_whitelist": FFMPEG_FORMATS}
         if self._structure.understated:
@@ -305,6 +324,8 @@ class _FfmpegSound:
                 stream = container.streams.best("audio")
                 if stream is None:
                     raise DecodingError("no audio in it")
+                if stream.codec_context is None:
+                    raise DecodingError("its audio is in a format that FFmpeg does not know")
                 yield container, stream
         except av.FFmpegError as error:
             raise DecodingError(self._reason or error.strerror) from None
