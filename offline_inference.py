@@ -110,6 +110,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         state,
         run,
         word_timestamps=config.decoding.word_timestamps,
+        audio_context=config.decoding.audio_context,
     )
     results, speed = RowResults(run.folder, "hypotheses.jsonl"), Speed()
     batches = transcription.transcribe_manifest(transcriber, manifest, config.data, results, run)

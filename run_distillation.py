@@ -44,6 +44,9 @@ class Config(RunOptions):
     data: options.TrainingData
     objective: options.Objective = options.Objective()
     freeze: options.Freeze = options.Freeze()
+    audio_context: options.AudioContextOptions | None = Field(
+        None, description="The student learns from the clip alone; null: from the whole window."
+    )
     optimizer: options.OptimizerOptions = options.OptimizerOptions()
     schedule: options.Schedule = options.Schedule()
     batch: options.BatchOptions = options.BatchOptions()
@@ -63,6 +66,12 @@ class Config(RunOptions):
     checkpoints: options.CheckpointOptions = options.CheckpointOptions()
     logging: options.LoggingOptions = options.LoggingOptions()
     check: options.CheckOptions = options.CheckOptions()
+
+    @model_validator(mode="after")
+    def _context_needs_a_trained_encoder(self) -> "Config":
+        if self.audio_context and self.freeze.encoder:
+            raise ValueError("audio_context trains the encoder: set freeze.encoder to false")
+        return self
 
     @model_validator(mode="after")
     def _patience_needs_dev_rows(self) -> "Config":
@@ -168,6 +177,7 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
 
 def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "TrainingSteps"]:
     """Return the trainer, which holds both models, and what it learns from in each step."""
+    from simpler_distil_whisper.model.audio_context import AudioContext
     from simpler_distil_whisper.model.processes import make_accelerator
     from simpler_distil_whisper.model.weights import encoders_are_equal
     from simpler_distil_whisper.model.whisper import load_whisper
@@ -188,6 +198,11 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
     teacher = Teacher(teacher_folder, config.teacher, accelerator, shared_encoder)
     student = load_whisper(student_folder, "float32", config.teacher.attention)
     freeze(student.model, config.freeze)
+    encoder_factor = 1.0
+    if config.audio_context:
+        encoder_factor = config.audio_context.encoder_learning_rate_factor
+        context = AudioContext(config.audio_context.margin_seconds)
+        student.model.config.audio_context = context.to_config()
     if config.activation_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
@@ -201,6 +216,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         config.data,
         config.batch,
         config.augmentation,
+        config.audio_context,
         config.seed,
         caches,
         accelerator,
@@ -219,6 +235,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         config.batch,
         config.checkpoints,
         card=ModelCard(facts, run.folder / "metrics.jsonl"),
+        encoder_factor=encoder_factor,
         validation=validation,
         tensorboard=config.logging.tensorboard,
     )

@@ -6,7 +6,7 @@ decoded at once, and merged by `chunks.py`. A single window is up to `transcribe
 of a recording up to `data/features.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
@@ -31,7 +31,7 @@ from simpler_distil_whisper.decoding.hypothesis import (
     WindowEvidence,
 )
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION, SECONDS_PER_FRAME
 from simpler_distil_whisper.text.languages import join_texts
 
 MAX_CONTEXT_TEMPERATURE = 0.5  # openai/whisper: text sampled at a higher one is no good context
@@ -117,7 +117,9 @@ def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recordi
     """Decode window after window of each recording, a batch of recordings at a time."""
     waiting = recordings
     while waiting:
-        group = waiting[: transcriber.room.rows]
+        positions = _positions(transcriber, waiting[0], waiting[0].seek)
+        alike = [r for r in waiting if _positions(transcriber, r, r.seek) == positions]
+        group = alike[: transcriber.room.rows]
         windows = [(recording, recording.seek) for recording in group]
         contexts = [recording.context for recording in group]
         states = _encode_windows(transcriber, windows)
@@ -133,14 +135,32 @@ def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recordi
 
 
 def _encode_windows(transcriber: Transcriber, windows: Sequence[_Window]) -> Tensor:
-    """Return float [B, E, D]: the encoder states of some windows."""
+    """Return float [B, E, D]: the encoder states of some windows, of as many positions each."""
     size = _window_frames(transcriber)
     features = []
     for recording, start in windows:
         window = recording.features[:, start : start + size]
         # openai/whisper pads the last window with zeros, although they are not silence.
         features.append(functional.pad(window, (0, size - window.shape[1])))
-    return transcriber.encode(torch.stack(features))
+    return transcriber.encode(torch.stack(features), _positions(transcriber, *windows[0]))
+
+
+def _batches_alike(
+    transcriber: Transcriber, recordings: Sequence[_Recording], places: Sequence[tuple[int, int]]
+) -> Iterator[Sequence[tuple[int, int]]]:
+    """Yield batches of places, a recording and a frame each, whose windows have equal positions."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for number, start in places:
+        positions = _positions(transcriber, recordings[number], start)
+        groups.setdefault(positions, []).append((number, start))
+    for alike in groups.values():
+        yield from in_batches(alike, transcriber.room.rows)
+
+
+def _positions(transcriber: Transcriber, recording: _Recording, start: int) -> int:
+    """Return how many encoder positions the window is given that begins at a frame."""
+    frames = min(_window_frames(transcriber), recording.frames - start)
+    return transcriber.encoder_positions(frames * SECONDS_PER_FRAME)
 
 
 def _decode_windows(
@@ -162,9 +182,9 @@ def _decode_windows(
     hypotheses = transcriber.from_encoder_states(
         states,
         [recording.language for recording, _ in windows],
-        previous=contexts,
         # The place in the recording is below 2 ** 32: each window has random numbers of its own.
         keys=[(recording.key << 32) + start for recording, start in windows],
+        previous=contexts,
         timestamps=timestamps,
     )
     for (recording, _), hypothesis in zip(windows, hypotheses, strict=True):
@@ -281,7 +301,7 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
     hypotheses: dict[tuple[int, int], Hypothesis] = {}
     timed: dict[tuple[int, int], list[TimedToken]] = {}
     for some in (first, later):
-        for group in in_batches(some, transcriber.room.rows):
+        for group in _batches_alike(transcriber, recordings, some):
             windows = [(recordings[number], start) for number, start in group]
             states = _encode_windows(transcriber, windows)
             results = _decode_windows(transcriber, windows, states)

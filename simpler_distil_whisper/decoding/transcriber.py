@@ -30,6 +30,8 @@ from simpler_distil_whisper.decoding.search import (
 from simpler_distil_whisper.decoding.speculative import Assistant, DraftCounts
 from simpler_distil_whisper.decoding.token_rules import TokenRules
 from simpler_distil_whisper.decoding.word_times import TokenAligner, segments_with_words
+from simpler_distil_whisper.model.audio_context import AudioContext
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.model.memory import Room, suitable_batch_size
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
@@ -53,6 +55,7 @@ class Transcriber:
         assistant: Assistant | None = None,
         *,
         word_timestamps: bool = False,
+        audio_context: AudioContext | None = None,
     ) -> None:
         """Prepare what does not change from batch to batch.
 
@@ -62,6 +65,7 @@ class Transcriber:
             seed: by which tokens are sampled at temperatures above 0.
             assistant: drafts for the model at temperature 0, which changes the speed alone.
             word_timestamps: whether hypotheses are given the times of their words.
+            audio_context: how much of the window the encoder is given; None: all of it.
 
         Raises:
             ConfigError: the model lacks a token that the options need, or the options make no use
@@ -86,6 +90,7 @@ class Transcriber:
         self.aligner = (
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
         )
+        self.audio_context = audio_context
         self.assistant = assistant
         student = assistant.student.model if assistant else None
         self.batch_size = (
@@ -115,12 +120,23 @@ class Transcriber:
         """
         return self.from_encoder_states(self.encode(features), languages, keys=keys)
 
+    def encoder_positions(self, seconds: float) -> int:
+        """Return how many encoder positions audio of some length is given."""
+        window: int = self.whisper.model.config.max_source_positions
+        return self.audio_context.positions(seconds, window) if self.audio_context else window
+
     @torch.inference_mode()
-    def encode(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor, positions: int | None = None) -> Tensor:
         """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T].
 
         If the assistant has an encoder of its own, its states stand behind them: [B, E, D + D'].
+
+        Args:
+            features: log-mels.
+            positions: E, of all of them; None: those of the whole window.
         """
+        if positions is not None:
+            features = features[..., : FRAMES_PER_POSITION * positions]
         states = self.whisper.encode(features)
         if self.assistant is not None and self.assistant.own_encoder:
             states = torch.cat([states, self.assistant.student.encode(features)], dim=-1)

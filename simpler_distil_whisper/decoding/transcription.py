@@ -32,13 +32,14 @@ from simpler_distil_whisper.decoding.long_form import transcribe_long
 from simpler_distil_whisper.decoding.speculative import Assistant
 from simpler_distil_whisper.decoding.speed import Speed, SpeedReport, speed_side_by_side
 from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.devices import (
     decoding_dtype,
     leave_a_core_to_audio,
 )
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory_megabytes
-from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
+from simpler_distil_whisper.model.options import AudioContextChoice, DecodingOptions, ModelOptions
 from simpler_distil_whisper.model.processes import smallest_of_all
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.weights import stored_dtype
@@ -101,6 +102,7 @@ def load_transcriber(
     run: Run,
     *,
     word_timestamps: bool = False,
+    audio_context: AudioContextChoice = "full",
 ) -> Transcriber:
     """Return a transcriber, with its assistant if there is one, that has been warmed up.
 
@@ -113,7 +115,14 @@ def load_transcriber(
         dtype = whisper.model.dtype  # also where "auto" decodes in another dtype than it trains in
         student = load_whisper(assistant_folder, dtype, model.attention, state.device)
         assistant = Assistant(student, whisper)
-    transcriber = Transcriber(whisper, decoding, seed, assistant, word_timestamps=word_timestamps)
+    transcriber = Transcriber(
+        whisper,
+        decoding,
+        seed,
+        assistant,
+        word_timestamps=word_timestamps,
+        audio_context=_chosen_context(audio_context, whisper, assistant),
+    )
     try:
         transcriber.warm_up()
     except (RuntimeError, MemoryError) as error:
@@ -122,6 +131,22 @@ def load_transcriber(
         transcriber.room.has_not_fitted(transcriber.batch_size)
     clear_device_cache()
     return transcriber
+
+
+def _chosen_context(
+    choice: AudioContextChoice, whisper: Whisper, assistant: Assistant | None
+) -> AudioContext | None:
+    """Return how much of the window the encoder is given, and log it; None: all of it."""
+    context = None
+    if choice == "auto":
+        context = whisper.audio_context
+        if assistant is not None and assistant.student.audio_context != context:
+            context = None  # the two would be given different parts of the window
+    elif choice != "full":
+        context = AudioContext(choice)
+    if context:
+        log.info("audio context: each clip and %g s, not the window", context.margin_seconds)
+    return context
 
 
 def speed_report(speed: Speed, transcriber: Transcriber, model_bytes: int) -> SpeedReport:
@@ -241,12 +266,7 @@ def transcribe_batch(
     languages = [utterance.language for utterance in batch.utterances]
     keys = [utterance.number for utterance in batch.utterances]
     count = batch.short_form_count
-    hypotheses: list[Hypothesis] = []
-    if count:
-        states = _encoder_states(batch, cache, transcriber)
-        hypotheses = transcriber.from_encoder_states(states, languages[:count], keys=keys[:count])
-        if transcriber.aligner:
-            hypotheses = transcriber.with_words(states, hypotheses, batch.seconds[:count])
+    hypotheses = _transcribe_short(transcriber, cache, batch) if count else []
     if batch.recordings:
         hypotheses += transcribe_long(
             transcriber, batch.recordings, languages[count:], keys[count:]
@@ -259,6 +279,31 @@ def transcribe_batch(
     return hypotheses
 
 
+def _transcribe_short(
+    transcriber: Transcriber, cache: EncoderStateCache | None, batch: SpeechBatch
+) -> list[Hypothesis]:
+    """Return one hypothesis for each utterance of a batch that fits into the window.
+
+    Those whose audio is given as many encoder positions are decoded together.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, seconds in enumerate(batch.seconds[: batch.short_form_count]):
+        groups.setdefault(transcriber.encoder_positions(seconds), []).append(row)
+    hypotheses: dict[int, Hypothesis] = {}
+    for positions, rows in groups.items():
+        utterances = [batch.utterances[row] for row in rows]
+        states = _encoder_states(batch, cache, transcriber, rows, positions)
+        own = transcriber.from_encoder_states(
+            states,
+            [utterance.language for utterance in utterances],
+            keys=[utterance.number for utterance in utterances],
+        )
+        if transcriber.aligner:
+            own = transcriber.with_words(states, own, [batch.seconds[row] for row in rows])
+        hypotheses |= zip(rows, own, strict=True)
+    return [hypotheses[row] for row in range(batch.short_form_count)]
+
+
 def _with_segments(hypothesis: Hypothesis, seconds: float) -> Hypothesis:
     """Return the hypothesis with its segments; a text without timestamps is a single segment."""
     if hypothesis.segments or not hypothesis.text:
@@ -267,14 +312,23 @@ def _with_segments(hypothesis: Hypothesis, seconds: float) -> Hypothesis:
 
 
 def _encoder_states(
-    batch: SpeechBatch, cache: EncoderStateCache | None, transcriber: Transcriber
+    batch: SpeechBatch,
+    cache: EncoderStateCache | None,
+    transcriber: Transcriber,
+    rows: list[int],
+    positions: int,
 ) -> torch.Tensor:
-    """Return float [B, E, D]: all encoder states; those that a cache lacks are stored in it."""
+    """Return float [U, E, D]: the states of some utterances of a batch, of `positions` positions.
+
+    With a cache, which keeps those of whole windows, they are the states of the whole batch; those
+    that it lacks are stored in it.
+    """
     model, features = transcriber.whisper.model, batch.input_features
     if cache is None:
         assert features is not None, "without a cache there are log-mels of all utterances"
-        return transcriber.encode(features)
+        return transcriber.encode(features[rows], positions)
     assert batch.cached is not None, "the reader has the cache too"
+    assert transcriber.audio_context is None, "the cache keeps the states of whole windows"
     missing = torch.empty(0) if features is None else features
     states = cache.complete(
         batch.cached.to(model.device), missing.to(model.device), model.model.encoder

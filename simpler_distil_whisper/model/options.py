@@ -136,9 +136,18 @@ class DecodingOptions(DecodingLimits):
         return self
 
 
-class InferenceDecodingOptions(DecodingOptions):
-    """How hypotheses are made, and how closely their words are timed."""
+AudioContextChoice = Literal["auto", "full"] | Annotated[float, Field(ge=0, le=3600)]
 
+
+class InferenceDecodingOptions(DecodingOptions):
+    """How hypotheses are made, how closely their words are timed, and what the encoder is given."""
+
+    audio_context: AudioContextChoice = Field(
+        "auto",
+        description="How much of the window the encoder is given. auto: the clip and the margin "
+        "that the model was trained for, all of it for models that were not; full: all; a number: "
+        "the clip and so many seconds, with which a model that was not trained for it falls apart.",
+    )
     word_timestamps: bool = Field(
         False, description="Give every word of the segments its time and its probability."
     )

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional
 from transformers import (
     GenerationConfig,
     WhisperFeatureExtractor,
@@ -30,6 +32,7 @@ from transformers import (
 
 from simpler_distil_whisper.atomic import MARK, new_folder, remove_own
 from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.model.audio_context import AudioContext, stated_context
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Attention, Dtype, Task
@@ -142,23 +145,51 @@ class Whisper:
             for are_added, some in itertools.groupby(text_ids, added.__contains__)
         )
 
+    @property
+    def audio_context(self) -> AudioContext | None:
+        """What the model was trained to be given of the window; None: all of it."""
+        return stated_context(self.model.config.to_dict())
+
     @torch.no_grad()  # not inference_mode, whose tensors training could not use
     def encode(self, features: Tensor) -> Tensor:
         """Return the encoder states, a few windows at a time, so that memory stays bounded.
 
         Args:
-            features: float [B, M, T]: log-mels, of any dtype and on any device.
+            features: float [B, M, T]: log-mels, of any dtype and on any device; of a part of the
+                window where T is smaller.
 
         Returns:
-            float [B, E, D]
+            float [B, E, D], E being T / 2
         """
         model = self.model
         groups = torch.split(features, encoder_batch_size(model.device) or len(features))
         states = [
-            model.model.encoder(group.to(model.device, model.dtype)).last_hidden_state
+            run_encoder(model.model.encoder, group.to(model.device, model.dtype))
             for group in groups
         ]
         return torch.cat(states)
+
+
+def run_encoder(encoder: Any, features: Tensor) -> Tensor:
+    """Return float [B, E, D]: the encoder states of log-mels, also of less than a window.
+
+    Of a whole window they are those of transformers' forward pass, which takes nothing else, bit
+    for bit.
+
+    Args:
+        encoder: of a Whisper in transformers.
+        features: float [B, M, T]: T is even, and at most the window's.
+    """
+    states = functional.gelu(encoder.conv1(features))
+    states = functional.gelu(encoder.conv2(states)).permute(0, 2, 1)
+    states = states + encoder.embed_positions.weight[: states.shape[1]]
+    states = functional.dropout(states, p=encoder.dropout, training=encoder.training)
+    for layer in encoder.layers:
+        output = layer(states, None)
+        # Layers of some versions of transformers return a tuple.
+        states = output[0] if isinstance(output, tuple) else output
+    normalized: Tensor = encoder.layer_norm(states)
+    return normalized
 
 
 def load_whisper(

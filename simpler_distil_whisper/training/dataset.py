@@ -23,6 +23,7 @@ from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audi
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Rejection, reject
 from simpler_distil_whisper.data.workers import load_ahead
+from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.teacher_cache import (
     CachedDecoderStates,
     CachedEncoderStates,
@@ -32,8 +33,20 @@ from simpler_distil_whisper.model.teacher_cache import (
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.training.augment import View, Views
 from simpler_distil_whisper.training.losses import IGNORE_INDEX
-from simpler_distil_whisper.training.options import Augmentation, BatchOptions, TrainingData
-from simpler_distil_whisper.training.plan import MicroBatches, RunLength, TrainingPlan, Visit
+from simpler_distil_whisper.training.options import (
+    AudioContextOptions,
+    Augmentation,
+    BatchOptions,
+    TrainingData,
+)
+from simpler_distil_whisper.training.plan import (
+    Drawn,
+    MicroBatches,
+    RunLength,
+    TrainingPlan,
+    Visit,
+    draw,
+)
 from simpler_distil_whisper.training.tokens import (
     DecoderTokens,
     Example,
@@ -62,6 +75,7 @@ class TrainingBatch:
         labels: int64 [B, L]: for each input the next token, IGNORE_INDEX within prompt and padding.
         seconds: of audio.
         rejections: examples whose audio could not be used; their rows have no label at all.
+        positions: of the student's encoder for each row; None: the whole window for all.
         cached_encoder_states: what the cache holds of them; None: there is no cache.
         cached_decoder_states: what the cache holds of the teacher's; None: there is no cache.
     """
@@ -71,6 +85,7 @@ class TrainingBatch:
     labels: Tensor
     seconds: float
     rejections: list[Rejection]
+    positions: list[int] | None = None
     cached_encoder_states: CachedEncoderStates | None = None
     cached_decoder_states: CachedDecoderStates | None = None
 
@@ -102,6 +117,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
         views: Views,
         extractor: WhisperFeatureExtractor,
         caches: StateCaches = NO_CACHES,
+        contexts: "AudioContexts | None" = None,
     ) -> None:
         """Keep what the batches are made of; nothing is read yet.
 
@@ -111,12 +127,14 @@ class TrainingDataset(Dataset[TrainingBatch]):
             views: the version of the audio that a visit uses.
             extractor: of both models.
             caches: where the teacher's states may be already.
+            contexts: how much of the window the student is given; None: all of it.
         """
         self.micro_batches = micro_batches
         self.visit_tokens = visit_tokens
         self.views = views
         self.extractor = extractor
         self.caches = caches
+        self.contexts = contexts
 
     def __len__(self) -> int:
         """Return how many micro-batches there are."""
@@ -135,6 +153,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
         decoder_input_ids, labels = decoder_sequences(tokens, self.visit_tokens.tokens.end)
         encoder_states, decoder_states = self._look_up(examples, views, tokens)
         clips: list[tuple[View, np.ndarray]] = []
+        positions: list[int] = []
         seconds, rejections = 0.0, []
         for row, (example, view) in enumerate(zip(examples, views, strict=True)):
             if encoder_states and row not in encoder_states.missing:
@@ -154,9 +173,19 @@ class TrainingDataset(Dataset[TrainingBatch]):
                 utterance = example.utterance
                 rejections.append(reject(utterance, f"{utterance.audio}: {error}"))
             seconds += len(waveform) / SAMPLE_RATE
+            if self.contexts:
+                length = len(clips[-1][1]) / SAMPLE_RATE
+                positions.append(self.contexts.positions(visits[row], length))
         features = self._log_mels(clips)
         return TrainingBatch(
-            features, decoder_input_ids, labels, seconds, rejections, encoder_states, decoder_states
+            features,
+            decoder_input_ids,
+            labels,
+            seconds,
+            rejections,
+            positions or None,
+            encoder_states,
+            decoder_states,
         )
 
     def _look_up(
@@ -187,6 +216,28 @@ class TrainingDataset(Dataset[TrainingBatch]):
         return features
 
 
+class AudioContexts:
+    """How much of the window the student's encoder is given at each use of a clip."""
+
+    def __init__(self, options: AudioContextOptions, window: int, seed: int) -> None:
+        """Remember what may be drawn.
+
+        Args:
+            options: the config's section.
+            window: encoder positions of the whole window.
+            seed: by which margins are drawn.
+        """
+        self.options, self.window, self.seed = options, window, seed
+
+    def positions(self, visit: Visit, seconds: float) -> int:
+        """Return the encoder positions for one use of a clip of so many seconds."""
+        random = draw(self.seed, Drawn.AUDIO_CONTEXT, visit.position)
+        if random.random() < self.options.full_window_probability:
+            return self.window
+        margin = self.options.margin_seconds + self.options.jitter_seconds * random.random()
+        return AudioContext(margin).positions(seconds, self.window)
+
+
 class TrainingSteps:
     """What one process learns from in each optimizer step.
 
@@ -205,6 +256,7 @@ class TrainingSteps:
         data: TrainingData,
         batch: BatchOptions,
         augmentation: Augmentation,
+        audio_context: AudioContextOptions | None,
         seed: int,
         caches: StateCaches,
         accelerator: Accelerator,
@@ -216,6 +268,10 @@ class TrainingSteps:
         hours = sum(example.seconds for example in examples) / 3600
         self.views = Views(augmentation, hours, student.window_seconds, seed)
         self.extractor = student.feature_extractor
+        self.contexts = None
+        if audio_context:
+            window = student.model.config.max_source_positions
+            self.contexts = AudioContexts(audio_context, window, seed)
         self.plan = TrainingPlan(
             [example.weight for example in examples],
             self.visit_tokens.length,
@@ -238,7 +294,9 @@ class TrainingSteps:
         """Yield this process's micro-batches of each step from `step` on, counted from 0."""
         steps = range(step, self.length.max_steps)
         own = MicroBatches(self.plan, steps, self.micro_batch_size, self.rank, self.processes)
-        dataset = TrainingDataset(own, self.visit_tokens, self.views, self.extractor, self.caches)
+        dataset = TrainingDataset(
+            own, self.visit_tokens, self.views, self.extractor, self.caches, self.contexts
+        )
         loader = load_ahead(dataset.__getitem__, range(len(dataset)), self.num_workers)
         for _ in steps:
             yield tuple(itertools.islice(loader, own.per_step))

@@ -14,6 +14,7 @@ from transformers import WhisperForConditionalGeneration
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.model.options import TeacherCacheOptions
 from simpler_distil_whisper.model.teacher_cache import (
     DecoderStateCache,
@@ -22,7 +23,7 @@ from simpler_distil_whisper.model.teacher_cache import (
     open_store,
 )
 from simpler_distil_whisper.model.weights import output_head
-from simpler_distil_whisper.model.whisper import Whisper, load_whisper
+from simpler_distil_whisper.model.whisper import Whisper, load_whisper, run_encoder
 from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.dataset import NO_CACHES, StateCaches, TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms, distillation_loss
@@ -133,16 +134,10 @@ class StudentWithLoss(nn.Module):
             teacher_states: float [B, L, D']: the teacher's last decoder states; None: the loss
                 does not use them.
         """
-        model = self.student.model
-        if encoder_states is None:
-            # Not WhisperModel.forward, which may mask the features in place (SpecAugment): the
-            # teacher would be given what is left of them.
-            encoder_states = model.encoder(batch.input_features).last_hidden_state
-        decoder_states = model.decoder(
-            input_ids=batch.decoder_input_ids,
-            encoder_hidden_states=encoder_states.to(self.student.dtype),
-            use_cache=False,
-        ).last_hidden_state
+        if encoder_states is not None:
+            decoder_states = self._decoder_states(batch.decoder_input_ids, encoder_states)
+        else:
+            decoder_states = self._states_by_positions(batch)
         return distillation_loss(
             decoder_states,
             self.student.proj_out.weight,
@@ -151,6 +146,33 @@ class StudentWithLoss(nn.Module):
             batch.labels,
             self.objective,
         )
+
+    def _states_by_positions(self, batch: TrainingBatch) -> Tensor:
+        """Return float [B, L, D]: the last decoder states, from an encoder that is trained.
+
+        Rows that are given as much of the window are computed together, so none is padded or
+        masked.
+        """
+        # Not WhisperModel.forward, which may mask the features in place (SpecAugment): the teacher
+        # would be given what is left of them.
+        encoder, features = self.student.model.encoder, batch.input_features
+        window = features.shape[-1] // FRAMES_PER_POSITION
+        positions = torch.tensor(batch.positions or [window] * len(features))
+        rows, states = [], []
+        for count in sorted(set(positions.tolist())):
+            own = torch.nonzero(positions == count).flatten().to(features.device)
+            part = run_encoder(encoder, features[own, :, : FRAMES_PER_POSITION * count])
+            rows.append(own)
+            states.append(self._decoder_states(batch.decoder_input_ids[own], part))
+        return torch.cat(states)[torch.cat(rows).argsort()]
+
+    def _decoder_states(self, input_ids: Tensor, encoder_states: Tensor) -> Tensor:
+        states: Tensor = self.student.model.decoder(
+            input_ids=input_ids,
+            encoder_hidden_states=encoder_states.to(self.student.dtype),
+            use_cache=False,
+        ).last_hidden_state
+        return states
 
 
 class Teacher:

@@ -9,20 +9,37 @@ from torch import nn
 from simpler_distil_whisper.training.options import OptimizerOptions, ScheduleKind
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trained parameters for an optimizer: no decay on biases and layer norms."""
-    # parameters() yields a tensor that two names share, like the output head, once.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, encoder_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return the trained parameters for an optimizer: no decay on biases and layer norms.
+
+    Args:
+        model: a Whisper, or a module that holds one.
+        weight_decay: of the other parameters.
+        encoder_factor: the encoder's learning rate, as a share of that of the rest; the key "share"
+            of a group has it.
+    """
+    # named_parameters() yields a tensor that two names share, like the output head, once.
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for share in dict.fromkeys((1.0, encoder_factor)):
+        groups |= {(share, True): [], (share, False): []}
+    for name, parameter in trained:
+        share = encoder_factor if "model.encoder." in name else 1.0
+        groups[share, parameter.ndim >= 2].append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "share": share}
+        for (share, decayed), params in groups.items()
     ]
 
 
-def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
-    """Return the optimizer of a model's trained parameters."""
+def make_optimizer(
+    model: nn.Module, options: OptimizerOptions, encoder_factor: float = 1.0
+) -> torch.optim.AdamW:
+    """Return the optimizer of a model's trained parameters; see `parameter_groups`."""
     return torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay),
+        parameter_groups(model, options.weight_decay, encoder_factor),
         lr=0.0,  # each step sets its own
         betas=(options.betas[0], options.betas[1]),
         eps=options.epsilon,

@@ -142,6 +142,23 @@ class Freeze(StrictModel):
         return self
 
 
+class AudioContextOptions(StrictModel):
+    """Training the encoder on the clip alone: it is then fast on short clips."""
+
+    margin_seconds: NonNegativeFloat = Field(
+        0.3, description="Silence after a clip that is part of it, also when the model is used."
+    )
+    jitter_seconds: NonNegativeFloat = Field(
+        0.5, description="In training the margin is longer by up to this much, at random."
+    )
+    full_window_probability: Ratio = Field(
+        0.1, description="Share of the uses with the whole window, as other programs give it."
+    )
+    encoder_learning_rate_factor: PositiveFloat = Field(
+        0.1, description="The encoder's learning rate, as a share of the decoder's."
+    )
+
+
 class OptimizerOptions(StrictModel):
     """AdamW."""
 

@@ -93,6 +93,7 @@ class Drawn(enum.IntEnum):
     TIMESTAMPS = 3
     PREVIOUS_TEXT = 4
     VIEW = 5
+    AUDIO_CONTEXT = 6
 
 
 def draw(seed: int, what: Drawn, *where: int) -> np.random.Generator:

@@ -53,6 +53,7 @@ class Trainer:
         checkpoints: CheckpointOptions,
         card: ModelCard,
         *,
+        encoder_factor: float = 1.0,
         validation: Validation | None = None,
         tensorboard: bool = False,
     ) -> None:
@@ -67,6 +68,7 @@ class Trainer:
             batch: its section of the config, for the advice when memory does not suffice.
             checkpoints: its section of the config.
             card: README.md and distillation.json of the model folders.
+            encoder_factor: the encoder's learning rate, as a share of the decoder's.
             validation: scores models on the dev manifest; None: there is none.
             tensorboard: write for TensorBoard too.
 
@@ -79,7 +81,7 @@ class Trainer:
         self.batch, self.checkpoint_options = batch, checkpoints
         self.card, self.validation = card, validation
         self.max_grad_norm = optimizer.max_grad_norm or math.inf
-        adamw = make_optimizer(models.module, optimizer)
+        adamw = make_optimizer(models.module, optimizer, encoder_factor)
         models.module, self.optimizer = accelerator.prepare(models.module, adamw)
         folder = run.folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, checkpoints.keep_last, accelerator)
@@ -140,7 +142,7 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(module.parameters(), self.max_grad_norm)
             self.means.end_step(norm, learning_rate)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get("share", 1.0)  # early checkpoints lack it
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1

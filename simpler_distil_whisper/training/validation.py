@@ -17,6 +17,7 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.decoding.transcription import transcribe_batch
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
+from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
@@ -106,6 +107,10 @@ class Validation:
         self.scorer = Scorer(options.metric)
         self.accelerator = accelerator
 
+    def _context_of(self, whisper: Whisper) -> AudioContext | None:
+        """Return how much of the window a model is given; the cache keeps states of all of it."""
+        return None if self.cache else whisper.audio_context
+
     def _auto_limit(self, student: Whisper) -> int:
         """Return how many tokens a hypothesis may have: twice those of the longest reference."""
         texts = list(self.references.values())
@@ -115,7 +120,7 @@ class Validation:
 
     def score(self, whisper: Whisper) -> Score:
         """Return the error counts of a model; call it in every process."""
-        transcriber = Transcriber(whisper, self.decoding)
+        transcriber = Transcriber(whisper, self.decoding, audio_context=self._context_of(whisper))
         batches = list(in_batches(self.utterances, smallest_of_all(transcriber.batch_size)))
         own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
         read = SpeechReader(whisper.feature_extractor, self.limits, self.cache)
