@@ -7,14 +7,19 @@ the reason; `speed.json`; for each row the subtitles that the config names, in `
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import RunOptions, StrictModel
 from simpler_distil_whisper.data.audio import audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import Manifest, ManifestData, Utterance, read_manifest
+from simpler_distil_whisper.data.manifest import (
+    Manifest,
+    ManifestData,
+    Utterance,
+    clip_of,
+    read_manifest,
+)
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.decoding.speed import Speed, write_speed
@@ -25,7 +30,7 @@ from simpler_distil_whisper.model.options import (
     InferenceDecodingOptions,
     ModelOptions,
 )
-from simpler_distil_whisper.run import Run, log, run_script
+from simpler_distil_whisper.run import Run, run_script
 
 Prepared = tuple[ModelFolder, ModelFolder | None, Manifest]
 
@@ -129,7 +134,16 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     if state.is_main_process:
         write_speed(run.folder, report, drafts)
         if config.subtitles:
-            _write_subtitles(config, run)
+            columns = config.data.columns
+            names = (columns.audio, columns.start_seconds, columns.duration_seconds)
+            write_subtitles(
+                run.folder / "hypotheses.jsonl",
+                config.subtitles,
+                columns.id,
+                config.output_columns.segments,
+                lambda row: audio_seconds(*clip_of(row, *names, columns.channel)),
+                run.stop_if_asked,
+            )
     return (
         f"{run.folder / 'hypotheses.jsonl'}: {written} rows; "
         f"{run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
@@ -147,28 +161,6 @@ def result_row(utterance: Utterance, hypothesis: Hypothesis, config: Config) -> 
     if config.decoding.with_segments:
         row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
     return row
-
-
-def _write_subtitles(config: Config, run: Run) -> None:
-    """Write the subtitles of all rows of `hypotheses.jsonl`."""
-    columns = config.data.columns
-
-    def seconds_of(row: Row) -> float:
-        start, duration = (
-            row.get(key) if key else None
-            for key in (columns.start_seconds, columns.duration_seconds)
-        )
-        return audio_seconds(Path(row[columns.audio]), start or 0.0, duration)
-
-    folder = write_subtitles(
-        run.folder / "hypotheses.jsonl",
-        config.subtitles,
-        columns.id,
-        config.output_columns.segments,
-        seconds_of,
-        run.stop_if_asked,
-    )
-    log.info("%s: subtitles of each row", folder)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,19 @@ class Columns(StrictModel):
     )
 
 
+def clip_of(row: Row, audio: str, *others: str | None) -> Clip:
+    """Return the audio of a row that was written here, whose path holds as it stands.
+
+    Args:
+        row: of labels or hypotheses.
+        audio: the column of the path.
+        others: those of start, duration and channel; None: no such column.
+    """
+    start, duration, channel = (row.get(name) if name else None for name in others)
+    channel = channel if is_channel(channel) else MEAN
+    return Clip(Path(row[audio]), start or 0.0, duration, channel)
+
+
 class DataLimits(StrictModel):
     """Which utterances are used; part of the `data` section of three scripts."""
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.run import log
 from simpler_distil_whisper.text.languages import NEVER_SPACED
 
 SubtitleFormat = Literal["srt", "vtt"]
@@ -57,7 +58,7 @@ def write_subtitles(
     seconds_of: Callable[[Row], float],
     stop_if_asked: Callable[[], None],
 ) -> Path:
-    """Write the files of all rows, and return their folder.
+    """Write the files of all rows, and return their folder, which is logged.
 
     A file is called by the id of its row, or by the number of its line; what a file system could
     not take is replaced, and where names are equal a number is added.
@@ -86,6 +87,7 @@ def write_subtitles(
             for format in formats:
                 content = WRITERS[format](cues).encode(errors="replace")
                 write_atomically(folder / f"{name}.{format}", content)
+    log.info("%s: subtitles of each row", folder)
     return folder
 
 

@@ -5,15 +5,14 @@ what is measured of a single label. What all labels amount to is in `quality`.
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.data.audio import MEAN, Clip, is_channel
+from simpler_distil_whisper.data.audio import Clip
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import Columns, ManifestData, Utterance
+from simpler_distil_whisper.data.manifest import Columns, ManifestData, Utterance, clip_of
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
@@ -130,13 +129,7 @@ class LabelColumns:
 
     def clip(self, row: Row) -> Clip:
         """Return the file, or part of a file, that holds the audio of a labelled row."""
-        start, duration = (
-            row.get(column) if column else None
-            for column in (self.start_seconds, self.duration_seconds)
-        )
-        channel = row.get(self.channel) if self.channel else None
-        channel = channel if is_channel(channel) else MEAN
-        return Clip(Path(row[self.audio]), start or 0.0, duration, channel)
+        return clip_of(row, self.audio, self.start_seconds, self.duration_seconds, self.channel)
 
     def new_fields(self, text_column: str) -> set[str]:
         """Return the fields that a row must not have yet, since labelling would overwrite them.
