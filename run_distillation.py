@@ -44,9 +44,7 @@ class Config(RunOptions):
     data: options.TrainingData
     objective: options.Objective = options.Objective()
     freeze: options.Freeze = options.Freeze()
-    audio_context: options.AudioContextOptions | None = Field(
-        None, description="The student learns from the clip alone; null: from the whole window."
-    )
+    audio_context: options.AudioContextOptions = options.AudioContextOptions()
     optimizer: options.OptimizerOptions = options.OptimizerOptions()
     schedule: options.Schedule = options.Schedule()
     batch: options.BatchOptions = options.BatchOptions()
@@ -69,8 +67,10 @@ class Config(RunOptions):
 
     @model_validator(mode="after")
     def _context_needs_a_trained_encoder(self) -> "Config":
-        if self.audio_context and self.freeze.encoder:
-            raise ValueError("audio_context trains the encoder: set freeze.encoder to false")
+        if self.audio_context.enabled and self.freeze.encoder:
+            raise ValueError(
+                "audio_context.enabled trains the encoder: set freeze.encoder to false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -198,11 +198,10 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
     teacher = Teacher(teacher_folder, config.teacher, accelerator, shared_encoder)
     student = load_whisper(student_folder, "float32", config.teacher.attention)
     freeze(student.model, config.freeze)
-    encoder_factor = 1.0
-    if config.audio_context:
-        encoder_factor = config.audio_context.encoder_learning_rate_factor
-        context = AudioContext(config.audio_context.margin_seconds)
-        student.model.config.audio_context = context.to_config()
+    context = config.audio_context
+    if context.enabled:
+        margin = AudioContext(context.margin_seconds)
+        student.model.config.audio_context = margin.to_config()
     if config.activation_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
@@ -216,7 +215,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         config.data,
         config.batch,
         config.augmentation,
-        config.audio_context,
+        context,
         config.seed,
         caches,
         accelerator,
@@ -235,7 +234,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         config.batch,
         config.checkpoints,
         card=ModelCard(facts, run.folder / "metrics.jsonl"),
-        encoder_factor=encoder_factor,
+        encoder_factor=context.encoder_learning_rate_factor if context.enabled else 1.0,
         validation=validation,
         tensorboard=config.logging.tensorboard,
     )

@@ -256,7 +256,7 @@ class TrainingSteps:
         data: TrainingData,
         batch: BatchOptions,
         augmentation: Augmentation,
-        audio_context: AudioContextOptions | None,
+        audio_context: AudioContextOptions,
         seed: int,
         caches: StateCaches,
         accelerator: Accelerator,
@@ -269,7 +269,7 @@ class TrainingSteps:
         self.views = Views(augmentation, hours, student.window_seconds, seed)
         self.extractor = student.feature_extractor
         self.contexts = None
-        if audio_context:
+        if audio_context.enabled:
             window = student.model.config.max_source_positions
             self.contexts = AudioContexts(audio_context, window, seed)
         self.plan = TrainingPlan(

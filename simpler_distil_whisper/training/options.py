@@ -145,6 +145,9 @@ class Freeze(StrictModel):
 class AudioContextOptions(StrictModel):
     """Training the encoder on the clip alone: it is then fast on short clips."""
 
+    enabled: bool = Field(
+        False, description="The student learns from the clip, the teacher from the whole window."
+    )
     margin_seconds: NonNegativeFloat = Field(
         0.3, description="Silence after a clip that is part of it, also when the model is used."
     )

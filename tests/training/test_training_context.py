@@ -24,6 +24,7 @@ from simpler_distil_whisper.training.options import AudioContextOptions
 from simpler_distil_whisper.training.plan import Visit
 
 SECTION = {
+    "enabled": True,
     "margin_seconds": 0.1,
     "jitter_seconds": 0.2,
     "full_window_probability": 0.25,
