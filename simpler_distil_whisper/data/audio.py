@@ -178,13 +178,13 @@ def _read_mono(
     sound: Sound, part: tuple[float, float | None], channel: str, path: Path
 ) -> list[Block]:
     """Return the part as one channel: a rate and float32 [S] for each rate it was recorded in."""
-    index = _channel_index(channel, sound.channels)
     loudness = _Loudness(sound.channels)
     blocks: list[Block] = []
     # The file is read in blocks, so that all channels of half an hour are never in memory at once.
     for rate, samples in sound.blocks(*part):
         if rate not in RATES:
             raise AudioError(f"damaged: by its header, it has {rate} samples in a second")
+        index = _channel_index(channel, samples.shape[1])  # whatever the header tells
         mono = samples.mean(axis=1) if index is None else samples[:, index]
         if index is None and samples.shape[1] == sound.channels > 1:
             loudness.add(samples, mono, rate)
