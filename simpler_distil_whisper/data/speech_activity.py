@@ -6,7 +6,7 @@ and is run by onnxruntime. What is done with the rest of a recording is up to ot
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ def spans_of(
         SpeechSpan(max(first * frame - padding, 0.0), min(stop * frame + padding, length_seconds))
         for first, stop in joined
     ]
+
+
+def muted(waveform: np.ndarray, spans: Sequence[SpeechSpan]) -> np.ndarray:
+    """Return float32 [S]: the waveform with silence where nobody speaks."""
+    result = np.zeros_like(waveform)
+    for span in spans:
+        first, stop = (round(t * SAMPLE_RATE) for t in (span.start_seconds, span.end_seconds))
+        result[first:stop] = waveform[first:stop]
+    return result
 
 
 def speech_probabilities(waveform: np.ndarray) -> np.ndarray:

@@ -24,7 +24,9 @@ from simpler_distil_whisper.data.audio import (
 )
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
+from simpler_distil_whisper.data.speech_activity import SpeechSpan, muted, speech_spans
 from simpler_distil_whisper.data.workers import WorkerDeath, map_ahead
+from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.teacher_cache import (
     CachedEncoderStates,
     EncoderStateCache,
@@ -48,6 +50,7 @@ class SpeechBatch:
         rejections: the utterances whose audio cannot be used.
         recordings: float32 [M, F] each: log-mels of the long-form utterances.
         cached: what the cache has of the short-form utterances' encoder states; None: no cache.
+        speech: where somebody speaks, by the number of the utterance, if it was looked for.
     """
 
     utterances: list[Utterance]
@@ -56,6 +59,7 @@ class SpeechBatch:
     rejections: list[Rejection]
     recordings: list[Tensor] = field(default_factory=list)
     cached: CachedEncoderStates | None = None
+    speech: dict[int, list[SpeechSpan]] = field(default_factory=dict)
 
     @property
     def short_form_count(self) -> int:
@@ -72,7 +76,7 @@ class SpeechReader:
         limits: DataLimits,
         cache: EncoderStateCache | None = None,
         *,
-        long_form: bool = False,
+        decoding: DecodingOptions | None = None,
     ) -> None:
         """Set which lengths are used; nothing is read yet.
 
@@ -80,14 +84,17 @@ class SpeechReader:
             extractor: the feature extractor of the model.
             limits: which lengths are used.
             cache: is asked for encoder states first.
-            long_form: whether audio longer than the model's window is used.
+            decoding: whether audio longer than the model's window is used, and in which audio
+                speech is looked for; None: neither.
         """
         self.extractor = extractor
         self.cache = cache
         self.min_seconds = limits.min_duration_seconds
         self.window = float(extractor.chunk_length)
+        decoding = decoding or DecodingOptions()
+        self.voice_activity, self.language = decoding.voice_activity, decoding.language
         # The extractor would silently cut what is longer than the model's window.
-        longest = math.inf if long_form else self.window
+        longest = self.window if decoding.long_form == "reject" else math.inf
         self.max_seconds = min(limits.max_duration_seconds or longest, longest)
 
     def __call__(self, utterances: Sequence[Utterance]) -> SpeechBatch:
@@ -114,6 +121,11 @@ class SpeechReader:
         for utterance in utterances:
             try:
                 waveform = self._load(utterance)
+                if self.voice_activity or not (utterance.language or self.language):
+                    spans = speech_spans(waveform, self.voice_activity)
+                    batch.speech[utterance.number] = spans
+                    if self.voice_activity:
+                        waveform = muted(waveform, spans)
                 batch.recordings.append(long_log_mel(waveform, self.extractor))
             except (AudioError, MemoryError) as error:
                 batch.rejections.append(_reject_audio(utterance, error))
@@ -126,6 +138,7 @@ class SpeechReader:
         """Return a batch of utterances no longer than the window."""
         waveforms, seconds, used, rejections = [], [], [], []
         cached = self.cache.look_up(utterances) if self.cache else None
+        speech: dict[int, list[SpeechSpan]] = {}
         for row, utterance in enumerate(utterances):
             try:
                 # With a cache the length is the header's, for hits and misses alike: a resumed
@@ -133,8 +146,13 @@ class SpeechReader:
                 if cached:
                     length = audio_seconds(*utterance.clip)
                     check_length(length, self.min_seconds, self.max_seconds)
-                if cached is None or row in cached.missing:
-                    waveforms.append(self._load(utterance))
+                is_missing = cached is None or row in cached.missing
+                if is_missing or self.voice_activity:
+                    waveform = self._load(utterance)
+                if self.voice_activity:
+                    speech[utterance.number] = speech_spans(waveform, self.voice_activity)
+                if is_missing:
+                    waveforms.append(waveform)
                 seconds.append(length if cached else len(waveforms[-1]) / SAMPLE_RATE)
                 used.append(row)
             except (AudioError, MemoryError) as error:
@@ -142,7 +160,7 @@ class SpeechReader:
         features = log_mel(waveforms, self.extractor) if waveforms else None
         kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
-        return SpeechBatch(rows, features, seconds, rejections, cached=kept)
+        return SpeechBatch(rows, features, seconds, rejections, cached=kept, speech=speech)
 
     def _load(self, utterance: Utterance) -> np.ndarray:
         return load_audio(
@@ -261,6 +279,7 @@ def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
         [rejection for batch in batches for rejection in batch.rejections],
         [recording for batch in batches for recording in batch.recordings],
         joined_states([batch.cached for batch in batches if batch.cached is not None]),
+        {number: spans for batch in batches for number, spans in batch.speech.items()},
     )
 
 
@@ -284,6 +303,7 @@ def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
             rejections,
             [batch.recordings[row - batch.short_form_count] for row in long_form],
             batch.cached.keep(short_form) if batch.cached else None,
+            batch.speech,
         )
 
     whole = range(len(batch.utterances))

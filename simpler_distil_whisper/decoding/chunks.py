@@ -198,6 +198,7 @@ def merged(chunks: Sequence[Chunk], loud: Tensor, timed: bool) -> list[Part]:
             _unite(parts[-1].segments, part.segments)
         parts.append(part)
         first, begin = next_first, middle
+    _put_in_order(parts)
     return parts
 
 
@@ -209,6 +210,33 @@ def _unite(before: list[SegmentTokens], after: list[SegmentTokens]) -> None:
         start, end = min(left.start, right.start), max(left.end, right.end)
         before[-1] = SegmentTokens(start, end, left.ids + right.ids, left.timed + right.timed)
         del after[0]
+
+
+def _put_in_order(parts: Sequence[Part]) -> None:
+    """Let each segment begin after the one before it has begun, and not before that has ended.
+
+    The boundary of two chunks is somewhere in the time that the segments on both sides claim.
+    """
+    before: list[SegmentTokens] = []  # it ends with the segment before
+    for part in parts:
+        segments = part.segments[:]
+        part.segments.clear()
+        for segment in segments:
+            if before and segment.start <= before[-1].start:
+                before[-1] = replace(
+                    before[-1],
+                    end=max(before[-1].end, segment.end),
+                    ids=before[-1].ids + segment.ids,
+                    timed=before[-1].timed + segment.timed,
+                )
+                continue
+            if before and segment.start < before[-1].end:
+                is_within = segment.end <= before[-1].end
+                boundary = segment.start if is_within else (segment.start + before[-1].end) // 2
+                before[-1] = replace(before[-1], end=boundary)
+                segment = replace(segment, start=boundary)
+            part.segments.append(segment)
+            before = part.segments
 
 
 def seam(

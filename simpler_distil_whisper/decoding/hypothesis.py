@@ -124,6 +124,21 @@ class Hypothesis:
         }
 
 
+def without_speech(language: str) -> Hypothesis:
+    """Return the hypothesis of audio in which nobody speaks, which is not decoded: no text."""
+    return Hypothesis(
+        text="",
+        language=language,
+        token_ids=(),
+        segments=(),
+        average_log_probability=0.0,
+        no_speech_probability=1.0,
+        compression_ratio=0.0,
+        temperature=0.0,
+        complete=True,
+    )
+
+
 def compression_ratio(text: str) -> float:
     """Return the bytes of a text over its compressed bytes, openai/whisper's measure of loops."""
     data = text.encode()

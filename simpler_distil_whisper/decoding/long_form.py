@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
+from simpler_distil_whisper.data.speech_activity import SpeechSpan
 from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.decoding.chunks import (
     Chunk,
@@ -29,6 +30,7 @@ from simpler_distil_whisper.decoding.hypothesis import (
     Segment,
     TimedToken,
     WindowEvidence,
+    without_speech,
 )
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION, SECONDS_PER_FRAME
@@ -44,9 +46,10 @@ class _Recording:
 
     Attributes:
         features: float32 [M, F]: its log-mel.
-        language: its code; None until it is detected in the first window.
+        language: its code; None until it is detected, and of a model for English.
         key: a number for the recording, from which its random numbers are made.
         context: the tokens of the previous text that its next window is given.
+        speech: first and last frame of each part with speech; None: everything is decoded.
         seek: the frame at which its next window begins.
         parts: what each window has contributed.
     """
@@ -55,6 +58,7 @@ class _Recording:
     language: str | None
     key: int
     context: list[int]
+    speech: list[tuple[int, int]] | None = None
     seek: int = 0
     parts: list[Part] = field(default_factory=list)
 
@@ -62,6 +66,18 @@ class _Recording:
     def frames(self) -> int:
         """The number of its log-mel frames."""
         return self.features.shape[1]
+
+    def has_speech(self, first: int, last: int) -> bool:
+        """Return whether something between two frames is to be decoded."""
+        if self.speech is None:
+            return True
+        return any(begin <= last and first <= end for begin, end in self.speech)
+
+    def seek_speech(self) -> None:
+        """Seek to what is to be decoded next; if there is no more, to the end."""
+        if self.speech is not None:
+            later = [begin for begin, end in self.speech if end > self.seek]
+            self.seek = max(self.seek, later[0]) if later else self.frames
 
 
 _Window = tuple[_Recording, int]  # a recording, and a frame of it at which a window begins
@@ -72,6 +88,7 @@ def transcribe_long(
     features: Sequence[Tensor],
     languages: Sequence[str | None],
     keys: Sequence[int] | None = None,
+    speech: Sequence[Sequence[SpeechSpan] | None] | None = None,
 ) -> list[Hypothesis]:
     """Return one hypothesis for each recording, however long.
 
@@ -93,8 +110,10 @@ def transcribe_long(
         transcriber: the model and its options; `long_form` is "chunked", or else it is sequential.
         features: float32 [M, F] each: what `long_log_mel` returns.
         languages: the code of each recording; None leaves it to the options, or to the model,
-            which detects it in the first window.
+            which detects it in a window that begins with the first speech.
         keys: a number for each recording, from which its random numbers are made.
+        speech: where somebody speaks in each recording; with the option `voice_activity` nothing
+            else is decoded. None: it is not known.
 
     Raises:
         ConfigError: the model has no token for a language.
@@ -106,6 +125,7 @@ def transcribe_long(
             features, languages, keys or [0] * len(features), strict=True
         )
     ]
+    _note_speech(transcriber, recordings, speech or [None] * len(recordings))
     if transcriber.options.long_form == "chunked":
         _transcribe_chunks(transcriber, recordings)
     else:
@@ -113,9 +133,34 @@ def transcribe_long(
     return [_whole(transcriber, recording) for recording in recordings]
 
 
+def _note_speech(
+    transcriber: Transcriber,
+    recordings: list[_Recording],
+    speech: Sequence[Sequence[SpeechSpan] | None],
+) -> None:
+    """Set what is decoded of each recording and, if it is not known, the language."""
+    rate, options = _frames_per_second(transcriber), transcriber.options.voice_activity
+    unknown: list[_Window] = []
+    for recording, spans in zip(recordings, speech, strict=True):
+        if options is not None and spans is not None:
+            ends = [span.end_seconds - options.padding_seconds for span in spans]
+            recording.speech = [
+                (round(span.start_seconds * rate), round(end * rate))
+                for span, end in zip(spans, ends, strict=True)
+            ]
+        if recording.language is None:
+            unknown.append((recording, round(spans[0].start_seconds * rate) if spans else 0))
+    # With an audio context, windows differ in length: each then stands alone.
+    alike = 1 if transcriber.audio_context else transcriber.room.rows
+    for group in in_batches(unknown, alike):
+        languages = transcriber.detect_languages(_encode_windows(transcriber, group))
+        for (recording, _), language in zip(group, languages, strict=True):
+            recording.language = language
+
+
 def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recording]) -> None:
     """Decode window after window of each recording, a batch of recordings at a time."""
-    waiting = recordings
+    waiting = _with_more(recordings)
     while waiting:
         positions = _positions(transcriber, waiting[0], waiting[0].seek)
         alike = [r for r in waiting if _positions(transcriber, r, r.seek) == positions]
@@ -131,7 +176,14 @@ def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recordi
             timed = _aligned(transcriber, windows, states, [part.ids for part in parts])
             for part, tokens in zip(parts, timed, strict=True):
                 part.segments[:] = _with_tokens(transcriber, part.segments, tokens)
-        waiting = [recording for recording in waiting if recording.seek < recording.frames]
+        waiting = _with_more(waiting)
+
+
+def _with_more(recordings: Sequence[_Recording]) -> list[_Recording]:
+    """Return the recordings that are not at their ends, each at what is decoded next."""
+    for recording in recordings:
+        recording.seek_speech()
+    return [recording for recording in recordings if recording.seek < recording.frames]
 
 
 def _encode_windows(transcriber: Transcriber, windows: Sequence[_Window]) -> Tensor:
@@ -170,7 +222,7 @@ def _decode_windows(
     contexts: list[list[int]] | None = None,
     timestamps: bool | None = None,
 ) -> list[Hypothesis]:
-    """Return the hypotheses of some windows, and set the languages of their recordings.
+    """Return the hypotheses of some windows.
 
     Args:
         transcriber: the model and its options.
@@ -179,7 +231,7 @@ def _decode_windows(
         contexts: tokens of the text before each; None: the option `prompt`.
         timestamps: whether to decode with timestamps; None: as the options say.
     """
-    hypotheses = transcriber.from_encoder_states(
+    return transcriber.from_encoder_states(
         states,
         [recording.language for recording, _ in windows],
         # The place in the recording is below 2 ** 32: each window has random numbers of its own.
@@ -187,9 +239,6 @@ def _decode_windows(
         previous=contexts,
         timestamps=timestamps,
     )
-    for (recording, _), hypothesis in zip(windows, hypotheses, strict=True):
-        recording.language = hypothesis.language
-    return hypotheses
 
 
 def _aligned(
@@ -241,6 +290,7 @@ def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hyp
         for segment in segments
         if segment.start < segment.end and transcriber.text_of(segment.ids).strip()
     ]
+    kept = [segment for segment in kept if recording.has_speech(segment.start, segment.end)]
     # What the limit has cut off is decoded again if the next window begins within this one.
     part = Part(hypothesis, kept, hypothesis.complete or advance < frames)
     recording.parts.append(part)
@@ -295,29 +345,24 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
         for number, recording in enumerate(recordings)
         for start in range(0, max(recording.frames - overlap, 1), size - overlap)
     ]
-    # The first chunk detects the language for the others.
-    first = [(n, start) for n, start in places if start == 0 and recordings[n].language is None]
-    later = [place for place in places if place not in first]
+    with_speech = [
+        (n, start) for n, start in places if recordings[n].has_speech(start, start + size)
+    ]
     hypotheses: dict[tuple[int, int], Hypothesis] = {}
     timed: dict[tuple[int, int], list[TimedToken]] = {}
-    for some in (first, later):
-        for group in _batches_alike(transcriber, recordings, some):
-            windows = [(recordings[number], start) for number, start in group]
-            states = _encode_windows(transcriber, windows)
-            results = _decode_windows(transcriber, windows, states)
-            hypotheses.update(zip(group, results, strict=True))
-            if transcriber.aligner:
-                texts = [hypothesis.token_ids for hypothesis in results]
-                aligned = _aligned(transcriber, windows, states, texts)
-                timed.update(zip(group, aligned, strict=True))
+    for group in _batches_alike(transcriber, recordings, with_speech):
+        windows = [(recordings[number], start) for number, start in group]
+        states = _encode_windows(transcriber, windows)
+        results = _decode_windows(transcriber, windows, states)
+        hypotheses.update(zip(group, results, strict=True))
+        if transcriber.aligner:
+            texts = [hypothesis.token_ids for hypothesis in results]
+            aligned = _aligned(transcriber, windows, states, texts)
+            timed.update(zip(group, aligned, strict=True))
     for number, recording in enumerate(recordings):
         chunks = [
             _chunk(
-                transcriber,
-                hypotheses[n, start],
-                start,
-                recording.frames,
-                timed.get((n, start), []),
+                transcriber, hypotheses.get((n, start)), start, recording, timed.get((n, start), [])
             )
             for n, start in places
             if n == number
@@ -328,23 +373,27 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
 
 def _chunk(
     transcriber: Transcriber,
-    hypothesis: Hypothesis,
+    hypothesis: Hypothesis | None,
     start: int,
-    frames: int,
+    recording: _Recording,
     tokens: Sequence[TimedToken],
 ) -> Chunk:
-    """Return the chunk that begins at a frame of a recording of `frames` frames.
+    """Return the chunk that begins at a frame; without a hypothesis, one that is not decoded.
 
     Its `tokens` have times from the beginning of the recording; there are none if none are
     requested.
     """
-    end = min(start + _window_frames(transcriber), frames)
-    if transcriber.is_silence(hypothesis):
-        return Chunk(start, end, hypothesis, [])
+    end = min(start + _window_frames(transcriber), recording.frames)
+    if hypothesis is None or transcriber.is_silence(hypothesis):
+        return Chunk(start, end, hypothesis or _no_text(recording), [])
     times = transcriber.whisper.tokens.timestamps
     timed = between_timestamps(hypothesis.token_ids, times, end - start)
-    timed = _with_tokens(transcriber, timed, tokens)
-    segments = [(s.shifted(start), words_of(s.ids, transcriber.text_of)) for s in timed]
+    timed = [s.shifted(start) for s in _with_tokens(transcriber, timed, tokens)]
+    segments = [
+        (segment, words_of(segment.ids, transcriber.text_of))
+        for segment in timed
+        if recording.has_speech(segment.start, segment.end)
+    ]
     return Chunk(start, end, hypothesis, segments)
 
 
@@ -373,6 +422,8 @@ def between_timestamps(ids: Sequence[int], times: range, frames: int) -> list[Se
 
 def _whole(transcriber: Transcriber, recording: _Recording) -> Hypothesis:
     """Return the hypothesis of a recording, as `transcribe_long` describes it."""
+    if not recording.parts:
+        return _no_text(recording)
     every = [part.hypothesis for part in recording.parts]
     no_speech = [h.no_speech_probability for h in every if h.no_speech_probability is not None]
     parts = [part for part in recording.parts if part.ids] or recording.parts
@@ -391,6 +442,10 @@ def _whole(transcriber: Transcriber, recording: _Recording) -> Hypothesis:
         complete=all(part.complete for part in parts),
         windows=tuple(_evidence(part) for part in parts),
     )
+
+
+def _no_text(recording: _Recording) -> Hypothesis:
+    return without_speech(recording.language or "en")
 
 
 def _evidence(part: Part) -> WindowEvidence:

@@ -143,6 +143,13 @@ class Transcriber:
         return states
 
     @torch.inference_mode()
+    def detect_languages(self, states: Tensor) -> list[str | None]:
+        """Return the languages by encoder states, as `encode` returns; None of English models."""
+        states, _ = self._split(states)
+        cache = self.decoder.start(states, self.positions, uneven=False)
+        return self._languages([None] * len(states), cache)
+
+    @torch.inference_mode()
     def from_encoder_states(
         self,
         states: Tensor,

@@ -27,7 +27,7 @@ from simpler_distil_whisper.decoding.batches import (
     joined,
     speech_batches,
 )
-from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, without_speech
 from simpler_distil_whisper.decoding.long_form import transcribe_long
 from simpler_distil_whisper.decoding.speculative import Assistant
 from simpler_distil_whisper.decoding.speed import Speed, SpeedReport, speed_side_by_side
@@ -189,12 +189,13 @@ def transcribe_manifest(
         transcriber.whisper.feature_extractor,
         data,
         cache,
-        long_form=transcriber.options.long_form != "reject",
+        decoding=transcriber.options,
     )
     decode = functools.partial(transcribe_batch, transcriber, cache)
     # Each process shows the progress of its own share; the shares are of equal size.
     total = len(manifest.utterances) // process_count()
     done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
+    silent = 0
     with Progress("transcribing", "utterances", total, done) as progress:
         for loaded in speech_batches(batches, read, data.num_workers):
             run.stop_if_asked()
@@ -202,9 +203,12 @@ def transcribe_manifest(
             batch, hypotheses = decode_halving(decode, loaded, transcriber.room)
             yield TranscribedBatch(batch, hypotheses, time.perf_counter() - started)
             progress.advance(len(batch.utterances) + len(batch.rejections))
+            silent += sum(not batch.speech.get(row.number, True) for row in batch.utterances)
             if batch.rejections:
                 _check_rejections(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
+    if transcriber.options.voice_activity:
+        log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
 
 
 def _agree_on_batch_size(transcriber: Transcriber, results: RowResults, run: Run) -> None:
@@ -269,8 +273,17 @@ def transcribe_batch(
     hypotheses = _transcribe_short(transcriber, cache, batch) if count else []
     if batch.recordings:
         hypotheses += transcribe_long(
-            transcriber, batch.recordings, languages[count:], keys[count:]
+            transcriber,
+            batch.recordings,
+            languages[count:],
+            keys[count:],
+            [batch.speech.get(number) for number in keys[count:]],
         )
+    if transcriber.options.voice_activity:
+        hypotheses = [
+            hypothesis if batch.speech[number] else without_speech(hypothesis.language)
+            for number, hypothesis in zip(keys, hypotheses, strict=True)
+        ]
     if transcriber.options.with_segments or transcriber.aligner:
         return [
             _with_segments(hypothesis, seconds)

@@ -16,6 +16,7 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
 )
+from simpler_distil_whisper.data.speech_activity import SpeechOptions
 from simpler_distil_whisper.text.languages import whisper_language
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -116,6 +117,11 @@ class DecodingOptions(DecodingLimits):
     )
     condition_on_previous_text: bool = Field(
         True, description="In sequential long-form, give each window the text before it."
+    )
+    voice_activity: SpeechOptions | None = Field(
+        None,
+        description="Decode only where somebody speaks: audio without speech gets an empty text, "
+        "and in long recordings all but the speech is silenced; null: everything is decoded.",
     )
 
     _code = field_validator("language")(whisper_code)

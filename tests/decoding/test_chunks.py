@@ -141,6 +141,39 @@ def test_sentences_that_a_chunk_has_cut_are_made_whole() -> None:
     assert merged_segments(apart, timed=True) == [(0, 160, "abcd"), (162, 300, "efg")]
 
 
+def test_segments_of_two_chunks_share_the_time_that_both_claim() -> None:
+    """Too little of it for parts of one segment: they stay two."""
+    pair = [chunk(0, 200, (0, 100, "ab"), (100, 190, "cd")), chunk(134, 334, (150, 330, "efgh"))]
+    texts = merged_segments(pair, timed=True)
+    assert [(start, end) for start, end, _ in texts] == [(0, 100), (100, 170), (170, 330)]
+    # the segment that is made of two goes on over the next one
+    first = chunk(0, 200, (80, 200, "abcd"))
+    second = chunk(134, 334, (134, 180, "cd"), (180, 198, "e"), (210, 300, "fgh"))
+    expected = [(80, 180, "abcd"), (180, 198, "e"), (210, 300, "fgh")]
+    assert merged_segments([first, second], timed=True) == expected
+
+
+@st.composite
+def drawn_chunks(draw: st.DrawFn) -> list[Chunk]:
+    """Chunks of 200 frames whose texts and times have nothing to do with each other."""
+    chunks = []
+    for start in range(0, 134 * draw(st.integers(1, 5)), 134):
+        times = sorted(draw(st.lists(st.integers(start, start + 200), max_size=8)))
+        texts = [draw(st.text(alphabet="abc", min_size=1, max_size=4)) for _ in times[1::2]]
+        segments = zip(times[::2], times[1::2], texts, strict=False)
+        chunks.append(chunk(start, start + 200, *segments))
+    return chunks
+
+
+@given(drawn_chunks())
+def test_no_segment_begins_before_the_end_of_the_one_before(chunks: list[Chunk]) -> None:
+    segments = merged_segments(chunks, timed=True)
+    times = [time for start, end, _ in segments for time in (start, end)]
+    assert times == sorted(times)
+    starts = [start for start, _, _ in segments]
+    assert starts == sorted(set(starts))
+
+
 def test_without_timestamps_half_of_an_overlap_is_from_either_chunk() -> None:
     three = [chunk(0, 200, (0, 200, "abcd")), chunk(134, 334, (134, 334, "cdef"))]
     three.append(chunk(268, 400, (268, 400, "fgh")))
