@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.folder import LISTED, ModelFolder
+from simpler_distil_whisper.model.settings import read_added_words
 
 Format = Literal["ctranslate2", "openai"]
 
@@ -62,6 +63,10 @@ def why_not_faster_whisper(folder: ModelFolder) -> str | None:
     if (size >= FEWEST_MULTILINGUAL_TOKENS) != bool(folder.languages):
         taken_for = "English-only" if folder.languages else "multilingual"
         return f"a model with a vocabulary of {size} tokens is taken for {taken_for}"
+    # It takes every token behind the end token for a special one.
+    if words := read_added_words(folder.processor, folder.vocabulary["<|endoftext|>"]):
+        named = ", ".join(words[:LISTED])
+        return f"it would leave the words out that were added to the vocabulary: {named}"
     return None
 
 

@@ -5,6 +5,7 @@ are left to transformers. It knows nothing of weights but their sizes, which it 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +25,18 @@ from tokenizers import Tokenizer
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat, NonNegativeInt, Ratio
 from simpler_distil_whisper.files import open_regular_file
+from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
+TIMESTAMP = re.compile(r"<\|\d+\.\d\d\|>")
+# Whisper's own tokens besides languages and timestamps; tokenizers of early folders do not mark
+# each of them as special.
+OWN_TOKENS = frozenset(
+    f"<|{name}|>"
+    for name in (
+        *("endoftext", "startoftranscript", "translate", "transcribe", "startoflm"),
+        *("startofprev", "nospeech", "nocaptions", "notimestamps", *WHISPER_LANGUAGES),
+    )
+)
 NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
 
@@ -137,6 +149,19 @@ class AddedTokens(SettingsFile):
     added_tokens_decoder: dict[Annotated[int, Field(ge=0, strict=False)], AddedToken] = {}
 
 
+class NumberedToken(AddedToken):
+    """A token of tokenizer.json."""
+
+    id: NonNegativeInt
+    special: bool = False
+
+
+class Tokens(SettingsFile):
+    """tokenizer.json: the tokens that are no part of its model."""
+
+    added_tokens: list[NumberedToken] = []
+
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -221,3 +246,30 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         added = checked(AddedTokens, read_json(path), path).added_tokens_decoder
         vocabulary |= {token.content: id for id, token in added.items()}
     return vocabulary
+
+
+def is_added_word(token: str, special: bool) -> bool:
+    """Return whether people have added a token to be text, such as a name.
+
+    Args:
+        token: one of the added tokens of a tokenizer.
+        special: whether the tokenizer marks it as special.
+    """
+    return not special and token not in OWN_TOKENS and not TIMESTAMP.fullmatch(token)
+
+
+def read_added_words(folder: Path, end: int) -> list[str]:
+    """Return the words that people have added to a folder's tokenizer.json, behind the end token.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return []
+    added = checked(Tokens, read_json(path), path).added_tokens
+    return [
+        token.content
+        for token in added
+        if token.id > end and is_added_word(token.content, token.special)
+    ]

@@ -10,7 +10,6 @@ import copy
 import itertools
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from simpler_distil_whisper.model.audio_context import AudioContext, stated_cont
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Attention, Dtype, Task
+from simpler_distil_whisper.model.settings import is_added_word
 from simpler_distil_whisper.model.weights import read_tensor, tensors_in
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
@@ -54,16 +54,6 @@ PROCESSOR_FILES = (
     "normalizer.json",
 )
 TIME_STEP = 0.02  # seconds from one timestamp to the next
-TIMESTAMP = re.compile(r"<\|\d+\.\d\d\|>")
-# Whisper's own tokens besides languages and timestamps; tokenizers of early folders do not mark
-# each of them as special.
-OWN_TOKENS = frozenset(
-    f"<|{name}|>"
-    for name in (
-        *("endoftext", "startoftranscript", "translate", "transcribe", "startoflm"),
-        *("startofprev", "nospeech", "nocaptions", "notimestamps", *WHISPER_LANGUAGES),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -319,10 +309,7 @@ def _added_words(tokenizer: WhisperTokenizer, end: int) -> dict[int, str]:
     return {
         id: token.content
         for id, token in tokenizer.added_tokens_decoder.items()
-        if id > end
-        and not token.special
-        and token.content not in OWN_TOKENS
-        and not TIMESTAMP.fullmatch(token.content)
+        if id > end and is_added_word(token.content, token.special)
     }
 
 

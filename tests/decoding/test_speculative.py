@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, RunScript
-from tiny import make_corpus, make_model_folder, read_rows
+from tiny import add_words, make_corpus, make_model_folder, read_rows
 from torch import Tensor
 
 from simpler_distil_whisper.config import ConfigError
@@ -131,6 +131,20 @@ def test_the_same_tokens_as_the_teacher_alone(
     times = teacher.tokens.timestamps
     if timestamps:
         assert max(sum(id in times for id in h.token_ids) for h in alone) > 4
+
+
+def test_added_words_are_drafted_and_accepted(tmp_path: Path, features: Tensor) -> None:
+    layout = {"languages": ["en", "zh", "ja"], "talkative": True, "seed": 53}
+    teacher = loaded(add_words(make_model_folder(tmp_path, **layout), {"浴室": "p"}))
+    alone, _ = transcribed(teacher, None, features, max_new_tokens=60)
+    together, drafts = transcribed(
+        teacher, pruned(teacher, [0, 1], [1]), features, max_new_tokens=60
+    )
+    assert_same(together, alone)
+    assert [h.text for h in together] == [h.text for h in alone]
+    assert any("浴室" in h.text for h in together)
+    _, agreed = transcribed(teacher, teacher, features, max_new_tokens=60)
+    assert drafts.accepted < agreed.accepted == agreed.drafted
 
 
 def test_one_by_one_as_in_a_batch(teacher: Whisper, features: Tensor) -> None:

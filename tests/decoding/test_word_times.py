@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from openai_layout import make_openai_whisper, openai_tokenizer
-from tiny import SIXTEEN_KHZ, make_corpus, make_model_folder, read_rows
+from tiny import SIXTEEN_KHZ, add_words, make_corpus, make_model_folder, read_rows
 
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
@@ -280,6 +281,23 @@ def test_words_of_long_recordings(
     assert [[s.text for s in h.segments] for h in without] == [
         [s.text for s in h.segments] for h in hypotheses
     ]
+
+
+def test_added_words_have_times(tmp_path: Path, waveforms: list[np.ndarray]) -> None:
+    """In one window and in recordings, with timestamps and without."""
+    folder = make_model_folder(tmp_path, languages=["en", "zh", "ja"], talkative=True, seed=53)
+    whisper = load_whisper(read_model_folder(add_words(folder, {"浴室": "p"}), None, "model"))
+    for timestamps in (False, True):
+        options = {"timestamps": timestamps, "max_new_tokens": 60}
+        hypotheses = with_words(whisper, waveforms, **options)
+        for waveform, hypothesis in zip(waveforms, hypotheses, strict=True):
+            assert_words_fit(hypothesis, len(waveform) / SIXTEEN_KHZ)
+            assert "".join(segment.text for segment in hypothesis.segments) == hypothesis.text
+        recording = np.concatenate(waveforms)
+        hypotheses += long_with_words(whisper, [recording], long_form="sequential", **options)
+        assert_words_fit(hypotheses[-1], len(recording) / SIXTEEN_KHZ)
+        words = [word for h in hypotheses for segment in h.segments for word in segment.words]
+        assert any("浴室" in word.word and word.probability > 0 for word in words)
 
 
 def test_a_text_that_fills_all_positions_has_times(

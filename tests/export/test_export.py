@@ -1,5 +1,6 @@
 """Models in the layouts of other programs, and the texts that these programs get with them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -230,6 +231,21 @@ def test_an_english_only_model_gives_the_same_texts(
         systems["ctranslate2-float32"]["identical"] == systems["openai-float32"]["identical"] == 3
     )
     assert systems["ctranslate2-float32"]["library"].startswith("faster-whisper")
+
+
+def test_added_words_are_nothing_for_faster_whisper(openai_whisper: Path, tmp_path: Path) -> None:
+    """It leaves out every token behind the end token: the export is for CTranslate2 itself."""
+    folder = read_model_folder(openai_whisper, None, "model")
+    assert targets.why_not_faster_whisper(folder) is None
+    extended = dataclasses.replace(folder, processor=tmp_path)
+    content = json.loads((openai_whisper / "tokenizer.json").read_text())
+    for token, special in (("<pad>", True), ("浴室", False)):
+        assert targets.why_not_faster_whisper(extended) is None
+        last = max(each["id"] for each in content["added_tokens"])
+        content["added_tokens"].append({"id": last + 1, "content": token, "special": special})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    reason = targets.why_not_faster_whisper(extended)
+    assert reason == "it would leave the words out that were added to the vocabulary: 浴室"
 
 
 def test_a_model_that_openai_whisper_cannot_take_is_refused_before_any_work(

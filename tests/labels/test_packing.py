@@ -9,7 +9,15 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SIXTEEN_KHZ, make_corpus, make_model_folder, read_rows, write_rows, write_tone
+from tiny import (
+    ALL_EVIDENCE,
+    SIXTEEN_KHZ,
+    make_corpus,
+    make_model_folder,
+    read_rows,
+    write_rows,
+    write_tone,
+)
 
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
@@ -243,7 +251,8 @@ def test_audio_that_has_gone_is_named(tmp_path: Path) -> None:
 def test_packs_are_labelled_rows_to_train_on(tmp_path: Path, run_script: Any) -> None:
     """From recordings to packs and from packs to a student, by the scripts."""
     folder = tmp_path / "teacher"
-    make_model_folder(folder, languages=["en", "zh"], decoder_layers=4, window_seconds=4)
+    layout = {"languages": ["en", "zh", "ja"], "decoder_layers": 4, "window_seconds": 4}
+    make_model_folder(folder, **layout, talkative=True, seed=53)
     rows = read_rows(make_corpus(tmp_path, 9))
     write_rows(
         tmp_path / "train.jsonl", [row | {"speaker": "abc"[n % 2]} for n, row in enumerate(rows)]
@@ -252,8 +261,8 @@ def test_packs_are_labelled_rows_to_train_on(tmp_path: Path, run_script: Any) ->
         "output_dir": "labels",
         "teacher": {"path": "teacher"},
         "data": {"manifest": "train.jsonl"},
-        "decoding": {"batch_size": 4, "max_new_tokens": 8, "timestamps": True},
-        "pack": {"enabled": True, "max_error_rate": None},
+        "decoding": {"batch_size": 4, "timestamps": True},
+        "pack": {"enabled": True, "max_error_rate": None, **ALL_EVIDENCE},
     }
     done = run_script("run_pseudo_labelling", labelling)
     assert done.returncode == 0, done.stderr
@@ -287,7 +296,7 @@ def test_packs_are_labelled_rows_to_train_on(tmp_path: Path, run_script: Any) ->
         "output_dir": "student",
         "teacher": {"path": "teacher"},
         "student": {"path": "teacher"},
-        "data": {"train_manifests": ["labels/packed_labels.jsonl"]},
+        "data": {"train_manifests": ["labels/packed_labels.jsonl"], **ALL_EVIDENCE},
         "schedule": {"warmup_steps": 1, "epochs": None, "max_steps": 2},
         "batch": {"micro_batch_size": 2},
     }
