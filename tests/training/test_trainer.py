@@ -149,11 +149,13 @@ def test_both_models_are_given_the_label_in_the_script_that_it_was_written_in(
         LabellingColumns(), OutputColumns(), with_segments=False, with_unconverted=True
     )
     hypothesis = Hypothesis("頭髮在臺灣", "zh", (1,) * 9, (), -0.1, 0.0, 1.0, 0.0, True)
+    chinese = [row | {"language": "zh"} for row in read_rows(setting.train)]
+    manifest = write_rows(setting.train.with_name("zh.jsonl"), chinese)
     rows = [
-        labelled_row(utterance, hypothesis, 1.0, columns, Scorer(Metric()), "zh", "simplified")
-        for utterance in read_manifest(setting.train, LabellingColumns()).utterances
+        labelled_row(utterance, hypothesis, 1.0, columns, Scorer(Metric()), None, "simplified")
+        for utterance in read_manifest(manifest, LabellingColumns()).utterances
     ]
-    train = write_rows(tmp_path / "labels.jsonl", [row | {"language": "zh"} for row in rows])
+    train = write_rows(tmp_path / "labels.jsonl", rows)
     options = {"schedule__max_steps": 1, "batch": {"micro_batch_size": 8}}
     path = write_config(
         tmp_path / "run", Setting(setting.teacher, setting.teacher, train), **options
