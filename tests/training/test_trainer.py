@@ -39,6 +39,9 @@ from simpler_distil_whisper.training.trainer import Trainer
 Model = WhisperForConditionalGeneration
 
 
+RUNNING = b'{"script": "run_distillation", "outcome": "running"}'  # of a run that was killed
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return make_setting(tmp_path_factory.mktemp("setting"))
@@ -350,7 +353,7 @@ def test_unreadable_audio_is_not_learnt_from(tmp_path: Path, setting: Setting) -
     rejected = read_rows(folder / "rejected.jsonl")
     assert len(rejected) == 1
     assert "3.wav: not finite" in rejected[0]["reason"]
-    write_atomically(folder / "run_info.json", b'{"outcome": "running"}')  # as if it was killed
+    write_atomically(folder / "run_info.json", RUNNING)  # as if it was killed
     assert read_rows(distil(path) / "rejected.jsonl") == rejected
     others = write_rows(
         tmp_path / "data" / "others.jsonl", [row for row in read_rows(train) if row["id"] != "u3"]
@@ -479,7 +482,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(
     path = write_config(
         tmp_path / "run",
         setting,
-        optimizer={"learning_rate": 1e30, "max_grad_norm": None},
+        optimizer={"learning_rate": 1e9, "weight_decay": 1.0, "max_grad_norm": None},
         schedule__max_steps=30,
         checkpoints={"every_steps": 1, "keep_last": 50},
         logging__every_steps=10,
@@ -636,7 +639,7 @@ def test_a_run_that_has_stopped_early_is_not_taken_up_again(
     folder = distil(path)
     assert len(logged(folder, "train/loss")) == 2
     # As if it was killed between its last checkpoint and its end.
-    write_atomically(folder / "run_info.json", b'{"outcome": "running"}')
+    write_atomically(folder / "run_info.json", RUNNING)
     shutil.rmtree(folder / "final")
     distil(path)
     assert len(logged(folder, "train/loss")) == 2
