@@ -1,4 +1,4 @@
-"""A labelling run killed at 25 random moments, by one process and by two, loses no row."""
+"""A script killed at any moment loses nothing, and what it leaves never looks finished."""
 
 import json
 import os
@@ -9,14 +9,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from conftest import REPOSITORY
-from tiny import make_corpus, make_model_folder, read_rows, write_rows
+from distilling import make_setting, write_config
+from killing import Death, operations, prepare_forks, run
+from tiny import make_corpus, read_rows, write_rows
 
-KILLS, ROWS = 25, 60
+ROWS = 60
 RESULTS = ("pseudo_labels.jsonl", "rejected.jsonl")
+TELLING_TIME = {"log.txt", "run_info.json", "speed.json", "metrics.jsonl", "exports.json"}
+TELLING_TIME |= {"exports.md", "training_curves.png", "README.md", "distillation.json"}
+# The file that tells that a script has done its work, and those that are whole then.
+FINISHED = {
+    "run_pseudo_labelling": ("pseudo_labels.jsonl", ["pseudo_labels.jsonl", "rejected.jsonl"]),
+    "create_student_model": ("config.json", ["config.json", "model.safetensors"]),
+    "run_distillation": ("final/config.json", ["final/config.json", "final/model.safetensors"]),
+    "offline_inference": ("hypotheses.jsonl", ["hypotheses.jsonl", "rejected.jsonl"]),
+    "eval": ("summary.json", ["summary.json"]),
+    "export": (
+        "ctranslate2-float32",
+        ["ctranslate2-float32/model.bin", "ctranslate2-float32/config.json"],
+    ),
+}
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
@@ -24,7 +41,7 @@ def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes)]
-    command += [str(REPOSITORY / "run_pseudo_labelling.py"), "config.json"]
+    command += [str(REPOSITORY / "run_pseudo_labelling.py"), "run_pseudo_labelling.json"]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             command,
@@ -49,52 +66,117 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher, a config and 60 rows, some of which are bad."""
+    """A folder with a config for each script, and 60 rows, some of which are bad."""
     folder = tmp_path_factory.mktemp("kills")
-    make_model_folder(folder / "teacher", languages=["en", "zh"], talkative=True, seed=53)
+    prepare_forks()
+    setting = make_setting(folder)
     rows = read_rows(make_corpus(folder, ROWS))
     for row in rows[7:50:20]:
         (folder / row["audio"]).write_bytes(b"no audio")
-    write_rows(folder / "train.jsonl", [*rows[:20], "{", *rows[20:]])
-    config = {
-        "output_dir": "out",
-        "teacher": {"path": "teacher"},
-        "data": {"manifest": "train.jsonl"},
-        "decoding": {"batch_size": 2, "max_new_tokens": 60},
+    write_rows(folder / "rows.jsonl", [*rows[:20], "{", *rows[20:]])
+    write_rows(folder / "texts.jsonl", [{**row, "hypothesis": row["text"][1:]} for row in rows])
+    clips = read_rows(REPOSITORY / "demo_data/test.jsonl")[:2]
+    for clip in clips:
+        clip["audio"] = str(REPOSITORY / "demo_data" / clip["audio"])
+    write_rows(folder / "clips.jsonl", clips)
+    decoding = {"batch_size": 4, "max_new_tokens": 30}
+    configs: dict[str, dict[str, Any]] = {
+        "run_pseudo_labelling": {"teacher": {"path": "teacher"}, "decoding": decoding},
+        "create_student_model": {
+            "teacher": {"path": "teacher"},
+            "student": {"decoder_layers": 1},
+            "layer_scoring": {"manifest": "train.jsonl", "max_utterances": 4},
+        },
+        "offline_inference": {"model": {"path": "teacher"}, "decoding": decoding},
+        "eval": {"hypotheses": [{"name": "a", "path": "texts.jsonl"}], "bootstrap_samples": 100},
+        "export": {
+            "model": {"path": str(REPOSITORY / "demo_data/teacher")},
+            "variants": [{"format": "ctranslate2", "quantization": "float32"}],
+            "verification": {"manifest": "clips.jsonl"},
+        },
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("run_pseudo_labelling", "offline_inference"):
+        configs[name]["data"] = {"manifest": "rows.jsonl", "max_bad_fraction": 0.5}
+    write_config(
+        folder / "out",
+        setting,
+        checkpoints={"every_steps": 2, "keep_last": 1},
+        data={"train_manifests": ["train.jsonl"], "dev_manifest": "train.jsonl", "num_workers": 0},
+        validation={"every_steps": 2, "decoding": {"batch_size": 8, "max_new_tokens": 12}},
+    ).rename(folder / "run_distillation.json")
+    for name, config in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps({"output_dir": "out", **config}))
     return folder
 
 
+def output(folder: Path) -> str:
+    return (folder / "output.txt").read_text(encoding="utf-8")[-3000:]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The files below `out`, but for those that tell the time."""
+    return {
+        str(path.relative_to(folder / "out")): path.read_bytes()
+        for path in sorted((folder / "out").rglob("*"))
+        if path.is_file() and path.name not in TELLING_TIME
+    }
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_25_moments_writes_the_same_bytes(folder: Path) -> None:
-    began = time.monotonic()
-    assert start(folder, 1).wait(timeout=600) == 0, (folder / "log.txt").read_text()
-    seconds = time.monotonic() - began
-    whole = {name: (folder / "out" / name).read_bytes() for name in RESULTS}
+@pytest.mark.parametrize("script", FINISHED)
+def test_a_script_killed_at_any_operation_ends_as_if_it_had_not_been(
+    script: str, folder: Path
+) -> None:
+    """Until it has ended, no half-written file has the name of a finished one."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    assert run(script, folder) == 0, output(folder)
+    whole, last = results(folder), operations(folder)
+    mark, names = FINISHED[script]
+    assert set(names) <= whole.keys()
+    largest = max(map(len, whole.values()))
+    shutil.rmtree(folder / "out")
+    kills = int(os.environ.get("SDW_KILLS", "60")) // len(FINISHED)
+    deaths = [Death(operation=1 + number * last // kills) for number in range(kills)]
+    for number in range(2, kills, 4):
+        deaths[number] = Death(size=random.Random(number).randrange(largest))
+    chains, killed = max(kills // 3, 1), 0
+    for chain in range(chains):
+        for death in deaths[chain::chains]:
+            code = run(script, folder, death)
+            assert code in (-signal.SIGKILL, -signal.SIGXFSZ, 0), output(folder)
+            killed += code != 0
+            if (folder / "out" / mark).exists():
+                now = results(folder)
+                assert {name for name in names if now.get(name) != whole[name]} == set(), death
+        assert run(script, folder) == 0, output(folder)
+        assert results(folder) == whole, deaths[chain::chains]
+        shutil.rmtree(folder / "out")
+    assert killed > kills / 2
+    print(f"\n{script}: killed {killed} times, at {last} operations")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_while_it_imports_or_works_writes_the_same_bytes(
+    folder: Path, processes: int
+) -> None:
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    assert run("run_pseudo_labelling", folder) == 0
+    whole = results(folder)
     assert len(whole["pseudo_labels.jsonl"].splitlines()) == ROWS - 3
     assert len(whole["rejected.jsonl"].splitlines()) == 4
     shutil.rmtree(folder / "out")
-    chance = random.Random(0)
-    killed = finished = kept = 0
-    while killed < KILLS or finished == 0:
-        process = start(folder, 1 + killed % 2)
-        try:
-            # Towards the end of a run, whose first half is imports.
-            patience = seconds * chance.uniform(0.2, 1.3) if killed < KILLS else 600
-            code = process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            kill_tree(process)
-            killed += 1
-            kept = max(kept, len(list((folder / "out").glob("parts/*.answers"))))
-            continue
-        assert code == 0, (folder / "log.txt").read_text()[-3000:]
-        assert {name: (folder / "out" / name).read_bytes() for name in RESULTS} == whole
-        assert not (folder / "out/parts").exists()
-        finished += 1
-        shutil.rmtree(folder / "out")
-    assert kept, "no kill has fallen into the work"
-    print(f"\n{killed} kills, {finished} runs finished, {seconds:.1f} s uninterrupted")
+    process = start(folder, processes)
+    time.sleep(0.5)
+    kill_tree(process)
+    process = start(folder, processes)
+    while not list((folder / "out").glob("parts/*.answers")):
+        assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
+        time.sleep(0.01)
+    kill_tree(process)
+    assert not (folder / "out/pseudo_labels.jsonl").exists()
+    assert run("run_pseudo_labelling", folder) == 0
+    assert results(folder) == whole
 
 
 @pytest.mark.slow

@@ -9,9 +9,18 @@ import pytest
 import soundfile
 from pydantic import ValidationError
 from tiny import write_rows
+from training_data import NI_HAO, make_select
 
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.manifest import Columns, Manifest, ManifestData, read_manifest
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
+from simpler_distil_whisper.labels.rows import (
+    LabelColumns,
+    LabellingColumns,
+    OutputColumns,
+    labelled_row,
+)
 from simpler_distil_whisper.model.teacher_cache import _audio_key
 
 
@@ -92,3 +101,21 @@ def test_channels_have_cached_states_of_their_own(tmp_path: Path) -> None:
     utterances += read(tmp_path, "mean", {"id": "a", "audio": "call.wav"}).utterances
     keys = [json.dumps(_audio_key(utterance, "")) for utterance in utterances]
     assert len(set(keys)) == 3
+
+
+def test_labels_of_both_channels_train(tmp_path: Path) -> None:
+    call(tmp_path)
+    row = {"id": "a", "audio": "call.wav", "text": "你好", "language": "zh"}
+    columns = LabelColumns.from_config(
+        LabellingColumns(), OutputColumns(), with_segments=False, with_unconverted=False
+    )
+    hypotheses = [Hypothesis(text, "zh", (1,), (), -0.1, 0.0, 1.0, 0.0, True) for text in "你好"]
+    labels = [
+        labelled_row(utterance, hypothesis, 1.0, columns, Scorer(Metric()), None)
+        for utterance, hypothesis in zip(
+            read(tmp_path, "each", row).utterances, hypotheses, strict=True
+        )
+    ]
+    examples = make_select(tmp_path)(*labels).examples
+    assert [float(load_audio(*one.utterance.clip)[0]) for one in examples] == [0.125, 0.25]
+    assert [list(one.tokens[4:-1]) for one in examples] == [NI_HAO[:3], NI_HAO[3:]]
