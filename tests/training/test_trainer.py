@@ -20,6 +20,7 @@ from distilling import (
     assemble,
     distil,
     largest_difference,
+    load_model,
     logged,
     make_setting,
     weights_in,
@@ -31,6 +32,15 @@ from transformers import WhisperForConditionalGeneration
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
+from simpler_distil_whisper.labels.rows import (
+    LabelColumns,
+    LabellingColumns,
+    OutputColumns,
+    labelled_row,
+)
 from simpler_distil_whisper.run import DataError, Interrupted
 from simpler_distil_whisper.training.optimizer import learning_rate_factor
 from simpler_distil_whisper.training.options import ScheduleKind
@@ -132,6 +142,36 @@ def test_prompt_is_given_and_not_learnt(tmp_path: Path, setting: Setting) -> Non
     tokens = sum(len(example.tokens) - 4 for example in steps.visit_tokens.examples)
     rows = read_rows(setting.train)
     assert tokens == sum(len(row["text"]) + 1 for row in rows)
+
+
+def test_both_models_are_given_the_label_in_the_script_that_it_was_written_in(
+    tmp_path: Path, setting: Setting
+) -> None:
+    """The student is its teacher: KL is 0 only where both are given the same tokens."""
+    columns = LabelColumns.from_config(
+        LabellingColumns(), OutputColumns(), with_segments=False, with_unconverted=True
+    )
+    hypothesis = Hypothesis("頭髮在臺灣", "zh", (1,) * 9, (), -0.1, 0.0, 1.0, 0.0, True)
+    chinese = [row | {"language": "zh"} for row in read_rows(setting.train)]
+    manifest = write_rows(setting.train.with_name("zh.jsonl"), chinese)
+    rows = [
+        labelled_row(utterance, hypothesis, 1.0, columns, Scorer(Metric()), None, "simplified")
+        for utterance in read_manifest(manifest, LabellingColumns()).utterances
+    ]
+    train = write_rows(tmp_path / "labels.jsonl", rows)
+    options = {"schedule__max_steps": 1, "batch": {"micro_batch_size": 8}}
+    path = write_config(
+        tmp_path / "run", Setting(setting.teacher, setting.teacher, train), **options
+    )
+    [(batch,)] = assemble(path).steps.since(0)
+    whisper = load_model(setting.teacher)
+    for inputs, labels in zip(batch.decoder_input_ids, batch.labels, strict=True):
+        assert whisper.text_of(labels[labels >= 0].tolist()) == "头发在台湾"
+        assert whisper.text_of(inputs.tolist()) == "头发在台湾"
+    run = distil(path)
+    assert logged(run, "train/kl") == pytest.approx([0.0], abs=1e-5)
+    assert logged(run, "train/cross_entropy")[0] > 1
+    assert logged(run, "train/agreement") == [1.0]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
