@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from accelerate.state import AcceleratorState
 from transformers import WhisperForConditionalGeneration
 
 import run_distillation
@@ -392,6 +393,7 @@ def _run(setting: Setting, script: Any, name: str, config: Result, codes: tuple[
     output = setting.folder / name
     path = setting.folder / f"{name}.json"
     path.write_text(json.dumps({"output_dir": str(output), **config}))
+    AcceleratorState._reset_state(reset_partial_state=True)
     sys.argv = [script.__name__, str(path)]
     code = run_script(script.__name__, "", script.Config, script.prepare, script.work)
     if code not in codes:
