@@ -149,7 +149,8 @@ def test_fewer_processes_do_not_go_on_with_what_more_have_begun(
     """The same config is steps of another size then."""
     _, folder = by_several
     shutil.copytree(folder, tmp_path / "run")
-    (tmp_path / "run/run_info.json").unlink()  # as if it was never done
+    info = {"script": "run_distillation", "outcome": "running"}  # as if it was never done
+    (tmp_path / "run/run_info.json").write_text(json.dumps(info))
     options = json.loads(folder.with_suffix(".json").read_text())
     path = tmp_path / "run.json"
     path.write_text(json.dumps({**options, "output_dir": str(tmp_path / "run")}))
