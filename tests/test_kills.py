@@ -14,17 +14,20 @@ from typing import Any
 import psutil
 import pytest
 from conftest import REPOSITORY
-from distilling import make_setting
+from distilling import make_setting, write_config
 from killing import Death, operations, prepare_forks, run
 from tiny import make_corpus, read_rows, write_rows
 
 ROWS = 60
 RESULTS = ("pseudo_labels.jsonl", "rejected.jsonl")
-TELLING_TIME = {"log.txt", "run_info.json", "speed.json", "exports.json", "exports.md"}
+TELLING_TIME = {"log.txt", "run_info.json", "speed.json", "metrics.jsonl", "exports.json"}
+TELLING_TIME |= {"exports.md", "training_curves.png", "README.md", "distillation.json"}
 # The file that tells that a script has done its work, and those that are whole then.
 FINISHED = {
     "run_pseudo_labelling": ("pseudo_labels.jsonl", ["pseudo_labels.jsonl", "rejected.jsonl"]),
     "create_student_model": ("config.json", ["config.json", "model.safetensors"]),
+    "run_distillation": ("final/config.json", ["final/config.json", "final/model.safetensors"]),
+    "offline_inference": ("hypotheses.jsonl", ["hypotheses.jsonl", "rejected.jsonl"]),
     "eval": ("summary.json", ["summary.json"]),
     "export": (
         "ctranslate2-float32",
@@ -66,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config for each script, and 60 rows, some of which are bad."""
     folder = tmp_path_factory.mktemp("kills")
     prepare_forks()
-    make_setting(folder)
+    setting = make_setting(folder)
     rows = read_rows(make_corpus(folder, ROWS))
     for row in rows[7:50:20]:
         (folder / row["audio"]).write_bytes(b"no audio")
@@ -76,17 +79,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for clip in clips:
         clip["audio"] = str(REPOSITORY / "demo_data" / clip["audio"])
     write_rows(folder / "clips.jsonl", clips)
+    decoding = {"batch_size": 4, "max_new_tokens": 30}
     configs: dict[str, dict[str, Any]] = {
-        "run_pseudo_labelling": {
-            "teacher": {"path": "teacher"},
-            "data": {"manifest": "rows.jsonl", "max_bad_fraction": 0.5},
-            "decoding": {"batch_size": 4, "max_new_tokens": 30},
-        },
+        "run_pseudo_labelling": {"teacher": {"path": "teacher"}, "decoding": decoding},
         "create_student_model": {
             "teacher": {"path": "teacher"},
             "student": {"decoder_layers": 1},
             "layer_scoring": {"manifest": "train.jsonl", "max_utterances": 4},
         },
+        "offline_inference": {"model": {"path": "teacher"}, "decoding": decoding},
         "eval": {"hypotheses": [{"name": "a", "path": "texts.jsonl"}], "bootstrap_samples": 100},
         "export": {
             "model": {"path": str(REPOSITORY / "demo_data/teacher")},
@@ -94,6 +95,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "verification": {"manifest": "clips.jsonl"},
         },
     }
+    for name in ("run_pseudo_labelling", "offline_inference"):
+        configs[name]["data"] = {"manifest": "rows.jsonl", "max_bad_fraction": 0.5}
+    write_config(
+        folder / "out",
+        setting,
+        checkpoints={"every_steps": 2, "keep_last": 1},
+        data={"train_manifests": ["train.jsonl"], "dev_manifest": "train.jsonl", "num_workers": 0},
+        validation={"every_steps": 2, "decoding": {"batch_size": 8, "max_new_tokens": 12}},
+    ).rename(folder / "run_distillation.json")
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(json.dumps({"output_dir": "out", **config}))
     return folder
