@@ -27,6 +27,8 @@ class EvidenceLimits(StrictModel):
     )
     min_average_log_probability: float | None = Field(
         MIN_AVERAGE_LOG_PROBABILITY,
+        ge=-1000,
+        le=0,
         description="Labels that the teacher thought less probable are not used; null: all are.",
     )
     max_no_speech_probability: Ratio | None = Field(

@@ -34,6 +34,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.audio_context import AudioContext, stated_context
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.model.options import Attention, Dtype, Task
 from simpler_distil_whisper.model.settings import is_added_word
 from simpler_distil_whisper.model.weights import read_tensor, tensors_in
@@ -163,12 +164,20 @@ class Whisper:
 def run_encoder(encoder: Any, features: Tensor) -> Tensor:
     """Return float [B, E, D]: the encoder states of log-mels, also of less than a window.
 
-    Of a whole window they are those of transformers' forward pass, which takes nothing else, bit
-    for bit.
-
     Args:
         encoder: of a Whisper in transformers.
         features: float [B, M, T]: T is even, and at most the window's.
+    """
+    if features.shape[-1] < FRAMES_PER_POSITION * encoder.max_source_positions:
+        return run_encoder_on_part(encoder, features)
+    states: Tensor = encoder(features).last_hidden_state
+    return states
+
+
+def run_encoder_on_part(encoder: Any, features: Tensor) -> Tensor:
+    """Return float [B, E, D]: as `run_encoder`, of any part of the window.
+
+    transformers' forward pass takes nothing but a whole one, of which this computes the same bits.
     """
     states = functional.gelu(encoder.conv1(features))
     states = functional.gelu(encoder.conv2(states)).permute(0, 2, 1)

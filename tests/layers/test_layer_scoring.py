@@ -320,7 +320,7 @@ def test_a_stopped_search_leaves_nothing_that_looks_like_a_student(
     with pytest.raises(Interrupted):
         create_student(settings(folder, tmp_path / "out"), stop_signal=signal.SIGTERM)
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"create_student_model.json", "run_info.json"}
+    assert left == {"create_student_model.json", "log.txt", "run_info.json"}
 
 
 def test_the_best_is_kept_and_what_all_scored_is_written(

@@ -227,7 +227,7 @@ def test_each_manifest_needs_a_weight() -> None:
     paths = [Path("a"), Path("b")]
     with pytest.raises(ValidationError, match="has 3 weights, but there are 2 train_manifests"):
         TrainingData(train_manifests=paths, train_weights=[1.0, 1.0, 2.0])
-    with pytest.raises(ValidationError, match="greater than 0"):
+    with pytest.raises(ValidationError, match="greater than or equal to 0.001"):
         TrainingData(train_manifests=paths, train_weights=[1.0, 0.0])
 
 

@@ -139,7 +139,7 @@ def test_the_pruned_student_does_not_agree_with_the_teacher(
 # The learning rate
 
 
-@pytest.mark.parametrize(("rate", "falls"), [(1e-3, True), (10.0, False), (1e30, False)])
+@pytest.mark.parametrize(("rate", "falls"), [(1e-3, True), (10.0, False), (1e9, False)])
 def test_a_learning_rate_that_raises_the_loss(
     tmp_path: Path, setting: Setting, rate: float, falls: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
