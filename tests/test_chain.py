@@ -84,6 +84,7 @@ def chain_configs(out: str) -> dict[str, Config]:
                 "incomplete_labels": "without_end",
                 **ALL_EVIDENCE,
             },
+            "optimizer": {"learning_rate": 1e-3},
             "schedule": {"warmup_steps": 2, "epochs": None, "max_steps": 8},
             "batch": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
             "validation": {"every_steps": 4, "decoding": decoding},

@@ -56,12 +56,14 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a run with its processes and their workers, none of which can tidy up."""
     launched = psutil.Process(process.pid)
     launched.suspend()  # so that it starts no other meanwhile
-    for running in [*launched.children(recursive=True), launched]:
+    running = [*launched.children(recursive=True), launched]
+    for each in running:
         try:
-            running.kill()
+            each.kill()
         except psutil.NoSuchProcess:
             continue
     process.wait(timeout=60)
+    psutil.wait_procs(running, timeout=60)  # until then, one of them may hold the folder
 
 
 @pytest.fixture(scope="module")
