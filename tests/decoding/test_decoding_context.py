@@ -100,6 +100,7 @@ def test_the_last_window_of_a_recording_is_cut(
     ]
 
 
+@pytest.mark.slow
 def test_inference_follows_what_the_folder_states(
     tmp_path: Path, whisper: Whisper, run_script: RunScript
 ) -> None:
