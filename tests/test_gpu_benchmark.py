@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 
-@pytest.mark.slow
+@pytest.mark.gpu  # on a CPU it takes minutes
 def test_every_stage_has_a_result_and_a_failed_one_stops_no_other(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out"]
     path = tmp_path / "gpu.json"
