@@ -243,9 +243,18 @@ class Run:
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle stop signals, but not those that are ignored: `nohup` has SIGHUP ignored."""
+    """Handle stop signals, but not a SIGHUP that `nohup` has ignored.
+
+    A SIGINT is handled even so: shells have it ignored in what scripts run in the background, but
+    whoever sends one there means it.
+    """
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    handled = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    hangup = getattr(signal, "SIGHUP", None)
+    handled = {
+        number: old
+        for number, old in before.items()
+        if number != hangup or old is not signal.SIG_IGN
+    }
     for number in handled:
         signal.signal(number, handler)
     try:

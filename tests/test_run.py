@@ -537,21 +537,22 @@ def test_a_stop_before_the_work_is_no_bug(
     assert shown.splitlines()[1:] == ["Interrupted; run the same command again to continue."]
 
 
-def test_a_signal_that_is_ignored_stays_ignored(
-    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 0), (signal.SIGINT, 130)])
+def test_of_signals_that_are_ignored_only_the_hangup_stays_so(
+    start: Callable[..., int], number: signal.Signals, code: int
 ) -> None:
-    """Under nohup, a run must outlive its terminal."""
+    """Under nohup a run must outlive its terminal; in the background of a script it can be ended."""
 
     def work(config: Config, prepared: str, run: Run) -> str:
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(number)
         run.stop_if_asked()
         return ""
 
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        assert start(work) == 0
+        assert start(work) == code
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
