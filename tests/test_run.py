@@ -541,7 +541,7 @@ def test_a_stop_before_the_work_is_no_bug(
 def test_of_signals_that_are_ignored_only_the_hangup_stays_so(
     start: Callable[..., int], number: signal.Signals, code: int
 ) -> None:
-    """Under nohup a run must outlive its terminal; in the background of a script it can be ended."""
+    """Under nohup a run outlives its terminal; in the background of a script it can be ended."""
 
     def work(config: Config, prepared: str, run: Run) -> str:
         signal.raise_signal(number)
