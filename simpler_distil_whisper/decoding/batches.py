@@ -92,7 +92,7 @@ class SpeechReader:
         self.min_seconds = limits.min_duration_seconds
         self.window = float(extractor.chunk_length)
         decoding = decoding or DecodingOptions()
-        self.voice_activity, self.language = decoding.voice_activity, decoding.language
+        self.voice_activity, self.language = decoding.speech_filter, decoding.language
         # The extractor would silently cut what is longer than the model's window.
         longest = self.window if decoding.long_form == "reject" else math.inf
         self.max_seconds = min(limits.max_duration_seconds or longest, longest)

@@ -139,7 +139,7 @@ def _note_speech(
     speech: Sequence[Sequence[SpeechSpan] | None],
 ) -> None:
     """Set what is decoded of each recording and, if it is not known, the language."""
-    rate, options = _frames_per_second(transcriber), transcriber.options.voice_activity
+    rate, options = _frames_per_second(transcriber), transcriber.options.speech_filter
     unknown: list[_Window] = []
     for recording, spans in zip(recordings, speech, strict=True):
         if options is not None and spans is not None:

@@ -207,7 +207,7 @@ def transcribe_manifest(
             if batch.rejections:
                 _check_rejections(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
-    if transcriber.options.voice_activity:
+    if transcriber.options.speech_filter:
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
 
 
@@ -279,7 +279,7 @@ def transcribe_batch(
             keys[count:],
             [batch.speech.get(number) for number in keys[count:]],
         )
-    if transcriber.options.voice_activity:
+    if transcriber.options.speech_filter:
         hypotheses = [
             hypothesis if batch.speech[number] else without_speech(hypothesis.language)
             for number, hypothesis in zip(keys, hypotheses, strict=True)

@@ -79,6 +79,16 @@ class DecodingLimits(DecodingBatch):
     )
 
 
+class VoiceActivityOptions(SpeechOptions):
+    """Decoding only where somebody speaks, and what counts as speech."""
+
+    enabled: bool = Field(
+        False,
+        description="Audio without speech gets an empty text, and in long recordings all but the "
+        "speech is silenced.",
+    )
+
+
 class DecodingOptions(DecodingLimits):
     """How hypotheses are made."""
 
@@ -118,13 +128,14 @@ class DecodingOptions(DecodingLimits):
     condition_on_previous_text: bool = Field(
         True, description="In sequential long-form, give each window the text before it."
     )
-    voice_activity: SpeechOptions | None = Field(
-        None,
-        description="Decode only where somebody speaks: audio without speech gets an empty text, "
-        "and in long recordings all but the speech is silenced; null: everything is decoded.",
-    )
+    voice_activity: VoiceActivityOptions = VoiceActivityOptions()
 
     _code = field_validator("language")(whisper_code)
+
+    @property
+    def speech_filter(self) -> SpeechOptions | None:
+        """What counts as speech where nothing else is decoded; None: everything is."""
+        return self.voice_activity if self.voice_activity.enabled else None
 
     @property
     def with_segments(self) -> bool:

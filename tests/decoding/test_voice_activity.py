@@ -13,13 +13,13 @@ from torch import Tensor
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Utterance
-from simpler_distil_whisper.data.speech_activity import SpeechOptions, SpeechSpan, speech_spans
+from simpler_distil_whisper.data.speech_activity import SpeechSpan, speech_spans
 from simpler_distil_whisper.decoding.batches import SpeechReader
 from simpler_distil_whisper.decoding.long_form import transcribe_long
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.decoding.transcription import transcribe_batch
 from simpler_distil_whisper.model.folder import read_model_folder
-from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.options import DecodingOptions, VoiceActivityOptions
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 
 DEMO = REPOSITORY / "demo_data"
@@ -68,7 +68,7 @@ def test_only_the_parts_with_speech_have_text(
 ) -> None:
     recording = torch.cat([*sounds] * 3, dim=1)
     spans = [SpeechSpan(4.5, 6.0), SpeechSpan(10.5, 11.5)]
-    vad = SpeechOptions(padding_seconds=0.0)
+    vad = VoiceActivityOptions(enabled=True, padding_seconds=0.0)
     transcriber = Transcriber(whisper, options(form, voice_activity=vad))
     everywhere, some, nowhere = transcribe_long(
         transcriber, [recording] * 3, ["en"] * 3, speech=[None, spans, []]
@@ -101,7 +101,9 @@ def test_rows_without_speech_have_no_text_and_others_lose_nothing(tmp_path: Path
         for number in range(5)
     ]
     whisper = load_whisper(read_model_folder(DEMO / "teacher", None, "model"))
-    decoding = DecodingOptions(long_form="sequential", voice_activity=SpeechOptions())
+    decoding = DecodingOptions(
+        long_form="sequential", voice_activity=VoiceActivityOptions(enabled=True)
+    )
     transcriber = Transcriber(whisper, decoding)
     read = SpeechReader(whisper.feature_extractor, DataLimits(), decoding=decoding)
     nothing, noisy, alone, late, long_noise = transcribe_batch(transcriber, None, read(utterances))
