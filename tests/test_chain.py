@@ -256,6 +256,7 @@ def write_long_config(chain: Path, name: str, step: str) -> Path:
     distillation["student"]["path"] = "out/create_student_model"
     distillation["data"]["train_manifests"] = ["out/run_pseudo_labelling/pseudo_labels.jsonl"]
     distillation["schedule"] = {"warmup_steps": 2, "epochs": None, "max_steps": 60}
+    distillation["validation"]["every_steps"] = 20
     path = chain / f"{name}.json"
     path.write_text(json.dumps(configs[step]))
     return path

@@ -116,6 +116,7 @@ def hurry(config: dict[str, Any]) -> dict[str, Any]:
     if "schedule" in config:
         config["schedule"] |= {"epochs": None, "max_steps": 4, "warmup_steps": 1}
         config["validation"] |= {"every_steps": 4, "max_utterances": 8}
+        config["optimizer"]["learning_rate"] = 1e-3
     return config
 
 
