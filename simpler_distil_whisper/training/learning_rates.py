@@ -199,6 +199,8 @@ def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: fl
             configured, color="#c2571a", ls="dashed", label=f"configured: {configured:g}"
         )
     over_rates.set(title="Mean of the last third", xlabel="learning rate", xscale="log")
+    over_rates.minorticks_off()  # their labels would cover each other
+    over_rates.set_xticks([run.rate for run in shown], [f"{run.rate:.3g}" for run in shown])
     for axes in (over_steps, over_rates):
         axes.set(yscale="log")
         axes.grid(alpha=0.3)
