@@ -35,7 +35,7 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.devices import (
     decoding_dtype,
-    leave_a_core_to_audio,
+    prepare_cpu,
 )
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory_megabytes
@@ -78,9 +78,9 @@ def load_for_decoding(
 ) -> Whisper:
     """Return the model of a folder on this process's device, and log what "auto" has chosen."""
     quieten_libraries()
-    leave_a_core_to_audio()
     dtype = decoding_dtype(options.dtype, state.device, stored_dtype(folder))
     whisper = load_whisper(folder, dtype, options.attention, state.device)
+    prepare_cpu(whisper.model)
     chosen = {
         "device": str(state.device),
         "dtype": str(whisper.model.dtype).removeprefix("torch."),
