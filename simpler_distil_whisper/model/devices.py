@@ -61,7 +61,7 @@ def encoder_batch_size(device: torch.device) -> int | None:
 
 
 def prepare_cpu(model: nn.Module) -> None:
-    """Set torch's threads, and how it takes memory, for a model that is about to be run on a CPU."""
+    """Set how many threads torch uses, and how it takes memory, for a model run on a CPU."""
     _share_cores(sum(parameter.numel() for parameter in model.parameters()))
     _keep_freed_memory()
 
