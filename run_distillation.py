@@ -222,8 +222,9 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
     )
     validation = None
     if dev:
+        shared_states = caches.encoder if shared_encoder else None
         validation = Validation(
-            dev, config.data, config.validation, student, caches.encoder, accelerator
+            dev, config.data, config.validation, student, shared_states, accelerator
         )
     facts = facts_of(config, teacher_folder, student_folder, selection, length, models.precision)
     trainer = Trainer(

@@ -191,7 +191,7 @@ class TeacherCacheOptions(CacheOptions):
     """What distillation reads from the cache, and adds to it where it is missing."""
 
     encoder_states: bool = Field(
-        True, description="Those of the encoder that both models share; float16: 3.8 MB per 30 s."
+        True, description="The encoder's; float16: 3.8 MB per 30 s of large-v3."
     )
     decoder_states: bool = Field(
         True, description="The teacher's, for the labels; if none is missing, it is not loaded."

@@ -56,10 +56,18 @@ from simpler_distil_whisper.training.tokens import (
 
 
 class StateCaches(NamedTuple):
-    """Where the teacher's states are kept; None: they are not."""
+    """Where the teacher's states are kept; None: they are not.
+
+    Attributes:
+        encoder: states of its encoder.
+        decoder: last states of its decoder.
+        shared_encoder: the student's decoder is given the same encoder states. Else its own encoder
+            needs every log-mel, and those of the teacher's serve for what `decoder` lacks.
+    """
 
     encoder: EncoderStateCache | None = None
     decoder: DecoderStateCache | None = None
+    shared_encoder: bool = True
 
 
 NO_CACHES = StateCaches()
@@ -70,13 +78,15 @@ class TrainingBatch:
     """One micro-batch.
 
     Attributes:
-        input_features: float32 [N, M, T]: log-mels; with a cache, only of the rows that it lacks.
+        input_features: float32 [N, M, T]: log-mels; where a cache holds the encoder states that
+            both models share, only of the rows that it lacks.
         decoder_input_ids: int64 [B, L]: prompt and label, given to teacher and student alike.
         labels: int64 [B, L]: for each input the next token, IGNORE_INDEX within prompt and padding.
         seconds: of audio.
         rejections: examples whose audio could not be used; their rows have no label at all.
         positions: of the student's encoder for each row; None: the whole window for all.
-        cached_encoder_states: what the cache holds of them; None: there is no cache.
+        cached_encoder_states: what the cache holds of the teacher's; None: there is no cache, or
+            they are of no use.
         cached_decoder_states: what the cache holds of the teacher's; None: there is no cache.
     """
 
@@ -156,7 +166,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
         positions: list[int] = []
         seconds, rejections = 0.0, []
         for row, (example, view) in enumerate(zip(examples, views, strict=True)):
-            if encoder_states and row not in encoder_states.missing:
+            if self.caches.shared_encoder and encoder_states and row not in encoder_states.missing:
                 seconds += example.seconds
                 continue
             try:
@@ -192,14 +202,15 @@ class TrainingDataset(Dataset[TrainingBatch]):
         self, examples: Sequence[Example], views: Sequence[View], tokens: Sequence[DecoderTokens]
     ) -> tuple[CachedEncoderStates | None, CachedDecoderStates | None]:
         """Return what the caches hold; views that are used only once are not kept in them."""
-        encoder, decoder = self.caches
+        encoder, decoder, shared = self.caches
         utterances = [example.utterance for example in examples]
         keys = [view.key if view.reusable else None for view in views]
         inputs = [row.tokens[:-1] for row in tokens]
-        return (
-            encoder.look_up(utterances, keys) if encoder else None,
-            decoder.look_up(utterances, keys, inputs) if decoder else None,
-        )
+        decoder_states = decoder.look_up(utterances, keys, inputs) if decoder else None
+        teacher_runs = decoder_states is None or decoder_states.missing
+        if encoder and (shared or teacher_runs):
+            return encoder.look_up(utterances, keys), decoder_states
+        return None, decoder_states
 
     def _load(self, example: Example) -> np.ndarray:
         # The feature extractor would cut what a wrong header had let pass.

@@ -80,17 +80,21 @@ class TeacherAndStudent:
         encoder.eval()
         cache, cached = self.caches.encoder, batch.cached_encoder_states
         with self.accelerator.autocast():
-            if cache and cached:
+            if cache and cached and self.teacher.shared_encoder:
                 return cache.complete(cached, batch.input_features, encoder)
             return self.student.encode(batch.input_features)
 
     def _teacher_states(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
         """Return float [B, L, D']: the teacher's last decoder states, from the cache if it can."""
-        shared = encoder_states if self.teacher.shared_encoder else None
+
+        def compute() -> Tensor:
+            if encoder_states is not None and self.teacher.shared_encoder:
+                return self.teacher.decoder_states(batch, encoder_states)
+            own = self.teacher.encoder_states(batch, self.caches.encoder)
+            return self.teacher.decoder_states(batch, own)
+
         cache, cached = self.caches.decoder, batch.cached_decoder_states
-        if cache and cached:
-            return cache.complete(cached, lambda: self.teacher.decoder_states(batch, shared))
-        return self.teacher.decoder_states(batch, shared)
+        return cache.complete(cached, compute) if cache and cached else compute()
 
 
 class StudentWithLoss(nn.Module):
@@ -234,18 +238,32 @@ class Teacher:
         return "model" in self.__dict__
 
     @torch.no_grad()
-    def decoder_states(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
+    def encoder_states(self, batch: TrainingBatch, cache: EncoderStateCache | None) -> Tensor:
+        """Return float [B, E, D], on the teacher's device: the states of an encoder of its own.
+
+        Args:
+            batch: on the student's device, with all log-mels.
+            cache: where they may be already.
+        """
+        features = batch.input_features.to(self.device, self.dtype)
+        # Not WhisperModel.forward, which may mask the features in place (SpecAugment).
+        encoder, cached = self.model.model.encoder, batch.cached_encoder_states
+        with self.accelerator.autocast():
+            if cache and cached:
+                missing = features[list(cached.missing)]
+                return cache.complete(cached.to(self.device), missing, encoder)
+            states: Tensor = encoder(features).last_hidden_state
+        return states
+
+    @torch.no_grad()
+    def decoder_states(self, batch: TrainingBatch, encoder_states: Tensor) -> Tensor:
         """Return float [B, L, D'], on the student's device: its last decoder states.
 
         Args:
             batch: on the student's device.
-            encoder_states: float [B, E, D]: those of the shared encoder; None: it has its own.
+            encoder_states: float [B, E, D].
         """
         with self.accelerator.autocast():
-            if encoder_states is None:
-                features = batch.input_features.to(self.device, self.dtype)
-                # Not WhisperModel.forward, which may mask the features in place (SpecAugment).
-                encoder_states = self.model.model.encoder(features).last_hidden_state
             states: Tensor = self.model.model.decoder(
                 input_ids=batch.decoder_input_ids.to(self.device),
                 encoder_hidden_states=encoder_states.to(self.device, self.dtype),
@@ -259,31 +277,27 @@ def open_caches(
 ) -> StateCaches:
     """Return the caches that a config names, of the states that are of use.
 
-    Encoder states are kept only where both models share them, decoder states only for the teacher's
-    part of the loss.
+    Those of the decoder are kept only for the teacher's part of the loss. Those of the encoder are
+    given to the student too where it shares the encoder; where not, they serve only for decoder
+    states that are not kept yet.
 
     Raises:
         ConfigError: the folder cannot be written, or the cache's dtype is finer than the
             computation's.
     """
-    if options.folder and options.encoder_states and not teacher.shared_encoder:
-        log.warning(
-            "teacher_cache.encoder_states: not used, since the student's encoder is trained or is "
-            "another one"
-        )
     if (store := open_store(options)) is None:
         return NO_CACHES
     computed = computing_dtype(teacher.accelerator)
     dtype = dtype_of_states(options, computed)
     folder, extractor = teacher.folder, student.feature_extractor
     encoder = decoder = None
-    if options.encoder_states and teacher.shared_encoder:
+    if options.encoder_states and (teacher.shared_encoder or objective.uses_teacher):
         encoder = EncoderStateCache(store, dtype, folder, extractor)
     if options.decoder_states and objective.uses_teacher:
         given = dtype if encoder else computed
         numerics = f"{teacher.numerics_key}, {computed} products, {given} encoder states"
         decoder = DecoderStateCache(store, dtype, folder, extractor, numerics)
-    return StateCaches(encoder, decoder)
+    return StateCaches(encoder, decoder, teacher.shared_encoder)
 
 
 def _is_trained(module: nn.Module) -> bool:

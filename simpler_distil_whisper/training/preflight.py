@@ -100,7 +100,9 @@ def check_thoroughly(
     runs = ShortRuns(trainer)
     uncached, cached = time_steps(trainer, steps), None
     runs.restore()
-    if any(steps.caches):  # the same steps, whose states the caches now hold
+    if (
+        steps.caches.encoder or steps.caches.decoder
+    ):  # the same steps, whose states the caches now hold
         cached = time_steps(trainer, steps)
         runs.restore()
     log_memory(trainer)  # before more is in it than in a run

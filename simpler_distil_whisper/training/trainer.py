@@ -248,7 +248,8 @@ class Trainer:
 
     def _report_caches(self) -> None:
         rows = {}
-        for kind, cache in self.models.caches._asdict().items():
+        caches = self.models.caches
+        for kind, cache in (("encoder", caches.encoder), ("decoder", caches.decoder)):
             if cache is None:
                 continue
             counts = torch.tensor([cache.hits, cache.misses]).to(self.accelerator.device)
