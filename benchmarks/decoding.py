@@ -143,7 +143,7 @@ def _measure_shape(
     complaints = [_check(contestant, reference, clips.forced) for contestant in contestants]
     if clips.forced:
         contestants += _bare_contestants(model, max(sizes), clips.forced)
-    _measure_rounds(contestants, options.rounds, device)
+    measure_rounds(contestants, options.rounds, device)
     _print_table(shape, clips, contestants)
     _print_ratios(contestants, model, clips)
     for reason, names in notes.items():
@@ -228,7 +228,7 @@ def _check(contestant: Contestant, reference: list[list[int]], forced: int | Non
     return None
 
 
-def _measure_rounds(contestants: Sequence[Contestant], rounds: int, device: torch.device) -> None:
+def measure_rounds(contestants: Sequence[Contestant], rounds: int, device: torch.device) -> None:
     """Run every contestant once a round, beginning with another one each time."""
     for number in range(rounds):
         first = number * len(contestants) // rounds

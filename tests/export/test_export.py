@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,13 @@ from tiny import make_corpus, make_model_folder, read_rows, write_rows, write_to
 
 from simpler_distil_whisper.config import key_paths, load_config
 from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.data.features import log_mel
+from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export import __main__ as export
 from simpler_distil_whisper.export import formats, targets
+from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
+from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import run_script
 
@@ -101,6 +106,38 @@ def test_the_demo_in_ctranslate2_gives_the_same_texts(
         assert {"tokenizer.json", "preprocessor_config.json"} <= {p.name for p in folder.iterdir()}
     # And eval.py takes their hypotheses, with their speed and size.
     check_that_eval_reads_them(tmp_path, variants)
+
+
+def test_an_export_can_be_given_the_clip_alone_as_documented(
+    tmp_path: Path, run_export: RunExport
+) -> None:
+    pytest.importorskip("ctranslate2")
+    clips = demo_clips(tmp_path, 1)
+    assert run_export(DEMO / "teacher", clips, "ctranslate2-float32") == 0
+    waveform = load_audio(Path(read_rows(clips)[0]["audio"]))
+    seconds = len(waveform) / 16_000
+    assert seconds < 3  # of the demo's window of 5 s
+    whisper = load_whisper(read_model_folder(DEMO / "teacher", None, "model"), "float32")
+    short = Transcriber(whisper, DecodingOptions(), audio_context=AudioContext(0.3))
+    states = short.encode(
+        log_mel([waveform], whisper.feature_extractor), math.ceil(seconds + 0.3) * 50
+    )
+    whole = Transcriber(whisper, DecodingOptions()).encode(
+        log_mel([waveform], whisper.feature_extractor)
+    )
+    assert states.shape[1] < whole.shape[1]
+    expected = short.from_encoder_states(states, ["zh"])[0].text
+
+    page = (REPOSITORY / "docs/audio-context.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    for documented, actual in {
+        "outputs/export/ctranslate2-int8": tmp_path / "out/ctranslate2-float32",
+        "clip.wav": read_rows(clips)[0]["audio"],
+    }.items():
+        assert documented in code
+        code = code.replace(documented, str(actual))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{expected}\n", done.stderr
 
 
 def check_that_eval_reads_them(folder: Path, variants: list[str]) -> None:
