@@ -1,6 +1,6 @@
 """What an optimizer step of distillation takes in time and memory: this project and its peers.
 
-    python -m benchmarks.distillation_step [--shapes tiny,small] [--settings short,128,448,loss]
+    python -m benchmarks.distillation_step [--shapes tiny,small] [--settings short,clips,loss]
 
 Random weights of the released shapes: the teacher whole, the student with two of its decoder
 layers. Log-mels of 30 s and labels go in, updated weights come out; reading audio is not counted.
@@ -43,7 +43,7 @@ from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
 from simpler_distil_whisper.training.options import Objective
-from simpler_distil_whisper.training.plan import RunLength
+from simpler_distil_whisper.training.plan import RunLength, Visit
 
 POSITIONS = 448  # of Whisper's decoder, to which distil-whisper's script pads all labels
 FRAMES, STATES = 3000, 1500  # of a window of 30 s: of the log-mel and of the encoder
@@ -57,17 +57,21 @@ HF = "HF distil-whisper, labels padded to the longest"
 OURS = "this project"
 ENCODER_STATES_CACHED = "this project, encoder states from the cache"
 ALL_CACHED = "this project, teacher's decoder states from the cache too"
+AUDIO_CONTEXT = "this project, audio context, teacher's decoder states from the cache"
 PLAIN_LOSS = "full logits"
 OUR_LOSS = "this project's loss"
+
+TOKENS_PER_SECOND = 4  # of speech, by which the lengths of clips are told
 
 # Tokens of each utterance in a batch. "loss" is the loss alone, with its gradients.
 SETTINGS = {
     "short": (20, 33, 47, 60),
+    "clips": tuple(range(10, 42, 2)),
     "128": (128,) * 4,
     "448": (POSITIONS,) * 8,
     "loss": (POSITIONS,) * 8,
 }
-STEPS = (TWO_MODELS, HF_PADDED, HF, OURS, ENCODER_STATES_CACHED, ALL_CACHED)
+STEPS = (TWO_MODELS, HF_PADDED, HF, OURS, ENCODER_STATES_CACHED, ALL_CACHED, AUDIO_CONTEXT)
 LOSSES = (PLAIN_LOSS, OUR_LOSS)
 
 
@@ -290,7 +294,10 @@ def _make_step(way: str, folder: Path) -> Step:
     if way in LOSSES:
         return _loss_alone(folder, plain=way == PLAIN_LOSS)
     return _this_project(
-        folder, encoder_states_cached=way != OURS, decoder_states_cached=way == ALL_CACHED
+        folder,
+        encoder_states_cached=way in (ENCODER_STATES_CACHED, ALL_CACHED),
+        decoder_states_cached=way in (ALL_CACHED, AUDIO_CONTEXT),
+        audio_context=way == AUDIO_CONTEXT,
     )
 
 
@@ -395,11 +402,14 @@ def _loss_alone(folder: Path, plain: bool) -> Step:
     return step
 
 
-def _this_project(folder: Path, encoder_states_cached: bool, decoder_states_cached: bool) -> Step:
+def _this_project(
+    folder: Path, encoder_states_cached: bool, decoder_states_cached: bool, audio_context: bool
+) -> Step:
     """The training loop's own step, from the assembled trainer of `run_distillation.py`."""
     path = folder / f"{os.getpid()}.json"
     output = folder / str(os.getpid())
-    cache = {"folder": str(output / "cache") if encoder_states_cached else None}
+    cached = encoder_states_cached or decoder_states_cached
+    cache = {"folder": str(output / "cache") if cached else None}
     config = {
         "output_dir": str(output),
         "teacher": {"path": str(folder / "teacher")},
@@ -410,6 +420,8 @@ def _this_project(folder: Path, encoder_states_cached: bool, decoder_states_cach
         "objective": OBJECTIVE.model_dump(),
         "teacher_cache": {**cache, "decoder_states": decoder_states_cached},
         "logging": {"tensorboard": False},
+        "freeze": {"encoder": not audio_context},
+        "audio_context": {"enabled": audio_context},
     }
     path.write_text(json.dumps(config))
     checked = load_config(path, run_distillation.Config)
@@ -420,13 +432,13 @@ def _this_project(folder: Path, encoder_states_cached: bool, decoder_states_cach
         teacher, student, nothing, None, RunLength(1, 1000, 0, 1000)
     )
     run = Run("run_distillation", path, checked)
-    trainer, _ = run_distillation.assemble(checked, prepared, run)
+    trainer, steps = run_distillation.assemble(checked, prepared, run)
 
     def step(batch: Batch) -> float | None:
         given = TrainingBatch(batch.features, batch.inputs, batch.labels, 0.0, [])
         if encoder_states_cached:
-            cached = CachedEncoderStates(batch.encoder_states, {})
-            given = replace(given, input_features=batch.features[:0], cached_encoder_states=cached)
+            kept = CachedEncoderStates(batch.encoder_states, {})
+            given = replace(given, input_features=batch.features[:0], cached_encoder_states=kept)
         if decoder_states_cached:
             rows, length = batch.labels.shape
             lengths = [length] * rows
@@ -434,8 +446,17 @@ def _this_project(folder: Path, encoder_states_cached: bool, decoder_states_cach
                 given,
                 cached_decoder_states=CachedDecoderStates(batch.teacher_states, lengths, {}),
             )
+        if steps.contexts:
+            lengths = (batch.labels != IGNORE_INDEX).sum(1).tolist()
+            drawn = [
+                steps.contexts.positions(Visit(0, row, 0), tokens / TOKENS_PER_SECOND)
+                for row, tokens in enumerate(lengths)
+            ]
+            given = replace(given, positions=drawn)
         loss = None
-        if not encoder_states_cached and len(batch.labels) == len(WARM_UP):
+        if not (encoder_states_cached or decoder_states_cached) and len(batch.labels) == len(
+            WARM_UP
+        ):
             with torch.no_grad():
                 terms = trainer.models.loss_terms(given)
             loss = (terms.loss / terms.tokens).item()
