@@ -22,7 +22,7 @@ from simpler_distil_whisper.data.manifest import (
 )
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
-from simpler_distil_whisper.decoding.speed import Speed, write_speed
+from simpler_distil_whisper.decoding.speed import SPEED, Speed, speed_of_shards, write_speed
 from simpler_distil_whisper.decoding.subtitles import SubtitleFormat, write_subtitles
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import (
@@ -117,7 +117,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         word_timestamps=config.decoding.word_timestamps,
         audio_context=config.decoding.audio_context,
     )
-    results, speed = RowResults(run.folder, "hypotheses.jsonl"), Speed()
+    results, speed = RowResults(run.folder, "hypotheses.jsonl", run.shards), Speed()
     batches = transcription.transcribe_manifest(transcriber, manifest, config.data, results, run)
     for done in batches:
         tokens = [hypothesis.token_count for hypothesis in done.hypotheses]
@@ -130,9 +130,16 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     wait_for_everyone()
     report = transcription.speed_report(speed, transcriber, folder.weight_bytes)
     drafts = transcriber.assistant.report() if transcriber.assistant else {}
+    speed_file = run.own_folder / SPEED
+    if state.is_main_process and (report.utterances or not speed_file.exists()):
+        write_speed(run.own_folder, report, drafts)
+    if closing_words := transcription.end_of_shard(run):
+        return closing_words
     written, rejected = results.finish(manifest.rejections, wait_for_everyone)
     if state.is_main_process:
-        write_speed(run.folder, report, drafts)
+        if run.shards:
+            report = speed_of_shards(run.shards.folders, report)
+            write_speed(run.folder, report, {})
         if config.subtitles:
             columns = config.data.columns
             names = (columns.audio, columns.start_seconds, columns.duration_seconds)

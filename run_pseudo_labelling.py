@@ -95,6 +95,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
     """Label the rows, assess the labels, pack them if the config asks for it."""
     from simpler_distil_whisper.decoding.transcriber import Transcriber
     from simpler_distil_whisper.decoding.transcription import (
+        end_of_shard,
         load_for_decoding,
         transcribe_manifest,
     )
@@ -112,7 +113,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
     columns = config.label_columns
     labels = run.folder / "pseudo_labels.jsonl"
     labelled = run.folder / RECORDINGS if config.segmentation.enabled else labels
-    results = RowResults(run.folder, labelled.name)
+    results = RowResults(run.folder, labelled.name, run.shards)
     for done in transcribe_manifest(transcriber, manifest, config.data, results, run, cache):
         batch, rows = done.batch, []
         for decoded in zip(batch.utterances, done.hypotheses, batch.seconds, strict=True):
@@ -121,6 +122,8 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
             )
             rows.append((decoded[0], row))
         results.append(rows, batch.rejections)
+    if closing_words := end_of_shard(run):
+        return closing_words
     kept, rejected = results.finish(manifest.rejections, wait_for_everyone)
 
     summary = f"{labelled}: {kept} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"

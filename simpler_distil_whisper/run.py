@@ -33,6 +33,7 @@ from simpler_distil_whisper.config import (
     load_config,
 )
 from simpler_distil_whisper.files import lock, read_regular_file
+from simpler_distil_whisper.shards import FOLDER, Shard, Shards
 from simpler_distil_whisper.terminal import AboveTheProgressBar, LogFile, VisibleFormatter
 
 log = logging.getLogger("simpler_distil_whisper")
@@ -52,6 +53,7 @@ HARMLESS_KEYS = {
     "resume",
     "output_dir",
     "data.num_workers",
+    "data.shard",  # of one run there is a config for each
     "data.max_bad_fraction",
     "batch.micro_batch_size",  # the steps' size, a product of these, is in the checkpoints
     "batch.gradient_accumulation_steps",
@@ -94,7 +96,9 @@ class Run:
     """The output folder of one run: config copy, `run_info.json`, `log.txt`, stop signal.
 
     Attributes:
-        folder: where this run writes; it exists.
+        folder: where this run writes its results; it exists.
+        shards: of the run that this job does a share of; None: it does all.
+        own_folder: where config copy, `run_info.json` and log are: with shards, that of this one.
         resumed: an earlier run of the same config has left work in the folder.
         finished: it has even done all of it.
         log_file: `log.txt`, locked as long as this process lives; None in other processes than the
@@ -111,16 +115,21 @@ class Run:
         """
         self.name = name
         self.folder: Path = config.output_dir
+        shard = getattr(getattr(config, "data", None), "shard", None)
+        self.shards = Shards(self.folder, Shard(*shard)) if shard else None
+        self.own_folder = self.shards.own_folder if self.shards else self.folder
         self.stop_signal: int | None = None
         self._parent = os.getppid()
         try:
+            if self.shards:
+                self.shards.begin()
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"{config_path}: output_dir: {self.folder} cannot be made: {error.strerror}"
             ) from None
-        self._copy = self.folder / f"{name}.json"
-        self._info_path = self.folder / "run_info.json"
+        self._copy = self.own_folder / f"{name}.json"
+        self._info_path = self.own_folder / "run_info.json"
         self.log_file: TextIO | None = None
         self._look(overwrite)
         if is_main_process():
@@ -130,16 +139,17 @@ class Run:
 
     def _look(self, overwrite: bool) -> None:
         """Note what an earlier run has left in the folder."""
-        info = _info_in(self._info_path)
-        self._is_ours = info.get("script") == self.name
-        self.finished = self._is_ours and info.get("outcome") == "done" and not overwrite
+        self._is_ours = _info_in(self._info_path).get("script") == self.name
+        info = _info_in(self.folder / self._info_path.name)
+        is_done = (info.get("script"), info.get("outcome")) == (self.name, "done")
+        self.finished = self._is_ours and is_done and not overwrite
         self.resumed = self._copy.exists() and not self._holds_no_work()
 
     def _begin(self, config_path: Path, config: Any, overwrite: bool) -> None:
         """Lock the folder against other runs, and write what comes before the work."""
-        self.log_file = (self.folder / "log.txt").open("a", encoding="utf-8")
+        self.log_file = (self.own_folder / "log.txt").open("a", encoding="utf-8")
         if not lock(self.log_file):
-            raise ConfigError(f"{config_path}: output_dir: {ANOTHER_RUN.format(self.folder)}")
+            raise ConfigError(f"{config_path}: output_dir: {ANOTHER_RUN.format(self.own_folder)}")
         self._look(overwrite)  # again: the run that has had the lock until now may have ended
         self._refuse_foreign_folder(config_path, config, overwrite)
         if self.finished:
@@ -161,10 +171,18 @@ class Run:
             write_atomically(self._copy, read_regular_file(config_path, LARGEST_CONFIG))
 
     def _refuse_foreign_folder(self, config_path: Path, config: Any, overwrite: bool) -> None:
+        if self.shards:
+            for copy in self.folder.glob(f"{FOLDER}/*/{self._copy.name}"):
+                self._refuse_another_config(copy, config_path, config)
         if self._holds_no_work():
             return
         remedy = 'choose another "output_dir"'
         if not (self._is_ours and self._copy.exists()):
+            if (self.folder / FOLDER).is_dir():
+                raise ConfigError(
+                    f"{config_path}: output_dir: {self.folder} holds a run in shards: set "
+                    f"data.shard, or {remedy}"
+                )
             raise ConfigError(
                 f"{config_path}: output_dir: {self.folder} is not empty and holds no "
                 f"{self._copy.name} and run_info.json of {self.name}, so another program made it; "
@@ -177,15 +195,18 @@ class Run:
                 f'{config_path}: output_dir: {self.folder} holds an earlier run; set "resume" to '
                 f'"auto" to continue it, or {remedy}'
             )
-        earlier = load_config(self._copy, type(config))
+        self._refuse_another_config(self._copy, config_path, config)
+
+    def _refuse_another_config(self, copy: Path, config_path: Path, config: Any) -> None:
+        earlier = load_config(copy, type(config))
         before = _flat(earlier.model_dump(mode="json"))
         after = _flat(config.model_dump(mode="json"))
         keys = sorted((before.keys() | after.keys()) - HARMLESS_KEYS)
         if changed := [key for key in keys if before.get(key) != after.get(key)]:
             lines = [f"  {key}: was {before.get(key)}, is {after.get(key)}" for key in changed]
             raise ConfigError(
-                f"{config_path}: output_dir: {self.folder} holds a run of another config; "
-                f"{remedy}, or restore these keys:\n" + "\n".join(lines)
+                f"{config_path}: output_dir: {self.folder} holds a run of another config; choose "
+                'another "output_dir", or restore these keys:\n' + "\n".join(lines)
             )
 
     def _holds_no_work(self) -> bool:
@@ -194,10 +215,10 @@ class Run:
         For example after a run that was killed at once, or whose config did not fit its model.
         """
         files = [self._copy, self._info_path]
-        written_first = {*map(partial_path, files), self.folder / "log.txt"}
+        written_first = {*map(partial_path, files), self.own_folder / "log.txt"}
         if self._is_ours:
             written_first.update(files)
-        return all(path in written_first and path.is_file() for path in self.folder.iterdir())
+        return all(path in written_first and path.is_file() for path in self.own_folder.iterdir())
 
     def note(self, **facts: object) -> None:
         """Add facts such as the device to `run_info.json`."""
@@ -206,8 +227,14 @@ class Run:
             self._save_info()
 
     def close(self, outcome: str) -> None:
-        """Write into `run_info.json` how the run ended: "done", "interrupted" or "failed"."""
+        """Write into `run_info.json` how the run ended: "done", "interrupted" or "failed".
+
+        Beside results that this job has merged, it leaves what tells that the run is done.
+        """
         self.note(outcome=outcome, ended=_now())
+        if outcome == "done" and self.shards and self.shards.merging:
+            for path in (self._copy, self._info_path):
+                write_atomically(self.folder / path.name, path.read_bytes())
 
     @property
     def asked_to_stop(self) -> bool:
@@ -325,6 +352,8 @@ def run_script(
 
 def _load_config(path: Path, model: type[Config]) -> Config:
     config = load_config(path, model)
+    if shard := getattr(getattr(config, "data", None), "shard", None):
+        log.info("data.shard: shard %d of %d, counted from 0", *shard)
     if defaults := defaults_used(config):
         log.info("%d keys not in the file took defaults: %s", len(defaults), "; ".join(defaults))
     return config
@@ -369,7 +398,7 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
             f"{error}\nIts own message says why. Run the same command again to continue."
         )
     else:
-        where = f" The log is {run.folder / 'log.txt'}." if run else ""
+        where = f" The log is {run.own_folder / 'log.txt'}." if run else ""
         code, message = 1, f"{traceback.format_exc()}This is a bug, please report it.{where}"
     log.error("%s", message)
     _close(run, "failed")

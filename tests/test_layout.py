@@ -20,7 +20,9 @@ SCRIPTS = [
     "eval",
 ]
 # In reading order: what stands in a place imports only from places before it, or from its own.
-PLACES = "__init__ files terminal config atomic text pages run data model evaluation decoding"
+PLACES = (
+    "__init__ files terminal config atomic shards text pages run data model evaluation decoding"
+)
 PLACES += " labels training layers export"
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
@@ -28,6 +30,7 @@ PURE = {
     "terminal": set(),
     "config": {"files"},
     "atomic": {"config"},
+    "shards": {"config"},
     "training/losses": {"training/options"},
     "data/containers": set(),
     "data/decoders": {"data/containers"},

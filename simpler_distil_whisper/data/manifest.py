@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from simpler_distil_whisper.config import (
     LONGEST_QUOTE,
@@ -48,6 +48,7 @@ from simpler_distil_whisper.data.jsonl import (
 )
 from simpler_distil_whisper.files import open_regular_file
 from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.shards import checked, shard_of_job
 from simpler_distil_whisper.text.languages import whisper_language
 
 ROWS_OWN = -1  # the channel of rows that no channel is given to
@@ -122,7 +123,19 @@ class ManifestData(DataLimits):
         description="Of rows that name none: the mean of all channels, one of them, or each, which "
         'makes a row of each channel, with "-left" or "-right" added to its id.',
     )
+    shard: tuple[int, int] | Literal["auto"] | None = Field(
+        None,
+        description="Which share of the rows this job does: [2, 8] is that of the third of eight "
+        'jobs; "auto": that of the task of a job array, by SDW_SHARD (such as 2/8) or the '
+        "variables of SLURM, outside of one all rows; null: all rows.",
+    )
     columns: Columns = Columns()
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_exists(cls, shard: tuple[int, int] | str | None) -> tuple[int, int] | None:
+        pair = shard_of_job(os.environ) if isinstance(shard, str) else shard
+        return checked(pair) if pair else None
 
     @model_validator(mode="after")
     def _channel_has_a_column(self) -> "ManifestData":

@@ -22,11 +22,13 @@ from simpler_distil_whisper.data.jsonl import Row, to_line
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance
 from simpler_distil_whisper.files import lock
 from simpler_distil_whisper.run import ANOTHER_RUN, DataError, is_main_process, process_rank
+from simpler_distil_whisper.shards import Shards
 
 # Endings of the parts' names.
 RESULTS = "answers"
 REJECTED = "rejected"
 BEGUN_WITH = "begun"
+ROWS_AT_ONCE = 10_000  # that are merged
 OWN_NAME = re.compile(rf"\d+\.({RESULTS}|{REJECTED}|lock)|\w+\.{BEGUN_WITH}")
 
 
@@ -37,17 +39,20 @@ class RowResults:
     one of rejections. A killed run loses at most the batch under way; the next run, with any number
     of processes, continues from `done`. `finish` merges the results into the file `name`, the
     rejections into `rejected.jsonl`, and removes the parts. Until `name` exists, all rows are in
-    the parts; once it exists, the parts are no longer needed.
+    the parts; once it exists, the parts are no longer needed. With shards, each has parts of its
+    own, and one of them merges those of all.
 
     Attributes:
         done: bool [rows of the manifest]: which of them have a result or a rejection.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, shards: Shards | None = None) -> None:
         """Name the files; `open_for` opens them."""
         self._results = folder / name
         self._rejected = folder / "rejected.jsonl"
-        self._folder = folder / "parts"
+        self._shards = shards
+        self._folder = (shards.own_folder if shards else folder) / "parts"
+        self._folders = [each / "parts" for each in (shards.folders if shards else [folder])]
         self._manifest_hash = b""
         self._counted: dict[Path, tuple[int, int]] = {}
         self.done = np.zeros(0, dtype=bool)
@@ -60,18 +65,15 @@ class RowResults:
                 rows, or another run is at work in the same folder.
         """
         self._manifest_hash = manifest.fingerprint.encode()
-        self.done = np.full(manifest.row_count, self._merged())
+        self.done = np.zeros(manifest.row_count, dtype=bool)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self._folder / f"{process_rank()}.lock").open("ab")
         if not lock(self._lock):
             raise ConfigError(f"output_dir: {ANOTHER_RUN.format(self._folder.parent)}")
-        for part in [*self._parts(RESULTS), *self._parts(REJECTED)]:
-            if part.manifest_hash not in (b"", self._manifest_hash):
-                raise ConfigError(
-                    f"output_dir: {self._folder.parent} holds results of other rows than those "
-                    f'that {manifest.path} has now: restore it, or choose another "output_dir"'
-                )
-            self.done[part.numbers] = True
+        for kind in (RESULTS, REJECTED):
+            for part in self._parts(kind, [self._folder]):
+                self.done[part.numbers] = True
+        self.done |= self._merged()  # only now: another shard may be merging
         self._own = {kind: self._open_own(kind) for kind in (RESULTS, REJECTED)}
 
     def append(
@@ -83,6 +85,8 @@ class RowResults:
 
     def begun_with(self, name: str, number: int) -> int:
         """Return the number that the run was begun with; if it begins now, this one, for later."""
+        if self._shards:
+            return self._shards.agree(name, number)
         path = self._folder / f"{name}.{BEGUN_WITH}"
         if not path.exists():
             write_atomically(path, str(number).encode())
@@ -91,11 +95,12 @@ class RowResults:
     @property
     def rejected_parts(self) -> str:
         """A pattern of the files that hold the rejections until `finish`."""
-        return str(self._folder / f"*.{REJECTED}")
+        folder = self._shards.folder / "*" / "parts" if self._shards else self._folder
+        return str(folder / f"*.{REJECTED}")
 
     def rejected_so_far(self) -> int:
         """Return how many rows all processes have rejected, in earlier runs and in this one."""
-        for path in self._own_files(REJECTED):
+        for path in _own_files(self._folders, REJECTED):
             end, lines = self._counted.get(path, (0, -1))  # the first line is no row
             with path.open("rb") as file:
                 file.seek(end)
@@ -124,10 +129,11 @@ class RowResults:
                 self._merge(unread)
             counts = (_count_lines(self._results), _count_lines(self._rejected))
             self._check_complete(sum(counts))
-            for path in self._own_files():
+            for path in _own_files(self._folders):
                 path.unlink()
-            with contextlib.suppress(OSError):  # somebody else's file is in it
-                self._folder.rmdir()
+            for folder in self._folders:
+                with contextlib.suppress(OSError):  # somebody else's file is in it
+                    folder.rmdir()
         wait_for_everyone()
         return counts
 
@@ -135,13 +141,16 @@ class RowResults:
         """Return whether an earlier run was stopped after it had merged its results."""
         return self._results.exists()
 
-    def _parts(self, kind: str) -> list["_Part"]:
-        return [_read_part(path) for path in sorted(self._own_files(kind))]
-
-    def _own_files(self, kind: str = "*") -> list[Path]:
-        """Return the files of all processes; others that lie in the folder are somebody else's."""
-        names = self._folder.glob(f"*.{kind}")
-        return [path for path in names if OWN_NAME.fullmatch(path.name)]
+    def _parts(self, kind: str, folders: Iterable[Path]) -> list["_Part"]:
+        parts = [_read_part(path) for path in sorted(_own_files(folders, kind))]
+        for part in parts:
+            if part.manifest_hash not in (b"", self._manifest_hash):
+                raise ConfigError(
+                    f"output_dir: {part.path.parents[1]} holds results of other rows than those "
+                    "that data.manifest has now: restore the manifest, or choose another "
+                    '"output_dir"'
+                )
+        return parts
 
     def _open_own(self, kind: str) -> BinaryIO:
         path = self._folder / f"{process_rank()}.{kind}"
@@ -164,7 +173,9 @@ class RowResults:
 
     def _merge(self, unread: Iterable[Rejection]) -> None:
         never_read = [(number, line.encode()) for number, line in _numbered_lines(unread)]
-        results, rejected = (_RowsInParts(self._parts(kind)) for kind in (RESULTS, REJECTED))
+        results, rejected = (
+            _RowsInParts(self._parts(kind, self._folders)) for kind in (RESULTS, REJECTED)
+        )
         self._check_complete(len(results) + len(rejected) + len(never_read))
         with written_atomically(self._rejected) as file:
             file.writelines(line for _, line in heapq.merge(rejected, never_read))
@@ -232,13 +243,22 @@ class _RowsInParts:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(path.open("rb")) for path in self._paths]
-            for number, which, offset in zip(
-                self._numbers, self._which, self._offsets, strict=True
-            ):
-                files[which].seek(offset)
-                yield int(number), files[which].readline()
+        for start in range(0, len(self), ROWS_AT_ONCE):  # there may be thousands of parts
+            some = slice(start, start + ROWS_AT_ONCE)
+            which, offsets = self._which[some], self._offsets[some].tolist()
+            lines = [b""] * len(which)
+            for place in np.unique(which):
+                with self._paths[place].open("rb") as file:
+                    for row in np.flatnonzero(which == place).tolist():
+                        file.seek(offsets[row])
+                        lines[row] = file.readline()
+            yield from zip(self._numbers[some].tolist(), lines, strict=True)
+
+
+def _own_files(folders: Iterable[Path], kind: str = "*") -> list[Path]:
+    """Return the files of all processes; others that lie in the folders are somebody else's."""
+    paths = (path for folder in folders for path in folder.glob(f"*.{kind}"))
+    return [path for path in paths if OWN_NAME.fullmatch(path.name)]
 
 
 def _count_lines(path: Path) -> int:

@@ -6,10 +6,12 @@ offline inference and the check of exported models give it their figures.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from simpler_distil_whisper.atomic import write_atomically
+
+SPEED = "speed.json"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,21 @@ def speed_side_by_side(processes: Sequence[Speed]) -> Speed:
     )
 
 
+def speed_of_shards(folders: Iterable[Path], own: SpeedReport) -> SpeedReport:
+    """Return the speed of jobs side by side, whose `speed.json` are in these folders."""
+    reports = [json.loads((folder / SPEED).read_bytes()) for folder in folders]
+    sums = [field.name for field in fields(Speed)]
+    speeds = [Speed(**{name: report[name] for name in sums}) for report in reports]
+    return speed_side_by_side(speeds).report(
+        batch_size=own.batch_size,
+        processes=sum(report["processes"] for report in reports),
+        parameters=own.parameters,
+        peak_memory_megabytes=own.peak_memory_megabytes,
+        model_bytes=own.model_bytes,
+    )
+
+
 def write_speed(folder: Path, report: SpeedReport, more: Mapping[str, object]) -> None:
     """Write `speed.json`; `more` are the keys that only this kind of system has."""
     content = json.dumps({**asdict(report), **more}, indent=2)
-    write_atomically(folder / "speed.json", content.encode())
+    write_atomically(folder / SPEED, content.encode())

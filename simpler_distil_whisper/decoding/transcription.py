@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from simpler_distil_whisper.model.devices import (
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory_megabytes
 from simpler_distil_whisper.model.options import AudioContextChoice, DecodingOptions, ModelOptions
-from simpler_distil_whisper.model.processes import smallest_of_all
+from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.weights import stored_dtype
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
@@ -53,6 +54,7 @@ from simpler_distil_whisper.run import (
     process_count,
     process_rank,
 )
+from simpler_distil_whisper.shards import WHOLE, Shard
 
 BATCHES_OF_A_GROUP = 64  # whose rows are sorted by length together
 MAX_BATCH_SECONDS = 7200.0  # the log-mel of an hour takes up to 200 megabytes
@@ -173,8 +175,8 @@ def transcribe_manifest(
     """Yield this process's share of the batches that have no results yet.
 
     Which utterances form a batch depends on the manifest and the batch size alone, so neither a
-    resumed run nor the number of processes changes a single bit of the results. The caller must
-    append each batch to the results before it asks for the next.
+    resumed run nor the number of processes or shards changes a single bit of the results. The
+    caller must append each batch to the results before it asks for the next.
 
     Raises:
         ConfigError: the results were begun with another manifest.
@@ -184,7 +186,8 @@ def transcribe_manifest(
     results.open_for(manifest)
     _check_rejections(manifest, results, data)
     _agree_on_batch_size(transcriber, results, run)
-    batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data)
+    shard = run.shards.own if run.shards else WHOLE
+    batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data, shard)
     read = SpeechReader(
         transcriber.whisper.feature_extractor,
         data,
@@ -193,7 +196,7 @@ def transcribe_manifest(
     )
     decode = functools.partial(transcribe_batch, transcriber, cache)
     # Each process shows the progress of its own share; the shares are of equal size.
-    total = len(manifest.utterances) // process_count()
+    total = len(manifest.utterances) // (shard.count * process_count())
     done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
     silent = 0
     with Progress("transcribing", "utterances", total, done) as progress:
@@ -225,8 +228,25 @@ def _agree_on_batch_size(transcriber: Transcriber, results: RowResults, run: Run
     run.note(batch_size=size)
 
 
+def end_of_shard(run: Run) -> str | None:
+    """Return the closing words of a shard whose results another one merges.
+
+    None: this job merges them now, or there are no shards. To be called in every process, when all
+    of its rows are in the results.
+    """
+    if run.shards is None:
+        return None
+    wait_for_everyone()
+    [words] = broadcast_object_list([run.shards.end() if is_main_process() else None])
+    return cast("str | None", words)
+
+
 def own_batches(
-    utterances: Utterances, size: int, done: np.ndarray, data: DataLimits
+    utterances: Utterances,
+    size: int,
+    done: np.ndarray,
+    data: DataLimits,
+    shard: Shard = WHOLE,
 ) -> Iterator[list[Utterance]]:
     """Yield this process's batches that have no results yet, each of utterances of similar length.
 
@@ -239,6 +259,7 @@ def own_batches(
         size: of a batch.
         done: bool [rows of the manifest]: which rows have results.
         data: how many workers read headers ahead.
+        shard: whose batches are shared between the processes.
     """
     numbers = np.array(utterances.numbers)
     length = BATCHES_OF_A_GROUP * size
@@ -252,7 +273,8 @@ def own_batches(
     for start, group in zip(starts, by_length, strict=True):
         batches = batches_within(group, size, MAX_BATCH_SECONDS)
         for number, batch in enumerate(batches, start // size):
-            is_own = number % process_count() == process_rank()
+            turn = number // shard.count
+            is_own = shard.owns(number) and turn % process_count() == process_rank()
             if is_own and not done[[utterance.number for utterance in batch]].all():
                 yield batch
 

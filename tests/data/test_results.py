@@ -24,6 +24,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Columns, Manifest, read_manifest, reject
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.run import DataError
+from simpler_distil_whisper.shards import Shard, Shards
 
 CLIP = "clip.wav"
 GOOD = {"id": "u1", "audio": CLIP, "text": "好"}
@@ -145,6 +146,39 @@ def test_several_processes_write_what_one_writes(
     run_together(folder / "out", make_manifest(folder), processes, as_process)
     assert files(folder / "out") == alone
     assert not (folder / "out" / "parts").exists()
+
+
+def test_shards_write_what_one_process_writes(folder: Path, alone: dict[str, bytes]) -> None:
+    manifest, count = make_manifest(folder), 3
+    everyone = []
+    for index in range(count):
+        shards = Shards(folder / "out", Shard(index, count))
+        shards.begin()
+        results = RowResults(folder / "out", "results.jsonl", shards)
+        results.open_for(manifest)
+        label(results, manifest, index, count, COUNT)
+        everyone.append((shards, results))
+    assert [shards.end() is None for shards, _ in everyone] == [False, False, True]
+    assert everyone[-1][1].rejected_so_far() == 3
+    assert everyone[-1][1].finish(manifest.rejections, lambda: None) == (18, 5)
+    assert files(folder / "out") == alone
+    assert not list((folder / "out").rglob("parts"))
+    # One that is started again does nothing again.
+    again = RowResults(folder / "out", "results.jsonl", everyone[0][0])
+    again.open_for(manifest)
+    assert again.done.all()
+
+
+def test_shards_of_an_edited_manifest_are_not_merged(folder: Path) -> None:
+    for index, row in enumerate((GOOD, {**GOOD, "id": "another"})):
+        manifest = read(folder, row, row)
+        shards = Shards(folder / "out", Shard(index, 2))
+        shards.begin()
+        results = RowResults(folder / "out", "results.jsonl", shards)
+        results.open_for(manifest)
+        label(results, manifest, index, 2, COUNT)
+    with pytest.raises(ConfigError, match="0-of-2 holds results of other rows"):
+        results.finish([], lambda: None)
 
 
 @pytest.mark.parametrize("depth", [1, 90, 101, 300, 500, *range(960, 1000, 3), 5000])
