@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def test_every_hop_of_the_two_roads_exists() -> None:
     for file, name in hops():
         path = PACKAGE / file if (PACKAGE / file).exists() else REPOSITORY / file
         assert re.search(rf"^ *(def|class) {name}\b", read(path), re.MULTILINE), (file, name)
+
+
+def test_shell_commands_of_clusters_and_containers_are_well_formed() -> None:
+    lines = read(REPOSITORY / "Dockerfile").replace("\\\n", "")
+    scripts = re.findall(r"^RUN (.*)$", lines, re.MULTILINE)
+    scripts += re.findall(r"```sh\n(.*?)```", read(REPOSITORY / "docs" / "cluster.md"), re.DOTALL)
+    assert len(scripts) == 6
+    for script in scripts:
+        checked = subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
 
 
 def test_architecture_names_the_places_of_the_import_order() -> None:
