@@ -121,12 +121,12 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     batches = transcription.transcribe_manifest(transcriber, manifest, config.data, results, run)
     for done in batches:
         tokens = [hypothesis.token_count for hypothesis in done.hypotheses]
-        speed.add(done.batch.seconds, done.compute_seconds, tokens)
+        speed.add(done.seconds, done.compute_seconds, tokens)
         rows = [
             (utterance, result_row(utterance, hypothesis, config))
-            for utterance, hypothesis in zip(done.batch.utterances, done.hypotheses, strict=True)
+            for utterance, hypothesis in zip(done.utterances, done.hypotheses, strict=True)
         ]
-        results.append(rows, done.batch.rejections)
+        results.append(rows)
     wait_for_everyone()
     report = transcription.speed_report(speed, transcriber, folder.weight_bytes)
     drafts = transcriber.assistant.report() if transcriber.assistant else {}

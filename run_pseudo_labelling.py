@@ -9,6 +9,7 @@ are cut into rows; whole they stand in `recordings.jsonl`. With `pack`, also `pa
 the good labels, as many to a row as fit into the model's window.
 """
 
+import functools
 import sys
 
 from pydantic import Field, model_validator
@@ -25,7 +26,7 @@ from simpler_distil_whisper.labels.rows import (
     LabelColumns,
     LabellingData,
     OutputColumns,
-    labelled_row,
+    labelled_batch,
 )
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
@@ -93,6 +94,7 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
 
 def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
     """Label the rows, assess the labels, pack them if the config asks for it."""
+    from simpler_distil_whisper.data.workers import map_behind
     from simpler_distil_whisper.decoding.transcriber import Transcriber
     from simpler_distil_whisper.decoding.transcription import (
         end_of_shard,
@@ -114,14 +116,18 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
     labels = run.folder / "pseudo_labels.jsonl"
     labelled = run.folder / RECORDINGS if config.segmentation.enabled else labels
     results = RowResults(run.folder, labelled.name, run.shards)
-    for done in transcribe_manifest(transcriber, manifest, config.data, results, run, cache):
-        batch, rows = done.batch, []
-        for decoded in zip(batch.utterances, done.hypotheses, batch.seconds, strict=True):
-            row = labelled_row(
-                *decoded, columns, scorer, config.decoding.language, config.output_script
-            )
-            rows.append((decoded[0], row))
-        results.append(rows, batch.rejections)
+    label = functools.partial(
+        labelled_batch,
+        columns=columns,
+        scorer=scorer,
+        default_language=config.decoding.language,
+        script=config.output_script,
+    )
+    batches = transcribe_manifest(transcriber, manifest, config.data, results, run, cache)
+    # A GPU would wait while the labels are measured; the cores of a CPU are busy decoding.
+    workers = config.data.workers if teacher.model.device.type != "cpu" else 0
+    for rows in map_behind(label, batches, workers):
+        results.append(rows)
     if closing_words := end_of_shard(run):
         return closing_words
     kept, rejected = results.finish(manifest.rejections, wait_for_everyone)
@@ -135,7 +141,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
             folder,
             scorer,
             run,
-            workers=config.data.num_workers,
+            workers=config.data.workers,
             wait_for_everyone=wait_for_everyone,
         )
     if state.is_main_process:
@@ -152,7 +158,7 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
             folder,
             scorer,
             run,
-            workers=config.data.num_workers,
+            workers=config.data.workers,
             wait_for_everyone=wait_for_everyone,
         )
     return (

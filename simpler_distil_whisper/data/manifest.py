@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Annotated, Literal, overload
 
 from pydantic import Field, field_validator, model_validator
 
@@ -99,12 +99,18 @@ class DataLimits(StrictModel):
     max_bad_fraction: Ratio = Field(
         0.1, description="End with exit code 3 when a larger share of the rows is unusable."
     )
-    num_workers: int = Field(
-        1,
-        ge=0,
-        le=256,
-        description="Processes that decode audio ahead of the model; 0: the model's own process.",
+    num_workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
+        "auto",
+        description="Processes that decode audio ahead of the model; 0: the model's own process; "
+        "auto: one, beside a GPU up to 8 of the process's cores.",
     )
+
+    @property
+    def workers(self) -> int:
+        """How many processes decode audio ahead of the model."""
+        from simpler_distil_whisper.data.workers import suitable_workers  # it imports torch
+
+        return suitable_workers() if self.num_workers == "auto" else self.num_workers
 
     @model_validator(mode="after")
     def _min_below_max(self) -> "DataLimits":

@@ -36,7 +36,7 @@ class RowResults:
     """The results of a run, row by row: flushed at once, merged in the manifest's order at the end.
 
     Each process appends its finished rows to two files of its own in `parts/`, one of results and
-    one of rejections. A killed run loses at most the batch under way; the next run, with any number
+    one of rejections. A killed run loses only what was not appended; the next run, with any number
     of processes, continues from `done`. `finish` merges the results into the file `name`, the
     rejections into `rejected.jsonl`, and removes the parts. Until `name` exists, all rows are in
     the parts; once it exists, the parts are no longer needed. With shards, each has parts of its
@@ -77,7 +77,7 @@ class RowResults:
         self._own = {kind: self._open_own(kind) for kind in (RESULTS, REJECTED)}
 
     def append(
-        self, results: Iterable[tuple[Utterance, Row]], rejections: Iterable[Rejection]
+        self, results: Iterable[tuple[Utterance, Row]], rejections: Iterable[Rejection] = ()
     ) -> None:
         """Keep the results of one batch; once this returns, a kill does not lose them."""
         self._append(RESULTS, [(utterance.number, to_line(row)) for utterance, row in results])

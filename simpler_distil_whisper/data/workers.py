@@ -1,10 +1,11 @@
-"""Worker processes that compute ahead of the model, and recovery when one of them dies.
+"""Worker processes that compute ahead of the model or behind it, and recovery when one dies.
 
 Owns the settings of the DataLoaders, and which item is given up when a worker dies. It knows
 nothing of audio or models.
 """
 
 import itertools
+import os
 import signal
 import time
 from collections import deque
@@ -24,6 +25,7 @@ Result = TypeVar("Result")
 MINUTES_FOR_A_RESULT = 30.0
 SECONDS_BETWEEN_CHECKS = 5.0  # of whether the workers are alive
 NO_MORE = object()
+MOST_WORKERS = 8  # each holds two batches in memory
 
 
 class LostResultError(DataError):
@@ -43,6 +45,19 @@ class WorkerDeath(Generic[Item]):
 
     item: Item
     reason: str
+
+
+def own_cores() -> int:
+    """Return this process's share of the cores that the system lets it use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def suitable_workers() -> int:
+    """Return how many processes keep the model busy: beside a GPU one core is left to its own."""
+    if not torch.cuda.is_available():
+        return 1
+    return min(MOST_WORKERS, max(1, own_cores() - 1))
 
 
 def map_ahead(
@@ -86,6 +101,34 @@ def map_ahead(
                 raise
             reason = lost.reason
         yield WorkerDeath(in_hand.popleft(), reason)
+
+
+def map_behind(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """Yield the function's results in order, computed by a process while the next items are made.
+
+    The results are up to three items late. Those of all items that were made are yielded, also
+    where making the next one fails, before its error is raised. If the process is lost, this one
+    computes what it had in hand.
+
+    Args:
+        function: computes the result of an item.
+        items: made in this process, one after the other.
+        workers: with 0 the function runs in this process, without delay.
+    """
+    errors: list[Exception] = []
+
+    def made() -> Iterator[Item]:
+        try:
+            yield from items
+        except Exception as error:
+            errors.append(error)
+
+    for result in map_ahead(function, made(), min(workers, 1)):
+        yield function(result.item) if isinstance(result, WorkerDeath) else result
+    if errors:
+        raise errors[0]
 
 
 def load_ahead(

@@ -65,13 +65,15 @@ class TranscribedBatch:
     """One batch with its hypotheses.
 
     Attributes:
-        batch: the utterances, and the rejections of those whose audio cannot be used.
-        hypotheses: one for each utterance of the batch.
+        utterances: those whose audio can be used.
+        hypotheses: one for each of them.
+        seconds: the length of each.
         compute_seconds: how long the model took for them, without audio decoding.
     """
 
-    batch: SpeechBatch
+    utterances: list[Utterance]
     hypotheses: list[Hypothesis]
+    seconds: list[float]
     compute_seconds: float
 
 
@@ -176,7 +178,7 @@ def transcribe_manifest(
 
     Which utterances form a batch depends on the manifest and the batch size alone, so neither a
     resumed run nor the number of processes or shards changes a single bit of the results. The
-    caller must append each batch to the results before it asks for the next.
+    rejections are in the results when a batch is yielded; its hypotheses the caller has to append.
 
     Raises:
         ConfigError: the results were begun with another manifest.
@@ -200,16 +202,20 @@ def transcribe_manifest(
     done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
     silent = 0
     with Progress("transcribing", "utterances", total, done) as progress:
-        for loaded in speech_batches(batches, read, data.num_workers):
+        for loaded in speech_batches(batches, read, data.workers):
             run.stop_if_asked()
             started = time.perf_counter()
             batch, hypotheses = decode_halving(decode, loaded, transcriber.room)
-            yield TranscribedBatch(batch, hypotheses, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            results.append([], batch.rejections)
+            yield TranscribedBatch(batch.utterances, hypotheses, batch.seconds, seconds)
             progress.advance(len(batch.utterances) + len(batch.rejections))
             silent += sum(not batch.speech.get(row.number, True) for row in batch.utterances)
             if batch.rejections:
                 _check_rejections(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
+    if cache:
+        cache.finish()
     if transcriber.options.speech_filter:
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
 
@@ -269,7 +275,7 @@ def own_batches(
         if not done[numbers[start : start + length]].all()
     ]
     groups = (utterances[start : start + length] for start in starts)
-    by_length = groups_by_length(groups, data.num_workers)
+    by_length = groups_by_length(groups, data.workers)
     for start, group in zip(starts, by_length, strict=True):
         batches = batches_within(group, size, MAX_BATCH_SECONDS)
         for number, batch in enumerate(batches, start // size):

@@ -4,6 +4,7 @@ Counts are added over utterances and divided once, so that a corpus's rate is no
 It reads no files and knows nothing of intervals.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -102,8 +103,13 @@ class Scorer:
     """
 
     def __init__(self, metric: Metric) -> None:
-        self.normalize = make_normalizer(metric.normalization)
-        self._unit = metric.unit
+        # Of a label, errors are counted and other things measured: it is normalised for each.
+        self.normalize = functools.lru_cache(maxsize=4)(make_normalizer(metric.normalization))
+        self._metric, self._unit = metric, metric.unit
+
+    def __reduce__(self) -> tuple[type["Scorer"], tuple[Metric]]:
+        """Return how another process makes the same scorer."""
+        return Scorer, (self._metric,)
 
     def unit(self, reference: str, hypothesis: str, language: str | None) -> Unit:
         """Return the unit in which this pair of normalised texts is counted, never "auto"."""

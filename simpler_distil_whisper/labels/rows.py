@@ -19,6 +19,7 @@ from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
 if TYPE_CHECKING:
     from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+    from simpler_distil_whisper.decoding.transcription import TranscribedBatch
 
 SEGMENTS = "segments"
 # Of recordings that are cut into rows, until they are: the evidence of each window, and the text
@@ -142,6 +143,20 @@ class LabelColumns:
         if self.with_windows:
             fields |= set(CUT_COLUMNS)
         return fields
+
+
+def labelled_batch(
+    batch: "TranscribedBatch",
+    columns: LabelColumns,
+    scorer: Scorer,
+    default_language: str | None,
+    script: Script | None,
+) -> list[tuple[Utterance, Row]]:
+    """Return each utterance of a batch with its labelled row; see `labelled_row`."""
+    return [
+        (decoded[0], labelled_row(*decoded, columns, scorer, default_language, script))
+        for decoded in zip(batch.utterances, batch.hypotheses, batch.seconds, strict=True)
+    ]
 
 
 def labelled_row(

@@ -238,7 +238,7 @@ class LayerScorer:
     def _load_audio(self, groups: Sequence[Sequence[Utterance]]) -> Iterator[SpeechBatch]:
         read = SpeechReader(self.whisper.feature_extractor, DEFAULT_LIMITS)
         reading = Progress("decoding audio", "batches", len(groups))
-        for speech in reading.over(speech_batches(groups, read, DEFAULT_LIMITS.num_workers)):
+        for speech in reading.over(speech_batches(groups, read, DEFAULT_LIMITS.workers)):
             self.stop_if_asked()
             yield speech
 

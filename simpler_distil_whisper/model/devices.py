@@ -10,6 +10,7 @@ import platform
 import torch
 from torch import nn
 
+from simpler_distil_whisper.data.workers import own_cores
 from simpler_distil_whisper.model.options import Attention, Dtype
 from simpler_distil_whisper.model.processes import has_bfloat16
 
@@ -76,10 +77,8 @@ def _share_cores(parameters: int) -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for_audio = 1 if parameters < LARGE_MODEL else 0
-    torch.set_num_threads(max(1, (cores or 1) // local_processes - for_audio))
+    torch.set_num_threads(max(1, own_cores() - for_audio))
 
 
 def _keep_freed_memory() -> None:

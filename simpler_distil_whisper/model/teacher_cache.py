@@ -13,7 +13,9 @@ import re
 import time
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,8 +90,9 @@ def joined_states(parts: Sequence[CachedEncoderStates]) -> CachedEncoderStates |
 class EncoderStateCache:
     """The encoder states of one teacher.
 
-    A run with a cache always uses states in the cache's dtype, cached or just computed, and encodes
-    every row alone: its results depend neither on the other rows of a batch nor on the hits.
+    A run with a cache always uses states in the cache's dtype, cached or just computed. A CPU
+    encodes every row alone: its results depend neither on the other rows of a batch nor on the
+    hits. A GPU, whose last bits vary anyway, encodes all missing rows at once.
 
     Attributes:
         dtype: of the states.
@@ -115,6 +118,7 @@ class EncoderStateCache:
         self.store = store
         self.dtype = dtype
         self.hits = self.misses = 0
+        self._writer = _Writer(store)
         self.shape = (teacher.config["max_source_positions"], teacher.config["d_model"])
         facts = {
             "encoder_weights": digest_of_weights(teacher.path, "encoder."),
@@ -165,20 +169,31 @@ class EncoderStateCache:
             encoder: the teacher's, in evaluation mode.
 
         Returns:
-            float [B, E, D] in the cache's dtype.
+            float [B, E, D] in the cache's dtype. Those of a GPU are kept later: see `finish`.
         """
         missing = cached.missing
-        rows = range(len(cached.states) + len(missing))
-        states = cached.states.new_empty(len(rows), *self.shape)
-        states[[row for row in rows if row not in missing]] = cached.states
+        count = len(cached.states) + len(missing)
+        states = cached.states.new_empty(count, *self.shape)
+        states[[row for row in range(count) if row not in missing]] = cached.states
         self.hits += len(cached.states)
         self.misses += len(missing)
+        if not missing:
+            return states
         dtype = next(encoder.parameters()).dtype
-        for (row, name), features in zip(missing.items(), input_features, strict=True):
-            states[row] = encoder(features[None].to(dtype)).last_hidden_state[0]
-            if name:
-                self.store.write(name, states[row].cpu())
+        places = torch.tensor(list(missing), device=states.device)
+        at_once = 1 if states.device.type == "cpu" else len(missing)
+        for rows, features in zip(
+            places.split(at_once), input_features.split(at_once), strict=True
+        ):
+            states[rows] = encoder(features.to(dtype)).last_hidden_state.to(self.dtype)
+        self._writer.keep(list(missing.values()), states[places].cpu())
+        if states.device.type == "cpu":  # whose cores have no time to give
+            self._writer.finish()
         return states
+
+    def finish(self) -> None:
+        """Return once everything that `complete` has computed is on disk, or cannot be."""
+        self._writer.finish()
 
 
 @dataclass(frozen=True)
@@ -485,6 +500,40 @@ class TensorStore:
             with contextlib.suppress(OSError):  # another process may be doing the same
                 if path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
                     path.unlink()
+
+
+class _Writer:
+    """Writes batches of tensors into a store in a thread, while the model computes the next ones.
+
+    What is not written yet when the process is killed will be missing, and computed again.
+    """
+
+    def __init__(self, store: TensorStore) -> None:
+        self._store = store
+        self._thread = ThreadPoolExecutor(1, "teacher-cache")  # begins with the first batch
+        self._writing: deque[Future[None]] = deque()
+
+    def __reduce__(self) -> tuple[type["_Writer"], tuple[TensorStore]]:
+        """Return how another process makes one, which has a thread of its own."""
+        return _Writer, (self._store,)
+
+    def keep(self, names: Sequence[str | None], tensors: Tensor) -> None:
+        """Write tensors on the CPU, float [N, ...], under their names; None: not this one.
+
+        It returns at once, but if the disk is slower than the model it waits for the batch before.
+        """
+        self.finish(but=1)
+        self._writing.append(self._thread.submit(self._write, names, tensors))
+
+    def finish(self, but: int = 0) -> None:
+        """Return once all batches are written but the last few."""
+        while len(self._writing) > but:
+            self._writing.popleft().result()
+
+    def _write(self, names: Sequence[str | None], tensors: Tensor) -> None:
+        for name, tensor in zip(names, tensors, strict=True):
+            if name:
+                self._store.write(name, tensor)
 
 
 def _label(name: str, tensor: Tensor) -> dict[str, str]:

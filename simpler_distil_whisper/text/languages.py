@@ -175,8 +175,9 @@ def longest_repetition(pieces: Sequence[str]) -> int:
     longest = 0
     for n in range(1, min(LONGEST_NGRAM, len(codes) // 2) + 1):
         # If `same` successive tokens each equal the token n places before, n + same tokens repeat.
-        differs = np.flatnonzero(codes[n:] != codes[:-n])
-        same = int(np.diff(differs, prepend=-1, append=len(codes) - n).max()) - 1
+        differs = (codes[n:] != codes[:-n]).nonzero()[0]
+        ends = np.concatenate(([-1], differs, [len(codes) - n]))
+        same = int((ends[1:] - ends[:-1]).max()) - 1
         if same >= n:
             longest = max(longest, (n + same) // n * n)
     return longest

@@ -69,6 +69,11 @@ class StateCaches(NamedTuple):
     decoder: DecoderStateCache | None = None
     shared_encoder: bool = True
 
+    def finish(self) -> None:
+        """Return once everything that was computed is kept."""
+        if self.encoder:
+            self.encoder.finish()
+
 
 NO_CACHES = StateCaches()
 
@@ -290,7 +295,7 @@ class TrainingSteps:
             batch.length_bucketing,
             seed,
         )
-        self.micro_batch_size, self.num_workers = batch.micro_batch_size, data.num_workers
+        self.micro_batch_size, self.workers = batch.micro_batch_size, data.workers
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
 
     @property
@@ -308,7 +313,7 @@ class TrainingSteps:
         dataset = TrainingDataset(
             own, self.visit_tokens, self.views, self.extractor, self.caches, self.contexts
         )
-        loader = load_ahead(dataset.__getitem__, range(len(dataset)), self.num_workers)
+        loader = load_ahead(dataset.__getitem__, range(len(dataset)), self.workers)
         for _ in steps:
             yield tuple(itertools.islice(loader, own.per_step))
 

@@ -249,6 +249,7 @@ class Trainer:
     def _report_caches(self) -> None:
         rows = {}
         caches = self.models.caches
+        caches.finish()
         for kind, cache in (("encoder", caches.encoder), ("decoder", caches.decoder)):
             if cache is None:
                 continue

@@ -127,7 +127,7 @@ class Validation:
         counted: list[tuple[str, ErrorCounts]] = []
         examples: list[tuple[str, str]] = []
         with self.accelerator.autocast():
-            for batch in speech_batches(own, read, self.limits.num_workers):
+            for batch in speech_batches(own, read, self.limits.workers):
                 for rejection in batch.rejections:
                     log.warning("not scored: %s: %s", rejection.place, rejection.reason)
                 if not batch.utterances:

@@ -1,10 +1,12 @@
 """Results computed by processes ahead of use, some of which die, hang, or are short of /dev/shm."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from simpler_distil_whisper.data.workers import (
     WorkerDeath,
     load_ahead,
     map_ahead,
+    map_behind,
 )
 
 
@@ -40,6 +43,44 @@ def test_what_is_computed_ahead_comes_in_order_and_survives_a_death() -> None:
     assert "exited unexpectedly" in results[1].reason
     # Else the next death would interrupt the script wherever it is.
     assert signal.getsignal(signal.SIGCHLD) is before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_made_before_an_error_is_computed_all_the_same(workers: int) -> None:
+    def until_it_fails() -> Iterator[int]:
+        yield from [1, 2, 4, 5, 6]
+        raise RuntimeError("no more of it")
+
+    results = map_behind(die_at_three, until_it_fails(), workers)
+    assert [next(results) for _ in range(5)] == [1, 4, 16, 25, 36]
+    with pytest.raises(RuntimeError, match="no more of it"):
+        next(results)
+
+
+def test_what_is_computed_behind_takes_no_time_of_what_makes_it() -> None:
+    """The process still computes the first results while the last items are made."""
+    made = []
+
+    def items() -> Iterator[int]:
+        for item in range(5):
+            made.append(item)
+            yield item
+
+    results = map_behind(die_unless_here, items(), 1)
+    assert next(results) == (0, False)
+    assert made == [0, 1, 2]
+    assert [item for item, _ in results] == [1, 2, 3, 4]
+
+
+def test_results_of_a_process_that_dies_are_computed_here() -> None:
+    assert [result for result, _ in map_behind(die_unless_here, [1, 3, 2], 1)] == [1, 3, 2]
+
+
+def die_unless_here(item: int) -> tuple[int, bool]:
+    here = multiprocessing.parent_process() is None
+    if item == 3 and not here:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item, here
 
 
 def fail(item: int) -> int:

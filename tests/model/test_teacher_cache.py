@@ -4,9 +4,11 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -39,6 +41,7 @@ from simpler_distil_whisper.model.teacher_cache import (
     DecoderStateCache,
     EncoderStateCache,
     TensorStore,
+    _Writer,
     open_encoder_cache,
 )
 from simpler_distil_whisper.model.weights import digest_of_weights
@@ -365,6 +368,48 @@ def test_missing_states_are_computed_and_kept_and_cached_ones_are_not_computed(
     assert encoded == [1] * 6
     assert torch.equal(states(4, 1, 0, 2, 3), expected[[4, 1, 0, 2, 3]])
     assert (len(encoded), cache.hits, cache.misses) == (6, 8, 6)
+
+
+class SlowStore(TensorStore):
+    """Waits for `ready` before it writes; a name may be bad."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, ENOUGH)
+        self.ready = threading.Event()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        assert self.ready.wait(30)
+        if name == "bad":
+            raise MemoryError("no room for a copy")
+        super().write(name, tensor)
+
+
+def test_a_batch_is_written_while_the_next_is_computed(tmp_path: Path) -> None:
+    store, tensors = SlowStore(tmp_path), some_tensor(0, 3, 4, 2)
+    names = [f"kind/group/{number}" for number in range(2)]
+    writer = _Writer(store)
+    writer.keep([names[0], None, names[1]], tensors)
+    assert entries_in(tmp_path) == []
+    waiting = threading.Thread(target=writer.keep, args=(["kind/group/2"], tensors[:1]))
+    waiting.start()  # this one still returns at once, with two batches at most in hand
+    waiting.join(30)
+    assert not waiting.is_alive() and entries_in(tmp_path) == []
+    again = pickle.loads(pickle.dumps(_Writer(TensorStore(tmp_path, ENOUGH))))
+    again.finish()
+    store.ready.set()
+    writer.finish()
+    kept = [store.read(name) for name in [*names, "kind/group/2"]]
+    for tensor, expected in zip(kept, tensors[[0, 2, 0]], strict=True):
+        assert tensor is not None and torch.equal(tensor, expected)
+
+
+def test_what_the_writing_thread_fails_at_is_not_silent(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    store.ready.set()
+    writer = _Writer(store)
+    writer.keep(["bad"], some_tensor(0, 1, 2))
+    with pytest.raises(MemoryError, match="no room"):
+        writer.finish()
 
 
 # Training
