@@ -268,6 +268,7 @@ def check(config: Config, prepared: Prepared) -> None:
         if rate == "auto" or config.check.learning_rate_range_test:
             picture = config.output_dir.with_name(f"{config.output_dir.name}.learning_rate.png")
         check_thoroughly(trainer, steps, prepared.selection, prepared.dev, rate, picture)
+        steps.caches.finish()  # before the folder is removed
 
 
 if __name__ == "__main__":

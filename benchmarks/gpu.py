@@ -88,7 +88,7 @@ def on_gpu(folder: Path) -> Setting:
         SHAPES["tiny"],
         clips=2000,
         rows=(1, 16, 64, 188),
-        workers=(1, 8, 15),
+        workers=(1, 8),
         micro_batches=(4, 16, 64),
         precisions=("bf16", "fp16"),
     )
@@ -250,13 +250,18 @@ def steps(setting: Setting) -> Result:
 
 
 def labelling(setting: Setting) -> Result:
-    """Label all clips, by several numbers of workers; the start of the run is counted."""
+    """Label by several numbers of workers, then with a cache; the start of the run is counted."""
+    runs: dict[str, Result] = {f"{n} workers": {"workers": n} for n in setting.workers}
+    for way in ("filling", "cached"):
+        cache = setting.folder / "labelling-cache"
+        runs[way] = {"workers": setting.workers[-1], "cache": cache, "clips": setting.clips // 4}
     result = {}
-    for workers in setting.workers:
+    for name, options in runs.items():
         began = time.perf_counter()
-        _label(setting, f"labelling-{workers}", workers)
+        _label(setting, f"labelling {name}", **options)
         seconds = time.perf_counter() - began
-        result[f"{workers} workers"] = {"clips_per_second": round(setting.clips / seconds, 2)}
+        clips = options.get("clips", setting.clips)
+        result[name] = {"clips_per_second": round(clips / seconds, 2)}
     return result
 
 
@@ -360,12 +365,14 @@ def _label(
     *,
     batch_size: int | str = "auto",
     clips: int | None = None,
+    cache: Path | None = None,
 ) -> Path:
     data = {"manifest": str(setting.folder / "clips.jsonl"), "num_workers": workers}
     config = {
         "teacher": {"path": str(setting.folder / "teacher")},
         "data": {**data, "max_utterances": clips},
         "decoding": {"batch_size": batch_size, "max_new_tokens": 16},
+        "teacher_cache": {"folder": cache and str(cache)},
     }
     return _run(setting, run_pseudo_labelling, name, config, (0,))
 

@@ -148,7 +148,7 @@ def load_ahead(
     loader = DataLoader(
         _FunctionDataset(function),
         batch_size=None,
-        sampler=items,
+        sampler=_undisturbed(items),
         num_workers=workers,
         prefetch_factor=prefetch,
         timeout=SECONDS_BETWEEN_CHECKS,
@@ -158,7 +158,7 @@ def load_ahead(
         # depends, and a resumed run, which makes its loader anew, would get other numbers.
         generator=torch.Generator(),
     )
-    results = _iterate_undisturbed(loader)
+    results = iter(loader)
     while (result := _next_result(results)) is not NO_MORE:
         yield result
 
@@ -180,17 +180,21 @@ def _next_result(results: Iterator[Any]) -> Any:
         raise LostResultError(reason)
 
 
-def _iterate_undisturbed(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Return an iterator that reports a worker's death when it is asked for the next item.
+def _undisturbed(items: Iterable[Item]) -> Iterator[Item]:
+    """Return an iterator for a DataLoader that reports a worker's death only with the next result.
 
     The DataLoader's own signal handler would raise in the midst of whatever the script does then.
+    It is set before the first item is taken: then the one of now is put back.
     """
-    if not hasattr(signal, "SIGCHLD"):  # Windows
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    results = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return results
+    signals = hasattr(signal, "SIGCHLD")  # not on Windows
+    handler = signal.getsignal(signal.SIGCHLD) if signals else None
+
+    def taken() -> Iterator[Item]:
+        if signals:
+            signal.signal(signal.SIGCHLD, handler)
+        yield from items
+
+    return taken()
 
 
 def _is_death(error: Exception) -> bool:

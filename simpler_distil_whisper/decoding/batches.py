@@ -44,7 +44,7 @@ class SpeechBatch:
     Attributes:
         utterances: those whose audio can be used: first the short-form ones, then the long-form
             ones, which are longer than the model's window.
-        input_features: float32 [B, M, T]: log-mels of the short-form utterances, with a cache only
+        input_features: float [B, M, T]: log-mels of the short-form utterances, with a cache only
             of the missing ones; None if there are none.
         seconds: length of each utterance.
         rejections: the utterances whose audio cannot be used.
@@ -77,6 +77,7 @@ class SpeechReader:
         cache: EncoderStateCache | None = None,
         *,
         decoding: DecodingOptions | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Set which lengths are used; nothing is read yet.
 
@@ -86,8 +87,10 @@ class SpeechReader:
             cache: is asked for encoder states first.
             decoding: whether audio longer than the model's window is used, and in which audio
                 speech is looked for; None: neither.
+            dtype: of the short-form log-mels: the model's, so that no more bytes are handed over
+                than it uses.
         """
-        self.extractor = extractor
+        self.extractor, self.dtype = extractor, dtype
         self.cache = cache
         self.min_seconds = limits.min_duration_seconds
         self.window = float(extractor.chunk_length)
@@ -157,7 +160,7 @@ class SpeechReader:
                 used.append(row)
             except (AudioError, MemoryError) as error:
                 rejections.append(_reject_audio(utterance, error))
-        features = log_mel(waveforms, self.extractor) if waveforms else None
+        features = log_mel(waveforms, self.extractor).to(self.dtype) if waveforms else None
         kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
         return SpeechBatch(rows, features, seconds, rejections, cached=kept, speech=speech)

@@ -44,7 +44,9 @@ class KeyValueCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Continue row i from the tokens of row `rows[i]`, which is of the same utterance."""
-        self.own[:, :, :, :, : self.longest] = self.own[:, :, rows, :, : self.longest]
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        there = rows[moved]
+        self.own[:, :, moved, :, : self.longest] = self.own[:, :, there, :, : self.longest]
 
     def keep(self, order: Tensor, beams: int = 1) -> None:
         """Keep some utterances and drop the others.

@@ -182,7 +182,7 @@ class _Beams:
 
     Attributes:
         open: int64 [U, K, limit]: tokens of the open beams.
-        open_scores: float32 [U, K]: their summed log-probabilities, best first.
+        open_scores: float32 [U, K]: their summed log-probabilities.
         best: int64 [U, K, limit]: tokens of the best ended beams.
         best_scores: float32 [U, K]: their average log-probabilities, best first.
         best_lengths: int64 [U, K]: how many tokens they have; 0 where no beam has ended yet.
@@ -226,7 +226,10 @@ class _Beams:
         candidates[:, :, step] = tokens
         stops = (tokens == self.end) | (self.limits == step + 1)[:, None]
         self._keep_best(candidates, top, stops, step + 1)
-        self.open_scores, order = (top + stops * IMPOSSIBLE).topk(self.beams)
+        going_on = top + stops * IMPOSSIBLE
+        order = going_on.topk(self.beams).indices
+        order = order.gather(1, beside_parents(parents.gather(1, order)))
+        self.open_scores = going_on.gather(1, order)
         self.open = candidates.gather(1, _along(order, candidates))
         self._end_utterances(step + 1)
         first_rows = torch.arange(count, device=top.device)[:, None] * self.beams
@@ -253,7 +256,7 @@ class _Beams:
     def _end_utterances(self, length: int) -> None:
         """Set which utterances have ended, and their results."""
         all_beams_ended = (self.best_lengths > 0).all(dim=1)
-        hopeless = self.open_scores[:, 0] / length <= self.best_scores[:, -1]
+        hopeless = self.open_scores.amax(dim=1) / length <= self.best_scores[:, -1]
         self.ended = (all_beams_ended & hopeless) | (self.limits == length)
         for row in self.ended.nonzero()[:, 0].tolist():
             ids = self.best[row, 0, : self.best_lengths[row, 0]].tolist()
@@ -262,6 +265,24 @@ class _Beams:
             self.results[int(self.places[row])] = SearchResult(
                 ids[:-1] if complete else ids, complete, log_probability
             )
+
+
+def beside_parents(parents: Tensor) -> Tensor:
+    """Return int64 [U, K]: an order of beams in which few have to change their place.
+
+    Of the beams that continue the same one, the first takes its place, where keys and values of its
+    tokens lie already; the others take the places of beams that nobody continues.
+
+    Args:
+        parents: int64 [U, K]: the place of the beam that each continues.
+    """
+    places = torch.arange(parents.shape[1], device=parents.device)
+    first = ~(parents[:, :, None] == parents[:, None, :]).tril(-1).any(dim=2)
+    takes = (parents[:, :, None] == places) & first[:, :, None]  # [U, beam, place]
+    free = ~takes.any(dim=1)
+    others = first.long().argsort(dim=1, stable=True)  # those that are not the first, then the rest
+    number = (free.cumsum(dim=1) - 1).clamp(min=0)
+    return torch.where(free, others.gather(1, number), takes.long().argmax(dim=1))
 
 
 def _along(indices: Tensor, beams: Tensor) -> Tensor:

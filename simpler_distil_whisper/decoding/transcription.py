@@ -195,6 +195,7 @@ def transcribe_manifest(
         data,
         cache,
         decoding=transcriber.options,
+        dtype=transcriber.whisper.model.dtype,
     )
     decode = functools.partial(transcribe_batch, transcriber, cache)
     # Each process shows the progress of its own share; the shares are of equal size.

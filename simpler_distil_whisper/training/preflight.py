@@ -100,6 +100,7 @@ def check_thoroughly(
     runs = ShortRuns(trainer)
     uncached, cached = time_steps(trainer, steps), None
     runs.restore()
+    steps.caches.finish()
     if (
         steps.caches.encoder or steps.caches.decoder
     ):  # the same steps, whose states the caches now hold

@@ -151,6 +151,8 @@ class Trainer:
     def _tokens_and_stop(self, micro_batches: Iterable[TrainingBatch]) -> tuple[int, bool]:
         """Return the label tokens of a step in all processes, and whether any is asked to stop."""
         own = sum(batch.label_tokens for batch in micro_batches)
+        if self.accelerator.num_processes == 1:  # the device need not be waited for
+            return max(own, 1), self.run.asked_to_stop
         counts = torch.tensor([own, int(self.run.asked_to_stop)])
         tokens, stop = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
         return max(tokens, 1), stop > 0

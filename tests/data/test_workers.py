@@ -16,6 +16,7 @@ import torch
 from conftest import REPOSITORY
 
 from simpler_distil_whisper.data import workers
+from simpler_distil_whisper.data.manifest import DataLimits
 from simpler_distil_whisper.data.workers import (
     LostResultError,
     WorkerDeath,
@@ -81,6 +82,12 @@ def die_unless_here(item: int) -> tuple[int, bool]:
     if item == 3 and not here:
         os.kill(os.getpid(), signal.SIGKILL)
     return item, here
+
+
+def test_on_a_cpu_one_process_reads_ahead_unless_a_number_is_given() -> None:
+    if not torch.cuda.is_available():
+        assert DataLimits().workers == DataLimits(num_workers="auto").workers == 1
+    assert [DataLimits(num_workers=count).workers for count in (0, 3)] == [0, 3]
 
 
 def fail(item: int) -> int:

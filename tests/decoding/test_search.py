@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from simpler_distil_whisper.decoding.search import drawn
+from simpler_distil_whisper.decoding.search import beside_parents, drawn
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
@@ -14,3 +14,12 @@ def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
     assert shares == pytest.approx(logits.softmax(-1)[0], abs=2e-5)
     assert drawn(logits, torch.tensor([0.0])).tolist() == [0], "not what is impossible"
     assert drawn(logits, torch.tensor([1.0])).tolist() == [3]
+
+
+def test_beams_stay_where_the_tokens_lie_that_they_continue() -> None:
+    parents = torch.randint(5, (200, 5), generator=torch.Generator().manual_seed(0))
+    order = beside_parents(parents)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(5).expand(200, 5)), "each once"
+    stay = (parents.gather(1, order) == torch.arange(5)).sum(dim=1)
+    assert stay.tolist() == [len(set(row)) for row in parents.tolist()]
+    assert beside_parents(torch.tensor([[2, 2, 0]])).tolist() == [[2, 1, 0]]
