@@ -182,9 +182,8 @@ class EncoderStateCache:
         dtype = next(encoder.parameters()).dtype
         places = torch.tensor(list(missing), device=states.device)
         at_once = 1 if states.device.type == "cpu" else len(missing)
-        for rows, features in zip(
-            places.split(at_once), input_features.split(at_once), strict=True
-        ):
+        parts = (torch.split(tensor, at_once) for tensor in (places, input_features))
+        for rows, features in zip(*parts, strict=True):
             states[rows] = encoder(features.to(dtype)).last_hidden_state.to(self.dtype)
         self._writer.keep(list(missing.values()), states[places].cpu())
         if states.device.type == "cpu":  # whose cores have no time to give
