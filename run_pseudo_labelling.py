@@ -11,6 +11,7 @@ the good labels, as many to a row as fit into the model's window.
 
 import functools
 import sys
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
@@ -33,6 +34,9 @@ from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions, DecodingOptions, ModelOptions
 from simpler_distil_whisper.run import Run, log, run_script
 from simpler_distil_whisper.text.chinese import Script
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 class Config(RunOptions):
@@ -92,34 +96,32 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
     return folder, manifest.check(data.max_bad_fraction)
 
 
-def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
-    """Label the rows, assess the labels, pack them if the config asks for it."""
+def label_rows(
+    config: Config,
+    prepared: tuple[ModelFolder, Manifest],
+    state: "PartialState",
+    results: RowResults,
+    run: Run,
+) -> None:
+    """Let the teacher transcribe what has no results yet, and measure the labels."""
     from simpler_distil_whisper.data.workers import map_behind
     from simpler_distil_whisper.decoding.transcriber import Transcriber
     from simpler_distil_whisper.decoding.transcription import (
-        end_of_shard,
         load_for_decoding,
         transcribe_manifest,
     )
-    from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
     from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 
     folder, manifest = prepared
-    state = join_processes()
     teacher = load_for_decoding(folder, config.teacher, state, run)
     transcriber = Transcriber(teacher, config.decoding, config.seed)
     cache = open_encoder_cache(
         config.teacher_cache, folder, teacher.feature_extractor, teacher.model.dtype
     )
-    scorer = Scorer(config.metric)
-    columns = config.label_columns
-    labels = run.folder / "pseudo_labels.jsonl"
-    labelled = run.folder / RECORDINGS if config.segmentation.enabled else labels
-    results = RowResults(run.folder, labelled.name, run.shards)
     label = functools.partial(
         labelled_batch,
-        columns=columns,
-        scorer=scorer,
+        columns=config.label_columns,
+        scorer=Scorer(config.metric),
         default_language=config.decoding.language,
         script=config.output_script,
     )
@@ -128,6 +130,21 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
     workers = config.data.workers if teacher.model.device.type != "cpu" else 0
     for rows in map_behind(label, batches, workers):
         results.append(rows)
+
+
+def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
+    """Label the rows, assess the labels, pack them if the config asks for it."""
+    from simpler_distil_whisper.decoding.transcription import end_of_shard
+    from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
+
+    folder, manifest = prepared
+    state = join_processes()
+    scorer = Scorer(config.metric)
+    columns = config.label_columns
+    labels = run.folder / "pseudo_labels.jsonl"
+    labelled = run.folder / RECORDINGS if config.segmentation.enabled else labels
+    results = RowResults(run.folder, labelled.name, run.shards)
+    label_rows(config, prepared, state, results, run)
     if closing_words := end_of_shard(run):
         return closing_words
     kept, rejected = results.finish(manifest.rejections, wait_for_everyone)
