@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from torch import distributed
 
 from simpler_distil_whisper.config import ConfigError
@@ -68,7 +68,10 @@ def make_accelerator(
     set_seed(seed)
     try:
         accelerator = Accelerator(
-            mixed_precision="no" if precision == "float32" else precision, cpu=_several_on_cpu()
+            mixed_precision="no" if precision == "float32" else precision,
+            cpu=_several_on_cpu(),
+            # What is exchanged are the gradients themselves, not copies of them.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:  # of a precision that this build of torch has not
         if precision == "float32":
