@@ -77,13 +77,15 @@ def stage_label(folder: Path) -> Iterator[str]:
 def stage_continue(folder: Path) -> Iterator[str]:
     """Continue the run: read the manifest and the parts, form the first batch."""
     from simpler_distil_whisper.decoding.transcription import own_batches
+    from simpler_distil_whisper.model.processes import SharedSums
 
     yield "read"
     manifest, results = read(folder), RowResults(folder, "results.jsonl")
     yield "read the parts"
     results.open_for(manifest)
     yield "form the first batch"
-    first = next(own_batches(manifest.utterances, BATCH, results.done, DataLimits()))
+    rows, done = manifest.utterances, results.done
+    first = next(own_batches(rows, BATCH, done, DataLimits(), SharedSums()))
     assert len(first) == BATCH
 
 

@@ -376,7 +376,9 @@ def _do_work(
 
 def _exit_code(run: Run | None, error: BaseException) -> int:
     """Log what ended a run, write it into `run_info.json`, and return the script's exit code."""
-    if isinstance(error, Interrupted | KeyboardInterrupt):
+    # Of several processes that are asked to stop, one can miss another before it stops itself.
+    is_stopping = run is not None and run.stop_signal and _is_of_a_connection(error)
+    if is_stopping or isinstance(error, Interrupted | KeyboardInterrupt):
         number = run.stop_signal if run else None
         if number is None:
             number = error.args[0] if isinstance(error, StopSignal) else signal.SIGINT

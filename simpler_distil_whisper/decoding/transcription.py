@@ -41,7 +41,7 @@ from simpler_distil_whisper.model.devices import (
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory_megabytes
 from simpler_distil_whisper.model.options import AudioContextChoice, DecodingOptions, ModelOptions
-from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
+from simpler_distil_whisper.model.processes import SharedSums, smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.weights import stored_dtype
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
@@ -174,7 +174,7 @@ def transcribe_manifest(
     run: Run,
     cache: EncoderStateCache | None = None,
 ) -> Iterator[TranscribedBatch]:
-    """Yield this process's share of the batches that have no results yet.
+    """Yield those batches without results that this process takes: a fast one takes more of them.
 
     Which utterances form a batch depends on the manifest and the batch size alone, so neither a
     resumed run nor the number of processes or shards changes a single bit of the results. The
@@ -189,7 +189,10 @@ def transcribe_manifest(
     _check_rejections(manifest, results, data)
     _agree_on_batch_size(transcriber, results, run)
     shard = run.shards.own if run.shards else WHOLE
-    batches = own_batches(manifest.utterances, transcriber.batch_size, results.done, data, shard)
+    sums = SharedSums()
+    batches = own_batches(
+        manifest.utterances, transcriber.batch_size, results.done, data, sums, shard
+    )
     read = SpeechReader(
         transcriber.whisper.feature_extractor,
         data,
@@ -198,9 +201,8 @@ def transcribe_manifest(
         dtype=transcriber.whisper.model.dtype,
     )
     decode = functools.partial(transcribe_batch, transcriber, cache)
-    # Each process shows the progress of its own share; the shares are of equal size.
-    total = len(manifest.utterances) // (shard.count * process_count())
-    done = int(results.done[manifest.utterances.numbers].sum()) // process_count()
+    total = len(manifest.utterances) // shard.count
+    done = int(results.done[manifest.utterances.numbers].sum())
     silent = 0
     with Progress("transcribing", "utterances", total, done) as progress:
         for loaded in speech_batches(batches, read, data.workers):
@@ -210,13 +212,15 @@ def transcribe_manifest(
             seconds = time.perf_counter() - started
             results.append([], batch.rejections)
             yield TranscribedBatch(batch.utterances, hypotheses, batch.seconds, seconds)
-            progress.advance(len(batch.utterances) + len(batch.rejections))
+            rows = sums.add("rows", len(batch.utterances) + len(batch.rejections))
+            progress.advance(done + rows - progress.done)  # of all processes
             silent += sum(not batch.speech.get(row.number, True) for row in batch.utterances)
             if batch.rejections:
                 _check_rejections(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
     if cache:
         cache.finish()
+    wait_for_everyone()  # the main process has the sums
     if transcriber.options.speech_filter:
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
 
@@ -253,9 +257,13 @@ def own_batches(
     size: int,
     done: np.ndarray,
     data: DataLimits,
+    sums: SharedSums,
     shard: Shard = WHOLE,
 ) -> Iterator[list[Utterance]]:
-    """Yield this process's batches that have no results yet, each of utterances of similar length.
+    """Yield batches that have no results yet, each of utterances of similar length.
+
+    Each process takes the next batch of a group that no other one has taken, so that a slow one
+    takes fewer. They begin with different groups, and end with what is left of all.
 
     Groups of consecutive rows are sorted by length, the longest first, and cut into batches: what
     does not fit into the memory is met early. A group is sorted only when its turn comes, so that
@@ -266,7 +274,8 @@ def own_batches(
         size: of a batch.
         done: bool [rows of the manifest]: which rows have results.
         data: how many workers read headers ahead.
-        shard: whose batches are shared between the processes.
+        sums: count how many batches of each group are taken.
+        shard: whose batches are taken.
     """
     numbers = np.array(utterances.numbers)
     length = BATCHES_OF_A_GROUP * size
@@ -275,15 +284,16 @@ def own_batches(
         for start in range(0, len(utterances), length)
         if not done[numbers[start : start + length]].all()
     ]
+    first = len(starts) * process_rank() // process_count()
+    starts = starts[first:] + starts[:first]
     groups = (utterances[start : start + length] for start in starts)
     by_length = groups_by_length(groups, data.workers)
     for start, group in zip(starts, by_length, strict=True):
-        batches = batches_within(group, size, MAX_BATCH_SECONDS)
-        for number, batch in enumerate(batches, start // size):
-            turn = number // shard.count
-            is_own = shard.owns(number) and turn % process_count() == process_rank()
-            if is_own and not done[[utterance.number for utterance in batch]].all():
-                yield batch
+        numbered = enumerate(batches_within(group, size, MAX_BATCH_SECONDS), start // size)
+        batches = [batch for number, batch in numbered if shard.owns(number)]
+        while (place := sums.add(f"batches from {start}", 1) - 1) < len(batches):
+            if not done[[utterance.number for utterance in batches[place]]].all():
+                yield batches[place]
 
 
 def transcribe_batch(

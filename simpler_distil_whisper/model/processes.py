@@ -9,16 +9,27 @@ import datetime
 import functools
 import os
 import platform
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from torch import distributed
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.run import DataError, log, process_count, process_rank
+from simpler_distil_whisper.run import (
+    DataError,
+    is_main_process,
+    log,
+    process_count,
+    process_rank,
+)
 
 FOR_TENSORS = datetime.timedelta(minutes=30)
 FOR_WORK = datetime.timedelta(days=1)
@@ -102,6 +113,35 @@ def smallest_of_all(number: int) -> int:
     """Return the smallest of the processes' numbers; call it in every one of them."""
     numbers: list[int] = gather_object([number])
     return min(numbers)
+
+
+class SharedSums:
+    """Sums to which each process adds when it likes; nobody waits for another.
+
+    The main process keeps them: it must live until the others have added their last.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing; to be called in every process."""
+        self._own: Counter[str] = Counter()
+        self._store: Any = None
+        if process_count() > 1:
+            self._store = self._connected(0) if is_main_process() else None
+            [port] = broadcast_object_list([self._store.port if self._store else None])
+            self._store = self._store or self._connected(port)
+
+    def add(self, name: str, number: int) -> int:
+        """Add to the sum of that name, and return it."""
+        if self._store:
+            return int(self._store.add(name, number))
+        self._own[name] += number
+        return self._own[name]
+
+    @staticmethod
+    def _connected(port: int) -> Any:
+        return distributed.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], port, is_master=port == 0, wait_for_workers=False
+        )
 
 
 def has_bfloat16() -> bool:

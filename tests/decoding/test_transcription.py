@@ -1,10 +1,13 @@
 """Fixed batches of similar length for any number of processes; memory and rows that fail."""
 
+import heapq
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +37,10 @@ from simpler_distil_whisper.model import memory
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.memory import Room
 from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
+from simpler_distil_whisper.model.processes import SharedSums
 from simpler_distil_whisper.model.teacher_cache import CachedEncoderStates
 from simpler_distil_whisper.model.whisper import load_whisper
+from simpler_distil_whisper.shards import WHOLE, Shard
 
 SIZE = 3
 
@@ -52,15 +57,46 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     return read_manifest(write_rows(tmp_path / "m.jsonl", rows), Columns())
 
 
+def taken(
+    manifest: Manifest,
+    costs: list[float],
+    done: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: int = 0,
+    shard: Shard = WHOLE,
+) -> tuple[list[list[list[int]]], float]:
+    """The rows of each batch that each process takes, and when the last process has ended.
+
+    The costs are how long each process needs for a batch; it reads some batches ahead.
+    """
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    sums = SharedSums()
+    monkeypatch.setenv("WORLD_SIZE", str(len(costs)))
+    limits = DataLimits(num_workers=0)
+    sources = [own_batches(manifest.utterances, SIZE, done, limits, sums, shard) for _ in costs]
+    in_hand: list[deque[list[int]]] = [deque() for _ in costs]
+    work: list[list[list[int]]] = [[] for _ in costs]
+    clock = [(0.0, rank) for rank in range(len(costs))]
+    ends = 0.0
+    while clock:
+        now, rank = heapq.heappop(clock)
+        monkeypatch.setenv("RANK", str(rank))
+        for batch in itertools.islice(sources[rank], ahead + 1 - len(in_hand[rank])):
+            in_hand[rank].append([utterance.number for utterance in batch])
+        if in_hand[rank]:
+            work[rank].append(in_hand[rank].popleft())
+            ends = max(ends, now + costs[rank])
+            heapq.heappush(clock, (now + costs[rank], rank))
+    return work, ends
+
+
 @pytest.fixture
 def shares(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[int]]]:
-    """The numbers of the rows in each batch of one process."""
+    """The numbers of the rows in each batch of some processes together."""
 
-    def share(rank: int, processes: int, done: np.ndarray) -> list[list[int]]:
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        batches = own_batches(manifest.utterances, SIZE, done, DataLimits(num_workers=0))
-        return [[utterance.number for utterance in batch] for batch in batches]
+    def share(processes: int, done: np.ndarray, shard: Shard = WHOLE) -> list[list[int]]:
+        work, _ = taken(manifest, [1.0] * processes, done, monkeypatch, shard=shard)
+        return [batch for own in work for batch in own]
 
     return share
 
@@ -68,7 +104,7 @@ def shares(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 def test_batches_hold_rows_of_similar_length_the_longest_first(
     manifest: Manifest, shares: Callable[..., list[list[int]]]
 ) -> None:
-    batches = shares(0, 1, np.zeros(50, dtype=bool))
+    batches = shares(1, np.zeros(50, dtype=bool))
     assert sorted(number for batch in batches for number in batch) == sorted(
         utterance.number for utterance in manifest.utterances
     )
@@ -90,10 +126,22 @@ def test_any_number_of_processes_forms_the_same_batches(
     shares: Callable[..., list[list[int]]], processes: int
 ) -> None:
     nothing = np.zeros(50, dtype=bool)
-    alone = shares(0, 1, nothing)
-    together = [shares(rank, processes, nothing) for rank in range(processes)]
-    for rank, share in enumerate(together):
-        assert share == alone[rank::processes]
+    alone = shares(1, nothing)
+    assert sorted(shares(processes, nothing)) == sorted(alone)
+    in_shards = [shares(2, nothing, Shard(index, processes)) for index in range(processes)]
+    assert sorted(batch for share in in_shards for batch in share) == sorted(alone)
+
+
+@pytest.mark.parametrize("costs", [[4.0, 1.0, 1.0, 1.0], [1.0, 1.0, 4.0, 1.0], [1.0, 2.0, 8.0]])
+def test_a_slow_process_takes_fewer_batches(
+    costs: list[float], manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads two batches ahead; the whole takes at most 1.4 times what is possible."""
+    rows: list[object] = [{"audio": "x.wav", "duration_seconds": 1.0} for _ in range(600)]
+    many = read_manifest(write_rows(manifest.path.with_name("many.jsonl"), rows), Columns())
+    work, ends = taken(many, costs, np.zeros(600, dtype=bool), monkeypatch, ahead=2)
+    assert sum(map(len, work)) == 200
+    assert ends <= 1.4 * 200 / sum(1 / cost for cost in costs)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -102,14 +150,13 @@ def test_whatever_is_done_the_other_batches_stay_as_they_are(
 ) -> None:
     """A batch of which a kill has torn a part away is computed again with all its rows."""
     chance = np.random.default_rng(seed)
-    alone = shares(0, 1, np.zeros(50, dtype=bool))
+    alone = shares(1, np.zeros(50, dtype=bool))
     done = np.zeros(50, dtype=bool)
     for batch in alone:
         done[batch] = chance.random() < 0.7
     done[chance.integers(50, size=3)] = False
     left = [batch for batch in alone if not done[batch].all()]
-    again = [batch for rank in range(3) for batch in shares(rank, 3, done)]
-    assert sorted(again) == sorted(left)
+    assert sorted(shares(3, done)) == sorted(left)
 
 
 @pytest.mark.usefixtures("manifest")
@@ -125,7 +172,8 @@ def test_no_header_is_read_before_its_time(tmp_path: Path, monkeypatch: pytest.M
     path = write_rows(tmp_path / "rows.jsonl", [{"audio": "x.wav"} for _ in range(24)])
     utterances = read_manifest(path, Columns()).utterances
     done = np.repeat([True, False], 12)
-    first = next(own_batches(utterances, SIZE, done, DataLimits(num_workers=0)))
+    limits = DataLimits(num_workers=0)
+    first = next(own_batches(utterances, SIZE, done, limits, SharedSums()))
     assert [utterance.number for utterance in first] == [12, 13, 14]
     assert len(opened) == 12
 
