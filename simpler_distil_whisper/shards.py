@@ -21,7 +21,7 @@ VARIABLE = "SDW_SHARD"
 MOST_SHARDS = 10_000
 ENDED = "ended"
 MERGED_BY = "merged_by"
-OWN_NAME = re.compile(r"\d+-of-\d+|ended|merged_by|batch_size|\.\w+\.\w+")
+OWN_NAME = re.compile(r"\d+-of-\d+|ended|merged_by|batch_size|lengths|\.\w+\.\w+")
 SLURM = "SLURM_ARRAY_TASK_"
 
 

@@ -28,8 +28,11 @@ from simpler_distil_whisper.shards import Shards
 RESULTS = "answers"
 REJECTED = "rejected"
 BEGUN_WITH = "begun"
+LENGTHS = "lengths"
 ROWS_AT_ONCE = 10_000  # that are merged
-OWN_NAME = re.compile(rf"\d+\.({RESULTS}|{REJECTED}|lock)|\w+\.{BEGUN_WITH}")
+OWN_NAME = re.compile(
+    rf"\d+\.({RESULTS}|{REJECTED}|lock)|\w+\.{BEGUN_WITH}|\d+-\d+(\.\w+)?\.{LENGTHS}"
+)
 
 
 class RowResults:
@@ -44,6 +47,7 @@ class RowResults:
 
     Attributes:
         done: bool [rows of the manifest]: which of them have a result or a rejection.
+        lengths_folder: for files with the lengths of the rows, which end with the parts.
     """
 
     def __init__(self, folder: Path, name: str, shards: Shards | None = None) -> None:
@@ -53,6 +57,7 @@ class RowResults:
         self._shards = shards
         self._folder = (shards.own_folder if shards else folder) / "parts"
         self._folders = [each / "parts" for each in (shards.folders if shards else [folder])]
+        self.lengths_folder = shards.folder / LENGTHS if shards else self._folder
         self._manifest_hash = b""
         self._counted: dict[Path, tuple[int, int]] = {}
         self.done = np.zeros(0, dtype=bool)
@@ -66,7 +71,8 @@ class RowResults:
         """
         self._manifest_hash = manifest.fingerprint.encode()
         self.done = np.zeros(manifest.row_count, dtype=bool)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self._folder, self.lengths_folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self._folder / f"{process_rank()}.lock").open("ab")
         if not lock(self._lock):
             raise ConfigError(f"output_dir: {ANOTHER_RUN.format(self._folder.parent)}")
@@ -129,9 +135,10 @@ class RowResults:
                 self._merge(unread)
             counts = (_count_lines(self._results), _count_lines(self._rejected))
             self._check_complete(sum(counts))
-            for path in _own_files(self._folders):
+            folders = [*self._folders, *({self.lengths_folder} - {self._folder})]
+            for path in _own_files(folders):
                 path.unlink()
-            for folder in self._folders:
+            for folder in folders:
                 with contextlib.suppress(OSError):  # somebody else's file is in it
                     folder.rmdir()
         wait_for_everyone()

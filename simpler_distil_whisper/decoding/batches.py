@@ -5,9 +5,13 @@ be used. It builds no token sequences and runs no model. `data/features.py` expl
 tensor shapes.
 """
 
+import contextlib
 import math
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +28,7 @@ from simpler_distil_whisper.data.audio import (
 )
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
+from simpler_distil_whisper.data.results import LENGTHS
 from simpler_distil_whisper.data.speech_activity import SpeechSpan, muted, speech_spans
 from simpler_distil_whisper.data.workers import WorkerDeath, map_ahead
 from simpler_distil_whisper.model.options import DecodingOptions
@@ -35,6 +40,7 @@ from simpler_distil_whisper.model.teacher_cache import (
 from simpler_distil_whisper.run import log
 
 Item = TypeVar("Item")
+HEADERS_AT_ONCE = 8  # that are read; on a network, a file takes milliseconds to open
 
 
 @dataclass(frozen=True)
@@ -188,18 +194,49 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def longest_first(utterances: Sequence[Utterance]) -> list[tuple[Utterance, float]]:
-    """Return utterances and their seconds by length; those of equal length stay in order.
+class ByLength:
+    """Sorts utterances by length, the longest first; those of equal length stay in order.
 
     Texts of utterances of one length end at about the same time, and so do rows of their batch.
     """
-    return _by_length(utterances, [_seconds(utterance) for utterance in utterances])
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Choose where lengths are kept that only headers tell; None: nowhere.
+
+        Other processes and later runs, with the same manifest, then need not open the files.
+        """
+        self._folder = folder
+
+    def __call__(self, utterances: Sequence[Utterance]) -> list[tuple[Utterance, float]]:
+        """Return utterances and their seconds."""
+        if all(utterance.duration_seconds is not None for utterance in utterances):
+            return _longest_first(utterances, map(_seconds, utterances))
+        name = f"{utterances[0].number}-{len(utterances)}"
+        path = self._folder / f"{name}.{LENGTHS}" if self._folder else None
+        seconds = _kept_seconds(path, len(utterances)) if path else None
+        if seconds is None:
+            with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+                seconds = np.array(list(pool.map(_seconds, utterances)))
+            if path:
+                own = path.with_name(f"{name}.{uuid.uuid4().hex}.{LENGTHS}")
+                own.write_bytes(seconds.tobytes())
+                own.replace(path)
+        return _longest_first(utterances, seconds.tolist())
 
 
-def _by_length(
+def _longest_first(
     utterances: Sequence[Utterance], seconds: Iterable[float]
 ) -> list[tuple[Utterance, float]]:
     return sorted(zip(utterances, seconds, strict=True), key=lambda timed: -timed[1])
+
+
+def _kept_seconds(path: Path, count: int) -> np.ndarray | None:
+    """Return the lengths that a file holds; None if it is not there, or torn."""
+    with contextlib.suppress(FileNotFoundError):
+        content = path.read_bytes()
+        if len(content) == count * np.dtype(np.float64).itemsize:
+            return np.frombuffer(content)
+    return None
 
 
 def _seconds(utterance: Utterance) -> float:
@@ -213,14 +250,14 @@ def _seconds(utterance: Utterance) -> float:
 
 
 def groups_by_length(
-    groups: Iterable[Sequence[Utterance]], workers: int
+    groups: Iterable[Sequence[Utterance]], workers: int, by_length: ByLength
 ) -> Iterator[list[tuple[Utterance, float]]]:
     """Yield each group with the longest utterances first; a worker reads the headers ahead."""
-    for result in map_ahead(longest_first, groups, min(workers, 1)):
+    for result in map_ahead(by_length, groups, min(workers, 1)):
         if isinstance(result, WorkerDeath):
             each = map_ahead(_seconds, result.item, 1, prefetch=1)
             seconds = (0.0 if isinstance(length, WorkerDeath) else length for length in each)
-            yield _by_length(result.item, seconds)
+            yield _longest_first(result.item, seconds)
         else:
             yield result
 

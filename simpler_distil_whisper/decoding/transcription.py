@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from accelerate.utils.memory import clear_device_cache
 from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance, Utterances, reject
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.batches import (
+    ByLength,
     SpeechBatch,
     SpeechReader,
     batches_within,
@@ -191,7 +193,13 @@ def transcribe_manifest(
     shard = run.shards.own if run.shards else WHOLE
     sums = SharedSums()
     batches = own_batches(
-        manifest.utterances, transcriber.batch_size, results.done, data, sums, shard
+        manifest.utterances,
+        transcriber.batch_size,
+        results.done,
+        data,
+        sums,
+        shard,
+        results.lengths_folder,
     )
     read = SpeechReader(
         transcriber.whisper.feature_extractor,
@@ -259,11 +267,13 @@ def own_batches(
     data: DataLimits,
     sums: SharedSums,
     shard: Shard = WHOLE,
+    lengths_folder: Path | None = None,
 ) -> Iterator[list[Utterance]]:
     """Yield batches that have no results yet, each of utterances of similar length.
 
     Each process takes the next batch of a group that no other one has taken, so that a slow one
-    takes fewer. They begin with different groups, and end with what is left of all.
+    takes fewer. They begin with different groups, also those of other shards, whose headers they
+    then need not read again, and end with what is left of all.
 
     Groups of consecutive rows are sorted by length, the longest first, and cut into batches: what
     does not fit into the memory is met early. A group is sorted only when its turn comes, so that
@@ -276,6 +286,7 @@ def own_batches(
         data: how many workers read headers ahead.
         sums: count how many batches of each group are taken.
         shard: whose batches are taken.
+        lengths_folder: where the lengths that headers tell are kept; None: nowhere.
     """
     numbers = np.array(utterances.numbers)
     length = BATCHES_OF_A_GROUP * size
@@ -284,10 +295,11 @@ def own_batches(
         for start in range(0, len(utterances), length)
         if not done[numbers[start : start + length]].all()
     ]
-    first = len(starts) * process_rank() // process_count()
+    place = shard.index * process_count() + process_rank()
+    first = len(starts) * place // (shard.count * process_count())
     starts = starts[first:] + starts[:first]
     groups = (utterances[start : start + length] for start in starts)
-    by_length = groups_by_length(groups, data.workers)
+    by_length = groups_by_length(groups, data.workers, ByLength(lengths_folder))
     for start, group in zip(starts, by_length, strict=True):
         numbered = enumerate(batches_within(group, size, MAX_BATCH_SECONDS), start // size)
         batches = [batch for number, batch in numbered if shard.owns(number)]

@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 from tiny import write_rows, write_tone
 from transformers import WhisperFeatureExtractor
 
+from simpler_distil_whisper.data.audio import audio_seconds
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance, read_manifest
+from simpler_distil_whisper.decoding import batches as module
 from simpler_distil_whisper.decoding.batches import (
+    ByLength,
     SpeechBatch,
     SpeechReader,
     groups_by_length,
     halved,
     in_batches,
     joined,
-    longest_first,
     speech_batches,
 )
 
@@ -221,11 +223,44 @@ def test_the_longest_come_first_and_equals_stay_in_order(tmp_path: Path) -> None
         },  # the length that a row gives needs no file
         {"audio": "c.wav"},
     )
-    by_length = [row.number for row, _ in longest_first(rows)]
+    by_length = [row.number for row, _ in ByLength()(rows)]
     assert by_length == [3, 5, 4, 6, 0, 2, 1]
     for workers in (0, 2):
-        groups = list(groups_by_length([rows, rows[:2]], workers))
+        groups = list(groups_by_length([rows, rows[:2]], workers, ByLength()))
         assert [[row.number for row, _ in group] for group in groups] == [by_length, [0, 1]]
+
+
+def test_lengths_are_kept_and_no_header_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"a": 0.5, "b": 2.0, "c": 1.0}.items():
+        write_tone(tmp_path / f"{name}.wav", seconds)
+    rows = utterances(
+        tmp_path,
+        {"audio": "a.wav"},
+        {"audio": "b.wav"},
+        {"audio": "c.wav", "duration_seconds": 0.7},
+        {"audio": "c.wav"},
+    )
+    opened: list[Path] = []
+
+    def seconds_of(path: Path, *part: object) -> float:
+        opened.append(path)
+        return audio_seconds(path, *part)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "audio_seconds", seconds_of)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    first = ByLength(kept)(rows)
+    assert [(row.number, seconds) for row, seconds in first] == [(1, 2), (3, 1), (2, 0.7), (0, 0.5)]
+    assert len(opened) == 3
+    assert ByLength(kept)(rows) == first
+    assert ByLength(kept)(rows[2:3]) == [(rows[2], 0.7)]  # its row tells
+    assert len(opened) == 3
+    (path,) = kept.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert ByLength(kept)(rows) == first
+    assert len(opened) == 6
 
 
 class DeadlyReader(SpeechReader):

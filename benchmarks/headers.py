@@ -1,0 +1,62 @@
+"""What it costs to learn the lengths of many files from their headers.
+
+`python benchmarks/headers.py [FILES]` makes hard links of a few short clips, and a manifest without
+lengths; then it prints the processor time and the time on the clock of sorting the rows by length:
+with the headers read one after the other, as labelling and inference read them for the first time,
+and as another process or a later run finds them kept.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from simpler_distil_whisper.data.audio import audio_seconds
+from simpler_distil_whisper.data.manifest import Columns, read_manifest
+from simpler_distil_whisper.decoding.batches import ByLength
+
+CLIPS, SIXTEEN_KHZ, GROUP = 8, 16_000, 1024
+
+
+def make_manifest(folder: Path, files: int) -> Path:
+    """Write the clips, their links and the manifest."""
+    noise = np.random.default_rng(0)
+    path = folder / "manifest.jsonl"
+    with path.open("w") as manifest:
+        for number in range(files):
+            clip, link = folder / f"clip-{number % CLIPS}.wav", folder / f"{number}.wav"
+            if not clip.exists():
+                samples = noise.normal(0, 0.1, SIXTEEN_KHZ // 10 * (1 + number))
+                soundfile.write(clip, samples, SIXTEEN_KHZ)
+            os.link(clip, link)
+            manifest.write(f'{{"audio": "{link.name}"}}\n')
+    return path
+
+
+def measure(name: str, work: Callable[[], object]) -> None:
+    """Print the time of some work."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    print(f"{name:24}{processor:6.2f} s of processor time, {wall:6.2f} s on the clock", flush=True)
+
+
+def main() -> None:
+    """Measure the three in turn."""
+    files = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+    with tempfile.TemporaryDirectory() as name:
+        rows = list(read_manifest(make_manifest(Path(name), files), Columns()).utterances)
+        groups = [rows[start : start + GROUP] for start in range(0, files, GROUP)]
+        by_length = ByLength(Path(name))
+        measure("one after the other", lambda: [audio_seconds(*row.clip) for row in rows])
+        measure("for the first time", lambda: [by_length(group) for group in groups])
+        measure("kept", lambda: [by_length(group) for group in groups])
+
+
+if __name__ == "__main__":
+    main()
