@@ -5,7 +5,8 @@ Owns the filters of the `data` section and their report of rows and hours for ea
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -14,6 +15,7 @@ from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
+from simpler_distil_whisper.decoding.batches import HEADERS_AT_ONCE, in_batches
 from simpler_distil_whisper.labels.error_rate import why_dropped
 from simpler_distil_whisper.labels.evidence import INCOMPLETE, is_cut_off
 from simpler_distil_whisper.model.folder import ModelFolder
@@ -148,11 +150,15 @@ class ExampleFilter:
             for utterance in manifest.utterances
         ]
         self.kept.clear()
-        progress = Progress("reading audio headers", "rows", len(utterances))
+        lengths = _lengths([utterance for utterance, _ in utterances])
+        progress = Progress("reading rows and audio headers", "rows", len(utterances))
         for utterance, weight in progress.over(utterances):
             seconds = 0.0
             try:
-                seconds = _header_seconds(utterance)
+                length = next(lengths)
+                if isinstance(length, Dropped):
+                    raise length
+                seconds = length
                 examples.append(self._example(utterance, seconds, weight))
                 kind = "kept"
             except Dropped as dropped:
@@ -309,8 +315,30 @@ def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-def _header_seconds(utterance: Utterance) -> float:
+def _lengths(utterances: Sequence[Utterance]) -> Iterator[float | Dropped]:
+    """Yield the length of each utterance, or why it cannot be used.
+
+    A length that the row gives is relied on until the audio is decoded. Only the headers of others
+    are read, several at once.
+    """
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        for some in in_batches(utterances, 1000):
+            given = [_given_seconds(utterance) for utterance in some]
+            unknown = [row for row, seconds in zip(some, given, strict=True) if seconds is None]
+            read = pool.map(_header_seconds, unknown)
+            yield from (next(read) if seconds is None else seconds for seconds in given)
+
+
+def _given_seconds(utterance: Utterance) -> float | None:
+    """Return the length that a row gives, or that labelling has measured; None: neither."""
+    if utterance.duration_seconds is not None:
+        return utterance.duration_seconds
+    measured = utterance.row.get("audio_seconds")
+    return measured if isinstance(measured, float) and 0 < measured < 1e9 else None
+
+
+def _header_seconds(utterance: Utterance) -> float | Dropped:
     try:
         return audio_seconds(*utterance.clip)
     except AudioError as error:
-        raise Dropped(UNREADABLE, f"{utterance.audio}: {error}") from None
+        return Dropped(UNREADABLE, f"{utterance.audio}: {error}")

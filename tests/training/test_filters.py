@@ -31,6 +31,7 @@ from training_data import (
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.training import filters
 from simpler_distil_whisper.training.augment import View
 from simpler_distil_whisper.training.filters import ExampleFilter
 from simpler_distil_whisper.training.options import TrainingData
@@ -41,6 +42,22 @@ from simpler_distil_whisper.training.tokens import LabelTokenizer, decoder_seque
 @pytest.fixture
 def select(tmp_path: Path) -> Select:
     return make_select(tmp_path)
+
+
+def test_headers_are_read_only_where_no_row_gives_the_length(
+    select: Select, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def seconds_of(path: Path, *part: object) -> float:
+        opened.append(path)
+        return 1.0
+
+    monkeypatch.setattr(filters, "audio_seconds", seconds_of)
+    rows = [row(duration_seconds=0.5), row(audio_seconds=0.75), row(), row(audio_seconds="1 s")]
+    seconds = [example.seconds for example in select(*rows).examples]
+    assert seconds == [0.5, 0.75, 1.0, 1.0]
+    assert len(opened) == 2
 
 
 @pytest.mark.parametrize("token", ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|0.50|>"])
