@@ -38,7 +38,8 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.devices import (
     decoding_dtype,
-    prepare_cpu,
+    keep_freed_memory,
+    share_cores,
 )
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory_megabytes
@@ -86,7 +87,8 @@ def load_for_decoding(
     quieten_libraries()
     dtype = decoding_dtype(options.dtype, state.device, stored_dtype(folder))
     whisper = load_whisper(folder, dtype, options.attention, state.device)
-    prepare_cpu(whisper.model)
+    share_cores(whisper.model)
+    keep_freed_memory()
     chosen = {
         "device": str(state.device),
         "dtype": str(whisper.model.dtype).removeprefix("torch."),

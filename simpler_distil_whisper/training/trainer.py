@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.model.devices import prepare_cpu
+from simpler_distil_whisper.model.devices import share_cores
 from simpler_distil_whisper.model.memory import out_of_memory
 from simpler_distil_whisper.model.whisper import save_whisper
 from simpler_distil_whisper.run import DataError, Run, log
@@ -75,7 +75,7 @@ class Trainer:
         Raises:
             ConfigError: the checkpoint belongs to other steps.
         """
-        prepare_cpu(models.student.model)
+        share_cores(models.student.model)
         accelerator = models.accelerator
         self.run, self.models, self.accelerator = run, models, accelerator
         self.batch, self.checkpoint_options = batch, checkpoints
