@@ -3,12 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scripts
 
 REPOSITORY = Path(__file__).parents[1]
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,24 +48,29 @@ def run_script(tmp_path: Path) -> RunScript:
 
     The config is a dictionary, written to `config.json`, or the path of a file.
     """
+    return partial(_run_script, tmp_path, scripts.run)
 
-    def run(
-        name: str, config: dict[str, Any] | Path | None = None, *flags: str, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        path = config
-        if isinstance(config, dict):
-            path = tmp_path / "config.json"
-            path.write_text(json.dumps(config), encoding="utf-8")
-        command = [sys.executable, str(REPOSITORY / f"{name}.py"), *flags]
-        command += [str(path)] if path else []
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-            timeout=300,
-        )
 
-    return run
+@pytest.fixture
+def run_script_afresh(tmp_path: Path) -> RunScript:
+    """The same by a new interpreter, which imports what the script needs; keywords are variables.
+
+    To be used where it matters what is imported, or a variable that is read by an import.
+    """
+    return partial(_run_script, tmp_path, scripts.run_afresh)
+
+
+def _run_script(
+    folder: Path,
+    run: RunScript,
+    name: str,
+    config: dict[str, Any] | Path | None = None,
+    *flags: str,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    path = config
+    if isinstance(config, dict):
+        path = folder / "config.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+    command = [str(REPOSITORY / f"{name}.py"), *flags, *([str(path)] if path else [])]
+    return run(command, folder, **variables)

@@ -1,33 +1,19 @@
-"""Runs of scripts in processes that die at a chosen operation on files, or at a chosen byte.
+"""Runs of scripts in processes that die at a chosen operation on files, or at a chosen byte."""
 
-Each run is a process of its own, forked from one that has done the imports, which would cost more
-than the run.
-"""
-
-import multiprocessing
 import os
 import resource
-import runpy
 import signal
 import sys
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
 
+import scripts
 from conftest import REPOSITORY
 
-FORKS = multiprocessing.get_context("forkserver")
-DRAWING = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
-IMPORTED = [
-    "simpler_distil_whisper.training.trainer",
-    "simpler_distil_whisper.training.preflight",
-    "simpler_distil_whisper.decoding.transcription",
-    "simpler_distil_whisper.evaluation.html_report",
-    "simpler_distil_whisper.labels.quality_page",
-    "pytest",
-    *DRAWING,
-]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
@@ -43,17 +29,14 @@ class Death(NamedTuple):
     size: int | None = None
 
 
-def prepare_forks() -> None:
-    """Let the imports be done once, for all runs."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    FORKS.set_forkserver_preload(IMPORTED)
-
-
 def start(script: str, folder: Path, death: Death = Death()) -> BaseProcess:  # noqa: B008
     """Start what `python SCRIPT.py SCRIPT.json` does in a folder; its output is in `output.txt`."""
-    process = FORKS.Process(target=_run, args=(script, folder, death))
-    process.start()
-    return process
+    name = [str(REPOSITORY / f"{script}.py")]
+    if script == "export":
+        name = ["-m", "simpler_distil_whisper.export"]
+    output = folder / "output.txt"
+    before = partial(_prepare_death, folder, death)
+    return scripts.start([*name, f"{script}.json"], folder, (output, output), before)
 
 
 def run(script: str, folder: Path, death: Death = Death()) -> int | None:  # noqa: B008
@@ -68,22 +51,12 @@ def operations(folder: Path) -> int:
     return int((folder / "operations.txt").read_text())
 
 
-def _run(script: str, folder: Path, death: Death) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # as it is in a script, for its workers
-    os.chdir(folder)
-    sys.argv = [f"{script}.py", f"{script}.json"]
-    sys.stdout = sys.stderr = Path("output.txt").open("a")  # noqa: SIM115
+def _prepare_death(folder: Path, death: Death) -> None:
     if death.size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (death.size, resource.RLIM_INFINITY))
     count = _count_operations(folder / "out", death.operation)
-    try:
-        if script == "export":
-            runpy.run_module("simpler_distil_whisper.export", run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(str(REPOSITORY / f"{script}.py"), run_name="__main__")
-    finally:
-        Path("operations.txt").write_text(str(count[0]))
+    Finalize(None, lambda: (folder / "operations.txt").write_text(f"{count[0]}"), exitpriority=0)
 
 
 def _count_operations(folder: Path, last: int) -> list[int]:

@@ -1,7 +1,6 @@
-"""The five scripts one after the other, as a user runs them: subprocesses, files in and out."""
+"""The five scripts one after the other, as a user runs them: processes, files in and out."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scripts
 from conftest import REPOSITORY
 from tiny import ALL_EVIDENCE, make_corpus, make_model_folder, read_rows, write_rows
 
@@ -105,24 +105,30 @@ def chain_configs(out: str) -> dict[str, Config]:
 
 
 def run_config(folder: Path, step: str, config: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder / "no-network")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / f"{step}.py"), str(config)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [str(REPOSITORY / f"{step}.py"), str(config)]
+    return scripts.run(command, folder, before=block_network)
 
 
-def run_chain(folder: Path, configs: dict[str, Config]) -> None:
+def block_network() -> None:
+    exec(NO_NETWORK, {})
+
+
+def run_config_afresh(folder: Path, step: str, config: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(REPOSITORY / f"{step}.py"), str(config)]
+    variables = {"PYTHONPATH": str(folder / "no-network"), "HF_HUB_OFFLINE": ""}
+    return scripts.run_afresh(command, folder, **variables)
+
+
+def run_chain(
+    folder: Path,
+    configs: dict[str, Config],
+    run: Callable[..., subprocess.CompletedProcess[str]] = run_config,
+) -> None:
     """Run the five steps, each of which must succeed."""
     for step in STEPS:
         path = folder / f"{step}.json"
         path.write_text(json.dumps(configs[step], indent=1), encoding="utf-8")
-        done = run_config(folder, step, path)
+        done = run(folder, step, path)
         assert done.returncode == 0, f"{step}: {done.stderr}"
 
 
@@ -152,12 +158,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_network_block_of_these_tests_blocks(chain: Path) -> None:
-    code = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')"
-    environment = {**os.environ, "PYTHONPATH": str(chain / "no-network")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert "the network was asked for" in done.stderr
+    program = chain / "asks.py"
+    program.write_text("import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')")
+    blocked = scripts.run([str(program)], chain, before=block_network)
+    variables = {"PYTHONPATH": str(chain / "no-network")}
+    blocked_afresh = scripts.run_afresh([str(program)], chain, **variables)
+    for done in (blocked, blocked_afresh):
+        assert done.returncode == 1
+        assert "the network was asked for" in done.stderr
 
 
 def test_every_row_is_accounted_for_in_order(chain: Path) -> None:
@@ -214,11 +222,12 @@ def test_the_log_of_training_is_whole(chain: Path) -> None:
 
 @pytest.mark.slow
 def test_the_copies_of_the_configs_reproduce_every_bit(chain: Path) -> None:
+    """Each step here imports for itself, as a user's does, with the network blocked from then."""
     configs = {}
     for step in STEPS:
         copy = (chain / "out" / step / f"{step}.json").read_text()
         configs[step] = json.loads(copy.replace('"out/', '"again/'))
-    run_chain(chain, configs)
+    run_chain(chain, configs, run_config_afresh)
     for name in REPRODUCED:
         first, second = chain / "out" / name, chain / "again" / name
         assert first.read_bytes() == second.read_bytes(), name

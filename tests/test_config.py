@@ -271,8 +271,8 @@ def test_help_states_type_bounds_default_and_meaning() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_lists_every_key(name: str, run_script: RunScript) -> None:
-    done = run_script(name, None, "--help")
+def test_help_lists_every_key(name: str, run_script_afresh: RunScript) -> None:
+    done = run_script_afresh(name, None, "--help")
     assert done.returncode == 0
     module = importlib.import_module(name)
     model = module.Config

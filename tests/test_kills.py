@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY
 from distilling import make_setting, write_config
-from killing import Death, operations, prepare_forks, run
+from killing import Death, operations, run
 from tiny import make_corpus, read_rows, write_rows
 
 ROWS = 60
@@ -70,7 +70,6 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config for each script, and 60 rows, some of which are bad."""
     folder = tmp_path_factory.mktemp("kills")
-    prepare_forks()
     setting = make_setting(folder)
     rows = read_rows(make_corpus(folder, ROWS))
     for row in rows[7:50:20]:

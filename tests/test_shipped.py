@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scripts
 from conftest import REPOSITORY
 from tiny import read_rows
 
@@ -153,7 +154,7 @@ def test_the_bad_rows_of_the_demo_are_refused_one_by_one(tmp_path: Path) -> None
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(config))
     script = str(REPOSITORY / "offline_inference.py")
-    done = subprocess.run([sys.executable, script, str(path)], capture_output=True, text=True)
+    done = scripts.run([script, str(path)], tmp_path)
     assert done.returncode == 0, done.stderr
     answered = read_rows(tmp_path / "out/hypotheses.jsonl")
     rejected = read_rows(tmp_path / "out/rejected.jsonl")
@@ -189,8 +190,7 @@ def test_the_shipped_teacher_has_the_error_rates_of_the_readme(tmp_path: Path) -
         config["output_dir"] = str(tmp_path / script)
         path = tmp_path / f"{script}.json"
         path.write_text(json.dumps(config))
-        command = [sys.executable, f"{script}.py", str(path)]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        done = scripts.run([str(REPOSITORY / f"{script}.py"), str(path)], REPOSITORY)
         assert done.returncode == 0, done.stderr
     groups = json.loads((tmp_path / "eval/summary.json").read_text())["systems"]["teacher"]
     assert groups["groups"]["language"]["zh"]["character"]["rate"] <= 0.03

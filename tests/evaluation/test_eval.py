@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scripts
 import soundfile
 from conftest import REPOSITORY
 from tiny import read_rows, write_rows
@@ -36,8 +37,7 @@ def config_for(folder: Path, *paths: Path, **keys: Any) -> Row:
 def evaluate(folder: Path, config: Row, *flags: str) -> subprocess.CompletedProcess[str]:
     path = folder / "config.json"
     path.write_text(json.dumps(config), encoding="utf-8")
-    command = [sys.executable, str(REPOSITORY / "eval.py"), str(path), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    return scripts.run([str(REPOSITORY / "eval.py"), str(path), *flags], folder)
 
 
 def summary_in(folder: Path) -> Row:
@@ -464,8 +464,8 @@ def test_the_shipped_config_names_every_key_and_runs(tmp_path: Path) -> None:
     (tmp_path / "outputs" / "inference").mkdir(parents=True)
     rows = [{**row, "audio": "none.wav", "speaker": "x"} for row in ROWS]
     write_rows(tmp_path / "outputs" / "inference" / "hypotheses.jsonl", rows)
-    command = [sys.executable, str(REPOSITORY / "eval.py"), str(REPOSITORY / "eval.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    command = [str(REPOSITORY / "eval.py"), str(REPOSITORY / "eval.json")]
+    done = scripts.run_afresh(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "took defaults" not in done.stderr
     copy = tmp_path / "outputs" / "eval" / "eval.json"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scripts
 import torch
 from conftest import REPOSITORY
 from openai_layout import make_openai_whisper, openai_tokenizer
@@ -149,9 +150,7 @@ def check_that_eval_reads_them(folder: Path, variants: list[str]) -> None:
     ]
     path = folder / "eval.json"
     path.write_text(json.dumps(config))
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "eval.py"), str(path)], capture_output=True, text=True
-    )
+    done = scripts.run([str(REPOSITORY / "eval.py"), str(path)], folder)
     assert done.returncode == 0, done.stderr
     summary = json.loads((folder / "eval" / "summary.json").read_text())
     assert summary["utterances"] == CLIPS

@@ -371,7 +371,7 @@ def test_the_script_does_the_same(tmp_path: Path, folder: Path, run_script: RunS
     assert checked.returncode == 0, checked.stderr
     assert "all 6 sets of 2 of 4 layers" in checked.stderr
     assert not (tmp_path / "out").exists()
-    done = run_script("create_student_model", config, OMP_NUM_THREADS="1")
+    done = run_script("create_student_model", config)
     assert done.returncode == 0, done.stderr
     expected = create_student(settings(folder, tmp_path / "again"))
     for name in ("layer_scores.json", "layer_map.json", "model.safetensors"):

@@ -1,33 +1,27 @@
 """A training run that is killed, stopped or out of disk at any moment ends as if nothing had been.
 
-Each run is a process of its own, forked from one that has done the imports, which would cost more
-than the runs. The student has dropout, and each step draws timestamps, previous text and views: all
+The student has dropout, and each step draws timestamps, previous text and views: all
 of it must come back.
 """
 
 import json
-import multiprocessing
-import os
 import random
 import resource
-import sys
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scripts
 import soundfile
+from conftest import REPOSITORY
 from distilling import Setting, largest_difference, make_setting, weights_in, write_config
 from tiny import read_rows, write_rows
 
-import run_distillation
-from simpler_distil_whisper.run import run_script
-
 STEPS, CLIPS = 8, 10
-FORKS = multiprocessing.get_context("forkserver")
-DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +73,17 @@ def full_config(output: Path, setting: Setting, cached: bool, **changes: Any) ->
     return write_config(output, setting, **{**options, **changes})
 
 
-def run_as_script(path: Path, largest_file: int | None) -> None:
-    """Do what `python run_distillation.py config.json` does, its log in stderr.txt."""
-    multiprocessing.set_start_method("fork", force=True)  # as it is in a script, for its workers
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-    sys.argv = ["run_distillation.py", str(path)]
-    sys.stderr = path.with_name("stderr.txt").open("w")
-    prepare, work = run_distillation.prepare, run_distillation.work
-    sys.exit(run_script("run_distillation", None, run_distillation.Config, prepare, work))
-
-
 def start(path: Path, largest_file: int | None = None) -> BaseProcess:
-    process = FORKS.Process(target=run_as_script, args=(path, largest_file))
-    process.start()
-    return process
+    """Start `python run_distillation.py config.json`, its log in stderr.txt."""
+    log = path.with_name("stderr.txt")
+    log.unlink(missing_ok=True)
+    limit = partial(limit_files, largest_file) if largest_file is not None else None
+    command = [str(REPOSITORY / "run_distillation.py"), str(path)]
+    return scripts.start(command, path.parent, (log, log), limit)
+
+
+def limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def finish(path: Path, largest_file: int | None = None) -> tuple[int | None, str]:
@@ -101,12 +91,6 @@ def finish(path: Path, largest_file: int | None = None) -> tuple[int | None, str
     process = start(path, largest_file)
     process.join(timeout=300)
     return process.exitcode, path.with_name("stderr.txt").read_text()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports_done_once() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    FORKS.set_forkserver_preload(["simpler_distil_whisper.training.trainer", "pytest", *DRAWING])
 
 
 def logged_rows(folder: Path) -> list[dict[str, Any]]:
