@@ -102,7 +102,7 @@ def load_audio(
         if not math.isnan(sound.seconds):
             # Checked to avoid decoding hours of audio; the decoded length decides.
             check_length(_part_seconds(sound, *part), 0.0, max_seconds + TOLERANCE_SECONDS)
-        pieces = _read_mono(sound, part, channel, path)
+        pieces = _read_mono(sound, part, channel, path, max_seconds)
         if not math.isnan(sound.seconds):
             _part_seconds(sound, *part)
         if sound.remark:
@@ -175,9 +175,10 @@ def _opened(path: Path, *, thorough: bool) -> Iterator[Sound]:
 
 @np.errstate(all="ignore")  # of NaN and the like, which is rejected later
 def _read_mono(
-    sound: Sound, part: tuple[float, float | None], channel: str, path: Path
+    sound: Sound, part: tuple[float, float | None], channel: str, path: Path, max_seconds: float
 ) -> list[Block]:
     """Return the part as one channel: a rate and float32 [S] for each rate it was recorded in."""
+    seconds = 0.0
     loudness = _Loudness(sound.channels)
     blocks: list[Block] = []
     # The file is read in blocks, so that all channels of half an hour are never in memory at once.
@@ -189,10 +190,13 @@ def _read_mono(
         if index is None and samples.shape[1] == sound.channels > 1:
             loudness.add(samples, mono, rate)
         blocks.append((rate, mono))
+        seconds += len(mono) / rate
+        if math.isnan(sound.seconds) and seconds > max_seconds:  # days might fit into no memory
+            raise AudioError(f"too long: no end in {seconds:.3f} s, the maximum is {max_seconds:g}")
     if loudness.mean_is_unfit:
         name = channel_name(loudness.loudest)
         _log_once(path, f"its channels cancel, or one is silent: the louder one, {name}, is used")
-        return _read_mono(sound, part, name, path)
+        return _read_mono(sound, part, name, path, max_seconds)
     return [
         (rate, np.concatenate([mono for _, mono in group]))
         for rate, group in itertools.groupby(blocks, key=lambda block: block[0])

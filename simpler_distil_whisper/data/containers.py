@@ -1,7 +1,8 @@
 """What the structure of an audio file tells and libsndfile does not check.
 
 Files that were joined, cut off, or written by a recorder that never came to write the size. Owns
-the walk over chunks (WAV, AIFF, CAF), pages (Ogg) and frames (MP3). It decodes nothing.
+the walk over chunks (WAV, RF64, W64, AIFF, CAF), pages (Ogg), frames (MP3) and headers (AU). It
+decodes nothing.
 """
 
 import os
@@ -14,6 +15,8 @@ FEW_BYTES = 512  # behind the audio; nobody misses them
 MOST_CHUNKS = 10_000
 # What stands for the size where it is not known yet, as in a pipe, is about 2 or 4 gigabytes.
 UNKNOWN_SIZE = 2**31 - 2**16
+UNKNOWN_LONG_SIZE = 2**62  # where lengths have 64 bits
+IN_DS64 = 2**32 - 1  # the length of an RF64's audio, which stands in its chunk "ds64"
 FLAC_START = b"fLaC\x00\x00\x00\x22"  # with the header of the block that is always the first
 OGG_HEADER_BYTES, OGG_FIRST_PAGE = 27, 2
 BLOCK_BYTES = 2**20  # searched at once
@@ -24,6 +27,39 @@ MP3_BITRATES = (
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 )
 MP3_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+
+
+class Chunks(NamedTuple):
+    """How the chunks of a kind of file are written.
+
+    Attributes:
+        head: how many bytes are before the first chunk.
+        header: a chunk's name and length.
+        audio: the name of the chunk that holds the audio.
+        unknown: from this length on, it stands for one that is not known.
+        counted: how many bytes of its own header a length counts.
+        alignment: chunks begin at a multiple of it, mostly.
+    """
+
+    head: int
+    header: struct.Struct
+    audio: bytes
+    unknown: int = UNKNOWN_SIZE
+    counted: int = 0
+    alignment: int = 2
+
+
+CHUNKS = {
+    b"RIFF": Chunks(12, struct.Struct("<4sI"), b"data"),
+    b"RIFX": Chunks(12, struct.Struct(">4sI"), b"data"),
+    b"RF64": Chunks(12, struct.Struct("<4sI"), b"data", UNKNOWN_LONG_SIZE),
+    b"BW64": Chunks(12, struct.Struct("<4sI"), b"data", UNKNOWN_LONG_SIZE),
+    b"riff": Chunks(40, struct.Struct("<4s12xQ"), b"data", UNKNOWN_LONG_SIZE, 24, 8),  # W64
+    b"FORM": Chunks(12, struct.Struct(">4sI"), b"SSND"),
+    b"caff": Chunks(8, struct.Struct(">4sQ"), b"data", UNKNOWN_LONG_SIZE),
+}
+AU_HEADER_BYTES = 24  # at least
+AU_LAYOUTS = {b".snd": ">4sIII", b"dns.": "<4sIII"}  # name, length of the header, length, encoding
 
 
 class Structure(NamedTuple):
@@ -60,12 +96,10 @@ def read_structure(file: BinaryIO, *, thorough: bool) -> Structure:
         return _read_pages(file, size)
     if beginning[:4] == b"fLaC" and thorough:
         return _joined_at([0, *_positions(file, FLAC_START, 1)], size)
-    if beginning[:4] == b"RIFF":
-        return _read_chunks(file, size, "<4sI", b"data")
-    if beginning[:4] == b"FORM":
-        return _read_chunks(file, size, ">4sI", b"SSND")
-    if beginning[:4] == b"caff":
-        return _read_chunks(file, size, ">4sQ", b"data")
+    if beginning[:4] in CHUNKS:
+        return _read_chunks(file, size, beginning[:4])
+    if beginning[:4] in AU_LAYOUTS:
+        return _read_au(file, size, beginning[:4])
     if beginning[:3] == b"ID3" or beginning[:1] == b"\xff":
         return _read_mp3_frames(file, size)
     return Structure([(0, size)])
@@ -91,50 +125,63 @@ def _positions(file: BinaryIO, pattern: bytes, start: int) -> Iterator[int]:
         start += len(block) - overlap
 
 
-def _read_chunks(file: BinaryIO, size: int, layout: str, audio: bytes) -> Structure:
-    """Return the structure of a file of chunks, each with its name and its length.
-
-    Args:
-        file: the file.
-        size: of the file.
-        layout: of a chunk's name and length, for `struct`.
-        audio: the name of the chunk that holds the audio.
-    """
-    header = struct.Struct(layout)
-    magic = _read(file, 0, 4)
-    head = 8 if magic == b"caff" else 12
-    starts, position, audio_passed = [0], head, False
+def _read_chunks(file: BinaryIO, size: int, magic: bytes) -> Structure:
+    """Return the structure of a file of chunks, which begins with `magic`."""
+    kind, header = CHUNKS[magic], CHUNKS[magic].header
+    starts, position, audio_passed, long_length = [0], kind.head, False, IN_DS64
     for _ in range(MOST_CHUNKS):
         content = _read(file, position, header.size)
         if len(content) < header.size:
             break
         name, length = header.unpack(content)
+        length = max(length - kind.counted, 0)
         there = size - position - header.size
-        if name == audio:
+        if name == b"ds64":
+            long_length = int.from_bytes(_read(file, position + header.size + 8, 8), "little")
+        elif name == kind.audio:
             audio_passed = True
+            length = long_length if length == IN_DS64 else length
             if length > there:
-                known = length < UNKNOWN_SIZE and there > 0
+                known = length < kind.unknown and there > 0
                 return _joined_at(starts, size)._replace(shortage=length / there if known else 1.0)
             if length == 0 and there > FEW_BYTES:
                 return _joined_at(starts, size)._replace(understated=True)
         elif name == magic:  # the next file begins
             starts.append(position)
-            position, audio_passed = position + head, False
+            position, audio_passed = position + kind.head, False
             continue
         elif audio_passed and not _is_name(name):
             understated = there > FEW_BYTES
             return _joined_at(starts, size)._replace(understated=understated)
-        position = _next_chunk(file, min(position + header.size + length, size))
+        end = min(position + header.size + length, size)
+        position = _next_chunk(file, end, kind.alignment)
     return _joined_at(starts, size)
 
 
-def _next_chunk(file: BinaryIO, end: int) -> int:
-    """Return where the chunk after one that ends there begins: at an even offset, mostly."""
-    return end + 1 if end % 2 and not _is_name(_read(file, end, 4)) else end
+def _next_chunk(file: BinaryIO, end: int, alignment: int) -> int:
+    """Return where the chunk after one that ends there begins."""
+    return end if _is_name(_read(file, end, 4)) else end + -end % alignment
 
 
 def _is_name(name: bytes) -> bool:
     return len(name) == 4 and all(32 <= letter < 127 for letter in name)
+
+
+def _read_au(file: BinaryIO, size: int, magic: bytes) -> Structure:
+    """Return the structure of an AU file, which has one header and its audio; or of several."""
+    starts = [0]
+    while True:
+        header = _read(file, starts[-1], 16).ljust(16, b"\0")
+        _, offset, length, _ = struct.unpack(AU_LAYOUTS[magic], header)
+        offset = max(offset, AU_HEADER_BYTES)
+        there = size - starts[-1] - offset
+        if length >= there:
+            known = length < UNKNOWN_SIZE and there > 0
+            return _joined_at(starts, size)._replace(shortage=length / there if known else 1.0)
+        end = starts[-1] + offset + length
+        if _read(file, end, 4) != magic:
+            return _joined_at(starts, size)._replace(understated=size - end > FEW_BYTES)
+        starts.append(end)
 
 
 def _read_pages(file: BinaryIO, size: int) -> Structure:

@@ -8,7 +8,6 @@ import contextlib
 import io
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
 
@@ -34,7 +33,10 @@ FFMPEG_FORMATS = "aac,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,matroska,
 FFMPEG_FORMATS += "mpeg,mpegts,ogg,tta,w64,wav,wv"
 # In these the header promises a length; of others, FFmpeg estimates it by the bit rate.
 PROMISING_FORMATS = {"asf", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
-UNDERSTATED = "its header counts less than it holds, all of which is used"
+# These FFmpeg reads to their end, whatever length the header tells.
+READ_TO_THE_END = {"au", "wav"}
+COUNTS_LESS = "its header counts less than it holds"
+UNDERSTATED = f"{COUNTS_LESS}, all of which is used"
 
 Block = tuple[int, np.ndarray]  # the sample rate, float32 [S, C]
 
@@ -93,7 +95,7 @@ def open_sound(file: BinaryIO, name: str, *, thorough: bool) -> Sound:
     if len(structure.parts) > 1:
         return _JoinedSounds(file, structure.parts)
     if structure.understated:
-        return _FfmpegSound(file, structure, remark=UNDERSTATED)
+        return _FfmpegSound(file, structure, COUNTS_LESS, UNDERSTATED)
     try:
         sound = _LibsndfileSound(file, name, structure)
     except UNREADABLE_ERRORS as error:
@@ -137,8 +139,6 @@ class _LibsndfileSound:
         self.is_trusted = self._file.frames < MOST_FRAMES
         if structure.shortage > 1:
             self._promise(self.seconds * structure.shortage)
-        elif self._file.format in ("AU", "W64", "RF64"):
-            self._promise(self.seconds * _logged_shortage(self._file.extra_info))
         elif self._file.format == "MP3" and structure.frame_seconds is not None:
             self._compare_frames(structure.frame_seconds, structure.frames_promised)
 
@@ -214,12 +214,6 @@ def _open_with_libsndfile(file: BinaryIO, ending: str) -> soundfile.SoundFile:
     # By its descriptor libsndfile reads much faster than through Python, from where that stands.
     os.lseek(file.fileno(), 0, os.SEEK_SET)
     return soundfile.SoundFile(file.fileno(), closefd=False, **headerless)
-
-
-def _logged_shortage(info: str) -> float:
-    """Return how many times what is there the header promises, by the log of libsndfile."""
-    sizes = re.search(r": (\d+) \(should be (\d+)\)", info)
-    return int(sizes[1]) / max(int(sizes[2]), 1) if sizes else 1.0
 
 
 class _JoinedSounds:
@@ -321,6 +315,8 @@ class _FfmpegSound:
             options["ignore_length"] = "1"
         try:
             with av.open(file, options=options, metadata_errors="replace") as container:
+                if self._structure.understated and container.format.name not in READ_TO_THE_END:
+                    raise DecodingError(COUNTS_LESS)
                 stream = container.streams.best("audio")
                 if stream is None:
                     raise DecodingError("no audio in it")
