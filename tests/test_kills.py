@@ -19,6 +19,7 @@ from killing import Death, operations, run
 from tiny import make_corpus, read_rows, write_rows
 
 ROWS = 60
+KILLS = int(os.environ.get("SDW_KILLS", "200"))  # over all scripts
 RESULTS = ("pseudo_labels.jsonl", "rejected.jsonl")
 TELLING_TIME = {"log.txt", "run_info.json", "speed.json", "metrics.jsonl", "exports.json"}
 TELLING_TIME |= {"exports.md", "training_curves.png", "README.md", "distillation.json"}
@@ -123,10 +124,10 @@ def results(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("total", [24, pytest.param(KILLS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", FINISHED)
 def test_a_script_killed_at_any_operation_ends_as_if_it_had_not_been(
-    script: str, folder: Path
+    script: str, total: int, folder: Path
 ) -> None:
     """Until it has ended, no half-written file has the name of a finished one."""
     shutil.rmtree(folder / "out", ignore_errors=True)
@@ -136,7 +137,7 @@ def test_a_script_killed_at_any_operation_ends_as_if_it_had_not_been(
     assert set(names) <= whole.keys()
     largest = max(map(len, whole.values()))
     shutil.rmtree(folder / "out")
-    kills = int(os.environ.get("SDW_KILLS", "60")) // len(FINISHED)
+    kills = total // len(FINISHED)
     deaths = [Death(operation=1 + number * last // kills) for number in range(kills)]
     for number in range(2, kills, 4):
         deaths[number] = Death(size=random.Random(number).randrange(largest))
