@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from killing import Death, operations, prepare_forks, run
+from killing import Death, operations, run
 from tiny import make_corpus, make_model_folder, read_rows, write_rows
 
 from offline_inference import Config
@@ -149,7 +149,6 @@ ROWS = 60
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 rows of which some are bad, and a model for both scripts."""
     folder = tmp_path_factory.mktemp("shards")
-    prepare_forks()
     make_model_folder(folder / "model", languages=["en", "zh"], talkative=True, seed=53)
     rows = read_rows(make_corpus(folder, ROWS))
     for row in rows[7:50:20]:
