@@ -153,7 +153,7 @@ def test_a_script_killed_at_any_operation_ends_as_if_it_had_not_been(
         assert run(script, folder) == 0, output(folder)
         assert results(folder) == whole, deaths[chain::chains]
         shutil.rmtree(folder / "out")
-    assert killed > kills / 2
+    assert killed >= kills / 2
     print(f"\n{script}: killed {killed} times, at {last} operations")
 
 
