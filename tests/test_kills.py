@@ -185,6 +185,11 @@ def test_a_run_killed_while_it_imports_or_works_writes_the_same_bytes(
 def test_processes_whose_launcher_was_killed_end_and_leave_their_rows(folder: Path) -> None:
     """Their launcher can tell them nothing; the next start is refused as long as they work."""
     shutil.rmtree(folder / "out", ignore_errors=True)
+    path = folder / "run_pseudo_labelling.json"
+    usual = path.read_text()
+    config = json.loads(usual)
+    config["decoding"] |= {"batch_size": 1, "max_new_tokens": 200}  # much is left to do at the kill
+    path.write_text(json.dumps(config))
     process = start(folder, 2)
     launched = psutil.Process(process.pid)
     parts = folder / "out/parts"
@@ -201,3 +206,4 @@ def test_processes_whose_launcher_was_killed_end_and_leave_their_rows(folder: Pa
     assert not (folder / "out" / RESULTS[0]).exists()
     assert start(folder, 1).wait(timeout=600) == 0
     assert len(read_rows(folder / "out" / RESULTS[0])) == ROWS - 3
+    path.write_text(usual)
