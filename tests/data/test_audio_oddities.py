@@ -251,6 +251,21 @@ def test_a_few_extreme_samples_are_damage(tmp_path: Path) -> None:
             load_audio(path)
 
 
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001, 2**31 - 1])
+def test_a_rate_that_no_recorder_has_is_damage(tmp_path: Path, rate: int) -> None:
+    path = tmp_path / "x.wav"
+    soundfile.write(path, sound(0.01), rate)
+    with pytest.raises(AudioError, match=f"by its header, it has {rate} samples in a second"):
+        load_audio(path)
+
+
+def test_what_is_shorter_than_a_sample_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    soundfile.write(path, [0.5], 48_000)
+    with pytest.raises(AudioError, match="empty: it is shorter than a sample at 16 kHz"):
+        load_audio(path)
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
