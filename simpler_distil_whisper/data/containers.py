@@ -60,6 +60,7 @@ CHUNKS = {
 }
 AU_HEADER_BYTES = 24  # at least
 AU_LAYOUTS = {b".snd": ">4sIII", b"dns.": "<4sIII"}  # name, length of the header, length, encoding
+OTHER_STARTS = {b"fLaC", b"OggS", *CHUNKS, *AU_LAYOUTS}  # of files, whatever they begin with
 
 
 class Structure(NamedTuple):
@@ -150,6 +151,8 @@ def _read_chunks(file: BinaryIO, size: int, magic: bytes) -> Structure:
             starts.append(position)
             position, audio_passed = position + kind.head, False
             continue
+        elif audio_passed and name in OTHER_STARTS:
+            return _joined_at([*starts, position], size)
         elif audio_passed and not _is_name(name):
             understated = there > FEW_BYTES
             return _joined_at(starts, size)._replace(understated=understated)

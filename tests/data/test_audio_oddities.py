@@ -151,6 +151,12 @@ def test_audio_of_unknown_length_is_decoded_no_further_than_it_may_be_long(tmp_p
 KINDS = ["WAV", "RF64", "W64", "FLAC", "OGG", "AIFF", "AU", "CAF", "MP3"]
 
 
+@pytest.mark.parametrize("kind", ["FLAC", "OGG", "AIFF", "AU"])
+def test_all_of_files_of_two_kinds_is_used(tmp_path: Path, kind: str) -> None:
+    path = put(tmp_path, "joined.wav", encoded("WAV") * 2 + encoded(kind))
+    assert len(load_audio(path)) / RATE == pytest.approx(6.0, abs=0.001)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_of_joined_files_is_used(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
