@@ -155,17 +155,12 @@ def _padded(
 
 
 def _decode_short(transcriber: Transcriber, batches: Sequence[Batch]) -> list[list[int]]:
-    """Return the token ids of each clip; those of equal encoder positions are decoded together."""
+    """Return the token ids of each clip, whose encoder is given the clip alone."""
     tokens: list[list[int]] = []
     for features, languages, seconds in batches:
-        positions = np.array([transcriber.encoder_positions(length) for length in seconds])
-        own: dict[int, list[int]] = {}
-        for count in np.unique(positions).tolist():
-            rows = np.flatnonzero(positions == count).tolist()
-            states = transcriber.encode(features[rows], count)
-            hypotheses = transcriber.from_encoder_states(states, [languages[row] for row in rows])
-            own |= {row: list(each.token_ids) for row, each in zip(rows, hypotheses, strict=True)}
-        tokens += [own[row] for row in range(len(seconds))]
+        states = transcriber.encode(features, [transcriber.encoder_positions(s) for s in seconds])
+        hypotheses = transcriber.from_encoder_states(states, languages)
+        tokens += [list(hypothesis.token_ids) for hypothesis in hypotheses]
     return tokens
 
 

@@ -26,6 +26,7 @@ class KeyValueCache:
         own: float [layers, 2, R, H, capacity, D/H]: self-attention keys and values of the tokens
             so far.
         cross: float [layers, 2, U, H, E, D/H]: cross-attention keys and values.
+        hidden: float [U, 1, 1, E]: minus infinity for states that are padding; None: none is.
         lengths: int64 [R]: how many tokens each row has; memory behind them is overwritten.
         longest: the greatest of the lengths.
         even: whether all lengths are the same.
@@ -33,6 +34,7 @@ class KeyValueCache:
 
     own: Tensor
     cross: Tensor
+    hidden: Tensor | None
     lengths: Tensor
     longest: int
     even: bool
@@ -61,6 +63,8 @@ class KeyValueCache:
         here, there = places[moved], order[moved]
         self.cross[:, :, here] = self.cross[:, :, there]
         self.cross = self.cross[:, :, : len(order)]
+        if self.hidden is not None:
+            self.hidden = self.hidden[order]
         if beams > 1:
             offsets = torch.arange(beams, device=order.device)
             here = (here[:, None] * beams + offsets).flatten()
@@ -125,11 +129,17 @@ class CachedDecoder:
         """Return a cache with the cross-attention keys and values of some utterances, and no token.
 
         Args:
-            states: float [U, E, D]: encoder states.
+            states: float [U, E, D]: encoder states; NaN behind those of an utterance that has fewer
+                than others.
             capacity: the most tokens that a row can have, its prompt included.
             uneven: whether the rows will come to have different lengths.
         """
         count, positions, _ = states.shape
+        padding, hidden = states[..., 0].isnan(), None
+        if padding.any():
+            states = states.masked_fill(padding[..., None], 0.0)
+            hidden = states.new_zeros(count, 1, 1, positions)
+            hidden.masked_fill_(padding[:, None, None], -torch.inf)
         shape = (count, positions, 2, self.heads, self.head_width)
         first = functional.linear(states, *self._cross[0])
         cross = first.new_empty(len(self._layers), 2, count, self.heads, positions, self.head_width)
@@ -140,7 +150,7 @@ class CachedDecoder:
         if uneven:  # What a shorter row has not written is multiplied by its attention of zero.
             own.zero_()
         lengths = torch.zeros(count, dtype=torch.int64, device=states.device)
-        return KeyValueCache(own, cross, lengths, longest=0, even=True)
+        return KeyValueCache(own, cross, hidden, lengths, longest=0, even=True)
 
     def read(self, ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Return float [R, L, D]: decoder states of the next tokens of each row.
@@ -209,7 +219,8 @@ class CachedDecoder:
         keys, values = cache.cross[number]
         queries = self._layers[number].encoder_attn.q_proj(normed)
         queries = queries.view(len(keys), -1, self.heads, self.head_width).transpose(1, 2)
-        return _joined(self._attend(queries, keys, values, None)).view(rows, count, width)
+        output = self._attend(queries, keys, values, cache.hidden)
+        return _joined(output).view(rows, count, width)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Return float [R, H, L, D/H]: scaled dot-product attention."""

@@ -6,7 +6,7 @@ decoded at once, and merged by `chunks.py`. A single window is up to `transcribe
 of a recording up to `data/features.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
@@ -150,9 +150,7 @@ def _note_speech(
             ]
         if recording.language is None:
             unknown.append((recording, round(spans[0].start_seconds * rate) if spans else 0))
-    # With an audio context, windows differ in length: each then stands alone.
-    alike = 1 if transcriber.audio_context else transcriber.room.rows
-    for group in in_batches(unknown, alike):
+    for group in in_batches(unknown, transcriber.room.rows):
         languages = transcriber.detect_languages(_encode_windows(transcriber, group))
         for (recording, _), language in zip(group, languages, strict=True):
             recording.language = language
@@ -162,9 +160,7 @@ def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recordi
     """Decode window after window of each recording, a batch of recordings at a time."""
     waiting = _with_more(recordings)
     while waiting:
-        positions = _positions(transcriber, waiting[0], waiting[0].seek)
-        alike = [r for r in waiting if _positions(transcriber, r, r.seek) == positions]
-        group = alike[: transcriber.room.rows]
+        group = waiting[: transcriber.room.rows]
         windows = [(recording, recording.seek) for recording in group]
         contexts = [recording.context for recording in group]
         states = _encode_windows(transcriber, windows)
@@ -187,26 +183,15 @@ def _with_more(recordings: Sequence[_Recording]) -> list[_Recording]:
 
 
 def _encode_windows(transcriber: Transcriber, windows: Sequence[_Window]) -> Tensor:
-    """Return float [B, E, D]: the encoder states of some windows, of as many positions each."""
+    """Return float [B, E, D]: the encoder states of some windows."""
     size = _window_frames(transcriber)
     features = []
     for recording, start in windows:
         window = recording.features[:, start : start + size]
         # openai/whisper pads the last window with zeros, although they are not silence.
         features.append(functional.pad(window, (0, size - window.shape[1])))
-    return transcriber.encode(torch.stack(features), _positions(transcriber, *windows[0]))
-
-
-def _batches_alike(
-    transcriber: Transcriber, recordings: Sequence[_Recording], places: Sequence[tuple[int, int]]
-) -> Iterator[Sequence[tuple[int, int]]]:
-    """Yield batches of places, a recording and a frame each, whose windows have equal positions."""
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for number, start in places:
-        positions = _positions(transcriber, recordings[number], start)
-        groups.setdefault(positions, []).append((number, start))
-    for alike in groups.values():
-        yield from in_batches(alike, transcriber.room.rows)
+    positions = [_positions(transcriber, *window) for window in windows]
+    return transcriber.encode(torch.stack(features), positions)
 
 
 def _positions(transcriber: Transcriber, recording: _Recording, start: int) -> int:
@@ -350,7 +335,7 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
     ]
     hypotheses: dict[tuple[int, int], Hypothesis] = {}
     timed: dict[tuple[int, int], list[TimedToken]] = {}
-    for group in _batches_alike(transcriber, recordings, with_speech):
+    for group in in_batches(with_speech, transcriber.room.rows):
         windows = [(recordings[number], start) for number, start in group]
         states = _encode_windows(transcriber, windows)
         results = _decode_windows(transcriber, windows, states)

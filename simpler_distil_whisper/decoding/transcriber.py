@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
@@ -126,17 +126,34 @@ class Transcriber:
         return self.audio_context.positions(seconds, window) if self.audio_context else window
 
     @torch.inference_mode()
-    def encode(self, features: Tensor, positions: int | None = None) -> Tensor:
+    def encode(self, features: Tensor, positions: Sequence[int] | None = None) -> Tensor:
         """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T].
 
-        If the assistant has an encoder of its own, its states stand behind them: [B, E, D + D'].
+        Rows that are given as many positions are encoded together, so none is padded before it is
+        encoded. If the assistant has an encoder of its own, its states stand behind them:
+        [B, E, D + D'].
 
         Args:
             features: log-mels.
-            positions: E, of all of them; None: those of the whole window.
+            positions: of each row; E is the most of them, and the states of other rows end in NaN
+                (`CachedDecoder.start`). None: those of the whole window, for all.
         """
-        if positions is not None:
-            features = features[..., : FRAMES_PER_POSITION * positions]
+        if positions is None:
+            return self._encode(features)
+        encoded: dict[int, Tensor] = {}
+        for count in sorted(set(positions)):
+            rows = [row for row, own in enumerate(positions) if own == count]
+            states = self._encode(features[rows][..., : FRAMES_PER_POSITION * count])
+            if len(rows) == len(positions):
+                return states
+            encoded |= zip(rows, states, strict=True)
+        return nn.utils.rnn.pad_sequence(
+            [encoded[row] for row in range(len(positions))],
+            batch_first=True,
+            padding_value=torch.nan,
+        )
+
+    def _encode(self, features: Tensor) -> Tensor:
         states = self.whisper.encode(features)
         if self.assistant is not None and self.assistant.own_encoder:
             states = torch.cat([states, self.assistant.student.encode(features)], dim=-1)

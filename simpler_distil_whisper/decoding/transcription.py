@@ -7,7 +7,7 @@ scripts.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -348,26 +348,18 @@ def transcribe_batch(
 def _transcribe_short(
     transcriber: Transcriber, cache: EncoderStateCache | None, batch: SpeechBatch
 ) -> list[Hypothesis]:
-    """Return one hypothesis for each utterance of a batch that fits into the window.
-
-    Those whose audio is given as many encoder positions are decoded together.
-    """
-    groups: dict[int, list[int]] = {}
-    for row, seconds in enumerate(batch.seconds[: batch.short_form_count]):
-        groups.setdefault(transcriber.encoder_positions(seconds), []).append(row)
-    hypotheses: dict[int, Hypothesis] = {}
-    for positions, rows in groups.items():
-        utterances = [batch.utterances[row] for row in rows]
-        states = _encoder_states(batch, cache, transcriber, rows, positions)
-        own = transcriber.from_encoder_states(
-            states,
-            [utterance.language for utterance in utterances],
-            keys=[utterance.number for utterance in utterances],
-        )
-        if transcriber.aligner:
-            own = transcriber.with_words(states, own, [batch.seconds[row] for row in rows])
-        hypotheses |= zip(rows, own, strict=True)
-    return [hypotheses[row] for row in range(batch.short_form_count)]
+    """Return one hypothesis for each utterance of a batch that fits into the window."""
+    utterances = batch.utterances[: batch.short_form_count]
+    seconds = batch.seconds[: batch.short_form_count]
+    states = _encoder_states(batch, cache, transcriber, seconds)
+    hypotheses = transcriber.from_encoder_states(
+        states,
+        [utterance.language for utterance in utterances],
+        keys=[utterance.number for utterance in utterances],
+    )
+    return (
+        transcriber.with_words(states, hypotheses, seconds) if transcriber.aligner else hypotheses
+    )
 
 
 def _with_segments(hypothesis: Hypothesis, seconds: float) -> Hypothesis:
@@ -381,18 +373,16 @@ def _encoder_states(
     batch: SpeechBatch,
     cache: EncoderStateCache | None,
     transcriber: Transcriber,
-    rows: list[int],
-    positions: int,
+    seconds: Sequence[float],
 ) -> torch.Tensor:
-    """Return float [U, E, D]: the states of some utterances of a batch, of `positions` positions.
+    """Return float [U, E, D]: the states of utterances of so many seconds, as `encode` does.
 
-    With a cache, which keeps those of whole windows, they are the states of the whole batch; those
-    that it lacks are stored in it.
+    A cache keeps those of whole windows; those that it lacks are stored in it.
     """
     model, features = transcriber.whisper.model, batch.input_features
     if cache is None:
         assert features is not None, "without a cache there are log-mels of all utterances"
-        return transcriber.encode(features[rows], positions)
+        return transcriber.encode(features, [transcriber.encoder_positions(s) for s in seconds])
     assert batch.cached is not None, "the reader has the cache too"
     assert transcriber.audio_context is None, "the cache keeps the states of whole windows"
     missing = torch.empty(0) if features is None else features

@@ -121,7 +121,7 @@ def test_an_export_can_be_given_the_clip_alone_as_documented(
     whisper = load_whisper(read_model_folder(DEMO / "teacher", None, "model"), "float32")
     short = Transcriber(whisper, DecodingOptions(), audio_context=AudioContext(0.3))
     states = short.encode(
-        log_mel([waveform], whisper.feature_extractor), math.ceil(seconds + 0.3) * 50
+        log_mel([waveform], whisper.feature_extractor), [math.ceil(seconds + 0.3) * 50]
     )
     whole = Transcriber(whisper, DecodingOptions()).encode(
         log_mel([waveform], whisper.feature_extractor)
