@@ -28,7 +28,14 @@ from transformers import AutoConfig, WhisperFeatureExtractor
 from benchmarks import machine
 from benchmarks.decoding import Contestant, measure_rounds
 from benchmarks.floor import bare_products, matrix_products
-from benchmarks.systems import Model, System, Unavailable, all_systems
+from benchmarks.systems import (
+    CTRANSLATE2,
+    OURS,
+    Model,
+    System,
+    Unavailable,
+    all_systems,
+)
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
@@ -37,7 +44,7 @@ from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries
 
 BATCH_SIZE = 16
-ROWS_OF_A_LENGTH = 4
+ROWS_OF_A_LENGTH = 2
 SHORT = "this decoder float32, the clip alone"
 BARE = "bare matrix products float32, the clip alone"
 CPU = torch.device("cpu")
@@ -109,13 +116,21 @@ def _batch(
     return Batch(log_mel(waveforms, extractor), [language] * len(waveforms), seconds)
 
 
-def _contestants(options: argparse.Namespace, batches: Sequence[Batch]) -> list[Contestant]:
-    """Return every system with the student and with the teacher, warmed up; ours comes first."""
+def _contestants(
+    options: argparse.Namespace, batches: Sequence[Batch], kinds: Sequence[str] = ()
+) -> list[Contestant]:
+    """Return systems with the student and with the teacher, warmed up; ours comes first.
+
+    Args:
+        options: of the command.
+        batches: what is decoded.
+        kinds: of the systems; empty: all.
+    """
     runs: dict[str, Callable[[], list[list[int]]]] = {
         f"student: {SHORT}": functools.partial(_decode_short, _transcriber(options), batches)
     }
     for role, folder in (("student", options.student), ("teacher", options.teacher)):
-        for system in _padding_systems():
+        for system in _padding_systems(kinds):
             try:
                 run = _padded(system, Model(folder, CPU, 224, options.threads), batches)
             except Unavailable as reason:
@@ -137,13 +152,14 @@ def _transcriber(options: argparse.Namespace) -> Transcriber:
     return Transcriber(whisper, decoding, audio_context=whisper.audio_context)
 
 
-def _padding_systems() -> list[System]:
+def _padding_systems(kinds: Sequence[str]) -> list[System]:
     return [
         system
         for system in all_systems(CPU, (BATCH_SIZE,))
         if system.batch_size == BATCH_SIZE
         and system.dtype in ("float32", "int8")
         and system.setting != "eager"
+        and (not kinds or system.kind in kinds)
     ]
 
 
@@ -197,7 +213,7 @@ def _measure_lengths(
         starts = [row * len(speech) // ROWS_OF_A_LENGTH for row in range(ROWS_OF_A_LENGTH)]
         cut = [np.roll(speech, -start)[:samples] for start in starts]
         batch = _batch(cut, language, extractor)
-        contestants = _contestants(options, [batch])
+        contestants = _contestants(options, [batch], (OURS, CTRANSLATE2))
         contestants.append(_floor(contestants[0], options.student, seconds))
         measure_rounds(contestants, options.rounds, CPU)
         for contestant in contestants:
