@@ -12,7 +12,7 @@ texts differ from the model's keeps this name, and the run ends with exit code 3
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from pydantic import Field, field_validator
 
@@ -23,7 +23,7 @@ from simpler_distil_whisper.atomic import (
     remove_own,
     write_atomically,
 )
-from simpler_distil_whisper.config import ConfigError, PositiveInt, Ratio, StrictModel
+from simpler_distil_whisper.config import PositiveInt, Ratio, StrictModel
 from simpler_distil_whisper.data.manifest import (
     Columns,
     Manifest,
@@ -34,10 +34,11 @@ from simpler_distil_whisper.data.manifest import (
 )
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.export.targets import (
+    PROGRAMS,
     Format,
     refuse_missing_packages,
+    refuse_unsuitable,
     why_not_faster_whisper,
-    why_not_openai,
 )
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions, FolderOptions, Task, whisper_code
@@ -59,7 +60,11 @@ Quantization = Literal[
     "int16",
 ]
 
-OPENAI_QUANTIZATIONS = ("float32", "float16")
+QUANTIZATIONS: dict[Format, tuple[str, ...]] = {
+    "ctranslate2": get_args(Quantization),
+    "openai": ("float32", "float16"),
+    "ggml": ("float16",),  # on a CPU, whisper.cpp 1.8.5 aborts where convolutions are in float32
+}
 ORIGINAL = "original"  # the name of the model itself in tables
 
 
@@ -74,10 +79,11 @@ class Variant(StrictModel):
 
     format: Format = Field(
         description="ctranslate2: a folder for faster-whisper and CTranslate2; openai: a model.pt "
-        "for openai-whisper, with the same weights as safetensors beside it."
+        "for openai-whisper, with the same weights as safetensors beside it; ggml: a "
+        "ggml-model.bin for whisper.cpp."
     )
     quantization: Quantization = Field(
-        description="What the weights are stored in; openai: float32 or float16."
+        description="What the weights are stored in; openai: float32 or float16; ggml: float16."
     )
 
     @property
@@ -128,9 +134,12 @@ class Config(StrictModel):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"these stand twice: {', '.join(twice)}")
         for variant in variants:
-            if variant.format == "openai" and variant.quantization not in OPENAI_QUANTIZATIONS:
-                known = " or ".join(OPENAI_QUANTIZATIONS)
-                raise ValueError(f"openai-whisper takes {known}, not {variant.quantization}")
+            known = QUANTIZATIONS[variant.format]
+            if variant.quantization not in known:
+                program = PROGRAMS[variant.format]
+                raise ValueError(
+                    f"{program} takes {' or '.join(known)}, not {variant.quantization}"
+                )
         return variants
 
 
@@ -154,11 +163,7 @@ def prepare(config: Config) -> Prepared:
     formats = dict.fromkeys(variant.format for variant in config.variants)
     for format in formats:
         refuse_missing_packages(format)
-    if "openai" in formats and (reasons := list(why_not_openai(folder))):
-        raise ConfigError(
-            f"variants: {folder.path} cannot become a model of openai-whisper: "
-            + "; ".join(reasons)
-        )
+        refuse_unsuitable(format, folder)
     if "ctranslate2" in formats and (reason := why_not_faster_whisper(folder)):
         log.warning("What is exported is for CTranslate2 itself, not faster-whisper: %s", reason)
     manifest = read_manifest(
@@ -261,10 +266,14 @@ def write(
         write_ctranslate2,
         write_openai,
     )
+    from simpler_distil_whisper.export.ggml import ggml_system, write_ggml
 
     if variant.format == "openai":
         write_openai(whisper, "float16" if variant.quantization == "float16" else "float32", target)
         return openai_system(whisper, target, task)
+    if variant.format == "ggml":
+        write_ggml(whisper, target)
+        return ggml_system(whisper, target, task)
     write_ctranslate2(whisper, folder, variant.quantization, target)
     return ctranslate2_system(whisper, folder, target, task)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers.decoders import ByteLevel
+from torch import Tensor
 from torch.nn import functional
 
 from simpler_distil_whisper import __version__
@@ -24,7 +25,11 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.export.targets import FEWEST_MULTILINGUAL_TOKENS, why_not_faster_whisper
+from simpler_distil_whisper.export.targets import (
+    FEWEST_MULTILINGUAL_TOKENS,
+    openai_language_count,
+    why_not_faster_whisper,
+)
 from simpler_distil_whisper.export.verification import System, Transcript
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
@@ -36,7 +41,6 @@ from simpler_distil_whisper.model.whisper import (
     special_tokens,
 )
 
-OPENAI_TOKENS_BUT_LANGUAGES = 51_765  # one more where there are several languages
 OTHER_NAMES = {("<|nocaptions|>", "<|nospeech|>")}  # of tokens in Hugging Face's early folders
 
 OPENAI_NAMES = (  # transformers' name -> openai's, one after the other
@@ -136,7 +140,7 @@ def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task
         return transcripts
 
     return System(
-        _with_version("faster-whisper"),
+        with_version("faster-whisper"),
         model.model.compute_type,
         1,
         (target / "model.bin").stat().st_size,
@@ -156,7 +160,7 @@ def _faster_whisper_options(whisper: Whisper, task: Task) -> dict[str, Any]:
         "no_speech_threshold": None,
         "condition_on_previous_text": False,
         "suppress_tokens": suppressed_tokens(whisper),
-        "suppress_blank": _suppresses_blank(whisper),
+        "suppress_blank": suppresses_blank(whisper),
     }
 
 
@@ -181,7 +185,7 @@ def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:
             # It stops at half of this: the other half of a Whisper's positions is for the prompt.
             max_length=2 * transcriber.max_new_tokens,
             suppress_tokens=suppressed,
-            suppress_blank=_suppresses_blank(whisper),
+            suppress_blank=suppresses_blank(whisper),
         )
         sequences = [result.sequences_ids[0] for result in results]
         return [
@@ -190,7 +194,7 @@ def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:
         ]
 
     return System(
-        _with_version("ctranslate2"),
+        with_version("ctranslate2"),
         engine.compute_type,
         transcriber.batch_size,
         (target / "model.bin").stat().st_size,
@@ -201,10 +205,17 @@ def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:
 def write_openai(whisper: Whisper, quantization: Dtype, target: Path) -> None:
     """Write `model.pt`, which `whisper.load_model` takes, and the same as `model.safetensors`."""
     dtype = torch_dtype(quantization, torch.device("cpu"))
-    config, weights = whisper.model.config, whisper.model.state_dict()
-    weights.pop("proj_out.weight")  # it is the embedding of the tokens
-    named = {openai_name(key): value.to(dtype).contiguous() for key, value in weights.items()}
-    dims = {
+    weights, dims = openai_weights(whisper), openai_dimensions(whisper)
+    named = {name: value.to(dtype).contiguous() for name, value in weights.items()}
+    target.mkdir()
+    torch.save({"dims": dims, "model_state_dict": named}, target / "model.pt")
+    save_file(named, target / "model.safetensors", metadata={"dims": json.dumps(dims)})
+
+
+def openai_dimensions(whisper: Whisper) -> dict[str, int]:
+    """Return the sizes of a model by openai-whisper's names."""
+    config = whisper.model.config
+    return {
         "n_mels": config.num_mel_bins,
         "n_audio_ctx": config.max_source_positions,
         "n_audio_state": config.d_model,
@@ -216,9 +227,13 @@ def write_openai(whisper: Whisper, quantization: Dtype, target: Path) -> None:
         "n_text_head": config.decoder_attention_heads,
         "n_text_layer": config.decoder_layers,
     }
-    target.mkdir()
-    torch.save({"dims": dims, "model_state_dict": named}, target / "model.pt")
-    save_file(named, target / "model.safetensors", metadata={"dims": json.dumps(dims)})
+
+
+def openai_weights(whisper: Whisper) -> dict[str, Tensor]:
+    """Return the weights of a model by openai-whisper's names."""
+    weights = whisper.model.state_dict()
+    weights.pop("proj_out.weight")  # it is the embedding of the tokens
+    return {openai_name(name): weight for name, weight in weights.items()}
 
 
 def openai_name(name: str) -> str:
@@ -234,7 +249,7 @@ def check_openai_vocabulary(folder: ModelFolder) -> None:
 
     multilingual = folder.config["vocab_size"] >= FEWEST_MULTILINGUAL_TOKENS
     # It knows 100 languages; a vocabulary has as many as its size leaves room for.
-    languages = folder.config["vocab_size"] - OPENAI_TOKENS_BUT_LANGUAGES - multilingual
+    languages = openai_language_count(folder.config["vocab_size"])
     theirs = get_tokenizer(multilingual, num_languages=languages).encoding
     tokenizer, decoder = load_tokenizer(folder), ByteLevel()
     end = special_tokens(tokenizer, folder).end
@@ -258,7 +273,7 @@ def openai_system(whisper: Whisper, target: Path, task: Task) -> System:
         task=task,
         without_timestamps=True,
         suppress_tokens=suppressed_tokens(whisper),
-        suppress_blank=_suppresses_blank(whisper),
+        suppress_blank=suppresses_blank(whisper),
         fp16=False,
     )
 
@@ -277,7 +292,7 @@ def openai_system(whisper: Whisper, target: Path, task: Task) -> System:
         return transcripts
 
     weights = (target / "model.pt").stat().st_size
-    return System(_with_version("openai-whisper"), "float32", 1, weights, transcribe)
+    return System(with_version("openai-whisper"), "float32", 1, weights, transcribe)
 
 
 def suppressed_tokens(whisper: Whisper) -> list[int]:
@@ -286,9 +301,11 @@ def suppressed_tokens(whisper: Whisper) -> list[int]:
     return sorted({*whisper.tokens.control, *stated} - {whisper.tokens.end})
 
 
-def _suppresses_blank(whisper: Whisper) -> bool:
+def suppresses_blank(whisper: Whisper) -> bool:
+    """Return whether the text may neither be empty nor begin with a space alone."""
     return bool(whisper.model.generation_config.begin_suppress_tokens)
 
 
-def _with_version(package: str) -> str:
+def with_version(package: str) -> str:
+    """Return the name of an installed package with its version."""
     return f"{package} {importlib.metadata.version(package)}"

@@ -4,22 +4,31 @@ Owns the checks that cost nothing, so that a config that cannot work ends the co
 """
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder import LISTED, ModelFolder
 from simpler_distil_whisper.model.settings import read_added_words
+from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
-Format = Literal["ctranslate2", "openai"]
+Format = Literal["ctranslate2", "openai", "ggml"]
 
+PROGRAMS: dict[Format, str] = {
+    "ctranslate2": "CTranslate2",
+    "openai": "openai-whisper",
+    "ggml": "whisper.cpp",
+}
 REQUIRED_PACKAGES: dict[Format, tuple[str, ...]] = {
     "ctranslate2": ("ctranslate2", "faster-whisper"),
     "openai": ("openai-whisper",),
+    "ggml": ("pywhispercpp",),
 }
 OPENAI_WINDOW_SECONDS = 30
 OPENAI_VOCABULARIES = (51_864, 51_865, 51_866)  # English-only; multilingual; large-v3
 FEWEST_MULTILINGUAL_TOKENS = 51_865  # by which programs tell whether a model is multilingual
+OPENAI_TOKENS_BUT_LANGUAGES = 51_765  # one more where there are several languages
+OPENAI_TEXT_TOKENS = 50_256  # likewise
 
 
 def refuse_missing_packages(target: Format) -> None:
@@ -32,6 +41,17 @@ def refuse_missing_packages(target: Format) -> None:
                 f'variants: the format "{target}" is written and verified with {package}, which '
                 "is not installed: python -m pip install './[export]'"
             ) from None
+
+
+def refuse_unsuitable(target: Format, folder: ModelFolder) -> None:
+    """Raise ConfigError, with every reason, if the program of a format cannot take a model."""
+    checks: dict[Format, Callable[[ModelFolder], Iterator[str]]]
+    checks = {"openai": why_not_openai, "ggml": why_not_whisper_cpp}
+    if target in checks and (reasons := list(checks[target](folder))):
+        raise ConfigError(
+            f"variants: {folder.path} cannot become a model of {PROGRAMS[target]}: "
+            + "; ".join(reasons)
+        )
 
 
 def why_not_openai(folder: ModelFolder) -> Iterator[str]:
@@ -55,19 +75,51 @@ def why_not_openai(folder: ModelFolder) -> Iterator[str]:
             yield f"its {key} is {value}, there it is {expected}"
 
 
+def openai_language_count(vocab_size: int) -> int:
+    """Return how many languages a vocabulary of this size has, if it is one of OpenAI's."""
+    return vocab_size - OPENAI_TOKENS_BUT_LANGUAGES - (vocab_size >= FEWEST_MULTILINGUAL_TOKENS)
+
+
+def why_not_whisper_cpp(folder: ModelFolder) -> Iterator[str]:
+    """Yield each reason why whisper.cpp cannot take a model.
+
+    As much is fixed as in openai-whisper, but text tokens may be any: the file brings them along.
+    """
+    if reasons := list(why_not_openai(folder)):
+        yield from reasons
+        return
+    if reason := _taken_for_other(folder):
+        yield reason
+    size = folder.config["vocab_size"]
+    names = ["endoftext", "startoftranscript"]
+    names += list(WHISPER_LANGUAGES)[: openai_language_count(size)]
+    names += ["translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps"]
+    end = OPENAI_TEXT_TOKENS + (size >= FEWEST_MULTILINGUAL_TOKENS)
+    for id, name in enumerate(names, end):
+        if (actual := folder.vocabulary.get(f"<|{name}|>", id)) != id:
+            yield f"<|{name}|>, token {id} there, is its token {actual}"
+            return  # the others that follow are moved too
+
+
 def why_not_faster_whisper(folder: ModelFolder) -> str | None:
     """Return why faster-whisper cannot take a model that CTranslate2 itself can; None: it can."""
     if folder.window_seconds != OPENAI_WINDOW_SECONDS:
         return _other_window(folder)
-    size = folder.config["vocab_size"]
-    if (size >= FEWEST_MULTILINGUAL_TOKENS) != bool(folder.languages):
-        taken_for = "English-only" if folder.languages else "multilingual"
-        return f"a model with a vocabulary of {size} tokens is taken for {taken_for}"
+    if reason := _taken_for_other(folder):
+        return reason
     # It takes every token behind the end token for a special one.
     if words := read_added_words(folder.processor, folder.vocabulary["<|endoftext|>"]):
         named = ", ".join(words[:LISTED])
         return f"it would leave the words out that were added to the vocabulary: {named}"
     return None
+
+
+def _taken_for_other(folder: ModelFolder) -> str | None:
+    size = folder.config["vocab_size"]
+    if (size >= FEWEST_MULTILINGUAL_TOKENS) == bool(folder.languages):
+        return None
+    taken_for = "English-only" if folder.languages else "multilingual"
+    return f"a model with a vocabulary of {size} tokens is taken for {taken_for}"
 
 
 def _other_window(folder: ModelFolder) -> str:

@@ -1,8 +1,11 @@
 """Models in the layouts of other programs, and the texts that these programs get with them."""
 
 import dataclasses
+import difflib
 import json
 import math
+import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +26,7 @@ from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export import __main__ as export
-from simpler_distil_whisper.export import formats, targets
+from simpler_distil_whisper.export import formats, ggml, targets
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
@@ -128,17 +131,87 @@ def test_an_export_can_be_given_the_clip_alone_as_documented(
     )
     assert states.shape[1] < whole.shape[1]
     expected = short.from_encoder_states(states, ["zh"])[0].text
-
-    page = (REPOSITORY / "docs/audio-context.md").read_text(encoding="utf-8")
-    code = page.partition("```python\n")[2].partition("```")[0]
-    for documented, actual in {
-        "outputs/export/ctranslate2-int8": tmp_path / "out/ctranslate2-float32",
+    changes = {
+        "outputs/export/ctranslate2-int8": str(tmp_path / "out/ctranslate2-float32"),
         "clip.wav": read_rows(clips)[0]["audio"],
-    }.items():
+    }
+    assert run_snippet("audio-context.md", "ctranslate2", changes) == f"{expected}\n"
+
+
+def run_snippet(page: str, part: str, changes: dict[str, str]) -> str:
+    """Run the program of a page that has a part in it; return what it prints."""
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    programs = [piece.partition("```")[0] for piece in text.split("```python\n")[1:]]
+    [code] = [program for program in programs if part in program]
+    for documented, actual in changes.items():
         assert documented in code
-        code = code.replace(documented, str(actual))
+        code = code.replace(documented, actual)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == f"{expected}\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_whisper_cpp_gives_the_texts_also_of_the_clip_alone(
+    openai_whisper: Path, tmp_path: Path, run_export: RunExport
+) -> None:
+    """It rounds, and the choices of a random model are close: some tokens may be others."""
+    pytest.importorskip("pywhispercpp")
+    model = shutil.copytree(openai_whisper, tmp_path / "model")
+    options = json.loads((model / "generation_config.json").read_text())
+    options["suppress_tokens"] = None  # it takes no list of tokens
+    (model / "generation_config.json").write_text(json.dumps(options))
+    assert run_export(model, long_clips(tmp_path), "ggml-float16") == 0
+    ours, theirs = (
+        [
+            row["hypothesis"]
+            for row in read_rows(tmp_path / f"out/verification/{name}/hypotheses.jsonl")
+        ]
+        for name in ("original", "ggml-float16")
+    )
+    assert len(set(ours)) == 3, "all texts are the same, which proves nothing"
+    assert all(map(alike, ours, theirs)), (ours, theirs)
+
+    clip = write_tone(tmp_path / "short.wav", 3, seed=0)
+    whisper = load_whisper(read_model_folder(model, None, "model"))
+    short = Transcriber(whisper, DecodingOptions(), audio_context=AudioContext(0.3))
+    mels = log_mel([load_audio(clip)], whisper.feature_extractor)
+    alone, padded = (
+        short.from_encoder_states(short.encode(mels, positions), ["en"])[0].text
+        for positions in (short.encoder_positions(3), 1500)
+    )
+    assert not alike(alone, padded)
+    changes = {
+        "outputs/export": str(tmp_path / "out"),
+        "clip.wav": str(clip),
+        'language="zh"': 'language="en"',
+    }
+    assert alike(run_snippet("export.md", "audio_ctx", changes), alone)
+
+
+def alike(text: str, other: str) -> bool:
+    return difflib.SequenceMatcher(None, text.strip(), other.strip()).ratio() > 0.9
+
+
+def test_a_ggml_file_holds_sizes_filters_and_the_bytes_of_tokens(
+    openai_whisper: Path, tmp_path: Path
+) -> None:
+    openai = pytest.importorskip("whisper")
+    whisper = load_whisper(read_model_folder(openai_whisper, None, "model"))
+    ggml.write_ggml(whisper, tmp_path / "x")
+    with (tmp_path / "x" / "ggml-model.bin").open("rb") as file:
+
+        def integers(count: int) -> list[int]:
+            return list(struct.unpack(f"<{count}i", file.read(4 * count)))
+
+        assert file.read(4) == b"lmgg"
+        assert integers(11) == [51865, 1500, 16, 2, 2, 448, 16, 2, 2, 80, 1]
+        assert integers(2) == [80, 201]
+        filters = np.frombuffer(file.read(4 * 80 * 201), "<f4").reshape(80, 201)
+        np.testing.assert_allclose(filters, openai.audio.mel_filters("cpu", 80), atol=1e-6)
+        tokens = [file.read(length) for length in (integers(1)[0] for _ in range(integers(1)[0]))]
+    encoding = openai.tokenizer.get_tokenizer(True, num_languages=99).encoding
+    assert tokens == [encoding.decode_single_token_bytes(id) for id in range(50257)]
 
 
 def check_that_eval_reads_them(folder: Path, variants: list[str]) -> None:
@@ -284,16 +357,45 @@ def test_added_words_are_nothing_for_faster_whisper(openai_whisper: Path, tmp_pa
     assert reason == "it would leave the words out that were added to the vocabulary: 浴室"
 
 
-def test_a_model_that_openai_whisper_cannot_take_is_refused_before_any_work(
-    tmp_path: Path, run_export: RunExport, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("variant", "program"), [("openai-float32", "openai-whisper"), ("ggml-float16", "whisper.cpp")]
+)
+def test_a_model_that_a_program_cannot_take_is_refused_before_any_work(
+    variant: str,
+    program: str,
+    tmp_path: Path,
+    run_export: RunExport,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("whisper")
+    monkeypatch.setattr(targets, "REQUIRED_PACKAGES", dict.fromkeys(targets.REQUIRED_PACKAGES, ()))
     clips = demo_clips(tmp_path, 1)
-    assert run_export(DEMO / "teacher", clips, "openai-float32") == 2
+    assert run_export(DEMO / "teacher", clips, variant) == 2
     message = capsys.readouterr().err
+    assert f"cannot become a model of {program}: " in message
     assert "its window is 5 s, there it is 30 s" in message
     assert "its vocabulary has 1059 tokens; OpenAI's own, built in, 51864, 51865, 51866" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_whisper_cpp_counts_special_tokens_off_and_takes_any_text_tokens(
+    openai_whisper: Path,
+) -> None:
+    folder = read_model_folder(openai_whisper, None, "model")
+    assert list(targets.why_not_whisper_cpp(folder)) == []
+    ids = dict(folder.vocabulary)
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    other = dataclasses.replace(folder, vocabulary=ids)
+    assert list(targets.why_not_whisper_cpp(other)) == []
+    ids["<|de|>"], ids["<|zh|>"] = ids["<|zh|>"], ids["<|de|>"]
+    [reason] = targets.why_not_whisper_cpp(other)
+    assert reason == "<|zh|>, token 50260 there, is its token 50261"
+    one_language = dataclasses.replace(folder, languages=frozenset())
+    [reason] = targets.why_not_whisper_cpp(one_language)
+    assert reason == "a model with a vocabulary of 51865 tokens is taken for multilingual"
+    names = dataclasses.replace(folder, config={**folder.config, "vocab_size": 51_870})
+    [reason] = targets.why_not_whisper_cpp(names)
+    assert reason.startswith("its vocabulary has 51870 tokens")
 
 
 def test_another_vocabulary_of_the_same_size_is_refused(
@@ -333,6 +435,7 @@ def test_a_missing_program_is_named_with_the_way_to_install_it(
     ("variants", "complaint"),
     [
         (["openai-int8"], "openai-whisper takes float32 or float16, not int8"),
+        (["ggml-float32"], "whisper.cpp takes float16, not float32"),
         (["ctranslate2-int8", "ctranslate2-int8"], "these stand twice: ctranslate2-int8"),
         (["ctranslate2-int4"], "variants.0.quantization"),
         (["onnx-int8"], "variants.0.format"),
