@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from simpler_distil_whisper.config import (
     LONGEST_QUOTE,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Ratio,
@@ -129,7 +130,7 @@ class ManifestData(DataLimits):
         description="Of rows that name none: the mean of all channels, one of them, or each, which "
         'makes a row of each channel, with "-left" or "-right" added to its id.',
     )
-    shard: tuple[int, int] | Literal["auto"] | None = Field(
+    shard: tuple[NonNegativeInt, PositiveInt] | Literal["auto"] | None = Field(
         None,
         description="Which share of the rows this job does: [2, 8] is that of the third of eight "
         'jobs; "auto": that of the task of a job array, by SDW_SHARD (such as 2/8) or the '
