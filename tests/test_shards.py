@@ -60,8 +60,8 @@ def test_an_array_that_names_no_shard_is_refused(environment: dict[str, str], me
     ("value", "message"),
     [
         ("[4, 4]", "data.shard: [4, 4]: shards are counted from 0, so to 3"),
-        ("[-1, 4]", "data.shard: [-1, 4]: shards are counted from 0, so to 3"),
-        ("[0, 0]", "data.shard: [0, 0]: the second number"),
+        ("[-1, 4]", "data.shard.0: Input should be greater than or equal to 0, found -1"),
+        ("[0, 0]", "data.shard.1: Input should be greater than 0, found 0"),
         ("[0]", "data.shard"),
         ('"3/4"', "data.shard"),
         ('"auto"', 'data.shard: SDW_SHARD is "x"'),
