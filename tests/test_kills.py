@@ -19,7 +19,7 @@ from killing import Death, operations, run
 from tiny import make_corpus, read_rows, write_rows
 
 ROWS = 60
-KILLS = int(os.environ.get("SDW_KILLS", "200"))  # over all scripts
+KILLS = int(os.environ.get("SDW_KILLS", "96"))  # over all scripts
 RESULTS = ("pseudo_labels.jsonl", "rejected.jsonl")
 TELLING_TIME = {"log.txt", "run_info.json", "speed.json", "metrics.jsonl", "exports.json"}
 TELLING_TIME |= {"exports.md", "training_curves.png", "README.md", "distillation.json"}
