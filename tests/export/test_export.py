@@ -177,7 +177,7 @@ def test_whisper_cpp_gives_the_texts_also_of_the_clip_alone(
     short = Transcriber(whisper, DecodingOptions(), audio_context=AudioContext(0.3))
     mels = log_mel([load_audio(clip)], whisper.feature_extractor)
     alone, padded = (
-        short.from_encoder_states(short.encode(mels, positions), ["en"])[0].text
+        short.from_encoder_states(short.encode(mels, [positions]), ["en"])[0].text
         for positions in (short.encoder_positions(3), 1500)
     )
     assert not alike(alone, padded)
