@@ -357,9 +357,9 @@ def _transcribe_short(
         [utterance.language for utterance in utterances],
         keys=[utterance.number for utterance in utterances],
     )
-    return (
-        transcriber.with_words(states, hypotheses, seconds) if transcriber.aligner else hypotheses
-    )
+    if transcriber.aligner:
+        return transcriber.with_words(states, hypotheses, seconds)
+    return hypotheses
 
 
 def _with_segments(hypothesis: Hypothesis, seconds: float) -> Hypothesis:

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 from tokenizers.decoders import ByteLevel
 from torch import Tensor
-from torch.nn import functional
 
 from simpler_distil_whisper import __version__
 from simpler_distil_whisper.config import ConfigError
@@ -30,7 +29,7 @@ from simpler_distil_whisper.export.targets import (
     openai_language_count,
     why_not_faster_whisper,
 )
-from simpler_distil_whisper.export.verification import System, Transcript
+from simpler_distil_whisper.export.verification import System, TranscribeBatch, Transcript
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import DecodingOptions, Dtype, Task
@@ -125,27 +124,41 @@ def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task
     window = round(folder.window_seconds * SAMPLE_RATE)
     options = _faster_whisper_options(whisper, task)
 
-    def transcribe(
-        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
-    ) -> list[Transcript]:
-        transcripts = []
-        for waveform, language in zip(waveforms, languages, strict=True):
-            # It would fill the window with zeros of the log-mel, which are no silence.
-            padded = np.pad(waveform, (0, window - len(waveform)))
-            iterator, info = model.transcribe(padded, language=language, **options)
-            segments = list(iterator)
-            text = "".join(segment.text for segment in segments).strip()
-            tokens = sum(len(segment.tokens) for segment in segments)
-            transcripts.append(Transcript(text, info.language, tokens))
-        return transcripts
+    # It would fill the window with zeros of the log-mel, which are no silence.
+    def transcribe(padded: np.ndarray, language: str | None) -> Transcript:
+        iterator, info = model.transcribe(padded, language=language, **options)
+        segments = list(iterator)
+        text = "".join(segment.text for segment in segments).strip()
+        return Transcript(text, info.language, sum(len(segment.tokens) for segment in segments))
 
     return System(
         with_version("faster-whisper"),
         model.model.compute_type,
         1,
         (target / "model.bin").stat().st_size,
-        transcribe,
+        padded_one_by_one(window, transcribe),
     )
+
+
+def padded_one_by_one(
+    window: int, transcribe: Callable[[np.ndarray, str | None], Transcript]
+) -> TranscribeBatch:
+    """Return what transcribes a batch with a function of one clip and its language.
+
+    Args:
+        window: samples, to which each clip is padded with silence.
+        transcribe: takes a padded clip, float32 [window].
+    """
+
+    def transcribe_batch(
+        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
+    ) -> list[Transcript]:
+        return [
+            transcribe(np.pad(waveform, (0, window - len(waveform))), language)
+            for waveform, language in zip(waveforms, languages, strict=True)
+        ]
+
+    return transcribe_batch
 
 
 def _faster_whisper_options(whisper: Whisper, task: Task) -> dict[str, Any]:
@@ -277,22 +290,14 @@ def openai_system(whisper: Whisper, target: Path, task: Task) -> System:
         fp16=False,
     )
 
-    def transcribe(
-        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
-    ) -> list[Transcript]:
-        transcripts = []
-        for waveform, language in zip(waveforms, languages, strict=True):
-            samples = torch.from_numpy(waveform)
-            missing = openai.audio.N_SAMPLES - len(samples)
-            mel = openai.log_mel_spectrogram(
-                functional.pad(samples, (0, missing)), model.dims.n_mels
-            )
-            result = openai.decode(model, mel, dataclasses.replace(options, language=language))
-            transcripts.append(Transcript(result.text.strip(), result.language, len(result.tokens)))
-        return transcripts
+    def transcribe(padded: np.ndarray, language: str | None) -> Transcript:
+        mel = openai.log_mel_spectrogram(torch.from_numpy(padded), model.dims.n_mels)
+        result = openai.decode(model, mel, dataclasses.replace(options, language=language))
+        return Transcript(result.text.strip(), result.language, len(result.tokens))
 
     weights = (target / "model.pt").stat().st_size
-    return System(with_version("openai-whisper"), "float32", 1, weights, transcribe)
+    transcribe_batch = padded_one_by_one(openai.audio.N_SAMPLES, transcribe)
+    return System(with_version("openai-whisper"), "float32", 1, weights, transcribe_batch)
 
 
 def suppressed_tokens(whisper: Whisper) -> list[int]:

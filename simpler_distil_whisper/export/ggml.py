@@ -5,7 +5,6 @@ needed. Weights have openai-whisper's names there too; these are for `formats`.
 """
 
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.export.formats import (
     openai_dimensions,
     openai_weights,
+    padded_one_by_one,
     suppresses_blank,
     with_version,
 )
@@ -92,20 +92,15 @@ def ggml_system(whisper: Whisper, target: Path, task: Task) -> System:
         **_options(whisper, task),
     )
 
-    def transcribe(
-        waveforms: Sequence[np.ndarray], languages: Sequence[str | None]
-    ) -> list[Transcript]:
-        transcripts = []
-        for waveform, language in zip(waveforms, languages, strict=True):
-            padded = np.pad(waveform, (0, window - len(waveform)))
-            segments = model.transcribe(padded, language=language or "en")
-            text = "".join(segment.text for segment in segments).strip()
-            # How many it has decoded the package does not tell.
-            tokens = len(whisper.tokenizer.encode(text, add_special_tokens=False))
-            transcripts.append(Transcript(text, language or "en", tokens))
-        return transcripts
+    def transcribe(padded: np.ndarray, language: str | None) -> Transcript:
+        segments = model.transcribe(padded, language=language or "en")
+        text = "".join(segment.text for segment in segments).strip()
+        # How many it has decoded the package does not tell.
+        tokens = len(whisper.tokenizer.encode(text, add_special_tokens=False))
+        return Transcript(text, language or "en", tokens)
 
-    return System(with_version("pywhispercpp"), "float16", 1, path.stat().st_size, transcribe)
+    size, transcribe_batch = path.stat().st_size, padded_one_by_one(window, transcribe)
+    return System(with_version("pywhispercpp"), "float16", 1, size, transcribe_batch)
 
 
 def _options(whisper: Whisper, task: Task) -> dict[str, Any]:

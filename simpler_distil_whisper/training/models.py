@@ -245,14 +245,14 @@ class Teacher:
             batch: on the student's device, with all log-mels.
             cache: where they may be already.
         """
-        features = batch.input_features.to(self.device, self.dtype)
+        features, cached = batch.input_features, batch.cached_encoder_states
         # Not WhisperModel.forward, which may mask the features in place (SpecAugment).
-        encoder, cached = self.model.model.encoder, batch.cached_encoder_states
+        encoder = self.model.model.encoder
         with self.accelerator.autocast():
             if cache and cached:
-                missing = features[list(cached.missing)]
+                missing = features[list(cached.missing)].to(self.device, self.dtype)
                 return cache.complete(cached.to(self.device), missing, encoder)
-            states: Tensor = encoder(features).last_hidden_state
+            states: Tensor = encoder(features.to(self.device, self.dtype)).last_hidden_state
         return states
 
     @torch.no_grad()

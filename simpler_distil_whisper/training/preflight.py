@@ -101,9 +101,8 @@ def check_thoroughly(
     uncached, cached = time_steps(trainer, steps), None
     runs.restore()
     steps.caches.finish()
-    if (
-        steps.caches.encoder or steps.caches.decoder
-    ):  # the same steps, whose states the caches now hold
+    if steps.caches.encoder or steps.caches.decoder:
+        # The same steps, whose states the caches now hold.
         cached = time_steps(trainer, steps)
         runs.restore()
     log_memory(trainer)  # before more is in it than in a run
