@@ -166,13 +166,13 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
                 trainer.log_means()
             if last or state.step % validate_every == 0:
                 trainer.validate()
+                trainer.draw_curves()
             if stop or state.step % config.checkpoints.every_steps == 0:
                 trainer.save_checkpoint()
             if stop and not last:
                 trainer.close()
                 raise Interrupted
     trainer.close()
-    trainer.draw_curves()
 
 
 def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "TrainingSteps"]:

@@ -186,8 +186,9 @@ def _compare(tried: Sequence[ShortRun], best: ShortRun, configured: float) -> No
 def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: float | None) -> None:
     from matplotlib.figure import Figure  # it takes a second to import, and is seldom needed
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    over_steps, over_rates = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 4.5))
+    margins = {"left": 0.08, "right": 0.98, "bottom": 0.12, "top": 0.93, "wspace": 0.2}
+    over_steps, over_rates = figure.subplots(1, 2, gridspec_kw=margins)
     for run in tried:
         over_steps.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.rate:.3g}")
     over_steps.set(title="Loss at each learning rate", xlabel="optimizer step", ylabel="per token")

@@ -192,7 +192,7 @@ class Schedule(StrictModel):
     epochs: PositiveFloat | Literal["auto"] | None = Field(
         "auto",
         description="Passes over the kept rows; auto: those that make 1,000 optimizer steps, "
-        "but 3 to 20.",
+        "but 3 to 12.",
     )
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; null: from epochs.")
 

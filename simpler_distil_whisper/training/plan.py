@@ -16,7 +16,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.run import log, process_count
 from simpler_distil_whisper.training.options import BatchOptions, Schedule
 
-AUTO_STEPS, AUTO_EPOCHS = 1000, (3.0, 20.0)
+AUTO_STEPS, AUTO_EPOCHS = 1000, (3.0, 12.0)
 AUTO_WARMUP_SHARE, MOST_WARMUP_STEPS = 1 / 20, 500
 AUTO_VALIDATIONS, MOST_STEPS_BETWEEN = 4, 2000
 POOL_OF_STEPS = 32  # how many optimizer steps' utterances are sorted by length together

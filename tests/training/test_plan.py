@@ -229,8 +229,8 @@ def test_the_weights_decide_the_length_of_epochs() -> None:
 @pytest.mark.parametrize(
     ("rows", "length"),
     [
-        (100, RunLength(16, 125, 6, 32)),  # 20 epochs, at most
-        (777, RunLength(16, 972, 49, 243)),  # 20 epochs
+        (100, RunLength(16, 75, 4, 19)),  # 12 epochs, at most
+        (777, RunLength(16, 583, 29, 146)),  # 12 epochs
         (1600, RunLength(16, 1000, 50, 250)),  # 10
         (16_000, RunLength(16, 3000, 150, 750)),  # 3, at least
         (160_000, RunLength(16, 30_000, 500, 2000)),
