@@ -15,6 +15,7 @@ from simpler_distil_whisper.config import ConfigError, shortened
 from simpler_distil_whisper.files import open_regular_file
 
 Row = dict[str, Any]
+PlacedLine = tuple[int, int, bytes]  # number, from 1, offset and bytes of a line
 
 LONGEST_ROW = 2**25  # bytes
 LONGEST_TEXT = 1_000_000  # characters; tokenizers and alignments take memory by the length
@@ -25,7 +26,7 @@ class RowError(ValueError):
     """A row that cannot be used; the message is the reason."""
 
 
-def placed_lines(path: Path, key: str) -> Iterator[tuple[int, int, bytes]]:
+def placed_lines(path: Path, key: str) -> Iterator[PlacedLine]:
     """Yield the number, from 1, the offset in bytes and the bytes of each line that is not blank.
 
     Of a line that is too long to be a row, only the beginning is yielded.

@@ -7,14 +7,16 @@ audio; that is done when an utterance is loaded.
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 import os
 import unicodedata
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, overload
+from typing import Annotated, Literal, NamedTuple, overload
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,6 +41,7 @@ from simpler_distil_whisper.data.audio import (
 )
 from simpler_distil_whisper.data.jsonl import (
     LONGEST_ROW,
+    PlacedLine,
     Row,
     RowError,
     check_text,
@@ -54,6 +57,15 @@ from simpler_distil_whisper.text.languages import whisper_language
 
 ROWS_OWN = -1  # the channel of rows that no channel is given to
 MOST_CHANNELS = 100  # of a file
+# Where its audio is, as it stands in a row: in the manifest's folder, the working directory, or in
+# either of them under a name that is composed otherwise.
+FOLDER, WORKING_DIRECTORY, OTHERWISE = range(3)
+# On a network, to ask whether a file exists takes a millisecond: many are asked for at once, in
+# parts, since a thread takes longer to begin than a local disk to answer.
+THREADS, ROWS_OF_A_THREAD = 32, 32
+BYTES_AT_ONCE = 2**26  # of rows
+LONGEST_SECONDS = 1e9
+MEASURED_SECONDS = "audio_seconds"  # the column of lengths that labelling has measured
 
 
 class Columns(StrictModel):
@@ -185,6 +197,14 @@ class Utterance:
         return row
 
     @property
+    def stated_seconds(self) -> float | None:
+        """Its length by the row: that of its part, or what labelling measured; None: neither."""
+        if self.duration_seconds is not None:
+            return self.duration_seconds
+        measured = self.row.get(MEASURED_SECONDS)
+        return measured if isinstance(measured, float) and 0 < measured < LONGEST_SECONDS else None
+
+    @property
     def clip(self) -> Clip:
         """The file, or part of a file, that holds its audio."""
         return Clip(self.audio, self.start_seconds, self.duration_seconds, self.channel)
@@ -229,14 +249,16 @@ class Utterances(Sequence[Utterance]):
         self._lines = array("q")
         self._offsets = array("q")
         self._channels = array("b")
+        self._bases = array("b")
         self._version = self._version_now()
 
-    def append(self, number: int, line: int, offset: int, channel: int = ROWS_OWN) -> None:
-        """Add a row by the number of its line, from 1, its offset in bytes, and its channel."""
+    def append(self, number: int, line: int, offset: int, channel: int, base: int) -> None:
+        """Add a row by the number of its line, from 1, its offset in bytes, and the rest."""
         self.numbers.append(number)
         self._lines.append(line)
         self._offsets.append(offset)
         self._channels.append(channel)
+        self._bases.append(base)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -277,8 +299,9 @@ class Utterances(Sequence[Utterance]):
                 if channel != ROWS_OWN:
                     row = _of_channel(row, channel, self.columns, in_id=self.each_channel)
                     line = to_line(row).strip().encode()
+                audio = _audio_path(row[self.columns.audio], folder, self._bases[index])
                 number, place = self.numbers[index], f"{self.path}:{self._lines[index]}"
-                yield _utterance(row, line, number, place, folder, self.columns)
+                yield _utterance(row, line, number, place, audio, self.columns)
 
     def _version_now(self) -> tuple[int, int] | None:
         try:
@@ -349,33 +372,27 @@ def read_manifest(
         DataError: it has no rows, or changes while it is read.
     """
     utterances = Utterances(path, columns, each_channel=channel == "each")
-    folder, taken = str(path.parent), frozenset(new_fields)
+    check = _Check(str(path.parent), columns, languages, frozenset(new_fields), channel)
     rejections: list[Rejection] = []
     digest = hashlib.sha256(b"" if channel == MEAN else channel.encode())
+    lines = placed_lines(path, "manifest")
     rows = number = 0
-    for rows, (line_number, offset, line) in enumerate(placed_lines(path, "manifest"), 1):
-        if max_utterances is not None and rows > max_utterances:
-            rows -= 1
-            log.info("%s: only the first %d rows are used (max_utterances)", path, max_utterances)
-            break
+    used = itertools.islice(lines, max_utterances)
+    for (line_number, offset, line), row in _checked(used, check):
+        rows += 1
         digest.update(b"%d %s\n" % (line_number, line))
-        row: Row | None = None
-        try:
-            row = parse_row(line)
-            _check_row(row, folder, columns)
-            _check_language(row, columns, languages)
-            _check_new_fields(row, taken)
-            channels = _channels(row, folder, columns, channel)
-            digest.update(b"%d" % len(channels) if channel == "each" else b"")
-            for one in channels:
-                utterances.append(number, line_number, offset, one)
-                number += 1
-        except ValueError as error:
+        if isinstance(row, _BadRow):
             digest.update(b"rejected\n")
-            content = _readable(line) if row is None else row
-            reason = shortened(str(error), 1000)
-            rejections.append(Rejection(number, f"{path}:{line_number}", reason, content))
+            place = f"{path}:{line_number}"
+            rejections.append(Rejection(number, place, row.reason, row.content))
             number += 1
+            continue
+        digest.update(b"%d" % len(row.channels) if channel == "each" else b"")
+        for one in row.channels:
+            utterances.append(number, line_number, offset, one, row.base)
+            number += 1
+    if next(lines, None):
+        log.info("%s: only the first %d rows are used (max_utterances)", path, rows)
     if channel == "each":
         log.info("%s: %d rows are %d, with one for each channel", path, rows, number)
     utterances.check_unchanged()
@@ -384,8 +401,78 @@ def read_manifest(
     return Manifest(path, utterances, rejections, digest.hexdigest())
 
 
-def _check_row(row: Row, folder: str, columns: Columns) -> None:
-    """Raise RowError if the row is unusable."""
+class _GoodRow(NamedTuple):
+    """The channels of which rows are made, and where the audio is: FOLDER or another."""
+
+    channels: list[int]
+    base: int
+
+
+class _BadRow(NamedTuple):
+    """Why a row is not used, and its content."""
+
+    reason: str
+    content: object
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What a row has to be; the arguments of `read_manifest`."""
+
+    folder: str
+    columns: Columns
+    languages: Collection[str] | None
+    new_fields: frozenset[str]
+    channel: str
+
+    def __call__(self, line: bytes) -> _GoodRow | _BadRow:
+        """Return what becomes of the row in one line."""
+        row: Row | None = None
+        try:
+            row = parse_row(line)
+            base = _check_row(row, self.folder, self.columns)
+            _check_language(row, self.columns, self.languages)
+            _check_new_fields(row, self.new_fields)
+            return _GoodRow(_channels(row, self.folder, self.columns, self.channel), base)
+        except ValueError as error:
+            content = _readable(line) if row is None else row
+            return _BadRow(shortened(str(error), 1000), content)
+
+
+def _checked(
+    lines: Iterator[PlacedLine], check: _Check
+) -> Iterator[tuple[PlacedLine, _GoodRow | _BadRow]]:
+    """Yield each line with what becomes of it; threads wait for the file system."""
+
+    def check_some(some: Sequence[PlacedLine]) -> list[_GoodRow | _BadRow]:
+        return [check(line) for _, _, line in some]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        while some := _next_lines(lines):
+            starts = range(0, len(some), ROWS_OF_A_THREAD)
+            parts = [some[start : start + ROWS_OF_A_THREAD] for start in starts]
+            for part, results in zip(parts, pool.map(check_some, parts), strict=True):
+                yield from zip(part, results, strict=True)
+
+
+def _next_lines(lines: Iterator[PlacedLine]) -> list[PlacedLine]:
+    """Return some lines, which together do not take much memory; empty at the end."""
+    some: list[PlacedLine] = []
+    size = 0
+    for placed in itertools.islice(lines, THREADS * ROWS_OF_A_THREAD):
+        some.append(placed)
+        size += len(placed[-1])
+        if size > BYTES_AT_ONCE:
+            break
+    return some
+
+
+def _check_row(row: Row, folder: str, columns: Columns) -> int:
+    """Return where the audio of a row is: FOLDER or another.
+
+    Raises:
+        RowError: the row is unusable.
+    """
     audio = row.get(columns.audio)
     if not isinstance(audio, str) or not audio:
         raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
@@ -397,8 +484,10 @@ def _check_row(row: Row, folder: str, columns: Columns) -> None:
     _check_seconds(row, columns.duration_seconds)
     if columns.duration_seconds and row.get(columns.duration_seconds) == 0:
         raise RowError(f'"{columns.duration_seconds}" is 0')
-    if find_audio(audio, folder) is None:
+    if (path := find_audio(audio, folder)) is None:
         raise RowError(f'no such file: "{audio}", neither in {folder} nor in the working directory')
+    bases = FOLDER, WORKING_DIRECTORY
+    return next((base for base in bases if _audio_path(audio, folder, base) == path), OTHERWISE)
 
 
 def _readable(line: bytes) -> str:
@@ -411,8 +500,8 @@ def _check_seconds(row: Row, column: str | None) -> None:
     value = row.get(column) if column else None
     if value is None:
         return
-    # In Python, a bool is an int.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < LONGEST_SECONDS:
         raise RowError(f'"{column}" is not a time in seconds: {quoted(value)}')
 
 
@@ -509,6 +598,17 @@ def find_audio(name: str, folder: str) -> str | None:
     return next(filter(None, map(_in_another_form, paths)), None)
 
 
+def _audio_path(name: str, folder: str, base: int) -> str:
+    """Return the path of an audio file that existed when the manifest was read.
+
+    One that has gone since then is rejected when it is loaded, like damaged audio.
+    """
+    in_folder = os.path.join(folder, name)  # noqa: PTH118
+    if base == OTHERWISE:
+        return find_audio(name, folder) or in_folder
+    return name if base == WORKING_DIRECTORY else in_folder
+
+
 def _in_another_form(path: str) -> str | None:
     """Return the path of a file whose folders and name are composed or decomposed otherwise."""
     existing = ""
@@ -523,20 +623,18 @@ def _in_another_form(path: str) -> str | None:
 
 
 def _utterance(
-    row: Row, line: bytes, number: int, place: str, folder: str, columns: Columns
+    row: Row, line: bytes, number: int, place: str, audio: str, columns: Columns
 ) -> Utterance:
     """Return the utterance of a row that has been checked."""
     identity = row.get(columns.id) if columns.id else None
     start = row.get(columns.start_seconds) if columns.start_seconds else None
     duration = row.get(columns.duration_seconds) if columns.duration_seconds else None
-    audio = row[columns.audio]
     return Utterance(
         number=number,
         place=place,
         json=line.removeprefix(codecs.BOM_UTF8).decode(),
         id=place if identity is None else str(identity),
-        # A file that has gone since the check is rejected when it is loaded, like damaged audio.
-        audio=Path(find_audio(audio, folder) or Path(folder, audio)),
+        audio=Path(audio),
         start_seconds=float(start or 0.0),
         duration_seconds=None if duration is None else float(duration),
         channel=_named_channel(row, columns) or MEAN,

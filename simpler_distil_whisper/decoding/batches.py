@@ -209,7 +209,7 @@ class ByLength:
 
     def __call__(self, utterances: Sequence[Utterance]) -> list[tuple[Utterance, float]]:
         """Return utterances and their seconds."""
-        if all(utterance.duration_seconds is not None for utterance in utterances):
+        if all(utterance.stated_seconds is not None for utterance in utterances):
             return _longest_first(utterances, map(_seconds, utterances))
         name = f"{utterances[0].number}-{len(utterances)}"
         path = self._folder / f"{name}.{LENGTHS}" if self._folder else None
@@ -241,8 +241,9 @@ def _kept_seconds(path: Path, count: int) -> np.ndarray | None:
 
 def _seconds(utterance: Utterance) -> float:
     """Return the length of an utterance by its row, else by the header; 0 if neither gives it."""
-    if utterance.duration_seconds is not None:
-        return utterance.duration_seconds
+    stated = utterance.stated_seconds
+    if stated is not None:
+        return stated
     try:
         return audio_seconds(*utterance.clip)
     except AudioError:

@@ -12,7 +12,13 @@ from pydantic import Field, model_validator
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.audio import Clip
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import Columns, ManifestData, Utterance, clip_of
+from simpler_distil_whisper.data.manifest import (
+    MEASURED_SECONDS,
+    Columns,
+    ManifestData,
+    Utterance,
+    clip_of,
+)
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
@@ -39,7 +45,7 @@ NEW_COLUMNS = (
     "error_unit",
     "error_language",
     "reference_tokens",
-    "audio_seconds",
+    MEASURED_SECONDS,
     "tokens_per_second",
     "longest_repetition",
 )
@@ -135,10 +141,11 @@ class LabelColumns:
     def new_fields(self, text_column: str) -> set[str]:
         """Return the fields that a row must not have yet, since labelling would overwrite them.
 
-        The text column is meant to be replaced, so it is not among them; a reference that an
-        earlier run has kept is.
+        The text column is meant to be replaced, and so is a length, by the measured one: they are
+        not among them. A reference that an earlier run has kept is.
         """
-        fields = {self.label, self.reference, self.error_rate, *NEW_COLUMNS} - {text_column}
+        fields = {self.label, self.reference, self.error_rate, *NEW_COLUMNS}
+        fields -= {text_column, MEASURED_SECONDS}
         fields |= {name for name in (self.segments, self.unconverted) if name}
         if self.with_windows:
             fields |= set(CUT_COLUMNS)
@@ -248,7 +255,7 @@ def measure_label(
         "error_unit": unit if has_reference else None,
         "error_language": language,  # not the one that the model may have detected
         "reference_tokens": len(tokens(normalized_reference, unit)) if has_reference else None,
-        "audio_seconds": round(seconds, 6),
+        MEASURED_SECONDS: round(seconds, 6),
         "tokens_per_second": round(token_count / seconds, 4),
         "longest_repetition": longest_repetition(tokens(normalized_label, unit)),
     }

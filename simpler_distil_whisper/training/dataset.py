@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
+from simpler_distil_whisper.data.decoders import TOLERANCE_SECONDS
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Rejection, reject
 from simpler_distil_whisper.data.workers import load_ahead
@@ -176,7 +177,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
                 continue
             try:
                 waveform = self._load(example)
-                clips.append((view, view.of_waveform(waveform)))
+                clips.append((view, self._altered(waveform, view, example)))
             except AudioError as error:
                 # Silence without labels: the processes stay in step, and nothing is learnt from it.
                 waveform = np.zeros(SAMPLE_RATE, dtype=np.float32)
@@ -221,6 +222,21 @@ class TrainingDataset(Dataset[TrainingBatch]):
         # The feature extractor would cut what a wrong header had let pass.
         max_seconds = float(self.extractor.chunk_length)
         return load_audio(*example.utterance.clip, max_seconds=max_seconds)
+
+    def _altered(self, waveform: np.ndarray, view: View, example: Example) -> np.ndarray:
+        """Return the view of a waveform.
+
+        Raises:
+            AudioError: its end would be cut off, since the view was drawn for a shorter clip.
+        """
+        altered = view.of_waveform(waveform)
+        longest = self.extractor.n_samples + TOLERANCE_SECONDS * SAMPLE_RATE
+        if len(altered) > max(longest, len(waveform)):
+            raise AudioError(
+                f"it has {len(waveform) / SAMPLE_RATE:.3f} s, not {example.seconds:.3f} s: slowed "
+                "down or later, it is longer than the window: correct its length in the manifest"
+            )
+        return altered
 
     def _log_mels(self, clips: Sequence[tuple[View, np.ndarray]]) -> Tensor:
         """Return float32 [N, M, T]: the log-mels of the views' waveforms, with their masks."""

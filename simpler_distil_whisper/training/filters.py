@@ -150,7 +150,11 @@ class ExampleFilter:
             for utterance in manifest.utterances
         ]
         self.kept.clear()
-        lengths = _lengths([utterance for utterance, _ in utterances])
+        lengths = _lengths(
+            [utterance for utterance, _ in utterances],
+            self.data.min_duration_seconds,
+            self.max_seconds,
+        )
         progress = Progress("reading rows and audio headers", "rows", len(utterances))
         for utterance, weight in progress.over(utterances):
             seconds = 0.0
@@ -315,26 +319,30 @@ def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-def _lengths(utterances: Sequence[Utterance]) -> Iterator[float | Dropped]:
+def _lengths(
+    utterances: Sequence[Utterance], shortest: float, longest: float
+) -> Iterator[float | Dropped]:
     """Yield the length of each utterance, or why it cannot be used.
 
-    A length that the row gives is relied on until the audio is decoded. Only the headers of others
+    A length that the row states is relied on until the audio is decoded. Only the headers of others
     are read, several at once.
     """
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         for some in in_batches(utterances, 1000):
-            given = [_given_seconds(utterance) for utterance in some]
-            unknown = [row for row, seconds in zip(some, given, strict=True) if seconds is None]
+            stated = [_relied_on(utterance, shortest, longest) for utterance in some]
+            unknown = [row for row, seconds in zip(some, stated, strict=True) if seconds is None]
             read = pool.map(_header_seconds, unknown)
-            yield from (next(read) if seconds is None else seconds for seconds in given)
+            yield from (next(read) if seconds is None else seconds for seconds in stated)
 
 
-def _given_seconds(utterance: Utterance) -> float | None:
-    """Return the length that a row gives, or that labelling has measured; None: neither."""
-    if utterance.duration_seconds is not None:
-        return utterance.duration_seconds
-    measured = utterance.row.get("audio_seconds")
-    return measured if isinstance(measured, float) and 0 < measured < 1e9 else None
+def _relied_on(utterance: Utterance, shortest: float, longest: float) -> float | None:
+    """Return the length that a row states; None where its header is to be read.
+
+    No row is dropped for a length that labelling has measured: the file may be another one by now.
+    """
+    stated = utterance.stated_seconds
+    is_part = utterance.duration_seconds is not None
+    return stated if stated is None or is_part or shortest <= stated <= longest else None
 
 
 def _header_seconds(utterance: Utterance) -> float | Dropped:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +308,21 @@ def test_the_fingerprint_is_that_of_the_rows_used(folder: Path) -> None:
     assert read(folder, *rows, max_utterances=2).fingerprint == prints[1]
     (folder / "later.wav").touch()
     assert read(folder, *rows).fingerprint != prints[0]  # a row more is used
+
+
+def test_rows_do_not_wait_for_a_slow_file_system_one_after_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists = os.path.exists
+
+    def slowly_exists(path: str) -> bool:
+        time.sleep(0.01)
+        return exists(path)
+
+    monkeypatch.setattr(os.path, "exists", slowly_exists)
+    rows = [GOOD, {**GOOD, "audio": "nowhere.wav"}] * 300
+    began = time.monotonic()
+    manifest = read(folder, *rows)
+    assert len(list(manifest.utterances)) == len(manifest.rejections) == 300
+    assert time.monotonic() - began < 3  # one by one, 9 seconds
+    assert [rejection.number for rejection in manifest.rejections] == list(range(1, 600, 2))

@@ -256,6 +256,8 @@ def test_lengths_are_kept_and_no_header_is_read_again(
     assert len(opened) == 3
     assert ByLength(kept)(rows) == first
     assert ByLength(kept)(rows[2:3]) == [(rows[2], 0.7)]  # its row tells
+    labelled = utterances(tmp_path, {"audio": "b.wav", "audio_seconds": 2.0})
+    assert ByLength(kept)(labelled) == [(labelled[0], 2.0)]
     assert len(opened) == 3
     (path,) = kept.iterdir()
     path.write_bytes(path.read_bytes()[:-1])

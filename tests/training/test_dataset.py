@@ -116,6 +116,16 @@ def test_a_batch_pairs_each_sound_with_its_own_label(dataset: TrainingDataset) -
     assert alone.labels.tolist() == [[-100, -100, -100, *HI, END]]
 
 
+def test_a_clip_longer_than_its_row_states_is_not_cut(select: Select, tmp_path: Path) -> None:
+    write_tone(tmp_path / "0.wav", 1.9)
+    slower = {"views": None, "waveform": {"speed": [0.8, 0.8]}}
+    for stated, reasons in ((1.0, ["it has 1.900 s, not 1.000 s"]), (1.9, [])):
+        rows = [row(audio="0.wav", audio_seconds=stated)]
+        batch = make_dataset(select(*rows).examples, [[0]], augmentation=slower)[0]
+        assert [each.reason.split(": ")[1] for each in batch.rejections] == reasons
+        assert batch.label_tokens == 7 * (not reasons)
+
+
 def test_a_file_that_breaks_during_training_has_no_labels(
     dataset: TrainingDataset, tmp_path: Path
 ) -> None:

@@ -58,6 +58,9 @@ def test_headers_are_read_only_where_no_row_gives_the_length(
     seconds = [example.seconds for example in select(*rows).examples]
     assert seconds == [0.5, 0.75, 1.0, 1.0]
     assert len(opened) == 2
+    # A file that is another one by now is not dropped for the length of the old one.
+    rows = [row(audio_seconds=40.0), row(audio_seconds=0.01)]
+    assert [example.seconds for example in select(*rows).examples] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("token", ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|0.50|>"])
