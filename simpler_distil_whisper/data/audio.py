@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000  # of every Whisper
 MEAN = "mean"
 SIDES = ("left", "right")  # the first two channels; others are named by their number, from 1
+LONGEST_SECONDS = 86_400.0  # of one row, which takes six gigabytes of memory
 # Others come from damaged headers, and of a second at 1 Hz 16,000 samples would be made up.
 RATES = range(1_000, 1_000_001)
 # Where the mean of two channels has so small a share of the power of the louder one, they cancel.
@@ -75,7 +76,7 @@ def load_audio(
     channel: str = MEAN,
     *,
     min_seconds: float = 0.0,
-    max_seconds: float = math.inf,
+    max_seconds: float = LONGEST_SECONDS,
 ) -> np.ndarray:
     """Return a file, or a part of it, as one channel at 16 kHz.
 
@@ -87,7 +88,7 @@ def load_audio(
             phase or one of them is silent, the louder one takes its place.
         min_seconds: shorter audio is an error.
         max_seconds: longer audio is an error, which the header mostly shows before anything is
-            decoded.
+            decoded; more than a day never is taken.
 
     Returns:
         float32 [S]: the channel or the mean of all, resampled by soxr "HQ" (what `librosa.load`
@@ -97,7 +98,7 @@ def load_audio(
         AudioError: the file is missing, undecodable, empty, damaged, cut off, not finite, too short
             or too long.
     """
-    part = (start_seconds, duration_seconds)
+    part, max_seconds = (start_seconds, duration_seconds), min(max_seconds, LONGEST_SECONDS)
     with _opened(path, thorough=True) as sound:
         if not math.isnan(sound.seconds):
             # Checked to avoid decoding hours of audio; the decoded length decides.

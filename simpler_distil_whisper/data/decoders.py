@@ -14,7 +14,13 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import soundfile
 
-from simpler_distil_whisper.data.containers import Structure, read_structure
+from simpler_distil_whisper.data.containers import (
+    MOST_RECORDINGS,
+    UNDERSTATED,
+    Structure,
+    read_structures,
+    recording_behind,
+)
 
 # What soundfile raises.
 UNREADABLE_ERRORS = (soundfile.LibsndfileError, OSError, TypeError)
@@ -33,10 +39,7 @@ FFMPEG_FORMATS = "aac,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,matroska,
 FFMPEG_FORMATS += "mpeg,mpegts,ogg,tta,w64,wav,wv"
 # In these the header promises a length; of others, FFmpeg estimates it by the bit rate.
 PROMISING_FORMATS = {"asf", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
-# These FFmpeg reads to their end, whatever length the header tells.
-READ_TO_THE_END = {"au", "wav"}
-COUNTS_LESS = "its header counts less than it holds"
-UNDERSTATED = f"{COUNTS_LESS}, all of which is used"
+MOST_BYTES_BETWEEN = 2**26  # two pieces of audio; FFmpeg would look for more for ever
 
 Block = tuple[int, np.ndarray]  # the sample rate, float32 [S, C]
 
@@ -91,11 +94,24 @@ def open_sound(file: BinaryIO, name: str, *, thorough: bool) -> Sound:
         soundfile.LibsndfileError: libsndfile cannot open it.
         DecodingError: neither can FFmpeg.
     """
-    structure = read_structure(file, thorough=thorough)
-    if len(structure.parts) > 1:
-        return _JoinedSounds(file, structure.parts)
-    if structure.understated:
-        return _FfmpegSound(file, structure, COUNTS_LESS, UNDERSTATED)
+    structures = read_structures(file, thorough=thorough)
+    if len(structures) > MOST_RECORDINGS:
+        raise DecodingError(f"more than {MOST_RECORDINGS} recordings are joined in it")
+    if len(structures) > 1:
+        return _JoinedSounds(file, structures)
+    [structure] = structures
+    if structure.patch or structure.end < file.seek(0, os.SEEK_END):
+        return _open_recording(_Part(file, structure), name, structure)
+    return _open_recording(file, name, structure)
+
+
+def _open_recording(file: "BinaryIO | _Part", name: str, structure: Structure) -> Sound:
+    """Return the audio of a file that holds one recording.
+
+    Raises:
+        soundfile.LibsndfileError: libsndfile cannot open it.
+        DecodingError: neither can FFmpeg.
+    """
     try:
         sound = _LibsndfileSound(file, name, structure)
     except UNREADABLE_ERRORS as error:
@@ -122,20 +138,79 @@ class _FileForC(_SeeksForC, io.FileIO):
     pass
 
 
-class _BytesForC(_SeeksForC, io.BytesIO):
-    pass
+class _Rationed:
+    """A file for FFmpeg, which ends where too much of it is no audio: all of it may be damaged.
+
+    Attributes:
+        left: how many bytes may be read until there is audio.
+    """
+
+    def __init__(self, file: "BinaryIO | _Part") -> None:
+        self._file, self.left = file, MOST_BYTES_BETWEEN
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int) -> bytes:
+        """Return the next bytes; none if there was no audio for too long."""
+        content = self._file.read(count) if self.left > 0 else b""
+        self.left -= max(len(content), 1)
+        return content
+
+
+class _Part(io.BufferedIOBase):
+    """A recording within a file, as a file: with the length in its header that it has."""
+
+    def __init__(self, file: BinaryIO, structure: Structure) -> None:
+        # By libsndfile, the position may be moved behind the buffer of the file.
+        self._file = io.FileIO(file.fileno(), closefd=False)
+        self._structure, self._position = structure, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Return the new position, or -1."""
+        size = self._structure.end - self._structure.begin
+        position = offset + {os.SEEK_CUR: self._position, os.SEEK_END: size}.get(whence, 0)
+        if position < 0:
+            return -1
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def read(self, count: int | None = -1, /) -> bytes:
+        """Return the next bytes, as they should be."""
+        place = self._structure.begin + self._position
+        left = max(0, self._structure.end - place)
+        self._file.seek(place)
+        content = self._file.read(left if count is None or count < 0 else min(count, left))
+        if self._structure.patch:
+            start, right = self._structure.patch
+            content = bytearray(content)
+            for index, byte in enumerate(right, start - place):
+                if 0 <= index < len(content):
+                    content[index] = byte
+        self._position += len(content)
+        return bytes(content)
 
 
 class _LibsndfileSound:
     """Audio that libsndfile decodes; `is_trusted` tells whether its idea of the length is right."""
 
-    def __init__(self, file: BinaryIO, name: str, structure: Structure) -> None:
+    def __init__(self, file: BinaryIO | _Part, name: str, structure: Structure) -> None:
         self._raw = file
         self._file = _open_with_libsndfile(file, os.path.splitext(name)[1].lower())  # noqa: PTH122
         self.channels = self._file.channels
         self.seconds = self._file.frames / self._file.samplerate
         self.promised_seconds = math.inf if structure.torn else math.nan
-        self.remark: str | None = None
+        self.remark = structure.remark
         self.is_trusted = self._file.frames < MOST_FRAMES
         if structure.shortage > 1:
             self._promise(self.seconds * structure.shortage)
@@ -165,7 +240,10 @@ class _LibsndfileSound:
     def blocks(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
         rate = self._file.samplerate
         position = round(start_seconds * rate)
-        left = 2**62 if duration_seconds is None else round(duration_seconds * rate)
+        # Behind the last frame of a FLAC, libsndfile would look for another one.
+        left = self._file.frames - position
+        if duration_seconds is not None:
+            left = min(left, round(duration_seconds * rate))
         try:
             skipped = self._go_to(position)
             while left > 0:
@@ -177,6 +255,8 @@ class _LibsndfileSound:
                 if len(block) < requested:
                     self._end_at(position / rate)
                     return
+            if duration_seconds is None and self._file.format == "FLAC":
+                self._check_that_nothing_follows()
         except soundfile.LibsndfileError:  # FFmpeg decodes what is there of a FLAC that is cut off
             rest = None if duration_seconds is None else left / rate
             yield from self._by_ffmpeg(position / rate, rest)
@@ -196,19 +276,30 @@ class _LibsndfileSound:
         if seconds < self.seconds - TOLERANCE_SECONDS:
             self.promised_seconds, self.seconds = self.seconds, seconds
 
+    def _check_that_nothing_follows(self) -> None:
+        """Raise DecodingError if a recording of another kind was joined to a FLAC.
+
+        Only its decoder knows where a FLAC ends.
+        """
+        if isinstance(self._raw, _Part):
+            return
+        position = os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
+        if place := recording_behind(self._raw, position):
+            raise DecodingError(f"at byte {place}, another recording follows on it")
+
     def _by_ffmpeg(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
-        ffmpeg = _FfmpegSound(self._raw, Structure([]))
+        ffmpeg = _FfmpegSound(self._raw, Structure(0, 0))
         yield from ffmpeg.blocks(start_seconds, duration_seconds)
         if not math.isnan(ffmpeg.seconds):
             self.seconds, self.promised_seconds = ffmpeg.seconds, ffmpeg.promised_seconds
 
 
-def _open_with_libsndfile(file: BinaryIO, ending: str) -> soundfile.SoundFile:
+def _open_with_libsndfile(file: BinaryIO | _Part, ending: str) -> soundfile.SoundFile:
     headerless: dict[str, object] = {}
     if ending in HEADERLESS:
         headerless = {"format": "RAW", "subtype": HEADERLESS[ending]}
         headerless |= {"samplerate": 8000, "channels": 1}
-    if isinstance(file, io.BytesIO):
+    if isinstance(file, _Part):
         file.seek(0)
         return soundfile.SoundFile(file, **headerless)
     # By its descriptor libsndfile reads much faster than through Python, from where that stands.
@@ -217,14 +308,10 @@ def _open_with_libsndfile(file: BinaryIO, ending: str) -> soundfile.SoundFile:
 
 
 class _JoinedSounds:
-    """The audio of files of one kind that were joined: one after the other."""
+    """The audio of files that were joined: one after the other."""
 
-    def __init__(self, file: BinaryIO, parts: list[tuple[int, int]]) -> None:
-        self._sounds: list[Sound] = []
-        for begin, end in parts:
-            file.seek(begin)
-            part = _BytesForC(file.read(end - begin))
-            self._sounds.append(open_sound(part, "", thorough=False))
+    def __init__(self, file: BinaryIO, structures: list[Structure]) -> None:
+        self._sounds = [_open_recording(_Part(file, one), "", one) for one in structures]
         for sound in self._sounds:
             sound.measure()
         self.seconds = sum(sound.seconds for sound in self._sounds)
@@ -232,7 +319,7 @@ class _JoinedSounds:
         missing = sum(max(0.0, one.promised_seconds - one.seconds) for one in self._sounds)
         self.promised_seconds = self.seconds + missing if missing else math.nan
         self.channels = min(sound.channels for sound in self._sounds)
-        self.remark: str | None = f"{len(parts)} files joined, of which all is used"
+        self.remark: str | None = f"{len(structures)} files joined, of which all is used"
 
     def measure(self) -> None:
         """Do nothing: the length is known."""
@@ -257,7 +344,7 @@ class _FfmpegSound:
 
     def __init__(
         self,
-        file: BinaryIO,
+        file: BinaryIO | _Part,
         structure: Structure,
         reason: str | None = None,
         remark: str | None = None,
@@ -297,6 +384,8 @@ class _FfmpegSound:
                 if end < len(samples):
                     return
                 position += len(samples)
+            if self._ration.left <= 0:
+                raise DecodingError(f"{MOST_BYTES_BETWEEN // 2**20} MiB of it are no audio")
             self.seconds = position / rate
             self._compare(self._promised(container, stream))
 
@@ -306,17 +395,14 @@ class _FfmpegSound:
         import av
 
         file = self._file
-        if not isinstance(file, io.BytesIO):
+        if not isinstance(file, _Part):
             # libsndfile may have moved on behind the buffer.
             file = _FileForC(file.fileno(), closefd=False)
         file.seek(0)
+        self._ration = _Rationed(file)
         options = {"format_whitelist": FFMPEG_FORMATS}
-        if self._structure.understated:
-            options["ignore_length"] = "1"
         try:
-            with av.open(file, options=options, metadata_errors="replace") as container:
-                if self._structure.understated and container.format.name not in READ_TO_THE_END:
-                    raise DecodingError(COUNTS_LESS)
+            with av.open(self._ration, options=options, metadata_errors="replace") as container:
                 stream = container.streams.best("audio")
                 if stream is None:
                     raise DecodingError("no audio in it")
@@ -342,6 +428,8 @@ class _FfmpegSound:
             except av.FFmpegError:
                 self._lost_seconds += float((packet.duration or 0) * stream.time_base)
                 continue
+            if frames:
+                self._ration.left = MOST_BYTES_BETWEEN
             for frame in frames:
                 if form not in (None, (frame.rate, frame.layout.name)):
                     convert = av.AudioResampler(format="flt")
