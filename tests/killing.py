@@ -1,8 +1,9 @@
-"""Runs of scripts in processes that die at a chosen operation on files, or at a chosen byte."""
+"""Runs of scripts that die at a chosen import, operation on files, or byte."""
 
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -14,6 +15,26 @@ from typing import NamedTuple
 import scripts
 from conftest import REPOSITORY
 
+# `python -c DYING_OF_IMPORTS NUMBER SCRIPT.py SCRIPT.json`: killed at import NUMBER.
+DYING_OF_IMPORTS = """
+import os, runpy, signal, sys
+
+del sys.argv[0]
+left = [int(sys.argv.pop(0))]
+
+def on_event(event, arguments):
+    if event == "import":
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(on_event)
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
@@ -23,24 +44,28 @@ class Death(NamedTuple):
     Attributes:
         operation: at this one of its operations on files, before it is done; from 1, 0: never.
         size: within the write that would make a file larger, in bytes.
+        imports: when it imports this one of the modules that it needs; from 1, 0: never.
     """
 
     operation: int = 0
     size: int | None = None
+    imports: int = 0
 
 
 def start(script: str, folder: Path, death: Death = Death()) -> BaseProcess:  # noqa: B008
     """Start what `python SCRIPT.py SCRIPT.json` does in a folder; its output is in `output.txt`."""
-    name = [str(REPOSITORY / f"{script}.py")]
-    if script == "export":
-        name = ["-m", "simpler_distil_whisper.export"]
     output = folder / "output.txt"
+    output.unlink(missing_ok=True)  # it would reach the size at which the run dies before any other
     before = partial(_prepare_death, folder, death)
-    return scripts.start([*name, f"{script}.json"], folder, (output, output), before)
+    return scripts.start(_command(script), folder, (output, output), before)
 
 
 def run(script: str, folder: Path, death: Death = Death()) -> int | None:  # noqa: B008
     """Run a script to its end or its death; return its exit code."""
+    if death.imports:
+        dying = [sys.executable, "-c", DYING_OF_IMPORTS, f"{death.imports}", *_command(script)]
+        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(dying, cwd=folder, env=variables, timeout=300).returncode
     process = start(script, folder, death)
     process.join(timeout=300)
     return process.exitcode
@@ -51,12 +76,25 @@ def operations(folder: Path) -> int:
     return int((folder / "operations.txt").read_text())
 
 
+def _command(script: str) -> list[str]:
+    name = [str(REPOSITORY / f"{script}.py")]
+    if script == "export":
+        name = ["-m", "simpler_distil_whisper.export"]
+    return [*name, f"{script}.json"]
+
+
 def _prepare_death(folder: Path, death: Death) -> None:
     if death.size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (death.size, resource.RLIM_INFINITY))
+        _limit_files(death.size)
+        # Workers hand over tensors in files; the run itself is to die.
+        os.register_at_fork(after_in_child=partial(_limit_files, resource.RLIM_INFINITY))
     count = _count_operations(folder / "out", death.operation)
     Finalize(None, lambda: (folder / "operations.txt").write_text(f"{count[0]}"), exitpriority=0)
+
+
+def _limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def _count_operations(folder: Path, last: int) -> list[int]:
