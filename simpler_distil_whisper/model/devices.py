@@ -8,7 +8,7 @@ import os
 import platform
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simpler_distil_whisper.data.workers import own_cores
 from simpler_distil_whisper.model.options import Attention, Dtype
@@ -59,6 +59,13 @@ def encoder_batch_size(device: torch.device) -> int | None:
     encoder layers, which costs up to 29 %.
     """
     return None if device.type == "cuda" else 4
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; only from pinned memory does a copy to a GPU not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def share_cores(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Utterance
-from simpler_distil_whisper.model.devices import torch_dtype
+from simpler_distil_whisper.model.devices import moved, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.weights import (
@@ -72,7 +72,7 @@ class CachedEncoderStates:
 
     def to(self, device: torch.device) -> "CachedEncoderStates":
         """Return the same on a device."""
-        return replace(self, states=self.states.to(device, non_blocking=True))
+        return replace(self, states=moved(self.states, device))
 
 
 def joined_states(parts: Sequence[CachedEncoderStates]) -> CachedEncoderStates | None:
@@ -212,7 +212,7 @@ class CachedDecoderStates:
 
     def to(self, device: torch.device) -> "CachedDecoderStates":
         """Return the same on a device."""
-        return replace(self, padded=self.padded.to(device, non_blocking=True))
+        return replace(self, padded=moved(self.padded, device))
 
 
 class DecoderStateCache:

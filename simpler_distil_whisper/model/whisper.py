@@ -142,12 +142,13 @@ class Whisper:
         return stated_context(self.model.config.to_dict())
 
     @torch.no_grad()  # not inference_mode, whose tensors training could not use
-    def encode(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor, encoder: Any = None) -> Tensor:
         """Return the encoder states, a few windows at a time, so that memory stays bounded.
 
         Args:
             features: float [B, M, T]: log-mels, of any dtype and on any device; of a part of the
                 window where T is smaller.
+            encoder: a copy of the model's, with weights of another dtype; None: the model's own.
 
         Returns:
             float [B, E, D], E being T / 2
@@ -155,7 +156,7 @@ class Whisper:
         model = self.model
         groups = torch.split(features, encoder_batch_size(model.device) or len(features))
         states = [
-            run_encoder(model.model.encoder, group.to(model.device, model.dtype))
+            run_encoder(encoder or model.model.encoder, group.to(model.device, model.dtype))
             for group in groups
         ]
         return torch.cat(states)

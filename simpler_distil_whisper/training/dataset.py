@@ -25,6 +25,7 @@ from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Rejection, reject
 from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.model.audio_context import AudioContext
+from simpler_distil_whisper.model.devices import moved
 from simpler_distil_whisper.model.teacher_cache import (
     CachedDecoderStates,
     CachedEncoderStates,
@@ -33,7 +34,7 @@ from simpler_distil_whisper.model.teacher_cache import (
 )
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.training.augment import View, Views
-from simpler_distil_whisper.training.losses import IGNORE_INDEX
+from simpler_distil_whisper.training.losses import IGNORE_INDEX, places_of
 from simpler_distil_whisper.training.options import (
     AudioContextOptions,
     Augmentation,
@@ -94,6 +95,7 @@ class TrainingBatch:
         cached_encoder_states: what the cache holds of the teacher's; None: there is no cache, or
             they are of no use.
         cached_decoder_states: what the cache holds of the teacher's; None: there is no cache.
+        label_places: int64 [N]: which of the B x L positions have a label, once it is on a device.
     """
 
     input_features: Tensor
@@ -104,6 +106,7 @@ class TrainingBatch:
     positions: list[int] | None = None
     cached_encoder_states: CachedEncoderStates | None = None
     cached_decoder_states: CachedDecoderStates | None = None
+    label_places: Tensor | None = None
 
     @property
     def label_tokens(self) -> int:
@@ -111,13 +114,17 @@ class TrainingBatch:
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> "TrainingBatch":
-        """Return the batch with its tensors on a device."""
+        """Return the batch, loaded on the CPU, with its tensors on a device.
+
+        The places of its labels are looked up here: on a GPU that would be waited for.
+        """
         encoder_states, decoder_states = self.cached_encoder_states, self.cached_decoder_states
         return replace(
             self,
-            input_features=self.input_features.to(device, non_blocking=True),
-            decoder_input_ids=self.decoder_input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            input_features=moved(self.input_features, device),
+            decoder_input_ids=moved(self.decoder_input_ids, device),
+            labels=moved(self.labels, device),
+            label_places=moved(places_of(self.labels), device),
             cached_encoder_states=encoder_states and encoder_states.to(device),
             cached_decoder_states=decoder_states and decoder_states.to(device),
         )

@@ -89,6 +89,7 @@ def distillation_loss(
     teacher_head: Tensor | None,
     labels: Tensor,
     objective: Objective,
+    places: Tensor | None = None,
 ) -> LossTerms:
     """Return the terms of the loss over the tokens that have a label.
 
@@ -104,7 +105,11 @@ def distillation_loss(
         teacher_head: float [V, D']: its output embedding.
         labels: int64 [B, L]: the next token, IGNORE_INDEX at positions without a label.
         objective: weights of the terms, and the temperature T > 0.
+        places: int64 [N]: which of the B x L positions have a label; None: they are looked up,
+            which makes the CPU wait for a GPU.
     """
+    if places is None:
+        places = places_of(labels)
     loss, cross_entropy, kl, agreement = _LossInChunks.apply(  # type: ignore[no-untyped-call]
         student_states.flatten(0, 1),
         # Under no_grad a frozen head: autograd functions are not told that no gradient is needed.
@@ -112,9 +117,15 @@ def distillation_loss(
         None if teacher_states is None else teacher_states.flatten(0, 1),
         teacher_head,
         labels.flatten(),
+        places,
         objective,
     )
     return LossTerms(loss, cross_entropy, kl, agreement, (labels != IGNORE_INDEX).sum())
+
+
+def places_of(labels: Tensor) -> Tensor:
+    """Return int64 [N]: which positions have a label, counted through all rows."""
+    return (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
 
 
 class _LossInChunks(torch.autograd.Function):
@@ -128,9 +139,13 @@ class _LossInChunks(torch.autograd.Function):
         teacher_states: Tensor | None,
         teacher_head: Tensor | None,
         labels: Tensor,
+        real: Tensor,
         objective: Objective,
     ) -> tuple[Tensor, ...]:
-        """Return loss, cross-entropy, KL and agreement; states are [N, D], labels [N]."""
+        """Return loss, cross-entropy, KL and agreement; states are [N, D], labels [N].
+
+        Of them, those are used whose places are in `real`.
+        """
         states, head = _in_dtype_of_product(student_states, student_head)
         teacher = None
         if teacher_states is not None and teacher_head is not None:
@@ -144,7 +159,6 @@ class _LossInChunks(torch.autograd.Function):
         chunk_tokens = CHUNK_TOKENS_ON_GPU if head.is_cuda else CHUNK_TOKENS
         size = min(chunk_tokens, len(labels)), len(head)
         workspace = torch.empty(4, *size, dtype=exact, device=head.device)
-        real = (labels != IGNORE_INDEX).nonzero().flatten()
         for places in torch.split(real, chunk_tokens):
             logits, log_probs, *buffers = workspace[:, : len(places)]
             teacher_log_probs = None
@@ -183,13 +197,13 @@ class _LossInChunks(torch.autograd.Function):
             None if buffer is None else buffer.mul_(grad_loss).to(dtype)
             for buffer, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_states, grad_head, None, None, None, None
+        return grad_states, grad_head, None, None, None, None, None
 
 
 def _in_dtype_of_product(states: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in the dtype of their product: autocast's, or else the head's."""
     device = head.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else head.dtype
     return states.to(dtype), head.to(dtype)
 

@@ -4,12 +4,13 @@ Owns both models: what each is given, which of the student's parameters are trai
 teacher is loaded, and the use of the caches. The formula of the loss is in `losses.py`.
 """
 
+import copy
 import functools
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import WhisperForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import torch_dtype
@@ -77,12 +78,21 @@ class TeacherAndStudent:
         encoder = self.student.model.model.encoder
         if _is_trained(encoder):
             return None
-        encoder.eval()
+        encoder = self._frozen_encoder
         cache, cached = self.caches.encoder, batch.cached_encoder_states
         with self.accelerator.autocast():
             if cache and cached and self.teacher.shared_encoder:
                 return cache.complete(cached, batch.input_features, encoder)
-            return self.student.encode(batch.input_features)
+            return self.student.encode(batch.input_features, encoder)
+
+    @functools.cached_property
+    def _frozen_encoder(self) -> nn.Module:
+        """The student's encoder, in evaluation mode; under autocast a copy of it, cast once."""
+        encoder: nn.Module = self.student.model.model.encoder.eval()
+        dtype = computing_dtype(self.accelerator)
+        if dtype == torch.float32:
+            return encoder
+        return cast_products(copy.deepcopy(encoder), dtype)
 
     def _teacher_states(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
         """Return float [B, L, D']: the teacher's last decoder states, from the cache if it can."""
@@ -149,6 +159,7 @@ class StudentWithLoss(nn.Module):
             None if teacher_states is None else self.__dict__["teacher_head"],
             batch.labels,
             self.objective,
+            batch.label_places,
         )
 
     def _states_by_positions(self, batch: TrainingBatch) -> Tensor:
@@ -171,12 +182,8 @@ class StudentWithLoss(nn.Module):
         return torch.cat(states)[torch.cat(rows).argsort()]
 
     def _decoder_states(self, input_ids: Tensor, encoder_states: Tensor) -> Tensor:
-        states: Tensor = self.student.model.decoder(
-            input_ids=input_ids,
-            encoder_hidden_states=encoder_states.to(self.student.dtype),
-            use_cache=False,
-        ).last_hidden_state
-        return states
+        decoder = self.student.model.decoder
+        return last_states(decoder, input_ids, encoder_states.to(self.student.dtype))
 
 
 class Teacher:
@@ -224,6 +231,8 @@ class Teacher:
         model = self.load().model.requires_grad_(False)
         if self.shared_encoder:
             model.model.encoder = None  # the student's is used
+        if self.dtype == torch.float32:
+            cast_products(model.model, computing_dtype(self.accelerator))
         return model
 
     @property
@@ -264,11 +273,11 @@ class Teacher:
             encoder_states: float [B, E, D].
         """
         with self.accelerator.autocast():
-            states: Tensor = self.model.model.decoder(
-                input_ids=batch.decoder_input_ids.to(self.device),
-                encoder_hidden_states=encoder_states.to(self.device, self.dtype),
-                use_cache=False,
-            ).last_hidden_state
+            states = last_states(
+                self.model.model.decoder,
+                batch.decoder_input_ids.to(self.device),
+                encoder_states.to(self.device, self.dtype),
+            )
         return states.to(self.accelerator.device)
 
 
@@ -308,6 +317,32 @@ def computing_dtype(accelerator: Accelerator) -> torch.dtype:
     """Return the dtype of the products in the student's forward pass."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return autocast.get(accelerator.mixed_precision, torch.float32)
+
+
+def last_states(decoder: nn.Module, input_ids: Tensor, encoder_states: Tensor) -> Tensor:
+    """Return float [B, L, D]: a decoder's last states for whole sequences, int64 [B, L]."""
+    # Without a cache, even an empty one that is not used, transformers looks at the positions for
+    # several sequences in a row, and the CPU has to wait for a GPU in every forward pass.
+    unused = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    states: Tensor = decoder(
+        input_ids=input_ids,
+        encoder_hidden_states=encoder_states,
+        past_key_values=unused,
+        use_cache=False,
+    ).last_hidden_state
+    return states
+
+
+def cast_products(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen module whose weights of products are in a dtype, set in place.
+
+    Autocast would cast them anew at each use. Other weights stay as they are: under autocast the
+    module computes the same bits.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv1d):
+            part.to(dtype)
+    return module
 
 
 def freeze(student: WhisperForConditionalGeneration, options: Freeze) -> None:

@@ -16,6 +16,7 @@ from transformers import WhisperForConditionalGeneration
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.weights import encoders_are_equal, output_head
 from simpler_distil_whisper.model.whisper import Whisper
+from simpler_distil_whisper.training import models as training_models
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.models import (
     StudentWithLoss,
@@ -42,11 +43,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return teacher, prune(teacher, folder / "student")
 
 
-def make_teacher(folder: Path, shared_encoder: bool = False) -> Teacher:
+def make_teacher(folder: Path, shared_encoder: bool = False, precision: str = "no") -> Teacher:
     AcceleratorState._reset_state(reset_partial_state=True)
     options = TeacherOptions(path=folder, dtype="float32")
     facts = read_model_folder(folder, None, "teacher")
-    return Teacher(facts, options, Accelerator(cpu=True), shared_encoder)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    return Teacher(facts, options, accelerator, shared_encoder)
 
 
 @pytest.fixture
@@ -293,3 +295,47 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
     assert {name.split(".")[0] for name in module.state_dict()} == {"student"}
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert not teacher.model.training
+
+
+def test_frozen_weights_are_cast_once_and_no_bit_is_another(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for cast in (
+        training_models.cast_products,
+        lambda module, dtype: module,
+    ):  # as it is, and without
+        monkeypatch.setattr(training_models, "cast_products", cast)
+        for shared in (True, False):
+            teacher, student = make_teacher(folders[0], shared, "bf16"), load_model(folders[1])
+            freeze(student.model, Freeze(encoder=True, decoder=False, embed_positions=False))
+            both = together(teacher, student)
+            with teacher.accelerator.autocast():
+                terms = both.loss_terms(random_batch().to(torch.device("cpu")))
+            terms.loss.backward()
+            gradients = [p.grad for p in student.model.parameters() if p.grad is not None]
+            results.append([*terms, *gradients])
+            layers = [both._frozen_encoder.layers[0].fc1, teacher.model.model.decoder.layers[0].fc1]
+            expected = torch.float32 if len(results) > 2 else torch.bfloat16
+            assert all(layer.weight.dtype == expected for layer in layers)
+            assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+    for own, autocast in zip(results[:2], results[2:], strict=True):
+        assert len(own) > 20
+        assert all(torch.equal(*pair) for pair in zip(own, autocast, strict=True))
+
+
+def test_no_value_is_looked_at_before_the_step_ends(whisper: Whisper) -> None:
+    """A tensor without values, as a GPU's that is not done: whoever looks at one fails."""
+    meta = torch.device("meta")
+    freeze(whisper.model, Freeze(encoder=True, decoder=False, embed_positions=False))
+    student = whisper.model.to(meta)
+    head = student.proj_out.weight.detach()
+    batch = random_batch().to(meta)
+    with torch.no_grad():
+        states = student.model.encoder(batch.input_features).last_hidden_state
+    width = student.config.d_model
+    terms = StudentWithLoss(student, head, OBJECTIVE)(
+        batch, states, torch.empty(3, 9, width, device=meta)
+    )
+    terms.loss.backward()
+    assert terms.loss.is_meta
