@@ -82,6 +82,27 @@ def test_each_step_of_the_normalisation_can_be_left_out() -> None:
     assert make_normalizer(signs)("Ａ，B") == "Ａ B"
 
 
+def test_a_form_is_made_whatever_comes_before_or_behind_it() -> None:
+    assert make_normalizer(TextNormalization(lowercase=False))("Ａ") == "A"
+    assert (
+        make_normalizer(TextNormalization())("J\u030c") == "\u01f0"
+    )  # only the small one composes
+    assert ()  # a compatibility character, not in OpenCC's list
+    assert make_normalizer(TextNormalization(unicode=None))("don＇t") == "don't"
+
+
+@pytest.mark.parametrize("language", ["en", "de", None])
+def test_what_is_invisible_parts_no_word(language: str | None) -> None:
+    normalize = make_normalizer(TextNormalization())
+    for sign in "\u00ad\u200e\u200f\u202a\u202e\u2060\u2066\ufeff":
+        assert normalize(f"won{sign}der", language) == "wonder", ascii(sign)
+
+
+def test_full_width_brackets_stay_what_whisper_does_not_delete() -> None:
+    normalize = make_normalizer(TextNormalization())
+    assert normalize("one（two）three", "en") != normalize("one(two)three", "en")
+
+
 @pytest.mark.parametrize("language", ["zh", "Chinese", "zh-TW", "yue", "nan", "hokkien"])
 def test_chinese_is_compared_in_one_script(language: str) -> None:
     normalize = make_normalizer(TextNormalization())
