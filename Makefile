@@ -19,10 +19,10 @@ compare: .venv/installed
 	$(BIN)/python eval.py demo/compare.json
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/installed
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 # With OpenAI's weights, on all recordings of people: the variables are in CONTRIBUTING.md.
 real: .venv/installed
@@ -32,7 +32,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The speed of decoding and of a training step beside that of others: hours on two quiet cores.
 bench: .venv/installed

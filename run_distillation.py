@@ -166,13 +166,14 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
                 trainer.log_means()
             if last or state.step % validate_every == 0:
                 trainer.validate()
-                trainer.draw_curves()
             if stop or state.step % config.checkpoints.every_steps == 0:
                 trainer.save_checkpoint()
             if stop and not last:
                 trainer.close()
                 raise Interrupted
     trainer.close()
+    if trainer.validation is None:  # whose last score is in the curves already
+        trainer.draw_curves()
 
 
 def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "TrainingSteps"]:

@@ -210,6 +210,7 @@ class Trainer:
         is_best = self.state.record_validation(score.error_rate)
         if is_best and self.checkpoint_options.keep_best:
             self.save_student("best")
+        self.draw_curves()
 
     def save_checkpoint(self) -> None:
         """Save what a stopped run continues from.
