@@ -22,7 +22,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/installed
-	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 # With OpenAI's weights, on all recordings of people: the variables are in CONTRIBUTING.md.
 real: .venv/installed
