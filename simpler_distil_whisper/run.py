@@ -352,6 +352,10 @@ def run_script(
 
 def _load_config(path: Path, model: type[Config]) -> Config:
     config = load_config(path, model)
+    folder: Path = config.output_dir  # type: ignore[attr-defined]
+    way = next((part for part in (folder, *folder.parents) if os.path.lexists(part)), None)
+    if way and not way.is_dir():  # noticed by `--check` as well, and before any work
+        raise ConfigError(f"{path}: output_dir: {folder} cannot be made: {way} is no folder")
     if shard := getattr(getattr(config, "data", None), "shard", None):
         log.info("data.shard: shard %d of %d, counted from 0", *shard)
     if defaults := defaults_used(config):

@@ -320,6 +320,15 @@ def test_check_prepares_and_does_no_work(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("place", ["out", "out/of/reach"])
+def test_check_names_a_file_in_the_way_of_output_dir(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    Path("out").write_text("mine")
+    assert start(fail, "--check", output_dir=place) == 2
+    assert f"output_dir: {place} cannot be made: out is no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["x.json", "y.json"], ["--check"]])
 def test_a_wrong_command_line_shows_the_right_one(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

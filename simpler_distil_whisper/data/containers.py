@@ -174,16 +174,16 @@ def _read_structure(file: BinaryIO, begin: int, size: int, *, thorough: bool) ->
     start = _after_id3(file, begin)
     beginning = _read(file, start, 12)
     if beginning[:4] in CHUNKS:
-        return _read_chunks(file, begin, size, thorough=thorough)
+        return _read_chunks(file, start, size, thorough=thorough)
     if beginning[:4] in AU_LAYOUTS:
-        return _read_au(file, begin, size, thorough=thorough)
+        return _read_au(file, start, size, thorough=thorough)
     size = max(begin, _end_of_content(file, size))
     if beginning[:4] == b"OggS":
-        return _read_pages(file, begin, size)
+        return _read_pages(file, start, size)
     if beginning[4:8] == BOX_NAME:
-        return _read_boxes(file, begin, size)
+        return _read_boxes(file, start, size)
     if beginning[:4] == EBML_START:
-        return _read_ebml(file, begin, size, thorough=thorough)
+        return _read_ebml(file, start, size, thorough=thorough)
     if beginning[:4] == b"fLaC":
         names = (FLAC_START,)
         return _searched(file, begin, start + 4, size, names if thorough else ())

@@ -100,7 +100,7 @@ def open_sound(file: BinaryIO, name: str, *, thorough: bool) -> Sound:
     if len(structures) > 1:
         return _JoinedSounds(file, structures)
     [structure] = structures
-    if structure.patch or structure.end < file.seek(0, os.SEEK_END):
+    if structure.begin or structure.patch or structure.end < file.seek(0, os.SEEK_END):
         return _open_recording(_Part(file, structure), name, structure)
     return _open_recording(file, name, structure)
 

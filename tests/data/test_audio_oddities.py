@@ -239,6 +239,13 @@ def test_of_recordings_of_two_kinds_that_were_joined_none_is_lost(
             assert len(load_audio(path)) / RATE == pytest.approx(4.0, abs=0.3), second
 
 
+@pytest.mark.parametrize("kind", JOINED)
+def test_a_tag_in_front_of_a_recording_is_passed_over(tmp_path: Path, kind: str) -> None:
+    path = put(tmp_path, f"tagged.{kind}", b"ID3\3\0\0\0\0\0\x0a" + bytes(10) + joined_kind(kind))
+    assert len(load_audio(path)) / RATE == pytest.approx(2.0, abs=0.15)
+    assert audio_seconds(path) == pytest.approx(2.0, abs=0.15)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
