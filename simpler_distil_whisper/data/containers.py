@@ -51,7 +51,7 @@ SIGNATURES = {
     EBML_START: rb".{4}([\x80-\xff]|\x01\x00).{0,6}\x42\x86",
     b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": rb"\x30",  # WMA
     b"#!AMR": rb"#!AMR(-WB)?\n",
-    b"wvpk": rb"wvpk.{4}[\x02-\x10]\x04",
+    b"wvpk": rb"wvpk.{4}[\x02-\x10]\x04.{6}\x00{4}",  # the block of its first sample
 }
 SIGNATURE_BYTES = 32
 

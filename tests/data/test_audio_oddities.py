@@ -239,6 +239,18 @@ def test_of_recordings_of_two_kinds_that_were_joined_none_is_lost(
             assert len(load_audio(path)) / RATE == pytest.approx(4.0, abs=0.3), second
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_blocks_of_a_wavpack_are_one_recording(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int
+) -> None:
+    content = by_ffmpeg(tmp_path / "one.wv", "wavpack", 44_100).read_bytes()
+    path = put(tmp_path, "x.wv", content * count)
+    with caplog.at_level("INFO"):
+        assert len(load_audio(path)) / RATE == pytest.approx(2.0 * count, abs=0.01)
+    assert ("2 files joined" if count == 2 else "") in caplog.text
+    assert ("joined" in caplog.text) == (count == 2)
+
+
 @pytest.mark.parametrize("kind", JOINED)
 def test_a_tag_in_front_of_a_recording_is_passed_over(tmp_path: Path, kind: str) -> None:
     path = put(tmp_path, f"tagged.{kind}", b"ID3\3\0\0\0\0\0\x0a" + bytes(10) + joined_kind(kind))
