@@ -100,6 +100,7 @@ def load_audio(
     """
     part, max_seconds = (start_seconds, duration_seconds), min(max_seconds, LONGEST_SECONDS)
     with _opened(path, thorough=True) as sound:
+        _channel_index(channel, sound.channels)
         if not math.isnan(sound.seconds):
             # Checked to avoid decoding hours of audio; the decoded length decides.
             check_length(_part_seconds(sound, *part), 0.0, max_seconds + TOLERANCE_SECONDS)

@@ -30,6 +30,7 @@ MOST_ZERO_BYTES = 2**32  # looked through, where the file system does not tell o
 CHAINED_FRAMES = 4  # by which frames are told from other bytes
 UNDERSTATED = "its header counts less than it holds, all of which is used"
 ZEROS = "the zeros at its end, which its header does not count, are left out"
+SEVERAL_CHUNKS = "it has several chunks of audio, of which only the first one is used"
 
 FLAC_START = b"fLaC\x00\x00\x00\x22"  # with the header of the block that is always the first
 EBML_START = b"\x1a\x45\xdf\xa3"  # of Matroska and WebM
@@ -295,9 +296,10 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
     header = kind.header
     position, long_length = begin + kind.head, (IN_DS64, 0)
     audio: tuple[int, _Length] | None = None
+    remark: str | None = None
     for _ in range(MOST_CHUNKS):
         if audio and _begins(file, position):
-            return Structure(begin, position, position)
+            return Structure(begin, position, position, remark=remark)
         content = _read(file, position, header.size)
         if len(content) < header.size:
             break
@@ -314,13 +316,15 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
             length, audio = written.bytes_, (start, written)
             if length > size - start or length == 0 < size - start - FEW_BYTES:
                 return _miscounted(file, begin, *audio, size, thorough=thorough)
+        elif name == kind.audio and length:
+            remark = SEVERAL_CHUNKS
         elif audio and not _is_name(name):
             if size - position > FEW_BYTES:
                 return _miscounted(file, begin, *audio, size, thorough=thorough)
             break
         end = min(start + length, size)
         position = _next_chunk(file, end, kind.alignment)
-    return Structure(begin, size)
+    return Structure(begin, size, remark=remark)
 
 
 def _miscounted(

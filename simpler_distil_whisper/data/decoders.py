@@ -355,13 +355,13 @@ class _FfmpegSound:
             file: the file.
             structure: what its structure tells.
             reason: why libsndfile does not read it.
-            remark: what is odd about it.
+            remark: what is odd about it, if not what its structure tells.
         """
         self._file, self._structure = file, structure
         self._reason = "it ends in the midst of a page" if structure.torn else reason
         self._lost_seconds = 0.0
         self.seconds = self.promised_seconds = math.nan
-        self.remark = remark
+        self.remark = remark or structure.remark
         with self._opened() as (_, stream):
             self.channels = stream.codec_context.channels
 

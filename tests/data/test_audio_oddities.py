@@ -281,6 +281,18 @@ def test_a_header_that_counts_wrongly_does_not_take_the_next_header_for_audio(
         assert len(load_audio(path)) == 4 * RATE
 
 
+@pytest.mark.parametrize("between", [b"", b"LIST\x04\x00\x00\x00name"])
+def test_that_a_second_chunk_of_audio_is_not_used_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, between: bytes
+) -> None:
+    content = encoded("WAV")
+    path = put(tmp_path, "two.wav", content + between + content[36:])  # from its chunk of audio on
+    assert np.array_equal(load_audio(path), load_audio(put(tmp_path, "one.wav", content)))
+    assert audio_seconds(path) == 2.0
+    assert f"{path}: it has several chunks of audio, of which only the first" in caplog.text
+    assert "one.wav" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_of_joined_files_is_used(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture

@@ -218,6 +218,8 @@ def test_conversions_and_fillers_go_with_whispers_normalisers() -> None:
     assert normalize("the colour 二十, don't 臺嗯", "en") == "the 20 do not 台"
     basic = make_normalizer(options.model_copy(update={"whisper": "basic"}))
     assert basic("Ｔhe 臺二十!", "zh") == "the 台20"
+    # A radical in place of 見, as text from PDFs has it: OpenCC does not know it.
+    assert basic("\u2f92", "zh") == "见"
 
 
 def test_the_characters_of_japanese_are_left_alone() -> None:

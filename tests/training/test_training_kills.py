@@ -143,7 +143,8 @@ def test_a_run_killed_at_13_moments_ends_as_if_never_stopped(
         time.sleep(chance.uniform(0, longest))
         process.kill()
         process.join()
-        assert process.exitcode == -9, (name, (tmp_path / "stderr.txt").read_text())
+        # On a fast machine a run may have ended in time; a kill behind the last step is none then.
+        assert process.exitcode in (-9, 0), (name, (tmp_path / "stderr.txt").read_text())
         left += [path.name for path in folder.glob("*/.*")]
     code, stderr = finish(path)
     assert code == 0, stderr
