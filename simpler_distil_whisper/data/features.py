@@ -15,15 +15,61 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import WhisperFeatureExtractor
 
-from simpler_distil_whisper.data.audio import SAMPLE_RATE
+DYNAMIC_RANGE = 8.0  # below the loudest value, in powers of ten
+ROWS_AT_ONCE = 32  # whose spectra take 150 MB
+CPU = torch.device("cpu")
 
 
-def log_mel(waveforms: Sequence[object], extractor: WhisperFeatureExtractor) -> Tensor:
-    """Return float32 [B, M, T]: the log-mels of mono 16 kHz waveforms, padded to the window."""
-    features: Tensor = extractor(
-        list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt"
-    ).input_features
-    return features
+def log_mel(
+    waveforms: Sequence[np.ndarray], extractor: WhisperFeatureExtractor, device: torch.device = CPU
+) -> Tensor:
+    """Return float32 [B, M, T] on the device: log-mels of waveforms, padded to the window.
+
+    On a CPU, each value is that of transformers' feature extractor, which would bring those that it
+    computes on a GPU back from there. Its dither is left out: the same audio has the same log-mel.
+
+    Args:
+        waveforms: float32 [S] each: mono, 16 kHz; what is longer than the window is cut.
+        extractor: the feature extractor of the model.
+        device: where to compute them.
+    """
+    result = torch.empty(len(waveforms), extractor.feature_size, extractor.nb_max_frames)
+    result = result.to(device)
+    for start in range(0, len(waveforms), ROWS_AT_ONCE):
+        rows = waveforms[start : start + ROWS_AT_ONCE]
+        padded = torch.full((len(rows), extractor.n_samples), float(extractor.padding_value))
+        for samples, waveform in zip(padded, rows, strict=True):
+            own = torch.from_numpy(waveform[: len(samples)])
+            samples[: len(own)] = own
+        with torch.autocast(device.type, enabled=False):  # as validation switches on
+            logs = _log_power(padded.to(device), extractor, center=True)
+        floor = logs.amax(dim=(1, 2), keepdim=True) - DYNAMIC_RANGE
+        result[start : start + len(rows)] = torch.maximum(logs, floor).add_(4.0).div_(4.0)
+    return result
+
+
+def _log_power(samples: Tensor, extractor: WhisperFeatureExtractor, *, center: bool) -> Tensor:
+    """Return float32 [..., M, F]: the logarithm of the power in each mel bin.
+
+    Args:
+        samples: float32 [..., S].
+        extractor: the feature extractor of the model.
+        center: whether the first frame is centred on the first sample, and the last one left out.
+    """
+    hann = torch.hann_window(extractor.n_fft, device=samples.device)
+    spectrum = torch.stft(
+        samples,
+        extractor.n_fft,
+        extractor.hop_length,
+        window=hann,
+        center=center,
+        return_complex=True,
+    )
+    if center:
+        spectrum = spectrum[..., :-1]
+    filters = torch.from_numpy(extractor.mel_filters).to(samples.device, torch.float32).T
+    # The product of a view would be slow on some CPUs.
+    return (filters @ (spectrum.abs() ** 2).contiguous()).clamp_(min=1e-10).log10_()
 
 
 def long_log_mel(waveform: np.ndarray, extractor: WhisperFeatureExtractor) -> Tensor:
@@ -39,9 +85,7 @@ def long_log_mel(waveform: np.ndarray, extractor: WhisperFeatureExtractor) -> Te
     """
     hop, half, block = extractor.hop_length, extractor.n_fft // 2, extractor.nb_max_frames
     samples = torch.from_numpy(waveform)
-    hann = torch.hann_window(extractor.n_fft)
-    filters = torch.from_numpy(extractor.mel_filters).to(torch.float32).T
-    result = torch.empty(len(filters), len(samples) // hop)
+    result = torch.empty(extractor.feature_size, len(samples) // hop)
     for first in range(0, result.shape[1], block):
         last = min(first + block, result.shape[1])
         begin, end = first * hop - half, (last - 1) * hop + half
@@ -49,8 +93,5 @@ def long_log_mel(waveform: np.ndarray, extractor: WhisperFeatureExtractor) -> Te
         if first == 0:  # the beginning is padded by reflection
             piece = torch.cat([samples[1 : half + 1].flip(0), piece])
         piece = functional.pad(piece, (0, end - begin - len(piece)))
-        spectrum = torch.stft(
-            piece, extractor.n_fft, hop, window=hann, center=False, return_complex=True
-        )
-        result[:, first:last] = (filters @ spectrum.abs() ** 2).clamp_(min=1e-10).log10_()
-    return result.clamp_(min=float(result.max()) - 8.0).add_(4.0).div_(4.0)
+        result[:, first:last] = _log_power(piece, extractor, center=False)
+    return result.clamp_(min=float(result.max()) - DYNAMIC_RANGE).add_(4.0).div_(4.0)

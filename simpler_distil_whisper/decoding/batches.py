@@ -1,4 +1,4 @@
-"""Utterances -> batches of log-mels, made in worker processes ahead of the model.
+"""Utterances -> batches of waveforms, read in worker processes ahead of the model.
 
 Owns the reading of audio for decoding, the order by length, and the rejection of audio that cannot
 be used. It builds no token sequences and runs no model. `data/features.py` explains the letters of
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
@@ -26,7 +25,7 @@ from simpler_distil_whisper.data.audio import (
     check_length,
     load_audio,
 )
-from simpler_distil_whisper.data.features import log_mel, long_log_mel
+from simpler_distil_whisper.data.features import long_log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
 from simpler_distil_whisper.data.results import LENGTHS
 from simpler_distil_whisper.data.speech_activity import SpeechSpan, muted, speech_spans
@@ -45,13 +44,13 @@ HEADERS_AT_ONCE = 8  # that are read; on a network, a file takes milliseconds to
 
 @dataclass(frozen=True)
 class SpeechBatch:
-    """Some utterances of a manifest, ready for the encoder.
+    """Some utterances of a manifest, and their audio.
 
     Attributes:
         utterances: those whose audio can be used: first the short-form ones, then the long-form
             ones, which are longer than the model's window.
-        input_features: float [B, M, T]: log-mels of the short-form utterances, with a cache only
-            of the missing ones; None if there are none.
+        waveforms: float32 [S] each: of the short-form utterances, with a cache only of the missing
+            ones.
         seconds: length of each utterance.
         rejections: the utterances whose audio cannot be used.
         recordings: float32 [M, F] each: log-mels of the long-form utterances.
@@ -60,7 +59,7 @@ class SpeechBatch:
     """
 
     utterances: list[Utterance]
-    input_features: Tensor | None
+    waveforms: list[np.ndarray]
     seconds: list[float]
     rejections: list[Rejection]
     recordings: list[Tensor] = field(default_factory=list)
@@ -74,7 +73,11 @@ class SpeechBatch:
 
 
 class SpeechReader:
-    """Turns utterances into batches: decodes their audio and computes the log-mels."""
+    """Turns utterances into batches: decodes their audio.
+
+    The log-mels of long-form utterances are computed here too, those of others by the model's
+    device.
+    """
 
     def __init__(
         self,
@@ -83,7 +86,6 @@ class SpeechReader:
         cache: EncoderStateCache | None = None,
         *,
         decoding: DecodingOptions | None = None,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Set which lengths are used; nothing is read yet.
 
@@ -93,11 +95,8 @@ class SpeechReader:
             cache: is asked for encoder states first.
             decoding: whether audio longer than the model's window is used, and in which audio
                 speech is looked for; None: neither.
-            dtype: of the short-form log-mels: the model's, so that no more bytes are handed over
-                than it uses.
         """
-        self.extractor, self.dtype = extractor, dtype
-        self.cache = cache
+        self.extractor, self.cache = extractor, cache
         self.min_seconds = limits.min_duration_seconds
         self.window = float(extractor.chunk_length)
         decoding = decoding or DecodingOptions()
@@ -126,7 +125,7 @@ class SpeechReader:
 
     def _read_long_form(self, utterances: Sequence[Utterance]) -> SpeechBatch:
         """Return a batch of utterances longer than the window."""
-        batch = SpeechBatch([], None, [], [])
+        batch = SpeechBatch([], [], [], [])
         for utterance in utterances:
             try:
                 waveform = self._load(utterance)
@@ -145,7 +144,8 @@ class SpeechReader:
 
     def _read_short_form(self, utterances: Sequence[Utterance]) -> SpeechBatch:
         """Return a batch of utterances no longer than the window."""
-        waveforms, seconds, used, rejections = [], [], [], []
+        waveforms: list[np.ndarray] = []
+        seconds, used, rejections = [], [], []
         cached = self.cache.look_up(utterances) if self.cache else None
         speech: dict[int, list[SpeechSpan]] = {}
         for row, utterance in enumerate(utterances):
@@ -166,10 +166,9 @@ class SpeechReader:
                 used.append(row)
             except (AudioError, MemoryError) as error:
                 rejections.append(_reject_audio(utterance, error))
-        features = log_mel(waveforms, self.extractor).to(self.dtype) if waveforms else None
         kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
-        return SpeechBatch(rows, features, seconds, rejections, cached=kept, speech=speech)
+        return SpeechBatch(rows, waveforms, seconds, rejections, cached=kept, speech=speech)
 
     def _load(self, utterance: Utterance) -> np.ndarray:
         return load_audio(
@@ -298,7 +297,7 @@ def _row_by_row(death: "WorkerDeath[Sequence[Utterance]]", read: SpeechReader) -
         if isinstance(result, WorkerDeath):
             [utterance] = result.item
             reason = f"{utterance.audio}: a process that decodes it dies ({result.reason})"
-            rows.append(SpeechBatch([], None, [], [reject(utterance, reason)]))
+            rows.append(SpeechBatch([], [], [], [reject(utterance, reason)]))
         else:
             rows.append(result)
     return joined(rows)
@@ -306,7 +305,6 @@ def _row_by_row(death: "WorkerDeath[Sequence[Utterance]]", read: SpeechReader) -
 
 def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
     """Return several batches as one."""
-    features = [batch.input_features for batch in batches if batch.input_features is not None]
 
     def short_form_first(rows_of: Callable[[SpeechBatch], list[Item]]) -> list[Item]:
         short_form = [row for batch in batches for row in rows_of(batch)[: batch.short_form_count]]
@@ -315,7 +313,7 @@ def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
 
     return SpeechBatch(
         short_form_first(lambda batch: batch.utterances),
-        torch.cat(features) if features else None,
+        [waveform for batch in batches for waveform in batch.waveforms],
         short_form_first(lambda batch: batch.seconds),
         [rejection for batch in batches for rejection in batch.rejections],
         [recording for batch in batches for recording in batch.recordings],
@@ -334,12 +332,10 @@ def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
     def part(rows: range, rejections: list[Rejection]) -> SpeechBatch:
         short_form = [row for row in rows if row < batch.short_form_count]
         long_form = [row for row in rows if row >= batch.short_form_count]
-        with_features = batch.cached.missing if batch.cached else range(batch.short_form_count)
-        places = [place for place, row in enumerate(sorted(with_features)) if row in rows]
-        features = batch.input_features
+        missing = batch.cached.missing if batch.cached else range(batch.short_form_count)
         return SpeechBatch(
             [batch.utterances[row] for row in rows],
-            features[places] if features is not None and places else None,
+            [w for row, w in zip(sorted(missing), batch.waveforms, strict=True) if row in rows],
             [batch.seconds[row] for row in rows],
             rejections,
             [batch.recordings[row - batch.short_form_count] for row in long_form],

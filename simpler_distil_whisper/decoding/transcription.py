@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance, Utterances, reject
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.batches import (
@@ -208,7 +209,6 @@ def transcribe_manifest(
         data,
         cache,
         decoding=transcriber.options,
-        dtype=transcriber.whisper.model.dtype,
     )
     decode = functools.partial(transcribe_batch, transcriber, cache)
     total = len(manifest.utterances) // shard.count
@@ -379,16 +379,13 @@ def _encoder_states(
 
     A cache keeps those of whole windows; those that it lacks are stored in it.
     """
-    model, features = transcriber.whisper.model, batch.input_features
+    model = transcriber.whisper.model
+    features = log_mel(batch.waveforms, transcriber.whisper.feature_extractor, model.device)
     if cache is None:
-        assert features is not None, "without a cache there are log-mels of all utterances"
         return transcriber.encode(features, [transcriber.encoder_positions(s) for s in seconds])
     assert batch.cached is not None, "the reader has the cache too"
     assert transcriber.audio_context is None, "the cache keeps the states of whole windows"
-    missing = torch.empty(0) if features is None else features
-    states = cache.complete(
-        batch.cached.to(model.device), missing.to(model.device), model.model.encoder
-    )
+    states = cache.complete(batch.cached.to(model.device), features, model.model.encoder)
     return states.to(model.dtype)
 
 
@@ -429,7 +426,7 @@ def decode_halving(
     if count == 1:
         why = f"out of memory even in a batch of its own: {reason}"
         rejections = [*batch.rejections, reject(batch.utterances[0], why)]
-        return SpeechBatch([], None, [], rejections), []
+        return SpeechBatch([], [], [], rejections), []
     done = [decode_halving(decode, half, room) for half in halved(batch)]
     hypotheses = [hypothesis for _, part in done for hypothesis in part]
     return joined([half for half, _ in done]), hypotheses

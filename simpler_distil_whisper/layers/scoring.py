@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, first_reasons
 from simpler_distil_whisper.decoding.batches import (
     SpeechBatch,
@@ -230,10 +232,10 @@ class LayerScorer:
         for group, loaded in encoding.over(zip(groups, speech, strict=True)):
             self.stop_if_asked()
             self.rejections += loaded.rejections
-            if loaded.input_features is not None:
+            if loaded.waveforms:
                 usable = {utterance.number for utterance in loaded.utterances}
                 rows = [item for item in group if item.utterance.number in usable]
-                yield self._batch(rows, loaded.input_features)
+                yield self._batch(rows, loaded.waveforms)
 
     def _load_audio(self, groups: Sequence[Sequence[Utterance]]) -> Iterator[SpeechBatch]:
         read = SpeechReader(self.whisper.feature_extractor, DEFAULT_LIMITS)
@@ -242,11 +244,12 @@ class LayerScorer:
             self.stop_if_asked()
             yield speech
 
-    def _batch(self, rows: Sequence[Labelled], features: Tensor) -> _Batch:
+    def _batch(self, rows: Sequence[Labelled], waveforms: Sequence[np.ndarray]) -> _Batch:
         device = self.model.device
         tokens = [DecoderTokens(row.tokens, row.prompt_length) for row in rows]
         inputs, labels = decoder_sequences(tokens, self.whisper.tokens.end)
         inputs, labels = inputs.to(device), labels.to(device)
+        features = log_mel(waveforms, self.whisper.feature_extractor, device)
         states = self.whisper.encode(features)
         all_layers = tuple(range(self.model.config.decoder_layers))
         teacher_states = _LayersOfOneBatch(self.model, inputs, states).last_states(all_layers)

@@ -17,6 +17,7 @@ import soxr
 from torch import Tensor
 
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
+from simpler_distil_whisper.data.features import DYNAMIC_RANGE
 from simpler_distil_whisper.data.manifest import Utterance
 from simpler_distil_whisper.training.options import Augmentation
 from simpler_distil_whisper.training.plan import Drawn, draw
@@ -27,7 +28,6 @@ VIEW_RECIPE = 1
 FRAMES_PER_SECOND = 100
 NOISE_SAMPLES = 1 << 20  # a minute; every view begins at another of them
 LOWEST_NOISE_HERTZ = 50
-DYNAMIC_RANGE = 2.0  # Whisper's log-mels are cut off at so much below their maximum
 
 
 class Mask(NamedTuple):
@@ -117,7 +117,7 @@ class View:
         hop = SAMPLE_RATE // FRAMES_PER_SECOND
         first = math.ceil(round(self.shift_seconds * SAMPLE_RATE) / hop)
         speech = log_mel[:, first : math.ceil(samples / hop)]
-        silence = log_mel.max() - DYNAMIC_RANGE
+        silence = log_mel.max() - DYNAMIC_RANGE / 4.0
         for mask in self.time_masks:
             speech[:, mask.within(speech.shape[1], len(self.time_masks))] = silence
         for mask in self.frequency_masks:

@@ -1,4 +1,4 @@
-"""Log-mels of whole recordings against transformers' feature extractor."""
+"""Log-mels of windows and of whole recordings against transformers' feature extractor."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,24 @@ import torch
 from tiny import SIXTEEN_KHZ
 from transformers import WhisperFeatureExtractor
 
-from simpler_distil_whisper.data.features import long_log_mel
+from simpler_distil_whisper.data.features import ROWS_AT_ONCE, log_mel, long_log_mel
+
+
+@pytest.mark.parametrize("mels", [80, 128])
+def test_log_mels_are_those_of_transformers_to_the_last_bit(mels: int) -> None:
+    """Whatever the length is, whoever the neighbours are, and with autocast."""
+    extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=2)
+    random = np.random.default_rng(3)
+    lengths = [0, 1, 159, 16_000, 31_999, 32_000, 40_000, *[20_000] * ROWS_AT_ONCE]
+    waveforms = [random.normal(0, 0.1, length).astype(np.float32) for length in lengths]
+    with torch.autocast("cpu", torch.bfloat16):
+        features = log_mel(waveforms, extractor)
+    assert features.shape == (len(waveforms), mels, 200)
+    assert features.dtype == torch.float32
+    for waveform, row in zip(waveforms, features, strict=True):
+        alone = extractor(waveform, sampling_rate=SIXTEEN_KHZ, return_tensors="pt").input_features
+        assert torch.equal(row, alone[0])
+        assert torch.equal(row, log_mel([waveform], extractor)[0])
 
 
 @pytest.mark.parametrize("seconds", [2.5, 61.237])

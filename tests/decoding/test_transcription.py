@@ -182,16 +182,15 @@ def make_batch(count: int) -> SpeechBatch:
     rows = [
         Utterance(n, f"m:{n}", "{}", str(n), Path("x"), 0.0, None, None, None) for n in range(count)
     ]
-    features = torch.arange(count, dtype=torch.float32)[:, None, None].expand(count, 2, 3)
-    return SpeechBatch(rows, features, [1.0] * count, [Rejection(99, "m:99", "broken", {})])
+    waveforms = [np.full(3, number, dtype=np.float32) for number in range(count)]
+    return SpeechBatch(rows, waveforms, [1.0] * count, [Rejection(99, "m:99", "broken", {})])
 
 
 def decoder_with_room_for(rows: int, too_large: float = -1) -> Callable[[SpeechBatch], list[float]]:
     """A decoder that asks torch for too much memory for larger batches, or for one row."""
 
     def decode(batch: SpeechBatch) -> list[float]:
-        assert batch.input_features is not None
-        values = batch.input_features[:, 0, 0].tolist()
+        values = [waveform[0].item() for waveform in batch.waveforms]
         if len(values) > rows or too_large in values:
             torch.empty(1 << 60, dtype=torch.uint8)
         return values
@@ -214,8 +213,7 @@ def test_a_row_too_large_for_the_memory_is_rejected_and_no_other() -> None:
     assert [utterance.number for utterance in batch.utterances] == values
     assert [rejection.number for rejection in batch.rejections] == [99, 5]
     assert batch.rejections[1].reason.startswith("out of memory even in a batch of its own: ")
-    assert batch.input_features is not None
-    assert batch.input_features[:, 0, 0].tolist() == values
+    assert [waveform[0] for waveform in batch.waveforms] == values
 
 
 def test_what_did_not_fit_is_not_tried_again() -> None:
@@ -267,7 +265,7 @@ def test_each_half_keeps_what_the_cache_has_of_it() -> None:
     utterances = make_batch(7).utterances
     batch = SpeechBatch(
         utterances,
-        torch.tensor([1.0, 4.0])[:, None, None],
+        [np.array([1.0]), np.array([4.0])],
         [float(number) for number in range(7)],
         [],
         [torch.tensor(5.0), torch.tensor(6.0)],
@@ -277,13 +275,13 @@ def test_each_half_keeps_what_the_cache_has_of_it() -> None:
     first, second = halved(windows)
     assert [len(part.utterances) for part in (windows, recordings, first, second)] == [5, 2, 2, 3]
     assert [each.item() for each in recordings.recordings] == [5.0, 6.0]
-    for part, cached, features, missing in (
+    for part, cached, samples, missing in (
         (first, [0.0], [1.0], {1: "b"}),
         (second, [2.0, 3.0], [4.0], {2: None}),
     ):
-        assert part.cached is not None and part.input_features is not None
+        assert part.cached is not None
         assert part.cached.states.tolist() == cached
-        assert part.input_features.flatten().tolist() == features
+        assert np.concatenate(part.waveforms).tolist() == samples
         assert part.cached.missing == missing
         assert not part.recordings
     assert second.seconds == [2.0, 3.0, 4.0]
