@@ -18,10 +18,13 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -44,6 +47,7 @@ from simpler_distil_whisper.model.whisper import Whisper, load_whisper, save_whi
 from simpler_distil_whisper.run import run_script
 from simpler_distil_whisper.training.losses import distillation_loss, token_terms
 from simpler_distil_whisper.training.options import Objective
+from simpler_distil_whisper.training.trainer import Trainer
 
 Result = dict[str, Any]
 FRAMES, SIXTEEN_KHZ = 3000, 16_000
@@ -77,6 +81,7 @@ class Setting:
     workers: tuple[int, ...]
     micro_batches: tuple[int, ...]
     precisions: tuple[str, ...]
+    max_steps: int
 
 
 def on_gpu(folder: Path) -> Setting:
@@ -91,6 +96,7 @@ def on_gpu(folder: Path) -> Setting:
         workers=(1, 8),
         micro_batches=(4, 16, 64),
         precisions=("bf16", "fp16"),
+        max_steps=6,
     )
 
 
@@ -106,7 +112,8 @@ def on_cpu(folder: Path) -> Setting:
         rows=(1, 2),
         workers=(0, 1),
         micro_batches=(2,),
-        precisions=("float32", "bf16"),
+        precisions=("bf16",),
+        max_steps=3,
     )
 
 
@@ -265,6 +272,31 @@ def labelling(setting: Setting) -> Result:
     return result
 
 
+def waiting(setting: Setting) -> Result:
+    """Train a few steps, in which every wait for the device is a warning; count them by place."""
+    if setting.device.type != "cuda":
+        return {"left_out": "nothing waits for a CPU"}
+    places: Counter[str] = Counter()
+
+    def count(message: object, category: object, file: str, line: int, *_: object) -> None:
+        if "synchronizing" in str(message):
+            places[f"{file}:{line}"] += 1
+
+    def watched(*arguments: Any) -> bool:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return train_step(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    train_step = Trainer.train_step
+    with warnings.catch_warnings(), mock.patch.object(Trainer, "train_step", watched):
+        warnings.simplefilter("always")
+        warnings.showwarning = count
+        _distil(setting, "waiting")
+    return {"steps": setting.max_steps, "waits": dict(places.most_common())}
+
+
 def training(setting: Setting) -> Result:
     """Train with several micro-batches: without a cache, filling it, and reading it."""
     result: Result = {}
@@ -304,11 +336,12 @@ STAGES: dict[Callable[[Setting], Result], int] = {  # seconds that each may take
     loss: 20,
     steps: 40,
     profile: 30,
-    precision: 40,
-    resume: 40,
-    out_of_memory: 40,
-    labelling: 80,
-    training: 65,
+    precision: 35,
+    resume: 35,
+    out_of_memory: 35,
+    waiting: 25,
+    labelling: 75,
+    training: 60,
 }
 
 
@@ -386,10 +419,10 @@ def _distil(setting: Setting, name: str, codes: tuple[int, ...] = (0,), **change
             "num_workers": setting.workers[-1],
         },
         "optimizer": {"learning_rate": 1e-5},
-        "schedule": {"warmup_steps": 0, "max_steps": 6, "epochs": None},
+        "schedule": {"warmup_steps": 0, "max_steps": setting.max_steps, "epochs": None},
         "batch": {"micro_batch_size": setting.micro_batches[0]},
         "logging": {"every_steps": 1, "tensorboard": False},
-        "checkpoints": {"every_steps": 3},
+        "checkpoints": {"every_steps": setting.max_steps},
         **changes,
     }
     return _run(setting, run_distillation, name, config, codes)
