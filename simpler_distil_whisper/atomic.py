@@ -13,6 +13,7 @@ from typing import BinaryIO
 from simpler_distil_whisper.config import ConfigError
 
 MARK = ".simpler-distil-whisper"  # a file in each folder that may be removed
+IN_THE_WAY = "{} is in the way: no run has made it; move it, or choose another output_dir"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -70,6 +71,4 @@ def refuse_others(path: Path) -> None:
     is_own = path.is_dir() and not path.is_symlink()
     is_own = is_own and ((path / MARK).is_file() or not any(path.iterdir()))
     if not is_own and os.path.lexists(path):  # also a link that leads nowhere
-        raise ConfigError(
-            f"{path} is in the way: no run has made it; move it, or choose another output_dir"
-        )
+        raise ConfigError(IN_THE_WAY.format(path))

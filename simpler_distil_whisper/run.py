@@ -23,7 +23,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from simpler_distil_whisper.atomic import partial_path, write_atomically
+from simpler_distil_whisper.atomic import IN_THE_WAY, partial_path, write_atomically
 from simpler_distil_whisper.config import (
     LARGEST_CONFIG,
     Config,
@@ -397,6 +397,8 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
         code, message = 3, f"{error}: make room, and run the same command again"
     elif isinstance(error, OSError) and run is None:  # a folder that may not be read, for example
         code, message = 2, f"{error.filename or 'the config'}: {error.strerror or error}"
+    elif place := _in_the_way(run, error):
+        code, message = 2, IN_THE_WAY.format(place)
     elif _is_of_a_connection(error):
         code = 3
         message = (
@@ -409,6 +411,18 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
     log.error("%s", message)
     _close(run, "failed")
     return code
+
+
+def _in_the_way(run: Run | None, error: BaseException) -> Path | None:
+    """Return what of a user's stands in the place of a file or folder of the run, if that is it."""
+    if run is None or not isinstance(
+        error, FileExistsError | IsADirectoryError | NotADirectoryError
+    ):
+        return None
+    path = Path(error.filename2 or error.filename or "")
+    if not path.is_relative_to(run.folder):
+        return None
+    return next(part for part in (path, *path.parents) if os.path.lexists(part))
 
 
 def _is_of_a_connection(error: BaseException) -> bool:

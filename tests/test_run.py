@@ -162,6 +162,34 @@ def test_the_folder_of_another_program_is_refused(
     assert contents(Path("out")) == before
 
 
+@pytest.mark.parametrize(
+    ("mine", "act"),
+    [
+        ("sub/thesis.txt", lambda place: write_atomically(place, b"")),
+        ("sub", Path.mkdir),
+        ("sub", lambda place: (place / ".writing").mkdir(parents=True)),
+    ],
+    ids=["folder in the place of a file", "file in that of a folder", "file above a folder"],
+)
+def test_what_a_user_has_put_in_the_place_of_a_result_is_named(
+    start: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    mine: str,
+    act: Callable[[Path], object],
+) -> None:
+    def work(config: Config, prepared: str, run: Run) -> str:
+        (run.folder / mine).parent.mkdir(exist_ok=True)
+        (run.folder / mine).write_text("three years", encoding="utf-8")
+        act(run.folder / "sub")
+        return "done"
+
+    assert start(work) == 2
+    message = f"{Path('out/sub')} is in the way: no run has made it; move it, or choose another"
+    assert message in capsys.readouterr().err
+    assert Path("out", mine).read_text(encoding="utf-8") == "three years"
+    assert info()["outcome"] == "failed"
+
+
 def test_an_empty_folder_is_used(start: Callable[..., int]) -> None:
     Path("out").mkdir()
     assert start(write_words) == 0

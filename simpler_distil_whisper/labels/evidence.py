@@ -16,6 +16,7 @@ MIN_AVERAGE_LOG_PROBABILITY = -1.0
 
 UNUSABLE_EVIDENCE = "unusable evidence"
 INCOMPLETE = "incomplete label"
+BROKEN_CHARACTER = "\ufffd"  # in the text of tokens that are only some of a character's bytes
 
 
 class EvidenceLimits(StrictModel):

@@ -23,7 +23,12 @@ from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audi
 from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
 from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
-from simpler_distil_whisper.labels.evidence import INCOMPLETE, EvidenceLimits, is_cut_off
+from simpler_distil_whisper.labels.evidence import (
+    BROKEN_CHARACTER,
+    INCOMPLETE,
+    EvidenceLimits,
+    is_cut_off,
+)
 from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.run import (
@@ -35,6 +40,7 @@ from simpler_distil_whisper.run import (
     process_rank,
 )
 from simpler_distil_whisper.text.languages import Unit, join_texts
+from simpler_distil_whisper.text.normalization import is_blank
 
 Integers = npt.NDArray[np.int64]
 
@@ -344,8 +350,11 @@ def _write_audio(path: Path, parts: Sequence[Row], columns: LabelColumns) -> Non
 
 
 def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | None:
-    if not row[columns.label].strip():
+    label = row[columns.label]
+    if is_blank(label):
         return "no text"
+    if BROKEN_CHARACTER in label:  # for which training would drop the whole pack
+        return "broken character"
     if dropped := why_dropped(row, columns.error_rate, limits.error_rate):
         kind, _ = dropped
         return "error rate above pack.max_error_rate" if kind == ABOVE_MAXIMUM else kind

@@ -25,6 +25,7 @@ from simpler_distil_whisper.labels.evidence import (
     is_cut_off,
 )
 from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.text.normalization import is_blank
 
 Numbers = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -88,7 +89,7 @@ def read_labels(path: Path, columns: LabelColumns, group_by: Iterable[str]) -> L
         for name, column in names.items():
             value = row.get(column)
             numbers[name].append(math.nan if value is None else value)
-        empty.append(not row[columns.label].strip())
+        empty.append(is_blank(row[columns.label]))
         incomplete.append(is_cut_off(row))
         for column, known in values.items():
             groups[column].append(_group_number(known, row.get(column)))

@@ -24,6 +24,7 @@ from simpler_distil_whisper.labels.evidence import is_cut_off
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Task, whisper_code
 from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.text.normalization import is_blank
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -93,7 +94,7 @@ class Labeller:
             ConfigError: the teacher has no token for the task.
             ValueError: it has no label that can be given to the decoder.
         """
-        if not utterance.text or not utterance.text.strip():
+        if not utterance.text or is_blank(utterance.text):
             raise ValueError("it has no label")
         language = utterance.language or self.language
         if language is None and self.special.languages:

@@ -141,6 +141,9 @@ def _missing_parts(processor: Path) -> Iterator[str]:
                 f"{processor} holds no {what} ({' or '.join(files)}); name the folder that does, "
                 "usually that of the model from which this one was fine-tuned"
             )
+    is_early = (processor / "vocab.json").is_file() and not (processor / "tokenizer.json").is_file()
+    if is_early and not (processor / "merges.txt").is_file():
+        yield f"{processor} holds no merges.txt, without which vocab.json is of no use: get it too"
 
 
 def _feature_misfits(features: FeatureSettings, sizes: Sizes, path: Path) -> Iterator[str]:
@@ -164,7 +167,8 @@ def _vocabulary_misfits(
         yield f"has tokens up to {last}, {path} knows {sizes['vocab_size']}"
     if len(set(vocabulary.values())) < len(vocabulary):
         id, count = Counter(vocabulary.values()).most_common(1)[0]
-        yield f"{count} of its tokens have the id {id}"
+        names = ", ".join(token for token, each in vocabulary.items() if each == id)
+        yield f"the tokenizer's files contradict each other: {count} tokens are {id}: {names:.80}"
     # Ids can differ though the sizes fit: large-v3 has one language, and so one token, more.
     for token, theirs in (
         ("<|startoftranscript|>", generation.decoder_start_token_id),

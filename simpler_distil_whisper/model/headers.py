@@ -18,6 +18,7 @@ from simpler_distil_whisper.config import ConfigError
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 ATTENTIONS = {"encoder": ["self_attn"], "decoder": ["self_attn", "encoder_attn"]}
+OTHER_NAMES = ("encoder.blocks.", "decoder.blocks.")  # of openai-whisper and of MLX
 SHOWN = 3  # names of tensors in a message
 LFS_POINTER = b"version https://git-lfs"
 
@@ -107,7 +108,11 @@ def sizes_of(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, int
     for key, (name, axis) in SIZES.items():
         if name not in tensors:
             others = ", ".join([*tensors][:SHOWN]) or "no tensor"
-            raise ConfigError(f"{folder}: weights are missing: {name}; it has {others} ...")
+            problem = f"weights are missing: {name}; it has {others} ..."
+            if any(each.startswith(OTHER_NAMES) for each in tensors):
+                problem += " These are names of openai-whisper and MLX: name the model in "
+                problem += "transformers' format"
+            raise ConfigError(f"{folder}: {problem}")
         shape = tensors[name].shape
         if len(shape) != (3 if "conv" in name else 2) or 0 in shape:
             raise ConfigError(f"{tensors[name].file}: {name} has the shape {list(shape)}")

@@ -144,7 +144,7 @@ class AddedToken(SettingsFile):
 
 
 class AddedTokens(SettingsFile):
-    """tokenizer_config.json of a tokenizer that has no tokenizer.json."""
+    """tokenizer_config.json: tokens that transformers adds to those of the other files."""
 
     added_tokens_decoder: dict[Annotated[int, Field(ge=0, strict=False)], AddedToken] = {}
 
@@ -231,20 +231,19 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         ConfigError: a file is missing or damaged.
     """
     whole = folder / "tokenizer.json"
-    if whole.is_file():
-        try:
-            vocabulary: dict[str, int] = Tokenizer.from_file(str(whole)).get_vocab()
-        except Exception as error:  # tokenizers raises no other class
-            raise ConfigError(f"{whole} holds no tokenizer that can be read: {error}") from None
-        return vocabulary
-    vocabulary = {}
+    vocabulary: dict[str, int] = {}
     for name in ("vocab.json", "added_tokens.json"):
-        if (folder / name).is_file():
+        if (folder / name).is_file() and not (name == "vocab.json" and whole.is_file()):
             content = read_json(folder / name)
             vocabulary |= checked(Vocabulary, content, folder / name).root
     if (path := folder / "tokenizer_config.json").is_file():
         added = checked(AddedTokens, read_json(path), path).added_tokens_decoder
         vocabulary |= {token.content: id for id, token in added.items()}
+    if whole.is_file():
+        try:
+            vocabulary |= Tokenizer.from_file(str(whole)).get_vocab()
+        except Exception as error:  # tokenizers raises no other class
+            raise ConfigError(f"{whole} holds no tokenizer that can be read: {error}") from None
     return vocabulary
 
 

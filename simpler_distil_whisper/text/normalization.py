@@ -24,16 +24,18 @@ from simpler_distil_whisper.text.numerals import with_digits
 
 Step = Callable[[str], str]
 
-# Joiners, direction marks, soft hyphens, fillers and variation selectors: two texts that differ in
-# these alone look the same. Not the zero-width space, which separates words.
+# Joiners, direction marks, soft hyphens, fillers, variation selectors and the other characters that
+# Unicode has programs ignore: two texts that differ in these alone look the same. Not the
+# zero-width space, which separates words.
 INVISIBLE = re.compile(
-    r"[\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    r"\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+    r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # Quotation marks, modifier letters, accents that stand alone and primes, as people type them, and
 # the geresh of Hebrew.
-APOSTROPHES = "'`\u00b4\u02b9\u02bb\u02bc\u055a\u05f3\u2018\u2019\u201b\u2032\uff07"
+APOSTROPHES = "'`\u00b4\u02b9\u02bb\u02bc\u055a\u05f3\u2018\u2019\u201b\u2032\uff07\uff40"
 DECIMAL_SIGNS = ".,\u066b"
 # Not brackets: Whisper's normalisers delete what stands in ASCII's.
 FULL_WIDTH = {
@@ -42,6 +44,7 @@ FULL_WIDTH = {
 PLAIN_APOSTROPHES = str.maketrans(dict.fromkeys(APOSTROPHES, "'"))
 # NFKC would make periods of these, after Whisper's normalisers have looked for periods.
 SMALL_SIGNS = {ord(c): unicodedata.normalize("NFKC", c) for c in "﹐﹒﹣﹩﹪․"}
+PERIODS = re.compile(r"\.{2,}")  # Whisper's English normaliser would make "5 ." of "five..."
 ELLIPSES = dict.fromkeys(map(ord, "…‥⋯︙"), " ")
 # Not the tab and line ends, at which texts are split into words anyway.
 CONTROLS = dict.fromkeys([*range(9), *range(14, 28), *range(127, 160), 0x200B], " ")
@@ -188,6 +191,11 @@ def _whisper_normalizers() -> tuple[Step, Step]:
     return english, BasicTextNormalizer()
 
 
+def is_blank(text: str) -> bool:
+    """Return whether a text is empty, or holds nothing that can be seen."""
+    return not INVISIBLE.sub("", text).translate(CONTROLS).strip()
+
+
 def _with_plain_apostrophes(text: str) -> str:
     """Return a text without invisible characters, and with one kind of apostrophe."""
     return INVISIBLE.sub("", text).translate(PLAIN_APOSTROPHES)
@@ -195,7 +203,7 @@ def _with_plain_apostrophes(text: str) -> str:
 
 def _with_plain_signs(text: str) -> str:
     """Return a text as Whisper's normalisers expect it, which know only ASCII's apostrophe."""
-    return INVISIBLE.sub("", text).translate(PLAIN_SIGNS)
+    return PERIODS.sub(" ", INVISIBLE.sub("", text).translate(PLAIN_SIGNS))
 
 
 def _whisper_english(text: str) -> str:

@@ -17,13 +17,13 @@ from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
 from simpler_distil_whisper.decoding.batches import HEADERS_AT_ONCE, in_batches
 from simpler_distil_whisper.labels.error_rate import why_dropped
-from simpler_distil_whisper.labels.evidence import INCOMPLETE, is_cut_off
+from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER, INCOMPLETE, is_cut_off
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
 from simpler_distil_whisper.run import DataError, Progress, log
+from simpler_distil_whisper.text.normalization import is_blank
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.tokens import (
-    BROKEN_CHARACTER,
     Example,
     LabelTokenizer,
     SpecialTokenInText,
@@ -199,7 +199,7 @@ class ExampleFilter:
         by_teacher = columns.text != columns.reference
         complete = not (by_teacher and is_cut_off(row))
         text = learnt_text(utterance.text or "", complete)
-        if not text.strip():
+        if is_blank(text):
             raise Dropped("no label", f'"{columns.text}" is empty')
         if dropped := why_dropped(row, columns.error_rate, self.data.max_error_rate):
             raise Dropped(*dropped)
@@ -218,7 +218,8 @@ class ExampleFilter:
         segments = self._timed_segments(utterance, text, len(prompt) - 1, complete)
         end = [self.tokens.end] if complete else []
         self.kept[WITHOUT_END] += not complete
-        self.kept[CLEANED] += text != utterance.text and complete
+        cut_off = "" if complete else BROKEN_CHARACTER
+        self.kept[CLEANED] += text != (utterance.text or "").rstrip(cut_off)
         tokens = array("i", [*prompt, *label, *end])
         return Example(
             utterance, seconds, tokens, len(prompt), weight, segments, previous, complete
@@ -256,7 +257,7 @@ class ExampleFilter:
         text = utterance.row.get(column) if self.data.previous_text_probability else None
         if text is not None and not isinstance(text, str):
             raise Dropped("unusable previous text", f'"{column}" is not a string: {text!r}')
-        if text is None or not text.strip():
+        if text is None or is_blank(text):
             return ()
         # As in openai/whisper: half of the positions, <|startofprev|> included, is for the past.
         return self._tokens_of(text, "previous text")[-(self.max_positions // 2 - 1) :]
@@ -311,7 +312,7 @@ class ExampleFilter:
         known = [time for time in times if time is not None]
         if known != sorted(known):
             raise Dropped(kind, f'"{column}": the times go back: {known}')
-        return [each for each in segments if learnt_text(each.text).strip()]
+        return [each for each in segments if not is_blank(each.text)]
 
 
 def _without_spaces(text: str) -> str:

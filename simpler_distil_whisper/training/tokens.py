@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import WhisperTokenizer
 
 from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER
+from simpler_distil_whisper.model.settings import is_added_word
 from simpler_distil_whisper.model.whisper import TIME_STEP, SpecialTokens
+from simpler_distil_whisper.text.normalization import INVISIBLE
 from simpler_distil_whisper.training.augment import View
 from simpler_distil_whisper.training.losses import IGNORE_INDEX
 from simpler_distil_whisper.training.options import TrainingData
@@ -33,7 +36,7 @@ UNSPOKEN = re.compile(
     r"\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"
 )
 LINE_BREAK = re.compile(r"\s*[\t-\r\x85\u2028\u2029]\s*")
-BROKEN_CHARACTER = "\ufffd"  # in the text of tokens that are only some of a character's bytes
+IN_SPECIAL_BRACKETS = re.compile(r"<\|[^<|>]*\|>")
 
 
 def learnt_text(text: str, complete: bool = True) -> str:
@@ -81,10 +84,15 @@ class LabelTokenizer:
         Raises:
             SpecialTokenInText: the text itself holds special tokens.
         """
-        ids = array("i", self.tokenizer(learnt_text(text), add_special_tokens=False).input_ids)
-        if special := self._special.intersection(ids):
-            names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
-            raise SpecialTokenInText(f"the {what} holds {names}, which is no speech")
+        learnt = learnt_text(text)
+        ids = array("i", self.tokenizer(learnt, add_special_tokens=False).input_ids)
+        special = self.tokenizer.convert_ids_to_tokens(sorted(self._special.intersection(ids)))
+        # Also those that this tokenizer lacks, or that a joiner keeps it from seeing.
+        for name in IN_SPECIAL_BRACKETS.findall(INVISIBLE.sub("", learnt)):
+            if name not in special and not is_added_word(name, special=False):
+                special.append(name)
+        if special:
+            raise SpecialTokenInText(f"the {what} holds {', '.join(special)}, which is no speech")
         return ids
 
 

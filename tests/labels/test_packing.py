@@ -89,6 +89,8 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
         label(id=3, text=" "),
         label(30.1, id=4),
         label(id=5),
+        label(id=6, text="\ufeff\u200d"),
+        label(id=7, text="he\ufffdo"),
     ]
     planned = plan(tmp_path, rows)
     assert ids_in(tmp_path, planned) == [[0, 5]]
@@ -96,7 +98,8 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
     assert planned.left_out == {
         "error rate above pack.max_error_rate": 1,
         "no error rate": 1,
-        "no text": 1,
+        "no text": 2,
+        "broken character": 1,
         "longer than a pack": 1,
     }
     everything = plan(tmp_path, rows, PackLimits(30.0, 444, None))

@@ -14,6 +14,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 
 Make = Callable[..., Path]
+EMBEDDING = "model.decoder.embed_tokens.weight"
 FC1, FC2 = (f"model.decoder.layers.0.{name}.weight" for name in ("fc1", "fc2"))
 
 
@@ -88,11 +89,15 @@ def test_early_tokenizers_list_added_tokens_in_a_file_of_their_own(make: Make) -
     first = {token: id for token, id in added.items() if id < 260}
     others = {str(id): {"content": token} for token, id in added.items() if id >= 260}
     (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "added_tokens.json").write_text(json.dumps(first))
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": others}))
     expected = read(folder)
     (folder / "tokenizer.json").unlink()
     assert read(folder) == expected
+    (folder / "merges.txt").unlink()
+    with pytest.raises(ConfigError, match=r"teacher.processor: .* holds no merges.txt"):
+        read(folder)
 
 
 def test_an_english_only_model_takes_english_alone(make: Make) -> None:
@@ -129,6 +134,7 @@ def test_a_language_that_the_model_lacks_is_refused_by_key(whole: Path) -> None:
         ("generation_config.json", {"lang_to_id": {"<|zh|>": 9999}}, "lang_to_id.<|zh|>: is bey"),
         ("generation_config.json", {"alignment_heads": [3]}, "alignment_heads.0: Input should be"),
         ("preprocessor_config.json", {"hop_length": 80}, "processor: .* hop_length: .* be 160"),
+        ("preprocessor_config.json", {"n_fft": 512}, "processor: .* n_fft: .* be 400"),
         ("preprocessor_config.json", {"feature_size": 128}, "makes 128 mel bins, .* takes 80"),
         ("preprocessor_config.json", {"chunk_length": 5}, "makes windows of 5 s, .* takes 30 s"),
         ("tokenizer.json", "{}", "processor: .*tokenizer.json holds no tokenizer that can be re"),
@@ -185,6 +191,10 @@ Change = Callable[[dict[str, Any]], object]
         (lambda w: w.update({FC1: w[FC1].astype("int8")}), "weights are I8, not floating point"),
         (lambda w: w.update({FC2: w[FC2].T.copy()}), r"shape \(32, 16\) instead of \(16, 32\): de"),
         (dict.clear, "weights are missing"),
+        (
+            lambda w: w.update({"encoder.blocks.0.mlp.0.bias": w.pop(EMBEDDING)}),
+            "names of openai-whisper and MLX: name the model in transformers' format$",
+        ),
     ],
 )
 def test_weights_that_are_no_whole_whisper_are_named(
@@ -246,6 +256,7 @@ def test_tensors_that_no_whisper_has_are_named(
     ("ours", "theirs", "difference"),
     [
         ({"languages": ["en", "zh"]}, {"languages": ["en"]}, "vocab_size 367, the teacher .* 366"),
+        ({"window_seconds": 1}, {}, "has max_source_positions 50, the teacher .* has 100"),
         ({"mels": 128}, {"mels": 80}, "has num_mel_bins 128, the teacher .* has 80"),
         (
             {"languages": ["en", "zh"]},
@@ -257,7 +268,7 @@ def test_tensors_that_no_whisper_has_are_named(
 def test_a_student_must_have_the_teachers_tokens_and_log_mels(
     tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any], difference: str
 ) -> None:
-    student = read(make_model_folder(tmp_path / "s", window_seconds=2, **ours))
+    student = read(make_model_folder(tmp_path / "s", **{"window_seconds": 2, **ours}))
     teacher = read(make_model_folder(tmp_path / "t", window_seconds=2, **theirs))
     with pytest.raises(ConfigError, match=difference):
         student.check_copy_of(teacher)

@@ -27,7 +27,15 @@ OTHER_FOLDERS = {
         ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
         "pickled weights are not read",
     ),
+    "variants": (["config.json", "model.fp16.safetensors", "pytorch_model.bin"], "pickled"),
     "flax": (["config.json", "flax_model.msgpack"], "Flax's weights only"),
+    "flax shards": (["config.json", "flax_model-00001-of-00002.msgpack"], "Flax's weights only"),
+    "tensorflow shards": (["config.json", "tf_model-00001-of-00002.h5"], "TensorFlow's weights"),
+    "core ml": (["config.json", "AudioEncoder.mlmodelc/model.mil"], "a Core ML model"),
+    "openvino": (["config.json", "openvino_encoder_model.xml"], "an OpenVINO model"),
+    "lightning": (["epoch=1.ckpt"], "or of a training: name the model"),
+    "sharded checkpoint": (["trainer_state.json", "optimizer_0/x.distcp"], "training checkpoint"),
+    "adapters": (["checkpoint-9/adapter_config.json"], "PEFT adapters; .*/checkpoint-9: name"),
     "onnx": (["config.json", "onnx/decoder_model.onnx"], "an ONNX model"),
     "mlx": (["config.json", "weights.npz"], "a model of MLX"),
     "checkpoint": (
@@ -42,6 +50,7 @@ OTHER_FOLDERS = {
     "trainer": (["checkpoint-500/config.json"], "the models are in .*/checkpoint-500: name"),
     "cached model": (["refs/main", "snapshots/a1b2/config.json"], r"Hub's cache; .*snapshots/a1b2"),
     "cache": (["models--o--w/snapshots/a1b2/config.json"], "Hub's cache; .*snapshots/a1b2: name"),
+    "home": (["token", "hub/models--o--w/snapshots/a1/config.json"], "Hub's cache; .*/a1: name"),
     "nothing": ([], "is no model folder: it holds no config.json"),
 }
 
@@ -68,6 +77,13 @@ def test_another_model(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "model.safetensors").touch()
     assert answer_to(tmp_path).endswith(f"is a {kind} model, not Whisper")
+
+
+def test_a_quantised_model(tmp_path: Path) -> None:
+    config = {"model_type": "whisper", "quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    assert "a quantised model, which is not read: name the model from" in answer_to(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ def english_without_generation_config(folder: Path) -> Path:
     return without_generation_config(folder, english_only=True, vocab_size=51864)
 
 
+def saved_as_whisper_model(folder: Path) -> Path:
+    """As the class WhisperModel saves it: without the head, and with shorter names."""
+    Model.from_pretrained(plain(folder)).model.save_pretrained(folder)
+    assert not any(name.startswith("model.") for name in load_file(folder / "model.safetensors"))
+    return folder
+
+
 def forced_ids(folder: Path) -> Path:
     """As the first checkpoints were: any requested language would silently lose to these."""
     plain(folder, talkative=True, seed=53)
@@ -203,6 +210,13 @@ def test_released_layouts(tmp_path: Path, name: str) -> None:
 def test_unusual_folders(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     teacher = make(tmp_path / "teacher")
     check_the_whole_road(teacher, tmp_path, "en" if "english" in make.__name__ else "zh")
+
+
+def test_a_folder_of_whisper_model_has_the_same_weights(tmp_path: Path) -> None:
+    whole, short = plain(tmp_path / "whole"), saved_as_whisper_model(tmp_path / "short")
+    expected = loaded(whole).model.state_dict()
+    for name, weight in loaded(short).model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_yue_shifts_the_tasks_by_one(tmp_path: Path) -> None:

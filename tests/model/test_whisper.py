@@ -173,13 +173,31 @@ def test_alignment_heads_of_the_teacher_are_left_out(
     assert "alignment_heads: 2 of 3 are not in this model" in caplog.text
 
 
-def test_tokenizer_files_that_contradict_each_other_are_refused(folder: Path) -> None:
-    """A token that only one file knows would move the ids of all others, with no warning."""
+def with_tokens(folder: Path, **ids: int) -> Path:
+    """Write tokens that the tokenizer lacks, or has under other ids, into its config."""
+    path = folder / "tokenizer_config.json"
     tokens = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
-    added = {"<|new|>": 0, **{token["content"]: token["id"] for token in tokens}}
-    (folder / "added_tokens.json").write_text(json.dumps(added))
+    known = {token["id"]: token | {"special": True} for token in tokens}
+    known |= {id: known[257] | {"content": f"<|{name}|>"} for name, id in ids.items()}
+    settings = json.loads(path.read_bytes()) | {"added_tokens_decoder": known}
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_token_of_one_file_in_the_place_of_anothers_is_refused_unloaded(folder: Path) -> None:
+    """It would take the place of the other, or move the ids of all that follow."""
+    (folder / "added_tokens.json").write_text(json.dumps({"<|new|>": 0}))
+    with pytest.raises(ConfigError, match=r"contradict each other: 2 tokens are 0: <\|new\|>, !;"):
+        read_model_folder(folder, None, "model")
+    (folder / "added_tokens.json").unlink()
+    with pytest.raises(ConfigError, match=r"2 tokens are 300: <\|new\|>, <\|0.68\|>"):
+        read_model_folder(with_tokens(folder, new=300), None, "model")
+
+
+def test_tokenizer_files_that_contradict_each_other_are_refused(folder: Path) -> None:
+    """What is loaded is compared with what the files state."""
     with pytest.raises(ConfigError, match="files of the tokenizer contradict each other"):
-        loaded(folder)
+        loaded(with_tokens(folder, zh=258, en=259))
 
 
 def test_an_error_of_a_library_is_a_message_about_the_folder(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_form_is_made_whatever_comes_before_or_behind_it() -> None:
 @pytest.mark.parametrize("language", ["en", "de", None])
 def test_what_is_invisible_parts_no_word(language: str | None) -> None:
     normalize = make_normalizer(TextNormalization())
-    for sign in "\u00ad\u200e\u200f\u202a\u202e\u2060\u2066\ufeff":
+    for sign in "\u00ad\u180e\u200e\u200f\u202a\u202e\u2060\u2066\u3164\ufeff\U0001d173\U000e0041":
         assert normalize(f"won{sign}der", language) == "wonder", ascii(sign)
 
 
@@ -196,6 +196,7 @@ def test_english_rows_are_normalised_by_whisper_and_others_are_not() -> None:
         "\ufeffI don't thi\u00adnk\u200bit's the dog's。",
         "Ｉ ｄｏｎ＇ｔ think it’s the dog’s！",
         "\x00I don′t think it´s the dog`s…",
+        "I don｀t\u3000think it`s the dog｀s...",
         "I don‛t\x1bthink itʻs the dog׳s﹒\ufffb",
     ],
 )
@@ -204,6 +205,15 @@ def test_ways_to_write_signs_are_made_equal_in_every_language(
 ) -> None:
     normalize = make_normalizer(TextNormalization(whisper=whisper))
     assert normalize(written, language) == normalize("I don't think it's the dog's.", language)
+
+
+@pytest.mark.parametrize("whisper", ["auto", "english", "basic", None])
+@pytest.mark.parametrize("text", ["I count to five...", "wait...5 dollars", "3...5", "so...?"])
+def test_an_ellipsis_is_three_periods_also_beside_numbers(whisper: Any, text: str) -> None:
+    normalize = make_normalizer(TextNormalization(whisper=whisper))
+    for language in ("en", "de"):
+        assert normalize(text, language) == normalize(text.replace("...", "…"), language)
+        assert "." not in normalize(text, language)
 
 
 def test_a_number_that_python_cannot_read_ends_no_run() -> None:

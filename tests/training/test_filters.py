@@ -87,6 +87,7 @@ def test_a_transcript_cannot_hold_a_special_token(select: Select, token: str) ->
         ({}, {"max_duration_seconds": 0.999}, "too long", "1.000 s, the maximum is 0.999 s"),
         ({}, {"max_label_tokens": 5}, "label too long", "label of 6 tokens, the maximum is 5"),
         ({"text": "\ufeff \u200b\x00"}, {}, "no label", '"text" is empty'),
+        ({"text": "\u200d\ufe0f\u3164\u2062"}, {}, "no label", '"text" is empty'),
         ({"text": "你\ufffd好"}, {}, "broken character in label", "the label holds U+FFFD"),
         ({"compression_ratio": 2.41}, {}, "a loop", '"compression_ratio" is 2.41, above 2.4'),
         ({"average_log_probability": -1.01}, {}, "improbable label", "is -1.01, below -1"),
@@ -176,9 +177,27 @@ def test_characters_that_are_no_speech_are_not_learnt(
     assert len(caplog.messages) == (text != learnt)
 
 
-def test_a_hidden_character_does_not_hide_a_special_token(select: Select) -> None:
-    selection = select(row(text="a<|end\u200boftext|>"))
-    assert "<|endoftext|>" in selection.rejections[0].reason
+@pytest.mark.parametrize("hidden", ["\u200b", "\u200d", "\ufe0f", "\u2062"])
+def test_a_hidden_character_does_not_hide_a_special_token(select: Select, hidden: str) -> None:
+    (rejection,) = select(row(text=f"a<|end{hidden}oftext|>")).rejections
+    assert rejection.reason == "the label holds <|endoftext|>, which is no speech"
+
+
+@pytest.mark.parametrize("token", ["<|de|>", "<|30.00|>", "<|nocaptions|>"])
+def test_special_tokens_that_the_model_lacks_are_no_speech_either(
+    select: Select, token: str
+) -> None:
+    selection = select(row(text=f"你好{token}"))
+    assert selection.report["special token in label"]["rows"] == 1
+
+
+def test_a_label_that_was_cut_off_and_cleaned_is_counted(
+    select: Select, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        select(row(text="\ufeffH\ufffd", complete=False), incomplete_labels="without_end")
+        select(row(text="H\ufffd", complete=False), incomplete_labels="without_end")
+    assert sum("no speech" in message for message in caplog.messages) == 1
 
 
 def test_audio_longer_than_the_window_is_dropped_whatever_the_config_allows(
