@@ -241,9 +241,13 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         vocabulary |= {token.content: id for id, token in added.items()}
     if whole.is_file():
         try:
-            vocabulary |= Tokenizer.from_file(str(whole)).get_vocab()
+            tokenizer = Tokenizer.from_file(str(whole))
         except Exception as error:  # tokenizers raises no other class
             raise ConfigError(f"{whole} holds no tokenizer that can be read: {error}") from None
+        # Another name of a special token, such as <|nocaptions|>, moves no ids.
+        named = tokenizer.get_added_tokens_decoder()
+        vocabulary = {token: id for token, id in vocabulary.items() if id not in named}
+        vocabulary |= tokenizer.get_vocab()
     return vocabulary
 
 
