@@ -18,8 +18,9 @@ compare: .venv/installed
 	$(BIN)/python -m simpler_distil_whisper.export export.json
 	$(BIN)/python eval.py demo/compare.json
 
+# A process more than CI has cores, since some tests wait.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
@@ -32,7 +33,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # The speed of decoding and of a training step beside that of others: hours on two quiet cores.
 bench: .venv/installed

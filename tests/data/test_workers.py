@@ -73,6 +73,7 @@ def test_what_is_computed_behind_takes_no_time_of_what_makes_it() -> None:
     assert [item for item, _ in results] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_results_of_a_process_that_dies_are_computed_here() -> None:
     assert [result for result, _ in map_behind(die_unless_here, [1, 3, 2], 1)] == [1, 3, 2]
 
@@ -105,6 +106,7 @@ def hang_at_three(item: int) -> int:
     return item * item
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SECONDS_BETWEEN_CHECKS", 0.2)
     monkeypatch.setattr(workers, "MINUTES_FOR_A_RESULT", 1 / 60)
@@ -112,6 +114,7 @@ def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     assert results == [1, WorkerDeath(3, "no result within 0.0166667 minutes"), 4]
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_what_cannot_do_without_its_result() -> None:
     results = load_ahead(die_at_three, [2, 3], 1, prefetch=1)
     assert next(results) == 4

@@ -112,6 +112,7 @@ def test_the_demo_in_ctranslate2_gives_the_same_texts(
     check_that_eval_reads_them(tmp_path, variants)
 
 
+@pytest.mark.slow
 def test_an_export_can_be_given_the_clip_alone_as_documented(
     tmp_path: Path, run_export: RunExport
 ) -> None:

@@ -656,6 +656,7 @@ def test_with_all_answers_there_the_teacher_is_not_loaded_and_no_bit_changes(
     assert logged(tmp_path / "run", "train/loss") == logged(filled[0], "train/loss")
 
 
+@pytest.mark.slow
 def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
     tmp_path: Path, setting: Setting
 ) -> None:

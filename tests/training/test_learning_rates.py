@@ -65,6 +65,7 @@ def test_the_search_ends_where_no_rate_learns() -> None:
     assert min(run.rate for run in tried) == FIRST * 2.0**learning_rates.LOWEST
 
 
+@pytest.mark.slow
 def test_the_range_test_warns_of_a_rate_far_off(
     tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
 ) -> None:

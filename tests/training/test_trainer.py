@@ -342,6 +342,7 @@ def test_an_encoder_that_differs_is_not_shared(tmp_path: Path, setting: Setting)
     assert len(encoder_states) == 4
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfitted(tmp_path: Path) -> None:
     """From other texts to every text of four clips: the whole way from audio to text works."""
     setting = make_setting(tmp_path, 4)
@@ -467,6 +468,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
     assert_same_run(distil(path), never_stopped)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:
@@ -485,6 +487,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert_same_run(distil(path), never_stopped)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_any_checkpoint_begins_anew(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:
@@ -672,6 +675,7 @@ def test_a_run_that_gets_no_better_stops_early(tmp_path: Path, setting: Setting)
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_run_that_has_stopped_early_is_not_taken_up_again(
     tmp_path: Path, setting: Setting
 ) -> None:

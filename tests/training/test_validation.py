@@ -191,6 +191,7 @@ def test_validation_comes_when_it_is_due(tmp_path: Path, setting: Setting) -> No
         assert [r["step"] for r in lines if "validation/student/error_rate" in r] == steps
 
 
+@pytest.mark.slow
 def test_the_teacher_is_scored_once_even_if_the_run_is_stopped(
     tmp_path: Path, setting: Setting
 ) -> None:
@@ -253,6 +254,7 @@ def test_best_is_the_student_of_the_lowest_rate(tmp_path: Path, setting: Setting
     assert jiwer.cer([row["text"] for row in rows], hypotheses) == pytest.approx(min(rates))
 
 
+@pytest.mark.slow
 def test_best_is_not_kept_unless_asked_and_not_without_dev(
     tmp_path: Path, setting: Setting
 ) -> None:
