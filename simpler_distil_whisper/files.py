@@ -1,4 +1,4 @@
-"""Opening files that others have named, and locking our own.
+"""Opening files that others have named, many of them where that is slow, and locking our own.
 
 A path can lead to a pipe, which is waited for, or to a device that never ends: only files on disk
 are read.
@@ -9,17 +9,26 @@ import logging
 import os
 import stat
 import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeVar
 
 if sys.platform != "win32":
     import fcntl
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 log = logging.getLogger("simpler_distil_whisper")
 
 # With O_NONBLOCK, a pipe that nobody writes to is opened at once. Windows lacks it.
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KERNEL_FOLDERS = (Path("/proc"), Path("/sys"))  # regular files by name alone; some never end
+FILES_AT_ONCE = 8
+FIRST_FILES = 32  # tell whether files are at hand
+SECONDS_AT_HAND = 0.002
 LONGEST_NAME = 255
 LONGEST_PATH = 4000
 KINDS = {
@@ -29,6 +38,19 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+
+
+def read_files(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return what each item's file tells, in order; several are read at once where that is slow.
+
+    On a network a file takes milliseconds to open, and many are waited for together. Threads that
+    read what is at hand get in each other's way: they were measured to take five times as long.
+    """
+    started = time.perf_counter()
+    results = [read(item) for item in items[:FIRST_FILES]]
+    slow = time.perf_counter() - started > SECONDS_AT_HAND * len(results)
+    with ThreadPoolExecutor(FILES_AT_ONCE if slow else 1) as pool:
+        return [*results, *pool.map(read, items[FIRST_FILES:])]
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:

@@ -1,12 +1,14 @@
-"""What is no file on disk is refused at once, with the reason."""
+"""What is no file on disk is refused at once, with the reason; slow ones are read together."""
 
 import os
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from simpler_distil_whisper.files import open_regular_file, read_regular_file
+from simpler_distil_whisper.files import open_regular_file, read_files, read_regular_file
 
 
 def reason(path: Path | str) -> str | None:
@@ -61,3 +63,18 @@ def test_a_file_beyond_the_limit_is_not_read_whole(tmp_path: Path) -> None:
     assert read_regular_file(tmp_path / "a", 5) == b"12345"
     with pytest.raises(OSError, match="more than 4 bytes"):
         read_regular_file(tmp_path / "a", 4)
+
+
+@pytest.mark.parametrize(("seconds", "several"), [(0.0, False), (0.003, True)])
+def test_only_files_that_are_slow_to_read_are_read_several_at_once(
+    seconds: float, several: bool
+) -> None:
+    threads: set[int] = set()
+
+    def read(item: int) -> int:
+        time.sleep(seconds)
+        threads.add(threading.get_ident())
+        return item * item
+
+    assert read_files(read, range(100)) == [item * item for item in range(100)]
+    assert (len(threads) > 2) == several

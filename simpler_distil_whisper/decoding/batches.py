@@ -9,7 +9,6 @@ import contextlib
 import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +29,7 @@ from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utteranc
 from simpler_distil_whisper.data.results import LENGTHS
 from simpler_distil_whisper.data.speech_activity import SpeechSpan, muted, speech_spans
 from simpler_distil_whisper.data.workers import WorkerDeath, map_ahead
+from simpler_distil_whisper.files import read_files
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.teacher_cache import (
     CachedEncoderStates,
@@ -39,7 +39,6 @@ from simpler_distil_whisper.model.teacher_cache import (
 from simpler_distil_whisper.run import log
 
 Item = TypeVar("Item")
-HEADERS_AT_ONCE = 8  # that are read; on a network, a file takes milliseconds to open
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,7 @@ class ByLength:
         path = self._folder / f"{name}.{LENGTHS}" if self._folder else None
         seconds = _kept_seconds(path, len(utterances)) if path else None
         if seconds is None:
-            with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-                seconds = np.array(list(pool.map(_seconds, utterances)))
+            seconds = np.array(read_files(_seconds, utterances))
             if path:
                 own = path.with_name(f"{name}.{uuid.uuid4().hex}.{LENGTHS}")
                 own.write_bytes(seconds.tobytes())

@@ -6,7 +6,6 @@ Owns the filters of the `data` section and their report of rows and hours for ea
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -15,7 +14,8 @@ from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
-from simpler_distil_whisper.decoding.batches import HEADERS_AT_ONCE, in_batches
+from simpler_distil_whisper.decoding.batches import in_batches
+from simpler_distil_whisper.files import read_files
 from simpler_distil_whisper.labels.error_rate import why_dropped
 from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER, INCOMPLETE, is_cut_off
 from simpler_distil_whisper.model.folder import ModelFolder
@@ -326,14 +326,13 @@ def _lengths(
     """Yield the length of each utterance, or why it cannot be used.
 
     A length that the row states is relied on until the audio is decoded. Only the headers of others
-    are read, several at once.
+    are read.
     """
-    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        for some in in_batches(utterances, 1000):
-            stated = [_relied_on(utterance, shortest, longest) for utterance in some]
-            unknown = [row for row, seconds in zip(some, stated, strict=True) if seconds is None]
-            read = pool.map(_header_seconds, unknown)
-            yield from (next(read) if seconds is None else seconds for seconds in stated)
+    for some in in_batches(utterances, 1000):
+        stated = [_relied_on(utterance, shortest, longest) for utterance in some]
+        unknown = [row for row, seconds in zip(some, stated, strict=True) if seconds is None]
+        read = iter(read_files(_header_seconds, unknown))
+        yield from (next(read) if seconds is None else seconds for seconds in stated)
 
 
 def _relied_on(utterance: Utterance, shortest: float, longest: float) -> float | None:
