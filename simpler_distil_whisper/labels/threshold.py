@@ -4,6 +4,7 @@ Owns the rule and the sentences that explain what it has chosen. It reads no fil
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ THRESHOLDS = np.round(np.linspace(0, 0.5, THRESHOLD_STEPS + 1), 2)  # those that
 # A stricter threshold than one error in ten loses hours at which the teacher was nearly right; and
 # no label may pass of which more than a fifth is wrong only because it is short.
 LOWEST_FLOOR, HIGHEST_FLOOR = 0.1, 0.2
+# A student of a teacher that errs often needs hours more than labels without errors: only what has
+# more errors than this many times the teacher's usual rate is a failure.
+TIMES_USUAL = 2
 FEW_ROWS = 100  # whose rates say little about a threshold
 
 
@@ -28,6 +32,7 @@ class Suggestion:
         hours: how many hours it keeps.
         share_of_hours: the same, as a share of all hours.
         knee: where the curve of hours bends.
+        usual: the teacher's usual error rate: half of the hours have a lower one.
         one_slip: error rate of one wrong token in a reference of median length, rounded up.
         reasoning: the reasons, a sentence or two each.
     """
@@ -37,6 +42,7 @@ class Suggestion:
     hours: float | None
     share_of_hours: float | None
     knee: float | None
+    usual: float | None
     one_slip: float | None
     reasoning: list[str]
 
@@ -47,7 +53,8 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
     The knee: hours kept, as a share of those that 0.50 keeps, rise with the threshold; the knee is
     where they are furthest above a straight rise, so that going on costs more errors than it gains
     hours. It is raised to the error rate of one wrong token in a reference of median length, within
-    0.10 and 0.20, since a single slip in a short label is no failure.
+    0.10 and 0.20, since a single slip in a short label is no failure; and to twice the usual error
+    rate, at most to 0.50, or a teacher that errs often would leave its student few hours.
 
     Args:
         rates: float64 [rows]: error rates; NaN where there is none.
@@ -71,7 +78,9 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
     length = float(np.median(reference_tokens[known]))
     slip = math.ceil(round(100 / length, 6)) / 100
     floor = min(max(slip, LOWEST_FLOOR), HIGHEST_FLOOR)
-    threshold = max(knee, floor)
+    usual = _usual_rate(rates[known], hours[known])
+    twice_usual = min(math.ceil(round(100 * TIMES_USUAL * usual, 6)) / 100, float(THRESHOLDS[-1]))
+    threshold = max(knee, floor, twice_usual)
     passes = rates <= threshold
     return Suggestion(
         max_error_rate=threshold,
@@ -79,53 +88,74 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
         hours=round(float(hours[passes].sum()), 6),
         share_of_hours=round(float(hours[passes].sum() / hours.sum()), 6),
         knee=knee,
+        usual=round(usual, 6),
         one_slip=slip,
-        reasoning=_reasoning(threshold, knee, length, rates, hours),
+        reasoning=[
+            *_why_this(threshold, knee, floor, usual, length),
+            *_what_it_leaves(threshold, rates, hours),
+        ],
     )
 
 
 def _no_threshold(why: str) -> Suggestion:
-    return Suggestion(None, None, None, None, None, None, [why])
+    return Suggestion(None, None, None, None, None, None, None, [why])
 
 
-def _reasoning(
-    threshold: float, knee: float, length: float, rates: Numbers, hours: Numbers
-) -> list[str]:
-    """Return the reasons for a threshold, one sentence or two each."""
-    known, beyond = ~np.isnan(rates), rates > threshold
-    share = hours[rates <= threshold].sum() / hours.sum()
+def _usual_rate(rates: Numbers, hours: Numbers) -> float:
+    """Return the median of error rates, weighted by hours."""
+    order = np.argsort(rates)
+    before = np.cumsum(hours[order])
+    return float(rates[order][np.searchsorted(before, before[-1] / 2)])
+
+
+def _why_this(
+    threshold: float, knee: float, floor: float, usual: float, length: float
+) -> Iterator[str]:
+    """Yield the reasons for a threshold, one sentence or two each."""
     gain = f"{1 / THRESHOLD_STEPS:.0%} of the hours that 0.50 would keep"
-    reasons = []
     if knee:
-        reasons.append(
+        yield (
             f"The curve of hours has its knee at {knee:.2f}: up to there each 0.01 of threshold "
             f"buys on average more than {gain}, beyond it less."
         )
     else:
-        reasons.append(f"Above 0, each 0.01 of threshold buys on average less than {gain}.")
-    if threshold > max(knee, LOWEST_FLOOR):
-        reasons.append(
+        yield f"Above 0, each 0.01 of threshold buys on average less than {gain}."
+    if threshold == knee:
+        return
+    if threshold > floor:
+        yield (
+            f"Raised to {threshold:.2f}: this teacher usually has an error rate of {usual:.2f} "
+            "(half of the hours have a higher one). Its student needs hours more than labels "
+            "without errors, so only what is more than twice as wrong is left out."
+        )
+    elif threshold > LOWEST_FLOOR:
+        yield (
             f"Raised to {threshold:.2f}, because a reference has {length:g} tokens (median), of "
             f"which a single wrong one is an error rate of {1 / length:.3g}: a slip, no failure."
         )
-    elif threshold > knee:
-        reasons.append(
+    else:
+        yield (
             f"Raised to {threshold:.2f}: published experiments (Gandhi et al. 2023) lost hours "
             "and gained nothing with lower ones."
         )
+
+
+def _what_it_leaves(threshold: float, rates: Numbers, hours: Numbers) -> Iterator[str]:
+    """Yield what a threshold keeps and leaves out, one sentence or two each."""
+    known, beyond = ~np.isnan(rates), rates > threshold
+    share = hours[rates <= threshold].sum() / hours.sum()
     if beyond.any():
-        reasons.append(
+        yield (
             f"Beyond it are {beyond.sum()} of {known.sum()} rows: their median error rate is "
             f"{np.median(rates[beyond]):.2f}, and {(rates[beyond] >= 0.5).sum()} of them are wrong "
             "in every second token or more."
         )
     else:
-        reasons.append("No row is beyond it.")
+        yield "No row is beyond it."
     if known.sum() < FEW_ROWS:
-        reasons.append(f"Only {known.sum()} rows have an error rate: look at them one by one.")
+        yield f"Only {known.sum()} rows have an error rate: look at them one by one."
     if share < 0.5:
-        reasons.append(
+        yield (
             f"It keeps only {share:.0%} of all hours: before you train, look at the worst rows. "
             "Teacher and references may differ in script, language or how numbers are written."
         )
-    return reasons

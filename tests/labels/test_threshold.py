@@ -28,8 +28,9 @@ def suggest(rates: list[float], tokens: float = 20, hours: list[float] | None = 
         ([0.0, 0.9], 20, 0.1),
         ([0.04] * 700 + [0.12] * 200 + [0.9] * 100, 20, 0.12),
         ([0.02] * 700 + [0.35] * 300, 20, 0.1),  # two heaps: the good one
-        ([0.02] * 100 + [0.3] * 900, 20, 0.3),  # two heaps: nearly all is in the other
-        ([0.7] * 30 + [0.14] * 70, 20, 0.14),
+        ([0.02] * 300 + [0.12] * 700, 20, 0.24),  # two heaps: nearly all is in the other
+        ([0.7] * 30 + [0.14] * 70, 20, 0.28),  # twice as wrong as usual, and no more
+        ([0.0] * 200 + [0.3] * 600 + [0.45] * 100 + [0.55] * 100, 20, 0.5),  # a poor teacher
     ],
 )
 def test_the_threshold_lies_where_hours_end_and_failures_begin(
@@ -42,7 +43,7 @@ def test_the_threshold_lies_where_hours_end_and_failures_begin(
 def test_hours_not_rows_decide() -> None:
     rates = [0.03] * 60 + [0.25] * 40
     assert suggest(rates).max_error_rate == 0.1
-    assert suggest(rates, hours=[0.1] * 60 + [1.0] * 40).max_error_rate == 0.25
+    assert suggest(rates, hours=[0.1] * 60 + [1.0] * 40).max_error_rate == 0.5
 
 
 def test_the_reasoning_names_the_numbers() -> None:
@@ -54,6 +55,7 @@ def test_the_reasoning_names_the_numbers() -> None:
     assert "8 tokens" in words
     assert "look at them one by one" not in words
     assert "look at them one by one" in " ".join(suggest([0.0, 0.1]).reasoning)
+    assert "usually has an error rate of 0.14" in " ".join(suggest([0.14] * 200).reasoning)
     assert "keeps only 20%" in " ".join(suggest([0.0] * 40 + [0.9] * 160).reasoning)
 
 
