@@ -158,6 +158,7 @@ def load_large_batches() -> None:
         batch.states += 1  # a batch is its reader's own
 
 
+@pytest.mark.slow
 def test_batches_larger_than_shared_memory_arrive_whole() -> None:
     """As in Docker, where /dev/shm has 64 MB; here it has one."""
     script = "import test_workers; test_workers.load_large_batches(); print('all the same')"

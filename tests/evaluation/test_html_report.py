@@ -188,6 +188,7 @@ def test_of_a_column_with_a_thousand_values_the_largest_are_drawn() -> None:
     assert "speaker 0984" not in page
 
 
+@pytest.mark.slow
 def test_a_page_of_10_000_utterances_is_small_enough_to_send() -> None:
     shown = [utterance(f"utterance-{number}", 3) for number in range(10_000)]
     page = make_page(make_summary({name: system() for name in "abc"}), shown)

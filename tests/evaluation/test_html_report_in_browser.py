@@ -27,6 +27,7 @@ from test_html_report import (
 from simpler_distil_whisper.evaluation.examples import ShownUtterance
 
 api = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

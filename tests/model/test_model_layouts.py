@@ -206,6 +206,7 @@ def test_released_layouts(tmp_path: Path, name: str) -> None:
     check_the_whole_road(teacher, tmp_path, language)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", UNUSUAL, ids=lambda make: make.__name__)
 def test_unusual_folders(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     teacher = make(tmp_path / "teacher")

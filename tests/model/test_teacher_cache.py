@@ -514,6 +514,7 @@ def test_what_the_cache_lacks_changes_no_bit(
     assert all(torch.equal(kept[path], whole[path]) for path in kept)
 
 
+@pytest.mark.slow
 def test_states_in_bfloat16_are_rounded_in_the_filling_run_too(
     tmp_path: Path, setting: Setting, filling: tuple[Path, Path]
 ) -> None:

@@ -221,8 +221,15 @@ def test_gradients_are_clipped_to_the_norm_and_their_own_norm_is_logged(
         assert logged(tmp_path / str(limit), "train/grad_norm") == pytest.approx([norms[None]])
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float16, "float32"),
+        pytest.param(torch.float16, "bf16", marks=pytest.mark.slow),
+        (torch.bfloat16, "bf16"),
+        pytest.param(torch.bfloat16, "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_are_trained_in_float32_whatever_the_checkpoint_has(
     tmp_path: Path, precision: str, dtype: torch.dtype
 ) -> None:
@@ -447,6 +454,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert without_speed(folder) == without_speed(expected)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_never_stopped(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:
@@ -667,6 +675,7 @@ def never_better(output: Path, setting: Setting, every: int, patience: int) -> P
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_better_stops_early(tmp_path: Path, setting: Setting) -> None:
     path = never_better(tmp_path / "run", setting, every=2, patience=2)
     folder = distil(path)

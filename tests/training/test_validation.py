@@ -210,6 +210,7 @@ def test_the_teacher_is_scored_once_even_if_the_run_is_stopped(
     assert [r["step"] for r in lines if "validation/teacher/error_rate" in r] == [0]
 
 
+@pytest.mark.slow
 def test_the_teacher_is_not_scored_unless_asked(tmp_path: Path, setting: Setting) -> None:
     rows = [row | {"text": "abcde"} for row in dev_rows(tmp_path, 2)]
     dev = write_rows(tmp_path / "dev.jsonl", rows)
