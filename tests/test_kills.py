@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for clip in clips:
         clip["audio"] = str(REPOSITORY / "demo_data" / clip["audio"])
     write_rows(folder / "clips.jsonl", clips)
-    decoding = {"batch_size": 4, "max_new_tokens": 30}
+    decoding = {"batch_size": 4, "max_new_tokens": 12}
     configs: dict[str, dict[str, Any]] = {
         "run_pseudo_labelling": {"teacher": {"path": "teacher"}, "decoding": decoding},
         "create_student_model": {
@@ -104,7 +104,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         setting,
         checkpoints={"every_steps": 2, "keep_last": 1},
         data={"train_manifests": ["train.jsonl"], "dev_manifest": "train.jsonl", "num_workers": 0},
-        validation={"every_steps": 2, "decoding": {"batch_size": 8, "max_new_tokens": 12}},
+        validation={
+            "every_steps": 3,
+            "max_utterances": 4,
+            "decoding": {"batch_size": 4, "max_new_tokens": 12},
+        },
     ).rename(folder / "run_distillation.json")
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(json.dumps({"output_dir": "out", **config}))
