@@ -58,6 +58,7 @@ def test_what_was_made_before_an_error_is_computed_all_the_same(workers: int) ->
         next(results)
 
 
+@pytest.mark.slow
 def test_what_is_computed_behind_takes_no_time_of_what_makes_it() -> None:
     """The process still computes the first results while the last items are made."""
     made = []

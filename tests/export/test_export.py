@@ -459,6 +459,7 @@ def test_every_quantization_is_one_of_ctranslate2() -> None:
     assert set(export.Quantization.__args__) == set(specs.ACCEPTED_MODEL_TYPES)
 
 
+@pytest.mark.slow
 def test_unusable_rows_are_logged_and_left_out(
     tmp_path: Path, run_export: RunExport, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -546,6 +546,7 @@ def test_a_killed_run_goes_on_as_if_never_stopped(
     assert_same(distil(path), filling[0])
 
 
+@pytest.mark.slow
 def test_workers_read_the_cache_too(
     tmp_path: Path, setting: Setting, filling: tuple[Path, Path], cache: Path
 ) -> None:

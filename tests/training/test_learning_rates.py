@@ -99,6 +99,7 @@ def test_a_run_chooses_its_rate_once(tmp_path: Path, setting: Setting) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_keeps_its_rate(tmp_path: Path, setting: Setting) -> None:
     path = write_config(tmp_path / "run", setting, **AUTO, checkpoints={"every_steps": 2})
     trainer, train, *_ = assemble(path)

@@ -101,12 +101,14 @@ def test_the_card_reads_as_a_card(folder: Path) -> None:
         assert row.count("|") > 3
 
 
+@pytest.mark.slow
 def test_a_run_without_dev_is_described_as_such(setting: Setting, tmp_path: Path) -> None:
     out = distil(write_config(tmp_path / "plain", setting, schedule__max_steps=1))
     assert facts_in(out / "final")["dev"] is None
     assert "was not scored" in (out / "final" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_student_from_elsewhere_has_no_layer_map(setting: Setting, tmp_path: Path) -> None:
     (setting.student / "layer_map.json").rename(tmp_path / "away.json")
     try:

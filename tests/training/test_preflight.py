@@ -225,6 +225,7 @@ def test_a_continued_run_is_not_checked_again(
     distil(path)
 
 
+@pytest.mark.slow
 def test_a_check_neither_fills_a_cache_nor_loads_a_teacher_that_none_needs(
     tmp_path: Path, setting: Setting
 ) -> None:
@@ -251,6 +252,7 @@ def exit_code_of_check(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     )
 
 
+@pytest.mark.slow
 def test_check_leaves_nothing_behind(
     tmp_path: Path,
     setting: Setting,

@@ -384,6 +384,7 @@ def test_the_teacher_alone_teaches(tmp_path: Path, setting: Setting) -> None:
     assert kl[-1] < 0.5 * kl[0]
 
 
+@pytest.mark.slow
 def test_unreadable_audio_is_not_learnt_from(tmp_path: Path, setting: Setting) -> None:
     """It shows in the middle of the run; the step goes on with the others."""
     shutil.copytree(setting.train.parent, tmp_path / "data", ignore=shutil.ignore_patterns("tea*"))
@@ -520,6 +521,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_does_not(
     assert largest_difference(weights_in(other / "final"), weights_in(never_stopped / "final")) > 0
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(
     tmp_path: Path, dropout_setting: Setting, never_stopped: Path
 ) -> None:

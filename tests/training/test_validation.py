@@ -222,6 +222,7 @@ def test_the_teacher_is_not_scored_unless_asked(tmp_path: Path, setting: Setting
     assert logged(folder, "validation/student/error_rate")
 
 
+@pytest.mark.slow
 def test_best_is_the_student_of_the_lowest_rate(tmp_path: Path, setting: Setting) -> None:
     """The references are the untrained student's hypotheses, so training makes it worse."""
     rows = dev_rows(tmp_path)
@@ -275,6 +276,7 @@ def test_dev_rows_without_audio_are_not_scored(tmp_path: Path, setting: Setting)
     assert total(score.counts["en"]).reference_tokens == (len(rows) - 1) * len("abcde")
 
 
+@pytest.mark.slow
 def test_a_model_is_scored_as_it_is_and_left_so(tmp_path: Path, setting: Setting) -> None:
     """Scoring is free of dropout, and training goes on with it."""
     config = json.loads((setting.student / "config.json").read_text())
