@@ -50,7 +50,8 @@ def whisper_base() -> Path:
 
 @pytest.fixture(scope="session")
 def whisper(whisper_base: Path) -> Whisper:
-    torch.set_num_threads(os.cpu_count() or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
     return load_whisper(read_model_folder(whisper_base, None, "model"))
 
 
