@@ -264,5 +264,6 @@ def test_words_are_timed_as_by_openai_whisper(
                 f"\n{form}: {len(apart)} of {len(some)} clips have the same words; of {len(every)} "
                 f"words {shares[form]:.4f} within 20 ms, at most {every.max():.2f} s apart"
             )
-        assert len(apart) > len(some) / 2
+    # With another padding many a text is another one; the times of the others are printed.
+    assert len(apart_by_form["with its padding"]) > len(some) / 2
     assert shares["with its padding"] > 0.99
