@@ -48,9 +48,11 @@ def read_files(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Re
     """
     started = time.perf_counter()
     results = [read(item) for item in items[:FIRST_FILES]]
-    slow = time.perf_counter() - started > SECONDS_AT_HAND * len(results)
-    with ThreadPoolExecutor(FILES_AT_ONCE if slow else 1) as pool:
-        return [*results, *pool.map(read, items[FIRST_FILES:])]
+    rest = items[FIRST_FILES:]
+    if time.perf_counter() - started <= SECONDS_AT_HAND * len(results):
+        return [*results, *map(read, rest)]
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        return [*results, *pool.map(read, rest)]
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
