@@ -38,6 +38,7 @@ from benchmarks import machine
 from benchmarks.random_whispers import SHAPES, Shape, write_random_whisper
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
+from simpler_distil_whisper.decoding.recorded_steps import MOST_ROWS, RecordingDecoder
 from simpler_distil_whisper.decoding.speculative import Assistant
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
@@ -241,18 +242,22 @@ def out_of_memory(setting: Setting) -> Result:
 def steps(setting: Setting) -> Result:
     """Time the encoder and one step of the decoder: until all is launched, and until it is done."""
     whisper = _load(setting, "teacher", setting.device)
-    decoder, result = CachedDecoder(whisper.model), {}
+    result = {}
     for rows in setting.rows:
         features = torch.randn(rows, setting.shape.mels, FRAMES, device=setting.device)
         features = features.to(whisper.model.dtype)
         with torch.inference_mode():
-            states = whisper.encode(features)
-            cache = decoder.start(states, 64, uneven=False)
-            ids = torch.full((rows, 1), 300, device=setting.device)
-            result[f"{rows} rows"] = {
-                "encoder": _timed(setting, functools.partial(whisper.encode, features), 3),
-                "decoder": _timed(setting, functools.partial(_decode, decoder, ids, cache), 20),
-            }
+            encode = functools.partial(whisper.encode, features)
+            result[f"{rows} rows"] = timed = {"encoder": _timed(setting, encode, 3)}
+            decoders = {"decoder": CachedDecoder(whisper.model)}
+            if setting.device.type == "cuda" and rows <= MOST_ROWS:
+                decoders["recorded"] = RecordingDecoder(whisper.model, rows)
+            for name, decoder in decoders.items():
+                positions = whisper.model.config.max_target_positions
+                cache = decoder.start(encode(), positions, uneven=False)
+                ids = torch.full((rows, 1), 300, device=setting.device)
+                decode = functools.partial(_decode, decoder, ids, cache)
+                timed[name] = _timed(setting, decode, 20)
     return result
 
 

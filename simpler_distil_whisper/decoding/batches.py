@@ -320,6 +320,21 @@ def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
     )
 
 
+def with_recordings_together(batches: Iterable[SpeechBatch], count: int) -> Iterator[SpeechBatch]:
+    """Yield batches; those with recordings are joined until there are `count` recordings."""
+    waiting: list[SpeechBatch] = []
+    for batch in batches:
+        if batch.recordings:
+            waiting.append(batch)
+            if sum(len(each.recordings) for each in waiting) >= count:
+                yield joined(waiting)
+                waiting = []
+        else:
+            yield batch
+    if waiting:
+        yield joined(waiting)
+
+
 def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
     """Return a batch of several utterances in two parts: short and long form, or two halves."""
     middle = batch.short_form_count

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
+from simpler_distil_whisper.decoding.cached_decoder import KeyValueCache
 from simpler_distil_whisper.decoding.hypothesis import (
     Hypothesis,
     Segment,
     TimedToken,
     compression_ratio,
 )
+from simpler_distil_whisper.decoding.recorded_steps import fastest_decoder
 from simpler_distil_whisper.decoding.search import (
     PromptedBatch,
     SearchResult,
@@ -74,7 +75,6 @@ class Transcriber:
         self.whisper = whisper
         self.options = options
         self.seed = seed
-        self.decoder = CachedDecoder(whisper.model)
         self.positions: int = whisper.model.config.max_target_positions
         # As in openai/whisper, one half of the positions is for the previous text.
         self.max_new_tokens = options.max_new_tokens or self.positions // 2
@@ -87,9 +87,6 @@ class Transcriber:
                 "tokens; set it to chunked"
             )
         self.prompt_ids = prompt_ids(whisper, options.prompt) if options.prompt else ()
-        self.aligner = (
-            TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
-        )
         self.audio_context = audio_context
         self.assistant = assistant
         student = assistant.student.model if assistant else None
@@ -99,6 +96,10 @@ class Transcriber:
             else options.batch_size
         )
         self.room = Room(self.batch_size)
+        self.decoder = fastest_decoder(whisper.model, self.batch_size)
+        self.aligner = (
+            TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
+        )
         if assistant is not None and options.num_beams > 1:
             raise ConfigError(
                 f"assistant.path: drafts are of no use to {options.num_beams} beams; name no "

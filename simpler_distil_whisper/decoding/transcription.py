@@ -30,6 +30,7 @@ from simpler_distil_whisper.decoding.batches import (
     halved,
     joined,
     speech_batches,
+    with_recordings_together,
 )
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, without_speech
 from simpler_distil_whisper.decoding.long_form import transcribe_long
@@ -62,6 +63,9 @@ from simpler_distil_whisper.shards import WHOLE, Shard
 
 BATCHES_OF_A_GROUP = 64  # whose rows are sorted by length together
 MAX_BATCH_SECONDS = 7200.0  # the log-mel of an hour takes up to 200 megabytes
+# On a GPU a step for many recordings takes hardly longer than for few. More than a batch are made
+# of several batches, since each worker holds two in memory.
+RECORDINGS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,8 @@ def transcribe_manifest(
 ) -> Iterator[TranscribedBatch]:
     """Yield those batches without results that this process takes: a fast one takes more of them.
 
-    Which utterances form a batch depends on the manifest and the batch size alone, so neither a
-    resumed run nor the number of processes or shards changes a single bit of the results. The
+    Which utterances form a batch depends on the manifest and the batch size alone, so on a CPU
+    neither a resumed run nor the number of processes or shards changes a single bit. The
     rejections are in the results when a batch is yielded; its hypotheses the caller has to append.
 
     Raises:
@@ -195,27 +199,13 @@ def transcribe_manifest(
     _agree_on_batch_size(transcriber, results, run)
     shard = run.shards.own if run.shards else WHOLE
     sums = SharedSums()
-    batches = own_batches(
-        manifest.utterances,
-        transcriber.batch_size,
-        results.done,
-        data,
-        sums,
-        shard,
-        results.lengths_folder,
-    )
-    read = SpeechReader(
-        transcriber.whisper.feature_extractor,
-        data,
-        cache,
-        decoding=transcriber.options,
-    )
+    loaded_batches = _loaded_batches(transcriber, manifest, data, results, sums, shard, cache)
     decode = functools.partial(transcribe_batch, transcriber, cache)
     total = len(manifest.utterances) // shard.count
     done = int(results.done[manifest.utterances.numbers].sum())
     silent = 0
     with Progress("transcribing", "utterances", total, done) as progress:
-        for loaded in speech_batches(batches, read, data.workers):
+        for loaded in loaded_batches:
             run.stop_if_asked()
             started = time.perf_counter()
             batch, hypotheses = decode_halving(decode, loaded, transcriber.room)
@@ -233,6 +223,33 @@ def transcribe_manifest(
     wait_for_everyone()  # the main process has the sums
     if transcriber.options.speech_filter:
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
+
+
+def _loaded_batches(
+    transcriber: Transcriber,
+    manifest: Manifest,
+    data: DataLimits,
+    results: RowResults,
+    sums: SharedSums,
+    shard: Shard,
+    cache: EncoderStateCache | None,
+) -> Iterator[SpeechBatch]:
+    """Yield this process's batches with their audio."""
+    batches = own_batches(
+        manifest.utterances,
+        transcriber.batch_size,
+        results.done,
+        data,
+        sums,
+        shard,
+        results.lengths_folder,
+    )
+    extractor = transcriber.whisper.feature_extractor
+    read = SpeechReader(extractor, data, cache, decoding=transcriber.options)
+    loaded = speech_batches(batches, read, data.workers)
+    if transcriber.whisper.model.device.type == "cuda":
+        return with_recordings_together(loaded, RECORDINGS_AT_ONCE)
+    return loaded
 
 
 def _agree_on_batch_size(transcriber: Transcriber, results: RowResults, run: Run) -> None:

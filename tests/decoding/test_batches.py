@@ -27,7 +27,9 @@ from simpler_distil_whisper.decoding.batches import (
     in_batches,
     joined,
     speech_batches,
+    with_recordings_together,
 )
+from simpler_distil_whisper.model.options import DecodingOptions
 
 WINDOW = 2
 
@@ -279,3 +281,17 @@ def test_a_row_that_kills_its_worker_is_rejected_and_no_other(
     (rejection,) = [rejection for batch in loaded for rejection in batch.rejections]
     assert rejection.place == deadly.place
     assert "deadly.wav: a process that decodes it dies" in rejection.reason
+
+
+def test_recordings_of_several_batches_come_together(
+    tmp_path: Path, extractor: WhisperFeatureExtractor
+) -> None:
+    read = SpeechReader(extractor, DataLimits(), decoding=DecodingOptions(long_form="sequential"))
+    rows = clips(tmp_path, 1.0, 3.0, 1.5, 2.5, 0.05, 4.0, 0.5)
+    batches = map(read, in_batches(rows, 2))
+    together = list(with_recordings_together(batches, 2))
+    numbers = [[utterance.number for utterance in batch.utterances] for batch in together]
+    assert numbers == [[0, 2, 1, 3], [6], [5]], "rows 0 to 3 first, then what has no recording"
+    assert [len(batch.recordings) for batch in together] == [2, 0, 1]
+    assert [batch.seconds for batch in together] == [[1.0, 1.5, 3.0, 2.5], [0.5], [4.0]]
+    assert [r.number for batch in together for r in batch.rejections] == [4]
