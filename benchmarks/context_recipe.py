@@ -28,7 +28,7 @@ from benchmarks.recipe import KL, at_temperature, decode
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Columns, read_manifest
-from simpler_distil_whisper.model.audio_context import POSITIONS_PER_SECOND, AudioContext
+from simpler_distil_whisper.model.audio_context import POSITIONS_PER_SECOND
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.whisper import (
     Whisper,
@@ -55,7 +55,7 @@ class Recipe:
         full_windows: the share of clips that have the whole window.
         distance: weight of the squared distance between the encoders' states of the clip's own
             positions, as a share of the squared norm of the teacher's.
-        rounding: the encoder positions in training are a multiple of it.
+        rounding: the encoder positions are a multiple of it.
     """
 
     learning_rate: float = 3e-5
@@ -137,11 +137,8 @@ def train(
         own = [clips[(step * batch + row) % len(clips)] for row in range(batch)]
         tokens = sum(int(clip.labels.ge(0).sum()) for clip in own)
         for clip in own:
-            seconds = clip.seconds + recipe.margin + recipe.jitter * drawn.random()
-            positions = min(
-                math.ceil(seconds * POSITIONS_PER_SECOND / recipe.rounding) * recipe.rounding,
-                clip.states.shape[1],
-            )
+            margin = recipe.margin + recipe.jitter * drawn.random()
+            positions = _positions(clip, margin, recipe.rounding)
             if drawn.random() < recipe.full_windows:
                 positions = clip.states.shape[1]
             loss = _loss(student, teacher, clip, positions, recipe.distance)
@@ -153,6 +150,11 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     return student
+
+
+def _positions(clip: Clip, margin: float, rounding: int) -> int:
+    needed = math.ceil((clip.seconds + margin) * POSITIONS_PER_SECOND)
+    return min(math.ceil(needed / rounding) * rounding, clip.states.shape[1])
 
 
 def _loss(
@@ -182,7 +184,7 @@ def score(
     student: WhisperForConditionalGeneration,
     teacher: WhisperForConditionalGeneration,
     clips: Sequence[Clip],
-    margin: float | None,
+    recipe: Recipe | None,
 ) -> tuple[float, float]:
     """Return KL per token, and the mean probability of the end token.
 
@@ -190,12 +192,13 @@ def score(
         student: in evaluation mode.
         teacher: for its output head.
         clips: with the teacher's states.
-        margin: seconds of silence after a clip; None: the whole window.
+        recipe: by which a clip is given its positions; None: the whole window.
     """
     kl, tokens, ends = 0.0, 0, 0.0
     for clip in clips:
-        window = clip.states.shape[1]
-        count = window if margin is None else AudioContext(margin).positions(clip.seconds, window)
+        count = clip.states.shape[1]
+        if recipe:
+            count = _positions(clip, recipe.margin, recipe.rounding)
         states = run_encoder(student.model.encoder, clip.features[..., : 2 * count])
         decoded = decode(student, clip.inputs, states)
         heads = student.proj_out.weight, teacher.proj_out.weight
@@ -233,10 +236,7 @@ def main() -> None:
         recipe, start = RECIPES[name], time.process_time()
         student = train(teacher, clips, recipe, args.steps, args.batch)
         seconds = time.process_time() - start
-        short, whole = (
-            score(student, teacher, dev, recipe.margin),
-            score(student, teacher, dev, None),
-        )
+        short, whole = score(student, teacher, dev, recipe), score(student, teacher, dev, None)
         scores = " | ".join(f"{value:.4f} | {end:.2f}" for value, end in (short, whole))
         print(f"| {name} | {scores} | {seconds:.0f} |", flush=True)
 

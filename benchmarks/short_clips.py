@@ -3,10 +3,10 @@
     python -m benchmarks.short_clips --student FOLDER --teacher FOLDER --manifest test.jsonl
 
 Real weights and real clips, decoded greedily with the language given. This project's decoder gives
-the student's encoder the clip alone; every other system pads it to the whole window. Log-mels go
-in, token ids come out. The first table has the clips as they are, the second one joined clips that
-are cut to some lengths, which `--plot` draws. Processor time of all threads: other load on the
-machine disturbs it least.
+the student's encoder the clip alone, and so does CTranslate2 by the lines of docs/audio-context.md;
+every other system pads it to the whole window. Log-mels go in, token ids come out. The first table
+has the clips as they are, the second one joined clips that are cut to some lengths, which `--plot`
+draws. Processor time of all threads: other load on the machine disturbs it least.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from benchmarks.floor import bare_products, matrix_products
 from benchmarks.systems import (
     CTRANSLATE2,
     OURS,
+    Decode,
     Model,
     System,
     Unavailable,
@@ -40,13 +41,15 @@ from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries
 
 BATCH_SIZE = 16
 ROWS_OF_A_LENGTH = 2
-SHORT = "this decoder float32, the clip alone"
-BARE = "bare matrix products float32, the clip alone"
+ALONE = "the clip alone"
+SHORT = f"this decoder float32, {ALONE}"
+BARE = f"bare matrix products float32, {ALONE}"
 CPU = torch.device("cpu")
 
 
@@ -126,17 +129,22 @@ def _contestants(
         batches: what is decoded.
         kinds: of the systems; empty: all.
     """
+    transcriber = _transcriber(options)
     runs: dict[str, Callable[[], list[list[int]]]] = {
-        f"student: {SHORT}": functools.partial(_decode_short, _transcriber(options), batches)
+        f"student: {SHORT}": functools.partial(_decode_short, transcriber, batches)
     }
     for role, folder in (("student", options.student), ("teacher", options.teacher)):
         for system in _padding_systems(kinds):
             try:
-                run = _padded(system, Model(folder, CPU, 224, options.threads), batches)
+                decode = system.load(Model(folder, CPU, 224, options.threads))
             except Unavailable as reason:
                 print(f"- not measured: {system.name}: {reason}")
                 continue
-            runs[f"{role}: {system.name}"] = run
+            runs[f"{role}: {system.name}"] = functools.partial(_decode_as_given, decode, batches)
+            if role == "student" and system.kind == CTRANSLATE2:
+                groups = _by_positions(batches, transcriber)
+                name = f"{role}: {system.name}, {ALONE}"
+                runs[name] = functools.partial(_decode_as_given, decode, groups)
     count = sum(len(batch.seconds) for batch in batches)
     contestants = []
     for name, run in runs.items():
@@ -163,11 +171,23 @@ def _padding_systems(kinds: Sequence[str]) -> list[System]:
     ]
 
 
-def _padded(
-    system: System, model: Model, batches: Sequence[Batch]
-) -> Callable[[], list[list[int]]]:
-    decode = system.load(model)
-    return lambda: [ids for batch in batches for ids in decode(batch.features, batch.languages)]
+def _by_positions(batches: Sequence[Batch], transcriber: Transcriber) -> list[Batch]:
+    """Return batches of clips with as many encoder positions, their log-mels as long as that."""
+    groups: dict[tuple[str, int], list[tuple[Tensor, float]]] = {}
+    for features, languages, seconds in batches:
+        for row, length in enumerate(seconds):
+            positions = transcriber.encoder_positions(length)
+            clip = features[row, :, : FRAMES_PER_POSITION * positions]
+            groups.setdefault((languages[row], positions), []).append((clip, length))
+    return [
+        Batch(torch.stack([clip for clip, _ in clips]), [code] * len(clips), [s for _, s in clips])
+        for (code, _), clips in groups.items()
+    ]
+
+
+def _decode_as_given(decode: Decode, batches: Sequence[Batch]) -> list[list[int]]:
+    """Return the token ids of each clip, whose encoder is given all of its log-mel."""
+    return [ids for batch in batches for ids in decode(batch.features, batch.languages)]
 
 
 def _decode_short(transcriber: Transcriber, batches: Sequence[Batch]) -> list[list[int]]:
@@ -240,7 +260,7 @@ def _draw(lengths: Sequence[float], costs: dict[str, list[float]], path: Path) -
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, each in costs.items():
-        alone = "the clip alone" in name
+        alone = ALONE in name
         dashes = "--" if name.startswith("teacher") else ":" if BARE in name else "-"
         axes.plot(lengths, each, dashes, marker="o", linewidth=2.5 if alone else 1.2, label=name)
     axes.set(xlabel="seconds of audio", ylabel="milliseconds of processor time", ylim=(0, None))
