@@ -18,7 +18,7 @@ from simpler_distil_whisper.config import ConfigError, NonNegativeInt, PositiveI
 from simpler_distil_whisper.layers.rows import Labelled, LayerScoring, select_rows
 from simpler_distil_whisper.layers.search import describe_search
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.model.options import FolderOptions
+from simpler_distil_whisper.model.options import CacheOptions, FolderOptions
 from simpler_distil_whisper.model.pruning import chosen_layers, prune_whisper
 from simpler_distil_whisper.run import DataError, Run, is_main_process, log, run_script
 
@@ -49,6 +49,7 @@ class Config(StrictModel):
     teacher: TeacherSource
     student: Student
     layer_scoring: LayerScoring = LayerScoring()
+    teacher_cache: CacheOptions = CacheOptions()
 
 
 class Prepared(NamedTuple):
@@ -109,8 +110,15 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     whisper.quieten_libraries()
     folder, encoder, decoder, labelled = prepared
     if labelled:
-        manifest = str(config.layer_scoring.manifest)
-        scores = score_layers(folder, encoder, len(decoder), labelled, manifest, run.stop_if_asked)
+        scores = score_layers(
+            folder,
+            encoder,
+            len(decoder),
+            labelled,
+            str(config.layer_scoring.manifest),
+            config.teacher_cache,
+            run.stop_if_asked,
+        )
         write_atomically(run.folder / "layer_scores.json", scores.to_json().encode())
         decoder = scores.best()
     # On disk the student keeps the teacher's dtype; training loads it in float32 all the same.

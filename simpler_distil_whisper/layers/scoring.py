@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,6 +29,8 @@ from simpler_distil_whisper.layers.rows import Labelled
 from simpler_distil_whisper.layers.search import Layers, LayerScore, ScoredLayers, search_layers
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.memory import suitable_batch_size
+from simpler_distil_whisper.model.options import CacheOptions
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache, open_encoder_cache
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import DataError, Progress, log
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
@@ -99,6 +100,7 @@ def score_layers(
     count: int,
     labelled: Sequence[Labelled],
     manifest: str,
+    cache_options: CacheOptions,
     stop_if_asked: Callable[[], None],
 ) -> LayerScores:
     """Return, and log, the scores of all sets of `count` decoder layers that the search tries.
@@ -109,6 +111,7 @@ def score_layers(
         count: how many decoder layers the student keeps.
         labelled: the utterances to score on, at least one.
         manifest: path of the file that they come from.
+        cache_options: which cache of encoder states is used, if the student keeps the encoder.
         stop_if_asked: is called wherever stopping is safe.
 
     Raises:
@@ -117,7 +120,14 @@ def score_layers(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     whisper = load_whisper(teacher, "auto", device=device)
     log.info("layer_scoring: in %s on %s", whisper.model.dtype, device)
-    scorer = LayerScorer(whisper, tuple(encoder_layers), labelled, stop_if_asked)
+    cache = None
+    if len(encoder_layers) == teacher.config["encoder_layers"]:
+        extractor, dtype = whisper.feature_extractor, whisper.model.dtype
+        cache = open_encoder_cache(cache_options, teacher, extractor, dtype)
+    scorer = LayerScorer(whisper, tuple(encoder_layers), labelled, stop_if_asked, cache)
+    if cache:
+        cache.finish()
+        log.info("teacher cache, encoder states: %d of %d found", scorer.hits, len(labelled))
     for rejection in scorer.rejections:
         log.warning("not scored on: %s: %s", rejection.place, rejection.reason)
     scores = LayerScores(
@@ -154,6 +164,7 @@ class LayerScorer:
     Attributes:
         tokens: how many a score is the mean of.
         rejections: the utterances whose audio turned out to be unusable.
+        hits: of how many utterances the cache had the encoder states.
     """
 
     def __init__(
@@ -162,6 +173,7 @@ class LayerScorer:
         encoder_layers: Layers,
         labelled: Sequence[Labelled],
         stop_if_asked: Callable[[], None],
+        cache: EncoderStateCache | None = None,
     ) -> None:
         """Encode the utterances and compute the teacher's decoder states.
 
@@ -170,6 +182,7 @@ class LayerScorer:
             encoder_layers: those that the student keeps.
             labelled: at least one; those of similar length share a batch.
             stop_if_asked: is called wherever stopping is safe.
+            cache: of the teacher's encoder states, where the student keeps all encoder layers.
 
         Raises:
             DataError: no audio could be used, or the teacher's decoder states are not finite.
@@ -178,7 +191,9 @@ class LayerScorer:
         self.whisper = whisper
         self.encoder_layers = encoder_layers
         self.stop_if_asked = stop_if_asked
+        self.cache = cache
         self.rejections: list[Rejection] = []
+        self.hits = 0
         with torch.no_grad():
             self.batches = list(self._encoded_batches(labelled))
         self.tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in self.batches)
@@ -232,25 +247,31 @@ class LayerScorer:
         for group, loaded in encoding.over(zip(groups, speech, strict=True)):
             self.stop_if_asked()
             self.rejections += loaded.rejections
-            if loaded.waveforms:
+            self.hits += len(loaded.utterances) - len(loaded.waveforms)
+            if loaded.utterances:
                 usable = {utterance.number for utterance in loaded.utterances}
                 rows = [item for item in group if item.utterance.number in usable]
-                yield self._batch(rows, loaded.waveforms)
+                yield self._batch(rows, loaded)
 
     def _load_audio(self, groups: Sequence[Sequence[Utterance]]) -> Iterator[SpeechBatch]:
-        read = SpeechReader(self.whisper.feature_extractor, DEFAULT_LIMITS)
+        read = SpeechReader(self.whisper.feature_extractor, DEFAULT_LIMITS, self.cache)
         reading = Progress("decoding audio", "batches", len(groups))
         for speech in reading.over(speech_batches(groups, read, DEFAULT_LIMITS.workers)):
             self.stop_if_asked()
             yield speech
 
-    def _batch(self, rows: Sequence[Labelled], waveforms: Sequence[np.ndarray]) -> _Batch:
+    def _batch(self, rows: Sequence[Labelled], speech: SpeechBatch) -> _Batch:
         device = self.model.device
         tokens = [DecoderTokens(row.tokens, row.prompt_length) for row in rows]
         inputs, labels = decoder_sequences(tokens, self.whisper.tokens.end)
         inputs, labels = inputs.to(device), labels.to(device)
-        features = log_mel(waveforms, self.whisper.feature_extractor, device)
-        states = self.whisper.encode(features)
+        features = log_mel(speech.waveforms, self.whisper.feature_extractor, device)
+        if self.cache and speech.cached:
+            states = self.cache.complete(
+                speech.cached.to(device), features, self.model.model.encoder
+            ).to(self.model.dtype)
+        else:
+            states = self.whisper.encode(features)
         all_layers = tuple(range(self.model.config.decoder_layers))
         teacher_states = _LayersOfOneBatch(self.model, inputs, states).last_states(all_layers)
         if len(self.encoder_layers) < self.model.config.encoder_layers:

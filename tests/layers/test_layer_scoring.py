@@ -349,6 +349,30 @@ def test_the_best_is_kept_and_what_all_scored_is_written(
         assert (again / name).read_bytes() == (output / name).read_bytes()
 
 
+@pytest.mark.parametrize("encoder_layers", [None, 2])
+def test_states_that_the_cache_has_are_not_computed_again(
+    tmp_path: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    encoder_layers: int | None,
+) -> None:
+    caplog.set_level("INFO")
+    scores = []
+    for name in ("filling", "reading", "without"):
+        config = settings(folder, tmp_path / name, encoder_layers=encoder_layers)
+        if name != "without":
+            config["teacher_cache"] = {"folder": str(tmp_path / "cache")}
+        output = create_student(config)
+        scores.append(json.loads((output / "layer_scores.json").read_text())["scores"])
+    assert scores[0] == scores[1]
+    for cached, computed in zip(scores[0], scores[2], strict=True):
+        assert cached["layers"] == computed["layers"]
+        assert cached["kl"] == pytest.approx(computed["kl"], abs=2e-6)
+    # A student that keeps a part of the encoder needs states of its own.
+    assert (": 0 of 9 found" in caplog.text) == (encoder_layers is None)
+    assert (": 9 of 9 found" in caplog.text) == (encoder_layers is None)
+
+
 def test_a_search_can_be_stopped_at_every_set(teacher: Whisper, labelled: list[Labelled]) -> None:
     calls: list[None] = []
 
