@@ -29,7 +29,8 @@ from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.packing import packed_row
 from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.model.folder import read_model_folder
-from simpler_distil_whisper.model.teacher_cache import EncoderStateCache, TensorStore
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
+from simpler_distil_whisper.model.tensor_store import TensorStore
 from simpler_distil_whisper.training.augment import Views
 from simpler_distil_whisper.training.dataset import StateCaches, TrainingBatch, TrainingDataset
 from simpler_distil_whisper.training.options import Augmentation
