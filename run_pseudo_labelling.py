@@ -114,7 +114,7 @@ def label_rows(
 
     folder, manifest = prepared
     teacher = load_for_decoding(folder, config.teacher, state, run)
-    transcriber = Transcriber(teacher, config.decoding, config.seed)
+    transcriber = Transcriber(teacher, config.decoding, config.seed, record_steps=True)
     cache = open_encoder_cache(
         config.teacher_cache, folder, teacher.feature_extractor, teacher.model.dtype
     )

@@ -43,6 +43,7 @@ from simpler_distil_whisper.decoding.speculative import Assistant
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.processes import join_processes
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, save_whisper
 from simpler_distil_whisper.run import run_script
@@ -318,8 +319,8 @@ def profile(setting: Setting) -> Result:
     """Name the operations on which a decoded batch spends its time."""
     from torch.profiler import ProfilerActivity
 
-    transcribe = _transcriber(setting, setting.device, {}, speed=True)
     rows = setting.rows[1]
+    transcribe = _transcriber(setting, setting.device, {"batch_size": rows}, speed=True)
     features = torch.randn(rows, setting.shape.mels, FRAMES, device=setting.device)
     features = features.to(transcribe.whisper.model.dtype)
     transcribe(features, ["en"] * rows)
@@ -357,6 +358,7 @@ STAGES: dict[Callable[[Setting], Result], int] = {  # seconds that each may take
 def _load(setting: Setting, name: str, device: torch.device, *, exact: bool = False) -> Whisper:
     half = device.type == "cuda" and not exact
     folder = read_model_folder(setting.folder / name, None, "model")
+    join_processes()  # which also chooses the kernels of attention, as in every script
     return load_whisper(folder, torch.bfloat16 if half else torch.float32, "auto", device)
 
 
@@ -374,8 +376,8 @@ def _transcriber(
     if drafts:
         student = _load(setting, f"{name}student", device, exact=not speed)
         assistant = Assistant(student, whisper)
-    decoding = DecodingOptions(max_new_tokens=16, batch_size=4, **options)
-    return Transcriber(whisper, decoding, 0, assistant)
+    decoding = DecodingOptions(**{"max_new_tokens": 100, "batch_size": 4, **options})
+    return Transcriber(whisper, decoding, 0, assistant, record_steps=True)
 
 
 def _decode(decoder: CachedDecoder, ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:

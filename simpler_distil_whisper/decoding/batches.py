@@ -320,17 +320,39 @@ def joined(batches: Sequence[SpeechBatch]) -> SpeechBatch:
     )
 
 
-def with_recordings_together(batches: Iterable[SpeechBatch], count: int) -> Iterator[SpeechBatch]:
-    """Yield batches; those with recordings are joined until there are `count` recordings."""
+def with_recordings_together(
+    batches: Iterable[SpeechBatch],
+    count: int,
+    max_seconds: float,
+    stop_if_asked: Callable[[], None],
+) -> Iterator[SpeechBatch]:
+    """Yield the batches, long-form utterances apart and more of them at once.
+
+    Args:
+        batches: of short-form and long-form utterances.
+        count: how many long-form utterances suffice.
+        max_seconds: of audio; one batch may have more.
+        stop_if_asked: is called before each batch that is waited for.
+    """
     waiting: list[SpeechBatch] = []
+    seconds = 0.0
     for batch in batches:
-        if batch.recordings:
-            waiting.append(batch)
-            if sum(len(each.recordings) for each in waiting) >= count:
-                yield joined(waiting)
-                waiting = []
-        else:
+        stop_if_asked()
+        recordings = batch
+        if batch.recordings and batch.short_form_count:
+            short_form, recordings = halved(batch)
+            yield short_form
+        elif not batch.recordings:
             yield batch
+            continue
+        if seconds + sum(recordings.seconds) > max_seconds and waiting:
+            yield joined(waiting)
+            waiting, seconds = [], 0.0
+        waiting.append(recordings)
+        seconds += sum(recordings.seconds)
+        if sum(len(each.recordings) for each in waiting) >= count:
+            yield joined(waiting)
+            waiting, seconds = [], 0.0
     if waiting:
         yield joined(waiting)
 

@@ -34,11 +34,21 @@ def cuda_graph(step: Step) -> Step:
     Raises:
         RuntimeError: the step cannot be recorded, or its recording computes something else.
     """
-    expected = step()  # the first time, libraries allocate what must not be recorded
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")  # a recording that waits for the device would be void
+    try:
+        expected = step()  # the first time, libraries allocate what must not be recorded
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
     graph = torch.cuda.CUDAGraph()
-    # Threads that write a cache or pin memory meanwhile do no harm.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # If recording fails, the outer context returns to this stream. Threads that write a cache or
+    # pin memory meanwhile do no harm.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
         output = step()
+    output.fill_(torch.nan)
     graph.replay()
     difference = (output - expected).abs().max()
     if not difference <= TOLERANCE * expected.abs().max():
@@ -102,14 +112,17 @@ class RecordingDecoder(CachedDecoder):
         count = next(count for count in self._row_counts if count >= rows)
         length = next(length for length in self._lengths if length > cache.longest)
         if (count, length) not in self._replays:
-            try:
-                self._replays[count, length] = self._record(self._step(count, length))
-            except RuntimeError as error:
-                log.warning("Steps of the decoder are not recorded: %s", error)
-                self._row_counts = []
-                return super().read(ids, cache)
+            self._try_to_record(count, length)
+        replay = self._replays.get((count, length))
         # The next replay writes to the same place.
-        return self._replays[count, length]()[:rows].clone()
+        return super().read(ids, cache) if replay is None else replay()[:rows].clone()
+
+    def _try_to_record(self, rows: int, length: int) -> None:
+        try:
+            self._replays[rows, length] = self._record(self._step(rows, length))
+        except RuntimeError as error:
+            log.warning("Steps of the decoder are not recorded: %s", error)
+            self._row_counts = []
 
     def _can_replay(self, ids: Tensor, cache: KeyValueCache) -> bool:
         rows, count = ids.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.decoding.cached_decoder import KeyValueCache
+from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
 from simpler_distil_whisper.decoding.hypothesis import (
     Hypothesis,
     Segment,
@@ -57,6 +57,7 @@ class Transcriber:
         *,
         word_timestamps: bool = False,
         audio_context: AudioContext | None = None,
+        record_steps: bool = False,
     ) -> None:
         """Prepare what does not change from batch to batch.
 
@@ -67,6 +68,8 @@ class Transcriber:
             assistant: drafts for the model at temperature 0, which changes the speed alone.
             word_timestamps: whether hypotheses are given the times of their words.
             audio_context: how much of the window the encoder is given; None: all of it.
+            record_steps: whether to spend memory of a GPU on `RecordingDecoder`, where it is of
+                use: the model's weights, its dtype and the process's current device stay.
 
         Raises:
             ConfigError: the model lacks a token that the options need, or the options make no use
@@ -96,7 +99,12 @@ class Transcriber:
             else options.batch_size
         )
         self.room = Room(self.batch_size)
-        self.decoder = fastest_decoder(whisper.model, self.batch_size)
+        recordable = options.num_beams == 1 and assistant is None and audio_context is None
+        self.decoder = (
+            fastest_decoder(whisper.model, self.batch_size)
+            if record_steps and recordable
+            else CachedDecoder(whisper.model)
+        )
         self.aligner = (
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
         )

@@ -63,9 +63,10 @@ from simpler_distil_whisper.shards import WHOLE, Shard
 
 BATCHES_OF_A_GROUP = 64  # whose rows are sorted by length together
 MAX_BATCH_SECONDS = 7200.0  # the log-mel of an hour takes up to 200 megabytes
-# On a GPU a step for many recordings takes hardly longer than for few. More than a batch are made
-# of several batches, since each worker holds two in memory.
+# On a GPU a step for many recordings takes hardly longer than for few, so several batches of them
+# are decoded as one; larger batches would not do, since each worker holds two in memory.
 RECORDINGS_AT_ONCE = 64
+SECONDS_AT_ONCE = 8 * MAX_BATCH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def load_transcriber(
         assistant,
         word_timestamps=word_timestamps,
         audio_context=_chosen_context(audio_context, whisper, assistant),
+        record_steps=True,
     )
     try:
         transcriber.warm_up()
@@ -200,6 +202,12 @@ def transcribe_manifest(
     shard = run.shards.own if run.shards else WHOLE
     sums = SharedSums()
     loaded_batches = _loaded_batches(transcriber, manifest, data, results, sums, shard, cache)
+    on_gpu = transcriber.whisper.model.device.type == "cuda"
+    if on_gpu and transcriber.options.long_form == "sequential":
+        most = min(RECORDINGS_AT_ONCE, transcriber.room.rows)
+        loaded_batches = with_recordings_together(
+            loaded_batches, most, SECONDS_AT_ONCE, run.stop_if_asked
+        )
     decode = functools.partial(transcribe_batch, transcriber, cache)
     total = len(manifest.utterances) // shard.count
     done = int(results.done[manifest.utterances.numbers].sum())
@@ -246,10 +254,7 @@ def _loaded_batches(
     )
     extractor = transcriber.whisper.feature_extractor
     read = SpeechReader(extractor, data, cache, decoding=transcriber.options)
-    loaded = speech_batches(batches, read, data.workers)
-    if transcriber.whisper.model.device.type == "cuda":
-        return with_recordings_together(loaded, RECORDINGS_AT_ONCE)
-    return loaded
+    return speech_batches(batches, read, data.workers)
 
 
 def _agree_on_batch_size(transcriber: Transcriber, results: RowResults, run: Run) -> None:

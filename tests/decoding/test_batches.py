@@ -283,15 +283,37 @@ def test_a_row_that_kills_its_worker_is_rejected_and_no_other(
     assert "deadly.wav: a process that decodes it dies" in rejection.reason
 
 
+@pytest.mark.parametrize(
+    ("count", "seconds", "numbers"),
+    [
+        (2, 100.0, [[0], [2], [1, 3], [6], [5]]),
+        (9, 100.0, [[0], [2], [6], [1, 3, 5]]),
+        (9, 6.0, [[0], [2], [1, 3], [6], [5]]),
+        (9, 1.0, [[0], [2], [1], [3], [6], [5]]),
+    ],
+)
 def test_recordings_of_several_batches_come_together(
-    tmp_path: Path, extractor: WhisperFeatureExtractor
+    tmp_path: Path,
+    extractor: WhisperFeatureExtractor,
+    count: int,
+    seconds: float,
+    numbers: list[list[int]],
 ) -> None:
+    """None of the short clips waits for them."""
     read = SpeechReader(extractor, DataLimits(), decoding=DecodingOptions(long_form="sequential"))
-    rows = clips(tmp_path, 1.0, 3.0, 1.5, 2.5, 0.05, 4.0, 0.5)
-    batches = map(read, in_batches(rows, 2))
-    together = list(with_recordings_together(batches, 2))
-    numbers = [[utterance.number for utterance in batch.utterances] for batch in together]
-    assert numbers == [[0, 2, 1, 3], [6], [5]], "rows 0 to 3 first, then what has no recording"
-    assert [len(batch.recordings) for batch in together] == [2, 0, 1]
-    assert [batch.seconds for batch in together] == [[1.0, 1.5, 3.0, 2.5], [0.5], [4.0]]
+    lengths = [1.0, 3.0, 1.5, 2.5, 0.05, 4.0, 0.5]
+    rows = clips(tmp_path, *lengths)
+    stops: list[None] = []
+    together = list(
+        with_recordings_together(
+            map(read, in_batches(rows, 2)), count, seconds, lambda: stops.append(None)
+        )
+    )
+    assert [[utterance.number for utterance in batch.utterances] for batch in together] == numbers
+    for batch in together:
+        assert len(batch.recordings) in (0, len(batch.utterances))
+        assert batch.seconds == [
+            [1.0, 3.0, 1.5, 2.5, 0, 4.0, 0.5][u.number] for u in batch.utterances
+        ]
     assert [r.number for batch in together for r in batch.rejections] == [4]
+    assert len(stops) == 4

@@ -160,16 +160,20 @@ def test_a_gpu_records_and_replays(whisper: Whisper, features: Tensor) -> None:
     model = copy.deepcopy(whisper.model).cuda()
     decoder = fastest_decoder(model, UTTERANCES)
     assert isinstance(decoder, RecordingDecoder)
-    positions = model.config.max_target_positions
-    read = []
+    read: list[list[Tensor]] = []
     with torch.inference_mode():
-        states = model.model.encoder(features.cuda()).last_hidden_state
         for each in (decoder, CachedDecoder(model)):
-            cache = each.start(states, positions, uneven=False)
-            for id in range(300, 303):
-                read.append(each.read(torch.full((UTTERANCES, 1), id, device="cuda"), cache))
-                cache.advance(1)
-    torch.testing.assert_close(read[:3], read[3:])
+            read.append([])
+            for batch in (features, features.flip(0)):
+                states = model.model.encoder(batch.cuda()).last_hidden_state
+                cache = each.start(states, model.config.max_target_positions, uneven=False)
+                for id in range(300, 440):  # past 64 and 128 tokens
+                    if id in (310, 370):  # rows end: 6 are left, then 3
+                        cache.keep(torch.arange(1, len(cache.lengths) // 2 + 3, device="cuda"))
+                    ids = torch.full((len(cache.lengths), 1), id, device="cuda")
+                    read[-1].append(each.read(ids, cache))
+                    cache.advance(1)
+    torch.testing.assert_close(*read)
 
 
 def test_a_cpu_records_nothing(whisper: Whisper) -> None:
