@@ -101,25 +101,17 @@ def prepare(config: Config) -> Prepared:
 
 def work(config: Config, prepared: Prepared, run: Run) -> str:
     """Write `hypotheses.jsonl`, `rejected.jsonl` and `speed.json`."""
-    from simpler_distil_whisper.decoding import transcription
+    from simpler_distil_whisper.decoding.loading import load_transcriber, speed_report
+    from simpler_distil_whisper.decoding.transcription import end_of_shard, transcribe_manifest
     from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
 
     folder, assistant_folder, manifest = prepared
     state = join_processes()
-    transcriber = transcription.load_transcriber(
-        folder,
-        assistant_folder,
-        config.model,
-        config.decoding,
-        config.seed,
-        state,
-        run,
-        word_timestamps=config.decoding.word_timestamps,
-        audio_context=config.decoding.audio_context,
+    transcriber = load_transcriber(
+        folder, assistant_folder, config.model, config.decoding, config.seed, state, run
     )
     results, speed = RowResults(run.folder, "hypotheses.jsonl", run.shards), Speed()
-    batches = transcription.transcribe_manifest(transcriber, manifest, config.data, results, run)
-    for done in batches:
+    for done in transcribe_manifest(transcriber, manifest, config.data, results, run):
         tokens = [hypothesis.token_count for hypothesis in done.hypotheses]
         speed.add(done.seconds, done.compute_seconds, tokens)
         rows = [
@@ -128,12 +120,12 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         ]
         results.append(rows)
     wait_for_everyone()
-    report = transcription.speed_report(speed, transcriber, folder.weight_bytes)
+    report = speed_report(speed, transcriber, folder.weight_bytes)
     drafts = transcriber.assistant.report() if transcriber.assistant else {}
     speed_file = run.own_folder / SPEED
     if state.is_main_process and (report.utterances or not speed_file.exists()):
         write_speed(run.own_folder, report, drafts)
-    if closing_words := transcription.end_of_shard(run):
+    if closing_words := end_of_shard(run):
         return closing_words
     written, rejected = results.finish(manifest.rejections, wait_for_everyone)
     if state.is_main_process:

@@ -105,11 +105,9 @@ def label_rows(
 ) -> None:
     """Let the teacher transcribe what has no results yet, and measure the labels."""
     from simpler_distil_whisper.data.workers import map_behind
+    from simpler_distil_whisper.decoding.loading import load_for_decoding
     from simpler_distil_whisper.decoding.transcriber import Transcriber
-    from simpler_distil_whisper.decoding.transcription import (
-        load_for_decoding,
-        transcribe_manifest,
-    )
+    from simpler_distil_whisper.decoding.transcription import transcribe_manifest
     from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 
     folder, manifest = prepared

@@ -14,8 +14,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 
 from simpler_distil_whisper.data.features import log_mel
@@ -34,22 +33,10 @@ from simpler_distil_whisper.decoding.batches import (
 )
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, without_speech
 from simpler_distil_whisper.decoding.long_form import transcribe_long
-from simpler_distil_whisper.decoding.speculative import Assistant
-from simpler_distil_whisper.decoding.speed import Speed, SpeedReport, speed_side_by_side
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.model.audio_context import AudioContext
-from simpler_distil_whisper.model.devices import (
-    decoding_dtype,
-    keep_freed_memory,
-    share_cores,
-)
-from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.model.memory import Room, out_of_memory, peak_memory_megabytes
-from simpler_distil_whisper.model.options import AudioContextChoice, DecodingOptions, ModelOptions
+from simpler_distil_whisper.model.memory import Room, out_of_memory
 from simpler_distil_whisper.model.processes import SharedSums, smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
-from simpler_distil_whisper.model.weights import stored_dtype
-from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.run import (
     DataError,
     Progress,
@@ -84,97 +71,6 @@ class TranscribedBatch:
     hypotheses: list[Hypothesis]
     seconds: list[float]
     compute_seconds: float
-
-
-def load_for_decoding(
-    folder: ModelFolder, options: ModelOptions, state: PartialState, run: Run
-) -> Whisper:
-    """Return the model of a folder on this process's device, and log what "auto" has chosen."""
-    quieten_libraries()
-    dtype = decoding_dtype(options.dtype, state.device, stored_dtype(folder))
-    whisper = load_whisper(folder, dtype, options.attention, state.device)
-    share_cores(whisper.model)
-    keep_freed_memory()
-    chosen = {
-        "device": str(state.device),
-        "dtype": str(whisper.model.dtype).removeprefix("torch."),
-        "attention": whisper.model.config._attn_implementation,
-        "torch_threads": torch.get_num_threads(),
-    }
-    log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items()))
-    run.note(**chosen)
-    return whisper
-
-
-def load_transcriber(
-    folder: ModelFolder,
-    assistant_folder: ModelFolder | None,
-    model: ModelOptions,
-    decoding: DecodingOptions,
-    seed: int,
-    state: PartialState,
-    run: Run,
-    *,
-    word_timestamps: bool = False,
-    audio_context: AudioContextChoice = "full",
-) -> Transcriber:
-    """Return a transcriber, with its assistant if there is one, that has been warmed up.
-
-    Raises:
-        ConfigError: the model or its assistant cannot be loaded or does not suit the options.
-    """
-    whisper = load_for_decoding(folder, model, state, run)
-    assistant = None
-    if assistant_folder:
-        dtype = whisper.model.dtype  # also where "auto" decodes in another dtype than it trains in
-        student = load_whisper(assistant_folder, dtype, model.attention, state.device)
-        assistant = Assistant(student, whisper)
-    transcriber = Transcriber(
-        whisper,
-        decoding,
-        seed,
-        assistant,
-        word_timestamps=word_timestamps,
-        audio_context=_chosen_context(audio_context, whisper, assistant),
-        record_steps=True,
-    )
-    try:
-        transcriber.warm_up()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        transcriber.room.has_not_fitted(transcriber.batch_size)
-    clear_device_cache()
-    return transcriber
-
-
-def _chosen_context(
-    choice: AudioContextChoice, whisper: Whisper, assistant: Assistant | None
-) -> AudioContext | None:
-    """Return how much of the window the encoder is given, and log it; None: all of it."""
-    context = None
-    if choice == "auto":
-        context = whisper.audio_context
-        if assistant is not None and assistant.student.audio_context != context:
-            context = None  # the two would be given different parts of the window
-    elif choice != "full":
-        context = AudioContext(choice)
-    if context:
-        log.info("audio context: each clip and %g s, not the window", context.margin_seconds)
-    return context
-
-
-def speed_report(speed: Speed, transcriber: Transcriber, model_bytes: int) -> SpeedReport:
-    """Return the speed of all processes together; call it in every one of them."""
-    processes: list[Speed] = gather_object([speed])
-    model = transcriber.whisper.model
-    return speed_side_by_side(processes).report(
-        batch_size=transcriber.batch_size,
-        processes=len(processes),
-        parameters=model.num_parameters(),
-        peak_memory_megabytes=peak_memory_megabytes(model.device),
-        model_bytes=model_bytes,
-    )
 
 
 def transcribe_manifest(

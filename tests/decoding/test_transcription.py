@@ -26,17 +26,16 @@ from simpler_distil_whisper.data.manifest import (
     Utterance,
     read_manifest,
 )
-from simpler_distil_whisper.decoding import batches, transcription
+from simpler_distil_whisper.decoding import batches, loading, transcription
 from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
 from simpler_distil_whisper.decoding.transcription import (
     decode_halving,
-    load_transcriber,
     own_batches,
 )
 from simpler_distil_whisper.model import memory
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.memory import Room
-from simpler_distil_whisper.model.options import DecodingOptions, ModelOptions
+from simpler_distil_whisper.model.options import InferenceDecodingOptions, ModelOptions
 from simpler_distil_whisper.model.processes import SharedSums
 from simpler_distil_whisper.model.teacher_cache import CachedEncoderStates
 from simpler_distil_whisper.model.whisper import load_whisper
@@ -303,14 +302,17 @@ def test_an_assistant_computes_in_the_dtype_of_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CPUs that compute in bfloat16, "auto" is that; the two have encoders of their own."""
-    monkeypatch.setattr(transcription, "decoding_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(loading, "decoding_dtype", lambda *_: torch.bfloat16)
     folders = [
         read_model_folder(make_model_folder(tmp_path / str(seed), seed=seed), None, "model")
         for seed in (1, 2)
     ]
     state, run = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(note=lambda **_: None)
-    options = ModelOptions(path=folders[0].path), DecodingOptions(batch_size=1, max_new_tokens=5)
-    transcriber = load_transcriber(*folders, *options, 0, state, run)  # type: ignore[arg-type]
+    options = (
+        ModelOptions(path=folders[0].path),
+        InferenceDecodingOptions(batch_size=1, max_new_tokens=5),
+    )
+    transcriber = loading.load_transcriber(*folders, *options, 0, state, run)  # type: ignore[arg-type]
     assert transcriber.assistant is not None and transcriber.assistant.own_encoder
     assert transcriber.assistant.student.model.dtype == torch.bfloat16
 
