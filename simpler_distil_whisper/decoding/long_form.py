@@ -158,7 +158,7 @@ def _note_speech(
 
 def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recording]) -> None:
     """Decode window after window of each recording, a batch of recordings at a time."""
-    waiting = _with_more(recordings)
+    waiting = _unfinished(recordings)
     while waiting:
         group = waiting[: transcriber.room.rows]
         windows = [(recording, recording.seek) for recording in group]
@@ -172,11 +172,11 @@ def _transcribe_sequentially(transcriber: Transcriber, recordings: list[_Recordi
             timed = _aligned(transcriber, windows, states, [part.ids for part in parts])
             for part, tokens in zip(parts, timed, strict=True):
                 part.segments[:] = _with_tokens(transcriber, part.segments, tokens)
-        waiting = _with_more(waiting)
+        waiting = _unfinished(waiting)
 
 
-def _with_more(recordings: Sequence[_Recording]) -> list[_Recording]:
-    """Return the recordings that are not at their ends, each at what is decoded next."""
+def _unfinished(recordings: Sequence[_Recording]) -> list[_Recording]:
+    """Move each recording to what is decoded next; return those that are not at their ends."""
     for recording in recordings:
         recording.seek_speech()
     return [recording for recording in recordings if recording.seek < recording.frames]
@@ -243,10 +243,10 @@ def _aligned(
     size, rate = _window_frames(transcriber), _frames_per_second(transcriber)
     languages = [recording.language or "en" for recording, _ in windows]
     seconds = [min(size, recording.frames - start) / rate for recording, start in windows]
-    every = transcriber.align(states, languages, texts, seconds)
+    timed = transcriber.align(states, languages, texts, seconds)
     return [
         [token.shifted(start / rate) for token in tokens]
-        for (_, start), tokens in zip(windows, every, strict=True)
+        for (_, start), tokens in zip(windows, timed, strict=True)
     ]
 
 
@@ -409,15 +409,15 @@ def _whole(transcriber: Transcriber, recording: _Recording) -> Hypothesis:
     """Return the hypothesis of a recording, as `transcribe_long` describes it."""
     if not recording.parts:
         return _no_text(recording)
-    every = [part.hypothesis for part in recording.parts]
-    no_speech = [h.no_speech_probability for h in every if h.no_speech_probability is not None]
+    windows = [part.hypothesis for part in recording.parts]
+    no_speech = [h.no_speech_probability for h in windows if h.no_speech_probability is not None]
     parts = [part for part in recording.parts if part.ids] or recording.parts
     kept = [part.hypothesis for part in parts]
     weights = [max(len(part.ids), 1) for part in parts]
     weighted = sum(h.average_log_probability * w for h, w in zip(kept, weights, strict=True))
     return Hypothesis(
         text=join_texts([transcriber.text_of(part.ids) for part in parts]),
-        language=every[0].language,
+        language=windows[0].language,
         token_ids=tuple(id for part in parts for id in part.ids),
         segments=tuple(_segments(transcriber, recording, parts)),
         average_log_probability=weighted / sum(weights),

@@ -75,6 +75,7 @@ class Transcriber:
             ConfigError: the model lacks a token that the options need, or the options make no use
                 of the assistant.
         """
+        _check_options(whisper, options, assistant)
         self.whisper = whisper
         self.options = options
         self.seed = seed
@@ -82,13 +83,6 @@ class Transcriber:
         # As in openai/whisper, one half of the positions is for the previous text.
         self.max_new_tokens = options.max_new_tokens or self.positions // 2
         self._rules = {timestamps: TokenRules(whisper, timestamps) for timestamps in (False, True)}
-        if options.timestamps and not whisper.tokens.timestamps:
-            raise ConfigError("decoding.timestamps: the model has no timestamp tokens")
-        if options.long_form == "sequential" and not whisper.tokens.timestamps:
-            raise ConfigError(
-                "decoding.long_form: sequential goes by timestamps, for which the model has no "
-                "tokens; set it to chunked"
-            )
         self.prompt_ids = prompt_ids(whisper, options.prompt) if options.prompt else ()
         self.audio_context = audio_context
         self.assistant = assistant
@@ -108,11 +102,6 @@ class Transcriber:
         self.aligner = (
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
         )
-        if assistant is not None and options.num_beams > 1:
-            raise ConfigError(
-                f"assistant.path: drafts are of no use to {options.num_beams} beams; name no "
-                "assistant, or set decoding.num_beams to 1"
-            )
 
     def __call__(
         self, features: Tensor, languages: Sequence[str | None], keys: Sequence[int] | None = None
@@ -138,7 +127,7 @@ class Transcriber:
     def encode(self, features: Tensor, positions: Sequence[int] | None = None) -> Tensor:
         """Return float [B, E, D]: the encoder states of log-mels, float [B, M, T].
 
-        Rows that are given as many positions are encoded together, so none is padded before it is
+        Rows with the same number of positions are encoded together, so none is padded before it is
         encoded. If the assistant has an encoder of its own, its states stand behind them:
         [B, E, D + D'].
 
@@ -267,10 +256,10 @@ class Transcriber:
         """
         languages = [hypothesis.language for hypothesis in hypotheses]
         texts = [hypothesis.token_ids for hypothesis in hypotheses]
-        every = self.align(states, languages, texts, seconds)
+        timed = self.align(states, languages, texts, seconds)
         return [
             replace(hypothesis, segments=tuple(self._segments_with_words(hypothesis, tokens, end)))
-            for hypothesis, tokens, end in zip(hypotheses, every, seconds, strict=True)
+            for hypothesis, tokens, end in zip(hypotheses, timed, seconds, strict=True)
         ]
 
     def _segments_with_words(
@@ -338,12 +327,12 @@ class Transcriber:
         """Return the tokens and the no-speech probability of each utterance."""
         states = read_prompts(self.decoder, cache, prompts)
         device = states.device
-        every = torch.arange(len(prompts), device=device)
+        rows = torch.arange(len(prompts), device=device)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         limits = (self.positions - 1 - last).clamp(max=self.max_new_tokens)
-        batch = PromptedBatch(cache, states[every, last], limits)
+        batch = PromptedBatch(cache, states[rows, last], limits)
         starts = [prompt.index(self.whisper.tokens.start) for prompt in prompts]
-        no_speech = self._no_speech(states[every, torch.tensor(starts, device=device)])
+        no_speech = self._no_speech(states[rows, torch.tensor(starts, device=device)])
         temperature, beams = self.options.temperatures[attempt], self.options.num_beams
         decoder, rules = self.decoder, self._rules[timestamps]
         if temperature > 0:
@@ -432,6 +421,22 @@ class Transcriber:
         if start is not None and text_ids:
             segments.append((Segment(round(start, 2), None, self.text_of(text_ids)), text_ids))
         return segments
+
+
+def _check_options(whisper: Whisper, options: DecodingOptions, assistant: Assistant | None) -> None:
+    """Raise ConfigError for options that the model has no tokens for, or the assistant no use."""
+    if options.timestamps and not whisper.tokens.timestamps:
+        raise ConfigError("decoding.timestamps: the model has no timestamp tokens")
+    if options.long_form == "sequential" and not whisper.tokens.timestamps:
+        raise ConfigError(
+            "decoding.long_form: sequential goes by timestamps, for which the model has no "
+            "tokens; set it to chunked"
+        )
+    if assistant is not None and options.num_beams > 1:
+        raise ConfigError(
+            f"assistant.path: drafts are of no use to {options.num_beams} beams; name no "
+            "assistant, or set decoding.num_beams to 1"
+        )
 
 
 def prompt_ids(whisper: Whisper, prompt: str) -> tuple[int, ...]:

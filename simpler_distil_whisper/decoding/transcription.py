@@ -154,10 +154,10 @@ def _loaded_batches(
 
 
 def _agree_on_batch_size(transcriber: Transcriber, results: RowResults, run: Run) -> None:
-    """Let every process form the batches that the run was begun with, or else no row is safe.
+    """Let every process form the batches that the run was begun with.
 
-    What "auto" chooses depends on the memory, which may be another one in each process, and another
-    one when the run goes on.
+    With different sizes, rows would be skipped or transcribed twice. What "auto" chooses depends on
+    the memory, which can differ between processes, and between a run and its continuation.
     """
     size = smallest_of_all(transcriber.batch_size)
     if is_main_process():

@@ -236,13 +236,13 @@ def segments_with_words(
         language: code of their language, by which texts are cut into words.
         text_of: decodes tokens.
     """
-    every = [_spoken_words(tokens, language, text_of) for _, tokens in timed]
-    lengths = [word.seconds for word in chain(*every) if word.seconds > 0]
+    spoken = [_spoken_words(tokens, language, text_of) for _, tokens in timed]
+    lengths = [word.seconds for word in chain(*spoken) if word.seconds > 0]
     usual = min(MAX_USUAL_SECONDS, float(np.median(lengths))) if lengths else 0.0
     if usual:
-        _shorten_around_sentence_ends(list(chain(*every)), 2 * usual)
+        _shorten_around_sentence_ends(list(chain(*spoken)), 2 * usual)
     segments, silent_since = list[Segment](), 0.0
-    for (segment, _), pieces in zip(timed, every, strict=True):
+    for (segment, _), pieces in zip(timed, spoken, strict=True):
         words = [word.rounded() for word in _with_punctuation(pieces)]
         if not words:
             segments.append(segment)

@@ -89,7 +89,7 @@ class EncoderStateCache:
 
     def __init__(
         self,
-        store: "TensorStore",
+        store: TensorStore,
         dtype: torch.dtype,
         teacher: ModelFolder,
         extractor: WhisperFeatureExtractor,
@@ -218,7 +218,7 @@ class DecoderStateCache:
 
     def __init__(
         self,
-        store: "TensorStore",
+        store: TensorStore,
         dtype: torch.dtype,
         teacher: ModelFolder,
         extractor: WhisperFeatureExtractor,

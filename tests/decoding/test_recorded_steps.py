@@ -82,17 +82,16 @@ def transcribed(
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"timestamps": True},
-        {"temperatures": [0.7]},
         {"temperatures": [0.0, 0.4], "log_probability_threshold": -1e-3},
-        {"prompt": "w300 w301 w302"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"prompt": "w300 w301 w302"}, marks=pytest.mark.slow),
     ],
 )
 def test_recorded_steps_change_no_token(
     whisper: Whisper, features: Tensor, options: dict[str, Any]
 ) -> None:
-    options = {**options, "max_new_tokens": 60}
+    options = {**options, "max_new_tokens": 40}
     recorder = Recorder()
     recorded = transcribed(whisper, features, recorder, **options)
     computed = transcribed(whisper, features, None, **options)
@@ -104,6 +103,7 @@ def test_recorded_steps_change_no_token(
     assert recorder.replayed > 10 * recorder.recorded > 0
 
 
+@pytest.mark.slow
 def test_only_the_last_rows_of_a_batch_are_recorded(whisper: Whisper, features: Tensor) -> None:
     recorder = Recorder()
     recorded = transcribed(whisper, features, recorder, rows=4)

@@ -349,7 +349,7 @@ def test_the_best_is_kept_and_what_all_scored_is_written(
         assert (again / name).read_bytes() == (output / name).read_bytes()
 
 
-@pytest.mark.parametrize("encoder_layers", [None, 2])
+@pytest.mark.parametrize("encoder_layers", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_states_that_the_cache_has_are_not_computed_again(
     tmp_path: Path,
     folder: Path,
