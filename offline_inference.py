@@ -13,13 +13,8 @@ from pydantic import Field, model_validator
 from simpler_distil_whisper.config import RunOptions, StrictModel
 from simpler_distil_whisper.data.audio import audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import (
-    Manifest,
-    ManifestData,
-    Utterance,
-    clip_of,
-    read_manifest,
-)
+from simpler_distil_whisper.data.manifest import Manifest, Utterance, clip_of, read_manifest
+from simpler_distil_whisper.data.options import ManifestData
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.decoding.speed import SPEED, Speed, speed_of_shards, write_speed

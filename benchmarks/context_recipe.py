@@ -27,7 +27,8 @@ from benchmarks import machine
 from benchmarks.recipe import KL, at_temperature, decode
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.data.manifest import Columns, read_manifest
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.model.audio_context import POSITIONS_PER_SECOND
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.whisper import (

@@ -20,7 +20,8 @@ import numpy as np
 import soundfile
 
 from simpler_distil_whisper.data.audio import audio_seconds
-from simpler_distil_whisper.data.manifest import Columns, read_manifest
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.decoding.batches import ByLength
 
 CLIPS, SIXTEEN_KHZ, GROUP = 8, 16_000, 1024

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from simpler_distil_whisper.data.manifest import Columns, DataLimits, Manifest, read_manifest
+from simpler_distil_whisper.data.manifest import Manifest, read_manifest
+from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.data.results import RowResults
 
 CLIPS, SIXTEEN_KHZ, BATCH = 8, 16_000, 16

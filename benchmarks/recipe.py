@@ -29,7 +29,8 @@ from transformers import WhisperForConditionalGeneration
 from benchmarks import machine
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.data.manifest import Columns, Utterance, read_manifest
+from simpler_distil_whisper.data.manifest import Utterance, read_manifest
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Metric, Scorer

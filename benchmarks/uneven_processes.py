@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance, read_manifest
+from simpler_distil_whisper.data.manifest import Utterance, read_manifest
+from simpler_distil_whisper.data.options import Columns, DataLimits
 
 PROCESSES, SLOW_RANK, SLOWNESS, BATCHES, SIZE = 4, 1, 4.0, 200, 4
 

@@ -16,7 +16,8 @@ from conftest import REPOSITORY
 from tiny import read_rows
 
 from simpler_distil_whisper.config import StrictModel, key_paths, load_config
-from simpler_distil_whisper.data.manifest import Columns, read_manifest
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.options import Columns
 
 SCRIPTS = (
     "run_pseudo_labelling",

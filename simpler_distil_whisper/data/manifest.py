@@ -1,7 +1,6 @@
 """Manifests: audio lists as JSON lines, read with a reason for every row that is not usable.
 
-Owns the type `Utterance`, the columns of a manifest and the limits of what is used. It opens no
-audio; that is done when an utterance is loaded.
+Owns the type `Utterance`. It decodes no audio; that is done when an utterance is loaded.
 """
 
 import codecs
@@ -16,20 +15,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, overload
+from typing import NamedTuple, overload
 
-from pydantic import Field, field_validator, model_validator
-
-from simpler_distil_whisper.config import (
-    LONGEST_QUOTE,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Ratio,
-    StrictModel,
-    shortened,
-)
+from simpler_distil_whisper.config import LONGEST_QUOTE, shortened
 from simpler_distil_whisper.data.audio import (
     MEAN,
     SIDES,
@@ -50,9 +38,9 @@ from simpler_distil_whisper.data.jsonl import (
     quoted,
     to_line,
 )
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.files import open_regular_file
 from simpler_distil_whisper.run import DataError, log
-from simpler_distil_whisper.shards import checked, shard_of_job
 from simpler_distil_whisper.text.languages import whisper_language
 
 ROWS_OWN = -1  # the channel of rows that no channel is given to
@@ -68,22 +56,6 @@ LONGEST_SECONDS = 1e9
 MEASURED_SECONDS = "audio_seconds"  # the column of lengths that labelling has measured
 
 
-class Columns(StrictModel):
-    """Which key of a row holds what."""
-
-    id: str | None = Field("id", description="The row's id, for logs; null: the line number.")
-    audio: str = Field("audio", description="Path of the audio file.")
-    text: str = Field("text", description="Transcript; a row may lack it where none is needed.")
-    language: str | None = Field(
-        "language", description="Language of the row; null: no such column."
-    )
-    start_seconds: str | None = Field("start_seconds", description="Where a part of a file begins.")
-    duration_seconds: str | None = Field("duration_seconds", description="How long the part is.")
-    channel: str | None = Field(
-        "channel", description='Which channel it is: "mean", "left", "right" or "3".'
-    )
-
-
 def clip_of(row: Row, audio: str, *others: str | None) -> Clip:
     """Return the audio of a row that was written here, whose path holds as it stands.
 
@@ -95,72 +67,6 @@ def clip_of(row: Row, audio: str, *others: str | None) -> Clip:
     start, duration, channel = (row.get(name) if name else None for name in others)
     channel = channel if is_channel(channel) else MEAN
     return Clip(Path(row[audio]), start or 0.0, duration, channel)
-
-
-class DataLimits(StrictModel):
-    """Which utterances are used; part of the `data` section of three scripts."""
-
-    min_duration_seconds: NonNegativeFloat = Field(0.1, description="Shorter audio is rejected.")
-    max_duration_seconds: PositiveFloat | None = Field(
-        None,
-        description="Longer audio is rejected; null: what is longer than the model's window is, "
-        "unless decoding.long_form takes it.",
-    )
-    max_utterances: PositiveInt | None = Field(
-        None, description="Take only the first rows, at most this many."
-    )
-    max_bad_fraction: Ratio = Field(
-        0.1, description="End with exit code 3 when a larger share of the rows is unusable."
-    )
-    num_workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
-        "auto",
-        description="Processes that decode audio ahead of the model; 0: the model's own process; "
-        "auto: one, beside a GPU up to 8 of the process's cores.",
-    )
-
-    @property
-    def workers(self) -> int:
-        """How many processes decode audio ahead of the model."""
-        from simpler_distil_whisper.data.workers import suitable_workers  # it imports torch
-
-        return suitable_workers() if self.num_workers == "auto" else self.num_workers
-
-    @model_validator(mode="after")
-    def _min_below_max(self) -> "DataLimits":
-        low, high = self.min_duration_seconds, self.max_duration_seconds
-        if high is not None and low >= high:
-            raise ValueError(f"min_duration_seconds {low} is not below max_duration_seconds {high}")
-        return self
-
-
-class ManifestData(DataLimits):
-    """The `data` section of the scripts that write a result for each row."""
-
-    manifest: Path = Field(description="JSON lines, one utterance each.")
-    channel: Literal["mean", "left", "right", "each"] = Field(
-        "mean",
-        description="Of rows that name none: the mean of all channels, one of them, or each, which "
-        'makes a row of each channel, with "-left" or "-right" added to its id.',
-    )
-    shard: tuple[NonNegativeInt, PositiveInt] | Literal["auto"] | None = Field(
-        None,
-        description="Which share of the rows this job does: [2, 8] is that of the third of eight "
-        'jobs; "auto": that of the task of a job array, by SDW_SHARD (such as 2/8) or the '
-        "variables of SLURM, outside of one all rows; null: all rows.",
-    )
-    columns: Columns = Columns()
-
-    @field_validator("shard")
-    @classmethod
-    def _shard_exists(cls, shard: tuple[int, int] | str | None) -> tuple[int, int] | None:
-        pair = shard_of_job(os.environ) if isinstance(shard, str) else shard
-        return checked(pair) if pair else None
-
-    @model_validator(mode="after")
-    def _channel_has_a_column(self) -> "ManifestData":
-        if self.channel != MEAN and self.columns.channel is None:
-            raise ValueError(f'channel "{self.channel}" needs a name in columns.channel')
-        return self
 
 
 @dataclass(frozen=True, slots=True)

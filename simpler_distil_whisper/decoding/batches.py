@@ -25,7 +25,8 @@ from simpler_distil_whisper.data.audio import (
     load_audio,
 )
 from simpler_distil_whisper.data.features import long_log_mel
-from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, reject
+from simpler_distil_whisper.data.manifest import Rejection, Utterance, reject
+from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.data.results import LENGTHS
 from simpler_distil_whisper.data.speech_activity import SpeechSpan, muted, speech_spans
 from simpler_distil_whisper.data.workers import WorkerDeath, map_ahead

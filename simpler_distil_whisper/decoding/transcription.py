@@ -18,7 +18,8 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance, Utterances, reject
+from simpler_distil_whisper.data.manifest import Manifest, Utterance, Utterances, reject
+from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.batches import (
     ByLength,

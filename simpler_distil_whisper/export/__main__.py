@@ -25,13 +25,13 @@ from simpler_distil_whisper.atomic import (
 )
 from simpler_distil_whisper.config import PositiveInt, Ratio, StrictModel
 from simpler_distil_whisper.data.manifest import (
-    Columns,
     Manifest,
     Rejection,
     Utterance,
     first_reasons,
     read_manifest,
 )
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.export.targets import (
     PROGRAMS,

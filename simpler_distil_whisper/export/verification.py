@@ -15,7 +15,8 @@ import numpy as np
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import to_line
-from simpler_distil_whisper.data.manifest import Columns, Rejection, Utterance, reject
+from simpler_distil_whisper.data.manifest import Rejection, Utterance, reject
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.decoding.speed import Speed, write_speed
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Scorer, total

@@ -12,13 +12,8 @@ from pydantic import Field, model_validator
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.audio import Clip
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import (
-    MEASURED_SECONDS,
-    Columns,
-    ManifestData,
-    Utterance,
-    clip_of,
-)
+from simpler_distil_whisper.data.manifest import MEASURED_SECONDS, Utterance, clip_of
+from simpler_distil_whisper.data.options import Columns, ManifestData
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens

@@ -12,7 +12,7 @@ from itertools import pairwise, zip_longest
 from pydantic import Field
 
 from simpler_distil_whisper.config import NonNegativeFloat, PositiveFloat, StrictModel
-from simpler_distil_whisper.data.manifest import Columns
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.model.options import DecodingOptions
 
 TOLERANCE_SECONDS = 0.3  # by which the times of segments miss the pauses of the audio

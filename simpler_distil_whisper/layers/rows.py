@@ -12,14 +12,8 @@ from pydantic import Field, field_validator
 
 from simpler_distil_whisper.config import PositiveInt, StrictModel
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds, check_length
-from simpler_distil_whisper.data.manifest import (
-    Columns,
-    DataLimits,
-    Utterance,
-    first_reasons,
-    read_manifest,
-    reject,
-)
+from simpler_distil_whisper.data.manifest import Utterance, first_reasons, read_manifest, reject
+from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.labels.evidence import is_cut_off
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Task, whisper_code

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.data.manifest import DataLimits, Rejection, Utterance, first_reasons
+from simpler_distil_whisper.data.manifest import Rejection, Utterance, first_reasons
+from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.decoding.batches import (
     SpeechBatch,
     SpeechReader,

@@ -18,7 +18,7 @@ from simpler_distil_whisper.config import (
     Ratio,
     StrictModel,
 )
-from simpler_distil_whisper.data.manifest import Columns, DataLimits
+from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.evaluation.metrics import Metric
 from simpler_distil_whisper.labels.evidence import EvidenceLimits
 from simpler_distil_whisper.model.options import (

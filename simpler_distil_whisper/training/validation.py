@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from simpler_distil_whisper.data.manifest import DataLimits, Manifest, Utterance
+from simpler_distil_whisper.data.manifest import Manifest, Utterance
+from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.decoding.batches import SpeechReader, in_batches, speech_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.decoding.transcription import transcribe_batch

@@ -20,7 +20,8 @@ import soundfile
 from simpler_distil_whisper.data import audio
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds, load_audio
 from simpler_distil_whisper.data.decoders import open_sound
-from simpler_distil_whisper.data.manifest import Columns, read_manifest
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.options import Columns
 
 RATE = 16_000
 

@@ -12,7 +12,8 @@ from tiny import write_rows
 from training_data import NI_HAO, make_select
 
 from simpler_distil_whisper.data.audio import load_audio
-from simpler_distil_whisper.data.manifest import Columns, Manifest, ManifestData, read_manifest
+from simpler_distil_whisper.data.manifest import Manifest, read_manifest
+from simpler_distil_whisper.data.options import Columns, ManifestData
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.rows import (

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.data.manifest import Columns, Manifest, read_manifest
+from simpler_distil_whisper.data.manifest import Manifest, read_manifest
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.data.results import rejection_line
 from simpler_distil_whisper.run import DataError
 

@@ -21,7 +21,8 @@ from conftest import REPOSITORY
 from tiny import make_corpus, read_rows, write_rows
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.data.manifest import Columns, Manifest, read_manifest, reject
+from simpler_distil_whisper.data.manifest import Manifest, read_manifest, reject
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.shards import Shard, Shards
@@ -226,7 +227,8 @@ def test_a_process_that_is_killed_keeps_every_batch_that_it_had_appended(folder:
     program = (
         f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]\n"
         "from pathlib import Path\n"
-        "from simpler_distil_whisper.data.manifest import Columns, read_manifest\n"
+        "from simpler_distil_whisper.data.manifest import read_manifest\n"
+        "from simpler_distil_whisper.data.options import Columns\n"
         "from simpler_distil_whisper.data.results import RowResults\n"
         "manifest = read_manifest(Path('m.jsonl'), Columns())\n"
         "results = RowResults(Path('out'), 'results.jsonl')\n"

@@ -16,7 +16,7 @@ import torch
 from conftest import REPOSITORY
 
 from simpler_distil_whisper.data import workers
-from simpler_distil_whisper.data.manifest import DataLimits
+from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.data.workers import (
     LostResultError,
     WorkerDeath,

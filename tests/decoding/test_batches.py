@@ -16,7 +16,8 @@ from tiny import write_rows, write_tone
 from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.data.audio import audio_seconds
-from simpler_distil_whisper.data.manifest import Columns, DataLimits, Utterance, read_manifest
+from simpler_distil_whisper.data.manifest import Utterance, read_manifest
+from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.decoding import batches as module
 from simpler_distil_whisper.decoding.batches import (
     ByLength,

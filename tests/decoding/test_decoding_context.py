@@ -11,7 +11,8 @@ from tiny import make_corpus, make_model_folder, read_rows, write_rows, write_to
 
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
-from simpler_distil_whisper.data.manifest import Columns, DataLimits, read_manifest
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.decoding.batches import SpeechReader
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.decoding.long_form import transcribe_long

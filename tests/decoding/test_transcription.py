@@ -18,14 +18,8 @@ import torch
 from conftest import REPOSITORY, RunScript
 from tiny import make_corpus, make_model_folder, read_rows, write_rows, write_tone
 
-from simpler_distil_whisper.data.manifest import (
-    Columns,
-    DataLimits,
-    Manifest,
-    Rejection,
-    Utterance,
-    read_manifest,
-)
+from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, read_manifest
+from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.decoding import batches, loading, transcription
 from simpler_distil_whisper.decoding.batches import SpeechBatch, halved
 from simpler_distil_whisper.decoding.transcription import (

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import long_log_mel
-from simpler_distil_whisper.data.manifest import DataLimits, Utterance
+from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.data.speech_activity import SpeechSpan, speech_spans
 from simpler_distil_whisper.decoding.batches import SpeechReader
 from simpler_distil_whisper.decoding.long_form import transcribe_long

@@ -12,7 +12,8 @@ from tiny import make_model_folder, read_rows, write_rows, write_tone
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.jsonl import LONGEST_ROW, placed_lines
-from simpler_distil_whisper.data.manifest import Columns, Manifest, read_manifest
+from simpler_distil_whisper.data.manifest import Manifest, read_manifest
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.evaluation.hypotheses import (
     Hypotheses,
     HypothesisColumns,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpler_distil_whisper.data.manifest import Columns
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.labels.segmentation import (
     NO_PAUSE,
     NO_PAUSE_WITHIN,
