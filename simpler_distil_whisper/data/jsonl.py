@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from simpler_distil_whisper.config import ConfigError, shortened
 from simpler_distil_whisper.files import open_regular_file
@@ -52,6 +52,23 @@ def placed_lines(path: Path, key: str) -> Iterator[PlacedLine]:
                 offset += len(line)
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read: {error.strerror}") from None
+
+
+def own_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the offset in bytes and the content of each row of a file in the output folder.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    for _, offset, line in placed_lines(path, "output_dir"):
+        yield offset, json.loads(line)
+
+
+def row_at(file: BinaryIO, offset: int) -> Row:
+    """Return the row that begins at an offset in bytes."""
+    file.seek(offset)
+    row: Row = json.loads(file.readline())
+    return row
 
 
 def parse_row(line: bytes) -> Row:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.speech_activity import SpeechOptions, speech_spans
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, compression_ratio
@@ -28,7 +27,7 @@ from simpler_distil_whisper.labels.rows import (
     LabelColumns,
     measure_label,
 )
-from simpler_distil_whisper.labels.segmentation import Limits, Piece, TimedText, cut_at_pauses
+from simpler_distil_whisper.labels.segmentation import Limits, Piece, SegmentSpan, cut_at_pauses
 from simpler_distil_whisper.text.languages import join_texts
 
 # Of the text before a row: more than the 223 tokens that a decoder can be given of it.
@@ -88,11 +87,14 @@ class RecordingCutter:
             name: with which the ids of its rows begin.
 
         Raises:
-            AudioError: its audio cannot be read.
+            DataError: its audio cannot be read any more.
         """
         segments = _segments(recording)
         pieces = self._pieces(recording, segments)
-        texts = [join_texts([segment.text for segment in _of(piece, segments)]) for piece in pieces]
+        texts = [
+            join_texts([segment.text for segment in _segments_in(piece, segments)])
+            for piece in pieces
+        ]
         references = self._references(recording, texts)
         given = recording.get(PREVIOUS_TEXT)
         previous = given if isinstance(given, str) else ""
@@ -109,19 +111,19 @@ class RecordingCutter:
             row |= {**place, PART: number, PREVIOUS_TEXT: previous}
             if self.columns.id:
                 row[self.columns.id] = f"{name}-part-{number:04d}"
-            row |= self._label(recording, _of(piece, segments), piece, text, reference)
+            row |= self._label(recording, _segments_in(piece, segments), piece, text, reference)
             cut["rows"].append(row)
             previous = join_texts([previous, text])[-PREVIOUS_CHARACTERS:]
         return cut
 
     def _pieces(self, recording: Row, segments: Sequence[_Segment]) -> list[Piece]:
-        waveform = load_audio(*self.columns.clip(recording))
+        waveform = self.columns.load(recording)
         silence = self.min_silence_seconds
         speech = speech_spans(
             waveform, SpeechOptions(min_silence_seconds=silence, padding_seconds=0.0)
         )
         return cut_at_pauses(
-            [TimedText(segment.start, segment.end, segment.tokens) for segment in segments],
+            [SegmentSpan(segment.start, segment.end, segment.tokens) for segment in segments],
             [(span.start_seconds, span.end_seconds) for span in speech],
             recording["audio_seconds"],
             self.limits,
@@ -177,7 +179,7 @@ class RecordingCutter:
         return label | _evidence(segments, text) | measured
 
 
-def _of(piece: Piece, segments: Sequence[_Segment]) -> Sequence[_Segment]:
+def _segments_in(piece: Piece, segments: Sequence[_Segment]) -> Sequence[_Segment]:
     return segments[piece.segments.start : piece.segments.stop]
 
 

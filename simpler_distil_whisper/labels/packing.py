@@ -8,7 +8,6 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from pydantic import Field
 
 from simpler_distil_whisper.atomic import partial_path, written_atomically
 from simpler_distil_whisper.config import PositiveFloat, Ratio
-from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
-from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
+from simpler_distil_whisper.data.audio import SAMPLE_RATE
+from simpler_distil_whisper.data.jsonl import Row, own_rows, row_at, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
 from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
 from simpler_distil_whisper.labels.evidence import (
@@ -29,25 +28,17 @@ from simpler_distil_whisper.labels.evidence import (
     EvidenceLimits,
     is_cut_off,
 )
+from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
 from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.run import (
-    DataError,
-    Progress,
-    Run,
-    is_main_process,
-    process_count,
-    process_rank,
-)
+from simpler_distil_whisper.run import Run, is_main_process
 from simpler_distil_whisper.text.languages import Unit, join_texts
 from simpler_distil_whisper.text.normalization import is_blank
 
 Integers = npt.NDArray[np.int64]
 
 PACKED_LABELS = "packed_labels.jsonl"
-PROMPT_TOKENS = 4  # start, language, task and <|notimestamps|>
 PACKS_BETWEEN_STOPS = 32  # how many are written before a stop signal is looked for
-FILES_IN_A_FOLDER = 1000
 ROUNDING_SECONDS = 1e-5  # by which the sum of rounded lengths may exceed the window
 
 
@@ -76,11 +67,11 @@ class PackOptions(EvidenceLimits):
             return self.group_by
         return [columns.speaker] if columns.speaker else []
 
-    def limits(self, folder: ModelFolder) -> "PackLimits":
-        """Return what a pack may hold for a model."""
+    def limits(self, teacher: ModelFolder) -> "PackLimits":
+        """Return what a pack may hold."""
         return PackLimits(
-            seconds=self.max_seconds or folder.window_seconds,
-            tokens=folder.config["max_target_positions"] - PROMPT_TOKENS,
+            seconds=self.max_seconds or teacher.window_seconds,
+            tokens=teacher.label_tokens,
             error_rate=self.max_error_rate,
             evidence=self,
         )
@@ -141,19 +132,16 @@ class PackPlan:
 
     def parts(self, labels: Path, number: int) -> list[Row]:
         """Return the labelled rows of one pack, in order."""
-        rows = []
+        offsets = self.offsets[self.starts[number] : self.starts[number + 1]]
         with labels.open("rb") as file:
-            for offset in self.offsets[self.starts[number] : self.starts[number + 1]]:
-                file.seek(offset)
-                rows.append(json.loads(file.readline()))
-        return rows
+            return [row_at(file, offset) for offset in offsets]
 
 
 def pack_labels(
     labels: Path,
     columns: LabelColumns,
     options: PackOptions,
-    folder: ModelFolder,
+    teacher: ModelFolder,
     scorer: Scorer,
     run: Run,
     *,
@@ -168,7 +156,7 @@ def pack_labels(
         labels: the labelled manifest.
         columns: which key of a row holds what.
         options: which labels are packed, and how.
-        folder: the teacher's, whose window and decoder are the limits.
+        teacher: whose window and decoder are the limits.
         scorer: the one that has counted the error rates.
         run: asked whether to stop.
         workers: threads that write audio.
@@ -179,7 +167,7 @@ def pack_labels(
         Interrupted: a stop signal came.
     """
     shared = options.shared_columns(columns)
-    plan = plan_packs(labels, columns, shared, options.limits(folder))
+    plan = plan_packs(labels, columns, shared, options.limits(teacher))
     write_audio(labels, plan, columns, workers, run)
     wait_for_everyone()
     if is_main_process():
@@ -207,8 +195,7 @@ def plan_packs(
     offsets, packs, left_out = array("q"), array("q"), Counter[str]()
     open_packs: dict[str | None, _OpenPack] = {}
     count = 0
-    for _, offset, line in placed_lines(labels, "output_dir"):
-        row = json.loads(line)
+    for offset, row in own_rows(labels):
         if reason := _why_left_out(row, columns, limits):
             left_out[reason] += 1
             continue
@@ -289,7 +276,7 @@ def _error_rate(
 
 def audio_path(number: int) -> Path:
     """Return the audio file of a pack, relative to the folder of `packed_labels.jsonl`."""
-    return Path("packed", "audio", f"{number // FILES_IN_A_FOLDER:03d}", f"{number:06d}.flac")
+    return numbered_file(Path("packed", "audio"), number, "flac")
 
 
 def write_packs(
@@ -315,38 +302,23 @@ def write_audio(
         DataError: the audio of a part cannot be read any more.
         Interrupted: a stop signal came.
     """
-    own = range(process_rank(), len(plan), process_count())
-    todo = [number for number in own if not (labels.parent / audio_path(number)).exists()]
 
-    def write(number: int) -> None:
-        _write_audio(labels.parent / audio_path(number), plan.parts(labels, number), columns)
+    def write(number: int, path: Path) -> None:
+        """Write the audio of all parts, one after the other, as 16 kHz mono FLAC."""
+        waveform = np.concatenate([columns.load(part) for part in plan.parts(labels, number)])
+        partial = partial_path(path)
+        soundfile.write(partial, waveform, SAMPLE_RATE, "PCM_16", format="FLAC")
+        partial.replace(path)
 
-    progress = Progress("packing", "packs", len(own), len(own) - len(todo))
-    # Threads are enough: decoding and encoding release Python's global lock.
-    with progress, ThreadPoolExecutor(max(workers, 1)) as pool:
-        for start in range(0, len(todo), PACKS_BETWEEN_STOPS):
-            run.stop_if_asked()
-            numbers = todo[start : start + PACKS_BETWEEN_STOPS]
-            list(pool.map(write, numbers))
-            progress.advance(len(numbers))
-        run.stop_if_asked()
-
-
-def _write_audio(path: Path, parts: Sequence[Row], columns: LabelColumns) -> None:
-    """Write the audio of all parts, one after the other, as 16 kHz mono FLAC."""
-    waveforms = []
-    for part in parts:
-        try:
-            waveforms.append(load_audio(*columns.clip(part)))
-        except AudioError as error:
-            raise DataError(
-                f"{part[columns.audio]}: {error}. It was readable when it was labelled; run the "
-                "same command again once it is there"
-            ) from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    soundfile.write(partial, np.concatenate(waveforms), SAMPLE_RATE, "PCM_16", format="FLAC")
-    partial.replace(path)
+    write_own_files(
+        len(plan),
+        lambda number: labels.parent / audio_path(number),
+        write,
+        ("packing", "packs"),
+        run,
+        workers=workers,
+        at_once=PACKS_BETWEEN_STOPS,
+    )
 
 
 def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | None:

@@ -1,26 +1,22 @@
 """How good the labels of a run are: the content of `label_quality.json`, as typed data.
 
-Owns what is counted, for which bins and groups, and which rows are shown. How the page looks is
-for `quality_page` and its template.
+Owns what is counted of the labels, for which bins and groups, and which rows are shown. Rows
+without a label are for `rejected`, the look of the page for `quality_page` and its template.
 """
 
-import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.data.audio import AudioError, audio_seconds
-from simpler_distil_whisper.data.jsonl import Row, placed_lines
+from simpler_distil_whisper.data.jsonl import row_at
 from simpler_distil_whisper.evaluation.metrics import Scorer, align
 from simpler_distil_whisper.evaluation.scoring import compact
-from simpler_distil_whisper.labels.rows import PART, WHY_NO_REFERENCE, WINDOWS, LabelColumns
+from simpler_distil_whisper.labels.rejected import Rejected, Segmentation
+from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.labels.table import (
     SIGN_LIMITS,
     Flags,
@@ -168,48 +164,6 @@ class ShownRow:
     alignment: list[list[str]]
 
 
-@dataclass
-class RejectedKind:
-    """The rejected rows with one kind of reason."""
-
-    reason: str
-    rows: int = 0
-    hours: float = 0.0
-    rows_of_unknown_length: int = 0
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """The rows without a label, by kind of reason."""
-
-    rows: int
-    hours: float
-    reasons: list[RejectedKind]
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """What has become of the recordings that were cut; the last three hours add up to the first.
-
-    Attributes:
-        recordings, hours: those longer than the model's window.
-        rows, hours_in_rows: what they were cut into.
-        hours_without_speech: what was left out.
-        rejected: the stretches with speech or text that are in no row.
-        rows_with_reference: how many rows have their own part of a reference.
-        rows_without_reference: reason why a part of it is not known -> rows.
-    """
-
-    recordings: int
-    hours: float
-    rows: int
-    hours_in_rows: float
-    hours_without_speech: float
-    rejected: Rejected
-    rows_with_reference: int
-    rows_without_reference: dict[str, int]
-
-
 @dataclass(frozen=True)
 class LabelQuality:
     """The content of `label_quality.json`, in its order.
@@ -290,12 +244,7 @@ def summarize_labels(
         suggestion=suggestion,
         thresholds=[_kept_by(float(maximum), rates, hours) for maximum in THRESHOLDS],
         histogram=_rate_histogram(rates, hours, ceiling),
-        signs=Signs(
-            limits=SIGN_LIMITS,
-            **{name: _amount(flags, hours) for name, flags in signs.items()},
-            any=_amount(suspicious, hours),
-            none=_amount(~suspicious, hours),
-        ),
+        signs=_signs(signs, suspicious, hours),
         distributions={
             name: _distribution(table.numbers[name], edges, signs[name])
             for name, edges in DISTRIBUTION_BINS.items()
@@ -306,76 +255,6 @@ def summarize_labels(
         suspicious_rows=dubious,
         rejected=rejected,
         segmentation=segmentation,
-    )
-
-
-def summarize_segmentation(
-    labels: Path, recordings: Path, rejected: Path, columns: LabelColumns
-) -> Segmentation:
-    """Return what has become of the recordings that were cut into rows.
-
-    Args:
-        labels: the labelled manifest.
-        recordings: `recordings.jsonl`: the rows before they were cut.
-        rejected: `rejected_segments.jsonl`.
-        columns: which key of a row holds what.
-    """
-    lengths = [row["audio_seconds"] for row in _rows(recordings) if WINDOWS in row]
-    rows = rows_with_reference = 0
-    seconds = 0.0
-    without_reference = Counter[str]()
-    for row in _rows(labels):
-        if PART in row:
-            rows += 1
-            seconds += row["audio_seconds"]
-            rows_with_reference += row[columns.reference] is not None
-            without_reference.update([row[WHY_NO_REFERENCE]] if row[WHY_NO_REFERENCE] else [])
-    rejected_segments = summarize_rejected(rejected, columns, labels.parent)
-    hours, hours_in_rows = _rounded(sum(lengths) / 3600), _rounded(seconds / 3600)
-    return Segmentation(
-        recordings=len(lengths),
-        hours=hours,
-        rows=rows,
-        hours_in_rows=hours_in_rows,
-        hours_without_speech=_rounded(hours - hours_in_rows - rejected_segments.hours),
-        rejected=rejected_segments,
-        rows_with_reference=rows_with_reference,
-        rows_without_reference=dict(without_reference),
-    )
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    for _, _, line in placed_lines(path, "output_dir"):
-        yield json.loads(line)
-
-
-def summarize_rejected(path: Path, columns: LabelColumns, folder: Path) -> Rejected:
-    """Return how many rows were rejected for which kind of reason, and how long their audio is.
-
-    Args:
-        path: `rejected.jsonl`.
-        columns: which key of a row holds what.
-        folder: the manifest's, from which relative paths begin.
-    """
-    kinds: dict[str, RejectedKind] = {}
-    for _, _, line in placed_lines(path, "output_dir"):
-        entry = json.loads(line)
-        row = entry["row"] if isinstance(entry["row"], dict) else {}
-        audio = row.get(columns.audio)
-        audio = audio if isinstance(audio, str) else ""
-        reason = _kind_of_reason(entry["reason"], audio)
-        kind = kinds.setdefault(reason, RejectedKind(reason))
-        kind.rows += 1
-        seconds = _rejected_seconds(row, audio, columns, folder)
-        if seconds is None:
-            kind.rows_of_unknown_length += 1
-        else:
-            kind.hours += seconds / 3600
-    ordered = sorted(kinds.values(), key=lambda kind: -kind.rows)
-    return Rejected(
-        rows=sum(kind.rows for kind in kinds.values()),
-        hours=_rounded(sum(kind.hours for kind in kinds.values())),
-        reasons=[replace(kind, hours=_rounded(kind.hours)) for kind in ordered],
     )
 
 
@@ -413,6 +292,15 @@ def _rate_histogram(rates: Numbers, hours: Numbers, threshold: float) -> ErrorRa
         rows_kept=[int((members & kept).sum()) for members in bins],
         no_error=_amount(rates == 0, hours),
         above=_amount(rates > ERROR_RATE_BINS[-1], hours),
+    )
+
+
+def _signs(signs: dict[str, Flags], suspicious: Flags, hours: Numbers) -> Signs:
+    return Signs(
+        limits=SIGN_LIMITS,
+        **{name: _amount(flags, hours) for name, flags in signs.items()},
+        any=_amount(suspicious, hours),
+        none=_amount(~suspicious, hours),
     )
 
 
@@ -507,8 +395,7 @@ def _shown_row(
     scorer: Scorer,
 ) -> ShownRow:
     with table.path.open("rb") as file:
-        file.seek(table.offsets[index])
-        row = json.loads(file.readline())
+        row = row_at(file, table.offsets[index])
     unit, reference = row["error_unit"], row[columns.reference]
     alignment = []
     if reference is not None:
@@ -529,31 +416,3 @@ def _shown_row(
         label=row[columns.label],
         alignment=alignment,
     )
-
-
-def _kind_of_reason(reason: str, audio: str) -> str:
-    """Return what reasons of one kind have in common: no path, no numbers, no details."""
-    if audio:
-        reason = reason.partition(f"{audio}: ")[2] or reason
-    beginning = re.split(r"[:;(\"\[]", reason, maxsplit=1)[0]
-    return re.sub(r"\d+(\.\d+)?", "N", beginning).strip()
-
-
-def _rejected_seconds(row: Row, audio: str, columns: LabelColumns, folder: Path) -> float | None:
-    """Return how long the audio of a rejected row is: as the row states it, else by its header."""
-    duration = _time_in(row, columns.duration_seconds)
-    if duration is not None:
-        return duration
-    start = _time_in(row, columns.start_seconds) or 0.0
-    for path in (folder / audio, Path(audio)):
-        try:
-            return audio_seconds(path, start)
-        except (AudioError, ValueError):  # a name that no file can have
-            continue
-    return None
-
-
-def _time_in(row: Row, column: str | None) -> float | None:
-    """Return the seconds under a key; None where no possible time stands there."""
-    value = row.get(column) if column else None
-    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else None

@@ -1,7 +1,7 @@
 """`label_quality.json` and its page, `label_quality.html`, written; the gist of both in the log.
 
-Owns the files and the log lines. The numbers come from `quality`; words and charts are in the
-template.
+Owns the files and the log lines. The numbers come from `quality` and `rejected`; words and
+charts are in the template.
 """
 
 import json
@@ -13,12 +13,14 @@ from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.labels.quality import (
     LabelQuality,
     QualityOptions,
-    Segmentation,
     summarize_labels,
+)
+from simpler_distil_whisper.labels.recordings import RECORDINGS, REJECTED_SEGMENTS
+from simpler_distil_whisper.labels.rejected import (
+    Segmentation,
     summarize_rejected,
     summarize_segmentation,
 )
-from simpler_distil_whisper.labels.recordings import RECORDINGS, REJECTED_SEGMENTS
 from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.pages import render, stacks
 from simpler_distil_whisper.run import log

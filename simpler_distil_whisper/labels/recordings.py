@@ -1,38 +1,28 @@
 """Labelled recordings longer than the model's window -> a manifest of rows to learn from.
 
-Owns the files, the share of each process, and the account of all hours. What stands in a row is up
-to `cut_rows`, where a recording is cut to `segmentation`.
+Owns the files. What stands in a row is up to `cut_rows`, where a recording is cut to
+`segmentation`.
 """
 
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from simpler_distil_whisper.atomic import write_atomically, written_atomically
-from simpler_distil_whisper.data.audio import AudioError
-from simpler_distil_whisper.data.jsonl import Row, placed_lines, to_line
+from simpler_distil_whisper.data.jsonl import own_rows, placed_lines, row_at, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.labels.cut_rows import RecordingCutter
-from simpler_distil_whisper.labels.packing import PROMPT_TOKENS
+from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
 from simpler_distil_whisper.labels.rows import RECORDING, WINDOWS, LabelColumns
-from simpler_distil_whisper.labels.segmentation import Limits, SegmentationOptions
+from simpler_distil_whisper.labels.segmentation import SegmentationOptions
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.run import (
-    DataError,
-    Progress,
-    Run,
-    is_main_process,
-    process_count,
-    process_rank,
-)
+from simpler_distil_whisper.run import Run, is_main_process
 
 RECORDINGS = "recordings.jsonl"
 REJECTED_SEGMENTS = "rejected_segments.jsonl"
 CUT_FOLDER = "segmentation"  # until the rows of all recordings are there
-FILES_IN_A_FOLDER = 1000
 
 
 @dataclass(frozen=True)
@@ -51,16 +41,14 @@ class _Recording:
 
     def rows_path(self, folder: Path) -> Path:
         """Return the file that keeps its rows until those of all recordings are there."""
-        number = self.number
-        group = f"{number // FILES_IN_A_FOLDER:03d}"
-        return folder / CUT_FOLDER / group / f"{number:06d}.json"
+        return numbered_file(folder / CUT_FOLDER, self.number, "json")
 
 
 def cut_recordings(
     labels: Path,
     columns: LabelColumns,
     options: SegmentationOptions,
-    folder: ModelFolder,
+    teacher: ModelFolder,
     scorer: Scorer,
     run: Run,
     *,
@@ -78,7 +66,7 @@ def cut_recordings(
         labels: the labelled manifest to write; `recordings.jsonl` lies beside it.
         columns: which key of a row holds what.
         options: how recordings are cut.
-        folder: the teacher's, whose window and decoder are the limits.
+        teacher: whose window and decoder are the limits.
         scorer: the one that has counted the error rates.
         run: asked whether to stop.
         workers: threads that cut.
@@ -90,9 +78,8 @@ def cut_recordings(
     """
     recordings = _long_recordings(labels.with_name(RECORDINGS))
     if not labels.exists():
-        cutter = RecordingCutter(
-            columns, _limits(options, folder), options.min_silence_seconds, scorer
-        )
+        limits = options.limits(teacher)
+        cutter = RecordingCutter(columns, limits, options.min_silence_seconds, scorer)
         _cut_own(recordings, labels, cutter, run, max(workers, 1))
         wait_for_everyone()
         if is_main_process():
@@ -104,48 +91,31 @@ def cut_recordings(
     return f"{labels}: the same, cut into rows; {rejected}: what of it is in no row, and why.\n"
 
 
-def _limits(options: SegmentationOptions, folder: ModelFolder) -> Limits:
-    """Return what a row may hold, so that run_distillation.py refuses none."""
-    return Limits(
-        seconds=options.max_seconds or folder.window_seconds,
-        tokens=folder.config["max_target_positions"] - PROMPT_TOKENS,
-    )
-
-
 def _cut_own(
     recordings: Sequence[_Recording], labels: Path, cutter: RecordingCutter, run: Run, workers: int
 ) -> None:
     """Write the rows of this process's share; those that an earlier run has cut stay."""
 
-    def cut(recording: _Recording) -> None:
-        row = _row_at(labels.with_name(RECORDINGS), recording.offset)
-        try:
-            content = cutter(row, recording.name)
-        except AudioError as error:
-            raise DataError(
-                f"{row[cutter.columns.audio]}: {error}. It was readable when it was labelled; run "
-                "the same command again once it is there"
-            ) from None
-        path = recording.rows_path(labels.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_line(content).encode())
+    def cut(number: int, path: Path) -> None:
+        with labels.with_name(RECORDINGS).open("rb") as file:
+            row = row_at(file, recordings[number].offset)
+        write_atomically(path, to_line(cutter(row, recordings[number].name)).encode())
 
-    own = recordings[process_rank() :: process_count()]
-    todo = [each for each in own if not each.rows_path(labels.parent).exists()]
-    progress = Progress("cutting", "recordings", len(own), len(own) - len(todo))
-    # Threads are enough: most of the time is that of libraries which release Python's global lock.
-    with progress, ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(todo), workers):
-            run.stop_if_asked()
-            progress.advance(len(list(pool.map(cut, todo[start : start + workers]))))
-        run.stop_if_asked()
+    write_own_files(
+        len(recordings),
+        lambda number: recordings[number].rows_path(labels.parent),
+        cut,
+        ("cutting", "recordings"),
+        run,
+        workers=workers,
+        at_once=workers,
+    )
 
 
 def _long_recordings(path: Path) -> list[_Recording]:
     """Return those recordings of a file that were decoded window by window."""
     recordings, names = list[_Recording](), set[str]()
-    for _, offset, line in placed_lines(path, "output_dir"):
-        row = json.loads(line)
+    for offset, row in own_rows(path):
         if WINDOWS not in row:
             continue
         name, copies = row[RECORDING], 1
@@ -155,13 +125,6 @@ def _long_recordings(path: Path) -> list[_Recording]:
         names.add(name)
         recordings.append(_Recording(len(recordings), offset, name))
     return recordings
-
-
-def _row_at(path: Path, offset: int) -> Row:
-    with path.open("rb") as file:
-        file.seek(offset)
-        row: Row = json.loads(file.readline())
-        return row
 
 
 def _merge(labels: Path, recordings: Sequence[_Recording]) -> None:

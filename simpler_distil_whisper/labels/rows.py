@@ -7,14 +7,17 @@ what is measured of a single label. What all labels amount to is in `quality`.
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.data.audio import Clip
+from simpler_distil_whisper.data.audio import AudioError, Clip, load_audio
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import MEASURED_SECONDS, Utterance, clip_of
 from simpler_distil_whisper.data.options import Columns, ManifestData
 from simpler_distil_whisper.evaluation.metrics import Scorer
+from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
@@ -132,6 +135,20 @@ class LabelColumns:
     def clip(self, row: Row) -> Clip:
         """Return the file, or part of a file, that holds the audio of a labelled row."""
         return clip_of(row, self.audio, self.start_seconds, self.duration_seconds, self.channel)
+
+    def load(self, row: Row) -> npt.NDArray[np.float32]:
+        """Return the audio of a labelled row, float32 [S].
+
+        Raises:
+            DataError: it cannot be read any more.
+        """
+        try:
+            return load_audio(*self.clip(row))
+        except AudioError as error:
+            raise DataError(
+                f"{row[self.audio]}: {error}. It was readable when it was labelled; run the same "
+                "command again once it is there"
+            ) from None
 
     def new_fields(self, text_column: str) -> set[str]:
         """Return the fields that a row must not have yet, since labelling would overwrite them.

@@ -1,7 +1,7 @@
 """Where a long recording is cut into rows: at pauses between the teacher's segments.
 
-Owns the section `segmentation` and the rule of cutting, on times alone. It reads no audio and
-writes no rows; `recordings` does.
+Owns the section `segmentation` and the rule of cutting, on times alone. It reads no audio, which
+`cut_rows` does, and writes no rows, which `recordings` does.
 """
 
 from bisect import bisect_left
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from simpler_distil_whisper.config import NonNegativeFloat, PositiveFloat, StrictModel
 from simpler_distil_whisper.data.options import Columns
+from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import DecodingOptions
 
 TOLERANCE_SECONDS = 0.3  # by which the times of segments miss the pauses of the audio
@@ -40,6 +41,10 @@ class SegmentationOptions(StrictModel):
         0.2, description="Shortest pause in the audio at which a recording is cut."
     )
 
+    def limits(self, teacher: ModelFolder) -> "Limits":
+        """Return what a row may hold."""
+        return Limits(self.max_seconds or teacher.window_seconds, teacher.label_tokens)
+
     def check(self, decoding: DecodingOptions, columns: Columns) -> None:
         """Raise ValueError if recordings cannot be cut with the other sections as they are."""
         if not self.enabled:
@@ -60,7 +65,7 @@ class SegmentationOptions(StrictModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a row may hold.
+    """What a row may hold, so that run_distillation.py refuses none.
 
     Attributes:
         seconds: of audio.
@@ -72,7 +77,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class TimedText:
+class SegmentSpan:
     """When a segment is spoken, and how many tokens its text and timestamps have."""
 
     start: float
@@ -117,7 +122,7 @@ class _Unit:
 
 
 def cut_at_pauses(
-    segments: Sequence[TimedText],
+    segments: Sequence[SegmentSpan],
     speech: Sequence[tuple[float, float]],
     seconds: float,
     limits: Limits,
@@ -186,7 +191,7 @@ class _Pauses:
         return end - start
 
 
-def _units(segments: Sequence[TimedText], pauses: _Pauses) -> Iterator[_Unit]:
+def _units(segments: Sequence[SegmentSpan], pauses: _Pauses) -> Iterator[_Unit]:
     """Yield the runs of segments between which the recording must not be cut."""
     if not segments:
         return
@@ -200,7 +205,7 @@ def _units(segments: Sequence[TimedText], pauses: _Pauses) -> Iterator[_Unit]:
     yield _Unit(range(first, len(segments)), before, pauses.near(segments[-1].end))
 
 
-def _piece(unit: _Unit, segments: Sequence[TimedText], pauses: _Pauses, limits: Limits) -> Piece:
+def _piece(unit: _Unit, segments: Sequence[SegmentSpan], pauses: _Pauses, limits: Limits) -> Piece:
     """Return the piece of one unit, with some of the silence around it."""
     start, end = segments[unit.segments[0]].start, segments[unit.segments[-1]].end
     if unit.before is None or unit.after is None:
@@ -215,7 +220,7 @@ def _piece(unit: _Unit, segments: Sequence[TimedText], pauses: _Pauses, limits: 
     return Piece(start, end, unit.segments)
 
 
-def _text_goes_on(unit: _Unit, following: _Unit | None, segments: Sequence[TimedText]) -> bool:
+def _text_goes_on(unit: _Unit, following: _Unit | None, segments: Sequence[SegmentSpan]) -> bool:
     """Return whether the next unit, which has text but no speech, may belong to the speech of this.
 
     Teachers put the last words before a pause too late, into the pause.
@@ -227,7 +232,7 @@ def _text_goes_on(unit: _Unit, following: _Unit | None, segments: Sequence[Timed
 
 
 def _joined(
-    left: Piece, right: Piece, pause: float, segments: Sequence[TimedText], limits: Limits
+    left: Piece, right: Piece, pause: float, segments: Sequence[SegmentSpan], limits: Limits
 ) -> Piece | None:
     """Return two neighbouring pieces as one; None if they do not fit into a row."""
     piece = Piece(left.start, right.end, range(left.segments.start, right.segments.stop))
@@ -261,17 +266,17 @@ def _with_speech_without_text(
     span = next(spans, None)
     before, segment = 0.0, 0
     for piece in [*pieces, Piece(seconds, seconds, range(0))]:
-        untold = []
+        without_text = []
         while span and span[0] < piece.start:
             start, end = max(span[0], before), min(span[1], piece.start)
             if end - start > TOLERANCE_SECONDS:
-                untold.append((start, end))
+                without_text.append((start, end))
             if span[1] > piece.start:
                 break
             span = next(spans, None)
-        if untold:
+        if without_text:
             nothing = range(segment, segment)
-            result.append(Piece(untold[0][0], untold[-1][1], nothing, NO_TEXT))
+            result.append(Piece(without_text[0][0], without_text[-1][1], nothing, NO_TEXT))
         result.append(piece)
         before, segment = piece.end, piece.segments.stop
     return result[:-1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.data.jsonl import placed_lines
+from simpler_distil_whisper.data.jsonl import own_rows
 from simpler_distil_whisper.evaluation.hallucination import (
     MAX_NO_SPEECH_PROBABILITY,
     MAX_REPETITION,
@@ -83,8 +83,7 @@ def read_labels(path: Path, columns: LabelColumns, group_by: Iterable[str]) -> L
     numbers = {name: array("d") for name in names}
     groups: dict[str, array[int]] = {column: array("i") for column in group_by}
     values: dict[str, dict[str, int]] = {column: {} for column in groups}
-    for _, offset, line in placed_lines(path, "output_dir"):
-        row = json.loads(line)
+    for offset, row in own_rows(path):
         offsets.append(offset)
         for name, column in names.items():
             value = row.get(column)

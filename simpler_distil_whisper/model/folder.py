@@ -22,6 +22,7 @@ from simpler_distil_whisper.model.options import Dtype
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
 ENGLISH_ONLY_VOCABULARY = 51_864  # openai/whisper: every multilingual vocabulary is larger
+PROMPT_TOKENS = 4  # start, language, task and <|notimestamps|>
 LISTED = 5  # differences in a message
 
 
@@ -53,6 +54,12 @@ class ModelFolder:
     def window_seconds(self) -> float:
         """The longest audio that the encoder takes at once: 30 s for every released Whisper."""
         return window_seconds(self.config)
+
+    @property
+    def label_tokens(self) -> int:
+        """How many tokens a label may have, its timestamps included."""
+        positions: int = self.config["max_target_positions"]
+        return positions - PROMPT_TOKENS
 
     @property
     def weight_bytes(self) -> int:

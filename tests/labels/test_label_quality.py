@@ -14,11 +14,10 @@ from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.quality import (
     LabelQuality,
     QualityOptions,
-    Rejected,
     summarize_labels,
-    summarize_rejected,
 )
 from simpler_distil_whisper.labels.quality_page import write_label_quality
+from simpler_distil_whisper.labels.rejected import Rejected, summarize_rejected
 from simpler_distil_whisper.labels.rows import (
     LabelColumns,
     LabellingColumns,

@@ -19,7 +19,7 @@ from simpler_distil_whisper.labels.segmentation import (
     Limits,
     Piece,
     SegmentationOptions,
-    TimedText,
+    SegmentSpan,
     cut_at_pauses,
 )
 from simpler_distil_whisper.model.options import DecodingOptions
@@ -34,7 +34,7 @@ def cut(
     limits: Limits = LIMITS,
     tokens: int = 5,
 ) -> list[Piece]:
-    timed = [TimedText(start, end, tokens) for start, end in segments]
+    timed = [SegmentSpan(start, end, tokens) for start, end in segments]
     return cut_at_pauses(timed, speech, seconds, limits, 0.2)
 
 
