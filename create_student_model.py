@@ -15,12 +15,13 @@ from pydantic import Field
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, NonNegativeInt, PositiveInt, StrictModel
+from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.layers.rows import Labelled, LayerScoring, select_rows
 from simpler_distil_whisper.layers.search import describe_search
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions, FolderOptions
 from simpler_distil_whisper.model.pruning import chosen_layers, prune_whisper
-from simpler_distil_whisper.run import DataError, Run, is_main_process, log, run_script
+from simpler_distil_whisper.run import DataError, Run, log, run_script
 
 
 class TeacherSource(FolderOptions):

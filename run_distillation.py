@@ -16,17 +16,10 @@ from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import RunOptions
 from simpler_distil_whisper.data.manifest import Manifest, read_manifest
 from simpler_distil_whisper.data.results import rejection_line
+from simpler_distil_whisper.launch import is_main_process, process_count
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import TeacherCacheOptions
-from simpler_distil_whisper.run import (
-    Interrupted,
-    Progress,
-    Run,
-    is_main_process,
-    log,
-    process_count,
-    run_script,
-)
+from simpler_distil_whisper.run import Interrupted, Progress, Run, log, run_script
 from simpler_distil_whisper.training import options
 from simpler_distil_whisper.training.plan import RunLength, run_length
 

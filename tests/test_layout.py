@@ -20,10 +20,8 @@ SCRIPTS = [
     "eval",
 ]
 # In reading order: what stands in a place imports only from places before it, or from its own.
-PLACES = (
-    "__init__ files terminal config atomic shards text pages run data model evaluation decoding"
-)
-PLACES += " labels training layers export"
+PLACES = "__init__ files terminal config atomic shards text pages launch run data model evaluation"
+PLACES += " decoding labels training layers export"
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
     "files": set(),
@@ -31,6 +29,7 @@ PURE = {
     "config": {"files"},
     "atomic": {"config"},
     "shards": {"config"},
+    "launch": {"config"},
     "training/losses": {"training/options"},
     "data/containers": set(),
     "data/decoders": {"data/containers"},

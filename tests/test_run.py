@@ -18,7 +18,8 @@ from conftest import REPOSITORY, RunScript
 from simpler_distil_whisper import run as run_module
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, NonNegativeInt, StrictModel
-from simpler_distil_whisper.run import DataError, Run, check_launch, run_script
+from simpler_distil_whisper.launch import check_launch
+from simpler_distil_whisper.run import DataError, Run, run_script
 
 
 class Data(StrictModel):

@@ -21,7 +21,8 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.jsonl import Row, to_line
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance
 from simpler_distil_whisper.files import lock
-from simpler_distil_whisper.run import ANOTHER_RUN, DataError, is_main_process, process_rank
+from simpler_distil_whisper.launch import is_main_process, process_rank
+from simpler_distil_whisper.run import ANOTHER_RUN, DataError
 from simpler_distil_whisper.shards import Shards
 
 # Endings of the parts' names.

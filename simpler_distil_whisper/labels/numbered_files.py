@@ -7,7 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from simpler_distil_whisper.run import Progress, Run, process_count, process_rank
+from simpler_distil_whisper.launch import process_count, process_rank
+from simpler_distil_whisper.run import Progress, Run
 
 FILES_IN_A_FOLDER = 1000
 

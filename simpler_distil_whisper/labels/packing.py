@@ -30,8 +30,9 @@ from simpler_distil_whisper.labels.evidence import (
 )
 from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
 from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.run import Run, is_main_process
+from simpler_distil_whisper.run import Run
 from simpler_distil_whisper.text.languages import Unit, join_texts
 from simpler_distil_whisper.text.normalization import is_blank
 

@@ -17,8 +17,9 @@ from simpler_distil_whisper.labels.cut_rows import RecordingCutter
 from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
 from simpler_distil_whisper.labels.rows import RECORDING, WINDOWS, LabelColumns
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
+from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.run import Run, is_main_process
+from simpler_distil_whisper.run import Run
 
 RECORDINGS = "recordings.jsonl"
 REJECTED_SEGMENTS = "rejected_segments.jsonl"

@@ -23,13 +23,8 @@ from accelerate.utils import (
 from torch import distributed
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.run import (
-    DataError,
-    is_main_process,
-    log,
-    process_count,
-    process_rank,
-)
+from simpler_distil_whisper.launch import is_main_process, process_count, process_rank
+from simpler_distil_whisper.run import DataError, log
 
 FOR_TENSORS = datetime.timedelta(minutes=30)
 FOR_WORK = datetime.timedelta(days=1)

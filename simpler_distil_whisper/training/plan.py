@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.run import log, process_count
+from simpler_distil_whisper.launch import process_count
+from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.options import BatchOptions, Schedule
 
 AUTO_STEPS, AUTO_EPOCHS = 1000, (3.0, 12.0)

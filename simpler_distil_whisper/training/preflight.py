@@ -17,10 +17,11 @@ import torch
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Manifest
+from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.memory import peak_memory_megabytes
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import load_whisper
-from simpler_distil_whisper.run import is_main_process, log
+from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.data_checks import check_data
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.filters import Selection
