@@ -26,6 +26,7 @@ from simpler_distil_whisper.training.plan import RunLength, run_length
 if TYPE_CHECKING:  # these import torch, which takes seconds
     from simpler_distil_whisper.training.dataset import TrainingSteps
     from simpler_distil_whisper.training.filters import Selection
+    from simpler_distil_whisper.training.models import TeacherAndStudent
     from simpler_distil_whisper.training.trainer import Trainer
 
 
@@ -165,62 +166,32 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
                 trainer.close()
                 raise Interrupted
     trainer.close()
-    if trainer.validation is None:  # whose last score is in the curves already
+    if trainer.validation is None:  # else validate() has drawn them, with the last score
         trainer.draw_curves()
 
 
 def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "TrainingSteps"]:
     """Return the trainer, which holds both models, and what it learns from in each step."""
-    from simpler_distil_whisper.model.audio_context import AudioContext
-    from simpler_distil_whisper.model.processes import make_accelerator
-    from simpler_distil_whisper.model.weights import encoders_are_equal
-    from simpler_distil_whisper.model.whisper import load_whisper
     from simpler_distil_whisper.training.dataset import TrainingSteps
     from simpler_distil_whisper.training.model_card import ModelCard, facts_of
-    from simpler_distil_whisper.training.models import (
-        Teacher,
-        TeacherAndStudent,
-        freeze,
-        open_caches,
-    )
     from simpler_distil_whisper.training.trainer import Trainer
     from simpler_distil_whisper.training.validation import Validation
 
-    teacher_folder, student_folder, selection, dev, length = prepared
-    accelerator = make_accelerator(config.precision, config.seed)
-    shared_encoder = config.freeze.encoder and encoders_are_equal(student_folder, teacher_folder)
-    teacher = Teacher(teacher_folder, config.teacher, accelerator, shared_encoder)
-    student = load_whisper(student_folder, "float32", config.teacher.attention)
-    freeze(student.model, config.freeze)
-    context = config.audio_context
-    if context.enabled:
-        margin = AudioContext(context.margin_seconds)
-        student.model.config.audio_context = margin.to_config()
-    if config.activation_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.compile:
-        student.model.model.decoder.compile(dynamic=True)
-    caches = open_caches(config.teacher_cache, teacher, student, config.objective)
-    models = TeacherAndStudent(accelerator, teacher, student, config.objective, caches)
+    teacher, student, selection, dev, length = prepared
+    models = load_models(config, teacher, student)
     steps = TrainingSteps(
         selection.examples,
         length,
-        student,
+        models.student,
         config.data,
         config.batch,
         config.augmentation,
-        context,
+        config.audio_context,
         config.seed,
-        caches,
-        accelerator,
+        models.caches,
+        models.accelerator,
     )
-    validation = None
-    if dev:
-        shared_states = caches.encoder if shared_encoder else None
-        validation = Validation(
-            dev, config.data, config.validation, student, shared_states, accelerator
-        )
-    facts = facts_of(config, teacher_folder, student_folder, selection, length, models.precision)
+    facts = facts_of(config, teacher, student, selection, length, models.precision)
     trainer = Trainer(
         run,
         steps.digest,
@@ -229,11 +200,37 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         config.batch,
         config.checkpoints,
         card=ModelCard(facts, run.folder / "metrics.jsonl"),
-        encoder_factor=context.encoder_learning_rate_factor if context.enabled else 1.0,
-        validation=validation,
+        encoder_factor=config.audio_context.encoder_factor,
+        validation=Validation(dev, config.data, config.validation, models) if dev else None,
         tensorboard=config.logging.tensorboard,
     )
     return trainer, steps
+
+
+def load_models(
+    config: Config, teacher_folder: ModelFolder, student_folder: ModelFolder
+) -> "TeacherAndStudent":
+    """Return both models as they are trained, with the caches of the teacher's states."""
+    from simpler_distil_whisper.model.audio_context import AudioContext
+    from simpler_distil_whisper.model.processes import make_accelerator
+    from simpler_distil_whisper.model.weights import encoders_are_equal
+    from simpler_distil_whisper.model.whisper import load_whisper
+    from simpler_distil_whisper.training import models
+
+    accelerator = make_accelerator(config.precision, config.seed)
+    shared_encoder = config.freeze.encoder and encoders_are_equal(student_folder, teacher_folder)
+    teacher = models.Teacher(teacher_folder, config.teacher, accelerator, shared_encoder)
+    student = load_whisper(student_folder, "float32", config.teacher.attention)
+    models.freeze(student.model, config.freeze)
+    if config.audio_context.enabled:
+        context = AudioContext(config.audio_context.margin_seconds)
+        student.model.config.audio_context = context.to_config()
+    if config.activation_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        student.model.model.decoder.compile(dynamic=True)
+    caches = models.open_caches(config.teacher_cache, teacher, student, config.objective)
+    return models.TeacherAndStudent(accelerator, teacher, student, config.objective, caches)
 
 
 def check(config: Config, prepared: Prepared) -> None:

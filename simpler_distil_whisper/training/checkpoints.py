@@ -95,14 +95,29 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         return place
 
-    def restore_last(self) -> TrainerState | None:
-        """Load the newest checkpoint into the prepared objects; None if there is none."""
+    def restore_last(self, plan: str) -> TrainerState:
+        """Load the newest checkpoint into the prepared objects; return its state, or a new one.
+
+        Args:
+            plan: hash of what the steps of this run learn from.
+
+        Raises:
+            ConfigError: the checkpoint belongs to other steps, or lacks a trained weight.
+        """
         checkpoints = self._all()
         if not checkpoints:
-            return None
+            return TrainerState(plan=plan)
         self.accelerator.load_state(str(checkpoints[-1]))
         text = (checkpoints[-1] / "trainer_state.json").read_text(encoding="utf-8")
-        return TrainerState(**json.loads(text))
+        state = TrainerState(**json.loads(text))
+        if state.plan != plan:
+            raise ConfigError(
+                f"resume: the checkpoint in {self.folder} belongs to other training rows or to "
+                "steps of another size, so its step is no place in this run: restore the rows, and "
+                "what batch.micro_batch_size, batch.gradient_accumulation_steps and the number of "
+                'processes come to together, or choose another "output_dir"'
+            )
+        return state
 
     def _trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the trained parameters by the names that they have in one process."""

@@ -25,9 +25,9 @@ from simpler_distil_whisper.text.normalization import is_blank
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.tokens import (
     Example,
+    LabelSegment,
     LabelTokenizer,
     SpecialTokenInText,
-    TimedTokens,
     learnt_text,
 )
 
@@ -264,7 +264,7 @@ class ExampleFilter:
 
     def _timed_segments(
         self, utterance: Utterance, label: str, prompt_length: int, complete: bool
-    ) -> tuple[TimedTokens, ...]:
+    ) -> tuple[LabelSegment, ...]:
         """Return the label's segments with times; none if it is to be learnt without timestamps.
 
         Args:
@@ -278,7 +278,7 @@ class ExampleFilter:
         segments = self._segments(utterance)
         texts = [learnt_text(each.text, complete) for each in segments]
         timed = tuple(
-            TimedTokens(each.start_seconds, each.end_seconds, self._tokens_of(text, "segment"))
+            LabelSegment(each.start_seconds, each.end_seconds, self._tokens_of(text, "segment"))
             for each, text in zip(segments, texts, strict=True)
         )
         positions = prompt_length + sum(len(each.tokens) + 2 for each in timed)
@@ -329,13 +329,13 @@ def _lengths(
     are read.
     """
     for some in in_batches(utterances, 1000):
-        stated = [_relied_on(utterance, shortest, longest) for utterance in some]
+        stated = [_trusted_seconds(utterance, shortest, longest) for utterance in some]
         unknown = [row for row, seconds in zip(some, stated, strict=True) if seconds is None]
         read = iter(read_files(_header_seconds, unknown))
         yield from (next(read) if seconds is None else seconds for seconds in stated)
 
 
-def _relied_on(utterance: Utterance, shortest: float, longest: float) -> float | None:
+def _trusted_seconds(utterance: Utterance, shortest: float, longest: float) -> float | None:
     """Return the length that a row states; None where its header is to be read.
 
     No row is dropped for a length that labelling has measured: the file may be another one by now.

@@ -129,7 +129,8 @@ class RunningMeans:
         none = torch.zeros(5, device=self.accelerator.device)
         terms = torch.stack([none, *self._terms]).cpu().double().sum(0)
         own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
-        if self.accelerator.num_processes > 1:  # alone, a device need not have float64
+        # One process alone skips this: its device may lack float64.
+        if self.accelerator.num_processes > 1:
             own = self.accelerator.reduce(own.to(self.accelerator.device)).cpu()
         return own
 

@@ -163,19 +163,16 @@ class _LossInChunks(torch.autograd.Function):
             logits, log_probs, *buffers = workspace[:, : len(places)]
             teacher_log_probs = None
             if teacher is not None:
-                _multiply(teacher[0][places], teacher[1].T, out=logits)
                 teacher_log_probs = log_probs
-                torch.log_softmax(logits.div_(objective.temperature), -1, out=teacher_log_probs)
+                _multiply(teacher[0][places], teacher[1].T, out=logits)
+                torch.log_softmax(logits.div_(objective.temperature), -1, out=log_probs)
             chunk = states[places]
             _multiply(chunk, head.T, out=logits)
+            given = logits, teacher_log_probs, labels[places], objective
             if not (needs_states or needs_head):
-                sums += torch.stack(
-                    token_terms(logits, teacher_log_probs, labels[places], objective)
-                )
+                sums += torch.stack(token_terms(*given))
                 continue
-            terms, gradient = _terms_and_gradient(
-                logits, teacher_log_probs, labels[places], objective, buffers
-            )
+            terms, gradient = _terms_and_gradient(*given, buffers)
             sums += torch.stack(terms)
             grad_logits = gradient.to(head.dtype)
             if grad_states is not None:

@@ -165,8 +165,7 @@ class StudentWithLoss(nn.Module):
     def _states_by_positions(self, batch: TrainingBatch) -> Tensor:
         """Return float [B, L, D]: the last decoder states, from an encoder that is trained.
 
-        Rows that are given as much of the window are computed together, so none is padded or
-        masked.
+        Rows with the same number of positions are computed together, so none is padded or masked.
         """
         # Not WhisperModel.forward, which may mask the features in place (SpecAugment): the teacher
         # would be given what is left of them.

@@ -161,6 +161,11 @@ class AudioContextOptions(StrictModel):
         0.1, description="The encoder's learning rate, as a share of the decoder's."
     )
 
+    @property
+    def encoder_factor(self) -> float:
+        """The encoder's learning rate, as a share of the decoder's: 1 if this is not enabled."""
+        return self.encoder_learning_rate_factor if self.enabled else 1.0
+
 
 class OptimizerOptions(StrictModel):
     """AdamW."""

@@ -96,7 +96,7 @@ class LabelTokenizer:
         return ids
 
 
-class TimedTokens(NamedTuple):
+class LabelSegment(NamedTuple):
     """A segment of a label; `end_seconds` is None where only its beginning is known."""
 
     start_seconds: float
@@ -124,7 +124,7 @@ class Example:
     tokens: "array[int]"
     prompt_length: int
     weight: float = 1.0
-    segments: tuple[TimedTokens, ...] = ()
+    segments: tuple[LabelSegment, ...] = ()
     previous: Sequence[int] = ()
     complete: bool = True
 

@@ -16,7 +16,7 @@ from simpler_distil_whisper.model.devices import share_cores
 from simpler_distil_whisper.model.memory import out_of_memory
 from simpler_distil_whisper.model.whisper import save_whisper
 from simpler_distil_whisper.run import DataError, Run, log
-from simpler_distil_whisper.training.checkpoints import Checkpoints, TrainerState
+from simpler_distil_whisper.training.checkpoints import Checkpoints
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.log import (
     MetricsLog,
@@ -53,9 +53,9 @@ class Trainer:
         checkpoints: CheckpointOptions,
         card: ModelCard,
         *,
-        encoder_factor: float = 1.0,
-        validation: Validation | None = None,
-        tensorboard: bool = False,
+        encoder_factor: float,
+        validation: Validation | None,
+        tensorboard: bool,
     ) -> None:
         """Make the optimizer, and continue from the last checkpoint if there is one.
 
@@ -85,14 +85,7 @@ class Trainer:
         models.module, self.optimizer = accelerator.prepare(models.module, adamw)
         folder = run.folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, checkpoints.keep_last, accelerator)
-        self.state = self.checkpoints.restore_last() or TrainerState(plan=digest)
-        if self.state.plan != digest:
-            raise ConfigError(
-                f"resume: the checkpoint in {folder} belongs to other training rows or to steps "
-                "of another size, so its step is no place in this run: restore the rows, and what "
-                "batch.micro_batch_size, batch.gradient_accumulation_steps and the number of "
-                'processes come to together, or choose another "output_dir"'
-            )
+        self.state = self.checkpoints.restore_last(digest)
         if self.state.step:
             log.info("continuing after step %d", self.state.step)
         main = accelerator.is_main_process
@@ -125,7 +118,7 @@ class Trainer:
         Raises:
             ConfigError: memory does not suffice.
         """
-        with self._advice_if_memory_ends():
+        with self._advise_when_out_of_memory():
             module, process_count = self.models.module, self.accelerator.num_processes
             tokens, stop = self._tokens_and_stop(micro_batches)
             module.train()
@@ -142,7 +135,7 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(module.parameters(), self.max_grad_norm)
             self.means.end_step(norm, learning_rate)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("share", 1.0)  # early checkpoints lack it
+                group["lr"] = learning_rate * group["share"]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
@@ -175,7 +168,7 @@ class Trainer:
             return
         if self.state.teacher_error_rate is not None:
             return
-        with self._advice_if_memory_ends():
+        with self._advise_when_out_of_memory():
             score = self.validation.score(self.models.teacher.load())
         self.state.teacher_error_rate = score.error_rate
         self._log_score("teacher", score)
@@ -204,7 +197,7 @@ class Trainer:
         if self.validation is None:
             return
         self.models.module.eval()
-        with self._advice_if_memory_ends():
+        with self._advise_when_out_of_memory():
             score = self.validation.score(self.models.student)
         self._log_score("student", score)
         is_best = self.state.record_validation(score.error_rate)
@@ -291,7 +284,7 @@ class Trainer:
             log.info("    reference %s | %s %s", reference, model, hypothesis)
 
     @contextlib.contextmanager
-    def _advice_if_memory_ends(self) -> Iterator[None]:
+    def _advise_when_out_of_memory(self) -> Iterator[None]:
         """Turn an out-of-memory error into advice; batch sizes are never reduced silently."""
         try:
             yield

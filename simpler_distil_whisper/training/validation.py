@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from simpler_distil_whisper.data.manifest import Manifest, Utterance
@@ -21,12 +20,13 @@ from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
-from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.training.models import TeacherAndStudent
 from simpler_distil_whisper.training.options import TrainingData, ValidationOptions
 
-TOKENS_OF_A_REFERENCE = 2  # that a hypothesis may have for each: the other script takes more
+# A hypothesis may have this many per reference token: Chinese in the other script takes more.
+TOKENS_PER_REFERENCE_TOKEN = 2
 TOKENS_TO_SPARE = 16
 
 
@@ -69,9 +69,7 @@ class Validation:
         dev: Manifest,
         data: TrainingData,
         options: ValidationOptions,
-        student: Whisper,
-        cache: EncoderStateCache | None,
-        accelerator: Accelerator,
+        models: TeacherAndStudent,
     ) -> None:
         """Take the rows that have a reference.
 
@@ -79,9 +77,7 @@ class Validation:
             dev: the dev manifest.
             data: its section of the config.
             options: its section of the config.
-            student: whose tokenizer counts the tokens of the references.
-            cache: of the encoder that teacher and student share; None: each computes its own.
-            accelerator: of this process and the others.
+            models: their cache of encoder states is read if both have the same encoder.
 
         Raises:
             DataError: no row has one.
@@ -101,12 +97,12 @@ class Validation:
             language=data.language,
             task=data.task,
             batch_size=options.decoding.batch_size,
-            max_new_tokens=self._auto_limit(student) if limit == "auto" else limit,
+            max_new_tokens=self._auto_limit(models.student) if limit == "auto" else limit,
         )
         self.limits = DataLimits(min_duration_seconds=0.0, num_workers=data.num_workers)
-        self.options, self.cache = options, cache
+        self.options, self.accelerator = options, models.accelerator
+        self.cache = models.caches.encoder if models.teacher.shared_encoder else None
         self.scorer = Scorer(options.metric)
-        self.accelerator = accelerator
 
     def _context_of(self, whisper: Whisper) -> AudioContext | None:
         """Return how much of the window a model is given; the cache keeps states of all of it."""
@@ -117,7 +113,7 @@ class Validation:
         texts = list(self.references.values())
         longest = max(map(len, student.tokenizer(texts, add_special_tokens=False).input_ids))
         most = student.model.config.max_target_positions // 2
-        return int(min(TOKENS_OF_A_REFERENCE * longest + TOKENS_TO_SPARE, most))
+        return int(min(TOKENS_PER_REFERENCE_TOKEN * longest + TOKENS_TO_SPARE, most))
 
     def score(self, whisper: Whisper) -> Score:
         """Return the error counts of a model; call it in every process."""

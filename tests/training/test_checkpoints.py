@@ -39,13 +39,13 @@ def test_a_restored_checkpoint_goes_on_as_if_nothing_had_been(
 ) -> None:
     line, optimizer = trained_line(accelerator)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, accelerator)
-    assert checkpoints.restore_last() is None
+    assert checkpoints.restore_last("plan") == TrainerState(plan="plan")
     do_step(line, optimizer)
-    checkpoints.save(TrainerState(1, 0.5, 0.25))
+    checkpoints.save(TrainerState(1, "plan", 0.25))
     do_step(line, optimizer)
     expected = line.weight.detach().clone()
     torch.rand(7)
-    assert checkpoints.restore_last() == TrainerState(1, 0.5, 0.25)
+    assert checkpoints.restore_last("plan") == TrainerState(1, "plan", 0.25)
     do_step(line, optimizer)  # the same random input again: random states are in the checkpoint
     assert torch.equal(line.weight, expected)
 
@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> 
     place = checkpoints.save(TrainerState(1))
     assert load_file(place / "model.safetensors").keys() == {"decoder.weight", "decoder.bias"}
     second, checkpoints = prepared(2, tmp_path)
-    assert checkpoints.restore_last() == TrainerState(1)
+    assert checkpoints.restore_last("") == TrainerState(1)
     assert torch.equal(second.head.weight, first.decoder.weight)
     assert not torch.equal(second.encoder.weight, first.encoder.weight)
 
@@ -88,7 +88,7 @@ def test_checkpoints_of_before_are_read(tmp_path: Path, kept_name: str) -> None:
     whole = {f"module.{name}": first.state_dict()[name] for name in names}
     save_file(whole, place / "model.safetensors")
     second, checkpoints = prepared(2, tmp_path)
-    checkpoints.restore_last()
+    checkpoints.restore_last("")
     for name, weight in second.state_dict().items():
         assert torch.equal(weight, first.state_dict()[name])
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_without_a_trained_weight_is_refused(tmp_path: Path) -> Non
     save_file({"decoder.weight": torch.zeros(3, 3)}, place / "model.safetensors")
     _, checkpoints = prepared(2, tmp_path)
     with pytest.raises(ConfigError, match="holds no decoder.bias, which is trained now"):
-        checkpoints.restore_last()
+        checkpoints.restore_last("")
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path: Path, accelerator: Accelerator) -> None:
@@ -109,7 +109,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path, accelerator: Accelerato
         checkpoints.save(TrainerState(step))
         checkpoints.save(TrainerState(step))  # again, as a run that was set back does
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
-    assert checkpoints.restore_last() == TrainerState(1000)
+    assert checkpoints.restore_last("") == TrainerState(1000)
 
 
 def test_a_save_that_was_killed_leaves_the_last_checkpoint(
@@ -129,7 +129,7 @@ def test_a_save_that_was_killed_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(accelerator, "save_state", killed)
         checkpoints.save(TrainerState(2))
-    assert checkpoints.restore_last() == TrainerState(1)
+    assert checkpoints.restore_last("") == TrainerState(1)
     assert torch.equal(line.weight, saved)
     checkpoints.save(TrainerState(2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert checkpoints.restore_last() == TrainerState(1)
+    assert checkpoints.restore_last("") == TrainerState(1)
     assert torch.equal(line.weight, saved)
 
 
@@ -172,7 +172,7 @@ def test_what_somebody_keeps_beside_the_checkpoints_stays(
     assert (kept / "trainer_state.json").exists()
     assert notes.exists()
     assert not (tmp_path / "step-00000001").exists()
-    assert checkpoints.restore_last() == TrainerState(3)
+    assert checkpoints.restore_last("") == TrainerState(3)
     (tmp_path / "step-00000004").mkdir()
     (tmp_path / "step-00000004" / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match="step-00000004 is in the way"):
