@@ -7,6 +7,7 @@ the reason; `speed.json`; for each row the subtitles that the config names, in `
 
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
@@ -17,7 +18,13 @@ from simpler_distil_whisper.data.manifest import Manifest, Utterance, clip_of, r
 from simpler_distil_whisper.data.options import ManifestData
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
-from simpler_distil_whisper.decoding.speed import SPEED, Speed, speed_of_shards, write_speed
+from simpler_distil_whisper.decoding.speed import (
+    SPEED,
+    Speed,
+    SpeedReport,
+    speed_of_shards,
+    write_speed,
+)
 from simpler_distil_whisper.decoding.subtitles import SubtitleFormat, write_subtitles
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import (
@@ -26,6 +33,11 @@ from simpler_distil_whisper.model.options import (
     ModelOptions,
 )
 from simpler_distil_whisper.run import Run, run_script
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+HYPOTHESES = "hypotheses.jsonl"
 
 Prepared = tuple[ModelFolder, ModelFolder | None, Manifest]
 
@@ -95,17 +107,43 @@ def prepare(config: Config) -> Prepared:
 
 
 def work(config: Config, prepared: Prepared, run: Run) -> str:
-    """Write `hypotheses.jsonl`, `rejected.jsonl` and `speed.json`."""
-    from simpler_distil_whisper.decoding.loading import load_transcriber, speed_report
-    from simpler_distil_whisper.decoding.transcription import end_of_shard, transcribe_manifest
+    """Write `hypotheses.jsonl`, `rejected.jsonl`, `speed.json` and the subtitles."""
+    from simpler_distil_whisper.decoding.transcription import end_of_shard
     from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
 
-    folder, assistant_folder, manifest = prepared
     state = join_processes()
+    results = RowResults(run.folder, HYPOTHESES, run.shards)
+    report = transcribe_rows(config, prepared, state, results, run)
+    if closing_words := end_of_shard(run):
+        return closing_words
+    _, _, manifest = prepared
+    written, rejected = results.finish(manifest.rejections, wait_for_everyone)
+    if state.is_main_process:
+        if run.shards:
+            report = speed_of_shards(run.shards.folders, report)
+            write_speed(run.folder, report, {})
+        if config.subtitles:
+            subtitle_rows(config, run)
+    return (
+        f"{run.folder / HYPOTHESES}: {written} rows; "
+        f"{run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
+        f"{report.rtfx or '?'} times faster than real time. Next: python eval.py eval.json"
+    )
+
+
+def transcribe_rows(
+    config: Config, prepared: Prepared, state: "PartialState", results: RowResults, run: Run
+) -> SpeedReport:
+    """Transcribe what has no results yet, write how fast that was, and return it."""
+    from simpler_distil_whisper.decoding.loading import load_transcriber, speed_report
+    from simpler_distil_whisper.decoding.transcription import transcribe_manifest
+    from simpler_distil_whisper.model.processes import wait_for_everyone
+
+    folder, assistant_folder, manifest = prepared
     transcriber = load_transcriber(
         folder, assistant_folder, config.model, config.decoding, config.seed, state, run
     )
-    results, speed = RowResults(run.folder, "hypotheses.jsonl", run.shards), Speed()
+    speed = Speed()
     for done in transcribe_manifest(transcriber, manifest, config.data, results, run):
         tokens = [hypothesis.token_count for hypothesis in done.hypotheses]
         speed.add(done.seconds, done.compute_seconds, tokens)
@@ -120,28 +158,20 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     speed_file = run.own_folder / SPEED
     if state.is_main_process and (report.utterances or not speed_file.exists()):
         write_speed(run.own_folder, report, drafts)
-    if closing_words := end_of_shard(run):
-        return closing_words
-    written, rejected = results.finish(manifest.rejections, wait_for_everyone)
-    if state.is_main_process:
-        if run.shards:
-            report = speed_of_shards(run.shards.folders, report)
-            write_speed(run.folder, report, {})
-        if config.subtitles:
-            columns = config.data.columns
-            names = (columns.audio, columns.start_seconds, columns.duration_seconds)
-            write_subtitles(
-                run.folder / "hypotheses.jsonl",
-                config.subtitles,
-                columns.id,
-                config.output_columns.segments,
-                lambda row: audio_seconds(*clip_of(row, *names, columns.channel)),
-                run.stop_if_asked,
-            )
-    return (
-        f"{run.folder / 'hypotheses.jsonl'}: {written} rows; "
-        f"{run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
-        f"{report.rtfx or '?'} times faster than real time. Next: python eval.py eval.json"
+    return report
+
+
+def subtitle_rows(config: Config, run: Run) -> None:
+    """Write the subtitles of all rows."""
+    columns = config.data.columns
+    names = (columns.audio, columns.start_seconds, columns.duration_seconds, columns.channel)
+    write_subtitles(
+        run.folder / HYPOTHESES,
+        config.subtitles,
+        columns.id,
+        config.output_columns.segments,
+        lambda row: audio_seconds(*clip_of(row, *names)),
+        run.stop_if_asked,
     )
 
 

@@ -9,7 +9,6 @@ are cut into rows; whole they stand in `recordings.jsonl`. With `pack`, also `pa
 the good labels, as many to a row as fit into the model's window.
 """
 
-import functools
 import sys
 from typing import TYPE_CHECKING
 
@@ -23,12 +22,7 @@ from simpler_distil_whisper.labels.packing import PackOptions, pack_labels
 from simpler_distil_whisper.labels.quality import QualityOptions
 from simpler_distil_whisper.labels.quality_page import assess_labels
 from simpler_distil_whisper.labels.recordings import RECORDINGS, cut_recordings
-from simpler_distil_whisper.labels.rows import (
-    LabelColumns,
-    LabellingData,
-    OutputColumns,
-    labelled_batch,
-)
+from simpler_distil_whisper.labels.rows import LabelColumns, Labeller, LabellingData, OutputColumns
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions, DecodingOptions, ModelOptions
@@ -37,6 +31,8 @@ from simpler_distil_whisper.text.chinese import Script
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+Prepared = tuple[ModelFolder, Manifest]
 
 
 class Config(RunOptions):
@@ -78,7 +74,7 @@ class Config(RunOptions):
         return self
 
 
-def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
+def prepare(config: Config) -> Prepared:
     """Return the teacher's folder and the usable rows of the manifest."""
     folder = read_model_folder(config.teacher.path, config.teacher.processor, "teacher")
     folder.check_language(config.decoding.language, "decoding.language")
@@ -96,41 +92,7 @@ def prepare(config: Config) -> tuple[ModelFolder, Manifest]:
     return folder, manifest.check(data.max_bad_fraction)
 
 
-def label_rows(
-    config: Config,
-    prepared: tuple[ModelFolder, Manifest],
-    state: "PartialState",
-    results: RowResults,
-    run: Run,
-) -> None:
-    """Let the teacher transcribe what has no results yet, and measure the labels."""
-    from simpler_distil_whisper.data.workers import map_behind
-    from simpler_distil_whisper.decoding.loading import load_for_decoding
-    from simpler_distil_whisper.decoding.transcriber import Transcriber
-    from simpler_distil_whisper.decoding.transcription import transcribe_manifest
-    from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
-
-    folder, manifest = prepared
-    teacher = load_for_decoding(folder, config.teacher, state, run)
-    transcriber = Transcriber(teacher, config.decoding, config.seed, record_steps=True)
-    cache = open_encoder_cache(
-        config.teacher_cache, folder, teacher.feature_extractor, teacher.model.dtype
-    )
-    label = functools.partial(
-        labelled_batch,
-        columns=config.label_columns,
-        scorer=Scorer(config.metric),
-        default_language=config.decoding.language,
-        script=config.output_script,
-    )
-    batches = transcribe_manifest(transcriber, manifest, config.data, results, run, cache)
-    # A GPU would wait while the labels are measured; the cores of a CPU are busy decoding.
-    workers = config.data.workers if teacher.model.device.type != "cpu" else 0
-    for rows in map_behind(label, batches, workers):
-        results.append(rows)
-
-
-def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> str:
+def work(config: Config, prepared: Prepared, run: Run) -> str:
     """Label the rows, assess the labels, pack them if the config asks for it."""
     from simpler_distil_whisper.decoding.transcription import end_of_shard
     from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
@@ -180,6 +142,32 @@ def work(config: Config, prepared: tuple[ModelFolder, Manifest], run: Run) -> st
         f"{summary}Look at {run.folder / 'label_quality.html'}.\n"
         "Next: python create_student_model.py create_student_model.json"
     )
+
+
+def label_rows(
+    config: Config, prepared: Prepared, state: "PartialState", results: RowResults, run: Run
+) -> None:
+    """Let the teacher transcribe what has no results yet, and measure the labels."""
+    from simpler_distil_whisper.data.workers import map_behind
+    from simpler_distil_whisper.decoding.loading import load_for_decoding
+    from simpler_distil_whisper.decoding.transcriber import Transcriber
+    from simpler_distil_whisper.decoding.transcription import transcribe_manifest
+    from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
+
+    folder, manifest = prepared
+    teacher = load_for_decoding(folder, config.teacher, state, run)
+    transcriber = Transcriber(teacher, config.decoding, config.seed, record_steps=True)
+    cache = open_encoder_cache(
+        config.teacher_cache, folder, teacher.feature_extractor, teacher.model.dtype
+    )
+    label = Labeller(
+        config.label_columns, Scorer(config.metric), config.decoding.language, config.output_script
+    )
+    batches = transcribe_manifest(transcriber, manifest, config.data, results, run, cache)
+    # A GPU would wait while the labels are measured; the cores of a CPU are busy decoding.
+    workers = config.data.workers if teacher.model.device.type != "cpu" else 0
+    for rows in map_behind(label, batches, workers):
+        results.append(rows)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from simpler_distil_whisper.labels.rows import (
     WHY_NO_REFERENCE,
     WINDOWS,
     LabelColumns,
+    error_rate,
     measure_label,
 )
 from simpler_distil_whisper.labels.segmentation import Limits, Piece, SegmentSpan, cut_at_pauses
@@ -162,13 +163,10 @@ class RecordingCutter:
         """Return the columns of a row's label: the text, its reference and the evidence."""
         columns, scorer = self.columns, self.scorer
         language = recording["error_language"]
-        rate = None
-        if reference.text is not None:
-            rate = scorer.count(reference.text, text, language).rate
         label = {
             columns.label: text,
             columns.reference: reference.text,
-            columns.error_rate: None if rate is None else round(rate, 6),
+            columns.error_rate: error_rate(reference.text, text, scorer, language),
             WHY_NO_REFERENCE: reference.reason,
             SEGMENTS: [_relative(segment, piece) for segment in segments],
         }

@@ -10,11 +10,7 @@ from pathlib import Path
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.evaluation.metrics import Scorer
-from simpler_distil_whisper.labels.quality import (
-    LabelQuality,
-    QualityOptions,
-    summarize_labels,
-)
+from simpler_distil_whisper.labels.quality import LabelQuality, QualityOptions, summarize_labels
 from simpler_distil_whisper.labels.recordings import RECORDINGS, REJECTED_SEGMENTS
 from simpler_distil_whisper.labels.rejected import (
     Segmentation,

@@ -164,68 +164,63 @@ class LabelColumns:
         return fields
 
 
-def labelled_batch(
-    batch: "TranscribedBatch",
-    columns: LabelColumns,
-    scorer: Scorer,
-    default_language: str | None,
-    script: Script | None,
-) -> list[tuple[Utterance, Row]]:
-    """Return each utterance of a batch with its labelled row; see `labelled_row`."""
-    return [
-        (decoded[0], labelled_row(*decoded, columns, scorer, default_language, script))
-        for decoded in zip(batch.utterances, batch.hypotheses, batch.seconds, strict=True)
-    ]
+@dataclass(frozen=True)
+class Labeller:
+    """Makes labelled rows of what the teacher has transcribed; a process of its own can do it.
 
-
-def labelled_row(
-    utterance: Utterance,
-    hypothesis: "Hypothesis",
-    seconds: float,
-    columns: LabelColumns,
-    scorer: Scorer,
-    default_language: str | None,
-    script: Script | None = None,
-) -> Row:
-    """Return the row of the manifest with the hypothesis as its text and the new columns.
-
-    Args:
-        utterance: the row.
-        hypothesis: the teacher's.
-        seconds: length of the decoded audio.
+    Attributes:
         columns: which key of the labelled row holds what.
         scorer: counts the errors, on normalised copies of the texts.
         default_language: the language of rows that name none; None: it is not known.
         script: in which Chinese labels are written; None: as the teacher wrote them.
     """
-    # Not the detected language: the unit of the error rate must not depend on the model.
-    language = utterance.language or default_language
-    as_decoded = hypothesis
-    if script and is_chinese(language or hypothesis.language):
-        hypothesis = in_script(hypothesis, script)
-    rate = None
-    if utterance.text is not None:
-        rate = scorer.count(utterance.text, hypothesis.text, language).rate
-    row = utterance.row
-    # A relative path would no longer be right: the labelled manifest lies in another folder.
-    row[columns.audio] = str(utterance.audio)
-    row[columns.label] = hypothesis.text
-    row[columns.reference] = utterance.text
-    row[columns.error_rate] = None if rate is None else round(rate, 6)
-    if columns.language and utterance.language is None:
-        row[columns.language] = hypothesis.language
-    if columns.unconverted:
-        row[columns.unconverted] = as_decoded.text
-    if columns.segments:
-        row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
-    if columns.with_windows and hypothesis.windows:
-        row[RECORDING] = utterance.id
-        row[WINDOWS] = [asdict(window) for window in hypothesis.windows]
-        row[UNCONVERTED_SEGMENTS] = [segment.text for segment in as_decoded.segments]
-    measured = measure_label(
-        hypothesis.text, hypothesis.token_count, seconds, utterance.text, scorer, language
-    )
-    return row | hypothesis.evidence() | measured
+
+    columns: LabelColumns
+    scorer: Scorer
+    default_language: str | None
+    script: Script | None = None
+
+    def __call__(self, batch: "TranscribedBatch") -> list[tuple[Utterance, Row]]:
+        """Return each utterance of a batch with its labelled row."""
+        return [
+            (decoded[0], self.row(*decoded))
+            for decoded in zip(batch.utterances, batch.hypotheses, batch.seconds, strict=True)
+        ]
+
+    def row(self, utterance: Utterance, hypothesis: "Hypothesis", seconds: float) -> Row:
+        """Return the row of the manifest with the hypothesis as its text and the new columns.
+
+        Args:
+            utterance: the row.
+            hypothesis: the teacher's.
+            seconds: length of the decoded audio.
+        """
+        columns, scorer = self.columns, self.scorer
+        # Not the detected language: the unit of the error rate must not depend on the model.
+        language = utterance.language or self.default_language
+        as_decoded = hypothesis
+        if self.script and is_chinese(language or hypothesis.language):
+            hypothesis = in_script(hypothesis, self.script)
+        row = utterance.row
+        # A relative path would no longer be right: the labelled manifest lies in another folder.
+        row[columns.audio] = str(utterance.audio)
+        row[columns.label] = hypothesis.text
+        row[columns.reference] = utterance.text
+        row[columns.error_rate] = error_rate(utterance.text, hypothesis.text, scorer, language)
+        if columns.language and utterance.language is None:
+            row[columns.language] = hypothesis.language
+        if columns.unconverted:
+            row[columns.unconverted] = as_decoded.text
+        if columns.segments:
+            row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
+        if columns.with_windows and hypothesis.windows:
+            row[RECORDING] = utterance.id
+            row[WINDOWS] = [asdict(window) for window in hypothesis.windows]
+            row[UNCONVERTED_SEGMENTS] = [segment.text for segment in as_decoded.segments]
+        measured = measure_label(
+            hypothesis.text, hypothesis.token_count, seconds, utterance.text, scorer, language
+        )
+        return row | hypothesis.evidence() | measured
 
 
 def in_script(hypothesis: "Hypothesis", script: Script) -> "Hypothesis":
@@ -239,6 +234,16 @@ def in_script(hypothesis: "Hypothesis", script: Script) -> "Hypothesis":
     if "".join(segment.text for segment in hypothesis.segments) == hypothesis.text:
         text = "".join(segment.text for segment in segments)
     return replace(hypothesis, text=text, segments=segments)
+
+
+def error_rate(
+    reference: str | None, label: str, scorer: Scorer, language: str | None
+) -> float | None:
+    """Return the error rate of a label, rounded; None where there is nothing to compare it with."""
+    if reference is None:
+        return None
+    rate = scorer.count(reference, label, language).rate
+    return None if rate is None else round(rate, 6)
 
 
 def measure_label(

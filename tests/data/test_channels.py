@@ -18,9 +18,9 @@ from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.rows import (
     LabelColumns,
+    Labeller,
     LabellingColumns,
     OutputColumns,
-    labelled_row,
 )
 from simpler_distil_whisper.model.teacher_cache import _audio_key
 
@@ -112,7 +112,7 @@ def test_labels_of_both_channels_train(tmp_path: Path) -> None:
     )
     hypotheses = [Hypothesis(text, "zh", (1,), (), -0.1, 0.0, 1.0, 0.0, True) for text in "你好"]
     labels = [
-        labelled_row(utterance, hypothesis, 1.0, columns, Scorer(Metric()), None)
+        Labeller(columns, Scorer(Metric()), None).row(utterance, hypothesis, 1.0)
         for utterance, hypothesis in zip(
             read(tmp_path, "each", row).utterances, hypotheses, strict=True
         )

@@ -10,9 +10,9 @@ from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.rows import (
     LabelColumns,
+    Labeller,
     LabellingColumns,
     OutputColumns,
-    labelled_row,
     measure_label,
 )
 from simpler_distil_whisper.text.chinese import Script
@@ -65,11 +65,11 @@ def test_labels_are_written_in_the_script_that_is_asked_for(
     (tmp_path / "a.wav").touch()
     [utterance] = read_manifest(path, LabellingColumns()).utterances
     hypothesis = decoded("頭髮在台湾", "看著")
-    row = labelled_row(utterance, hypothesis, 2.0, columns, SCORER, "zh", script)
+    row = Labeller(columns, SCORER, "zh", script).row(utterance, hypothesis, 2.0)
     assert row["text"] == "".join(written)
     assert tuple(segment["text"] for segment in row["segments"]) == written
     assert row["cer/wer"] == 0.0  # whichever script it is in
     assert row.get("unconverted_text") == (None if script is None else "頭髮在台湾看著")
     japanese = decoded("驚", language="ja")
-    row = labelled_row(utterance, japanese, 2.0, columns, SCORER, None, script)
+    row = Labeller(columns, SCORER, None, script).row(utterance, japanese, 2.0)
     assert row["text"] == "驚"

@@ -37,9 +37,9 @@ from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.rows import (
     LabelColumns,
+    Labeller,
     LabellingColumns,
     OutputColumns,
-    labelled_row,
 )
 from simpler_distil_whisper.run import DataError, Interrupted
 from simpler_distil_whisper.training.optimizer import learning_rate_factor
@@ -155,7 +155,7 @@ def test_both_models_are_given_the_label_in_the_script_that_it_was_written_in(
     chinese = [row | {"language": "zh"} for row in read_rows(setting.train)]
     manifest = write_rows(setting.train.with_name("zh.jsonl"), chinese)
     rows = [
-        labelled_row(utterance, hypothesis, 1.0, columns, Scorer(Metric()), None, "simplified")
+        Labeller(columns, Scorer(Metric()), None, "simplified").row(utterance, hypothesis, 1.0)
         for utterance in read_manifest(manifest, LabellingColumns()).utterances
     ]
     train = write_rows(tmp_path / "labels.jsonl", rows)
