@@ -1,7 +1,7 @@
 """One run of one script: its command line, its output folder, its log, its signals, its exit code.
 
 Owns what all scripts have around their work, so that a script holds nothing but its stage. It knows
-nothing of audio or models.
+nothing of audio or models beyond the names of a few config keys.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from simpler_distil_whisper.launch import (
     process_count,
     process_rank,
 )
-from simpler_distil_whisper.shards import FOLDER, Shard, Shards
+from simpler_distil_whisper.shards import SHARDS_FOLDER, Shard, Shards
 from simpler_distil_whisper.terminal import AboveTheProgressBar, LogFile, VisibleFormatter
 
 log = logging.getLogger("simpler_distil_whisper")
@@ -113,6 +113,7 @@ class Run:
             ConfigError: the folder holds something that this run must not touch.
         """
         self.name = name
+        self._config_path, self._config, self._overwrite = config_path, config, overwrite
         self.folder: Path = config.output_dir
         shard = getattr(getattr(config, "data", None), "shard", None)
         self.shards = Shards(self.folder, Shard(*shard)) if shard else None
@@ -124,89 +125,88 @@ class Run:
                 self.shards.begin()
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"{config_path}: output_dir: {self.folder} cannot be made: {error.strerror}"
-            ) from None
+            raise self._refusal(f"{self.folder} cannot be made: {error.strerror}") from None
         self._copy = self.own_folder / f"{name}.json"
         self._info_path = self.own_folder / "run_info.json"
         self.log_file: TextIO | None = None
-        self._look(overwrite)
+        self._read_earlier_run()
         if is_main_process():
-            self._refuse_foreign_folder(config_path, config, overwrite)
+            self._refuse_foreign_folder()
             if not self.finished:
-                self._begin(config_path, config, overwrite)
+                self._begin()
 
-    def _look(self, overwrite: bool) -> None:
+    def _read_earlier_run(self) -> None:
         """Note what an earlier run has left in the folder."""
         self._is_ours = _info_in(self._info_path).get("script") == self.name
         info = _info_in(self.folder / self._info_path.name)
         is_done = (info.get("script"), info.get("outcome")) == (self.name, "done")
-        self.finished = self._is_ours and is_done and not overwrite
+        self.finished = self._is_ours and is_done and not self._overwrite
         self.resumed = self._copy.exists() and not self._holds_no_work()
 
-    def _begin(self, config_path: Path, config: Any, overwrite: bool) -> None:
+    def _begin(self) -> None:
         """Lock the folder against other runs, and write what comes before the work."""
         self.log_file = (self.own_folder / "log.txt").open("a", encoding="utf-8")
         if not lock(self.log_file):
-            raise ConfigError(f"{config_path}: output_dir: {ANOTHER_RUN.format(self.own_folder)}")
-        self._look(overwrite)  # again: the run that has had the lock until now may have ended
-        self._refuse_foreign_folder(config_path, config, overwrite)
+            raise self._refusal(ANOTHER_RUN.format(self.own_folder))
+        self._read_earlier_run()  # again: the run that has had the lock until now may have ended
+        self._refuse_foreign_folder()
         if self.finished:
             return
         self.info: dict[str, Any] = {
             "script": self.name,
             "outcome": "running",
-            "resumed": self.resumed and not overwrite,
+            "resumed": self.resumed and not self._overwrite,
             "command": [Path(sys.executable).name, *sys.argv],
             "started": _now(),
             "ended": None,
             "processes": process_count(),
             "git_commit": _git_commit(),
             "versions": package_versions(),
-            "config": config.model_dump(mode="json"),
+            "config": self._config.model_dump(mode="json"),
         }
         self._save_info()  # first of all, since it marks the folder as ours
-        if overwrite or not self.resumed:
-            write_atomically(self._copy, read_regular_file(config_path, LARGEST_CONFIG))
+        if self._overwrite or not self.resumed:
+            write_atomically(self._copy, read_regular_file(self._config_path, LARGEST_CONFIG))
 
-    def _refuse_foreign_folder(self, config_path: Path, config: Any, overwrite: bool) -> None:
+    def _refuse_foreign_folder(self) -> None:
         if self.shards:
-            for copy in self.folder.glob(f"{FOLDER}/*/{self._copy.name}"):
-                self._refuse_another_config(copy, config_path, config)
+            for copy in self.folder.glob(f"{SHARDS_FOLDER}/*/{self._copy.name}"):
+                self._refuse_another_config(copy)
         if self._holds_no_work():
             return
         remedy = 'choose another "output_dir"'
         if not (self._is_ours and self._copy.exists()):
-            if (self.folder / FOLDER).is_dir():
-                raise ConfigError(
-                    f"{config_path}: output_dir: {self.folder} holds a run in shards: set "
-                    f"data.shard, or {remedy}"
+            if (self.folder / SHARDS_FOLDER).is_dir():
+                raise self._refusal(
+                    f"{self.folder} holds a run in shards: set data.shard, or {remedy}"
                 )
-            raise ConfigError(
-                f"{config_path}: output_dir: {self.folder} is not empty and holds no "
-                f"{self._copy.name} and run_info.json of {self.name}, so another program made it; "
+            raise self._refusal(
+                f"{self.folder} is not empty and holds no {self._copy.name} and run_info.json of "
+                f"{self.name}, so another program made it; {remedy}"
+            )
+        if self._overwrite:
+            return
+        if getattr(self._config, "resume", "auto") == "never":
+            raise self._refusal(
+                f'{self.folder} holds an earlier run; set "resume" to "auto" to continue it, or '
                 f"{remedy}"
             )
-        if overwrite:
-            return
-        if getattr(config, "resume", "auto") == "never":
-            raise ConfigError(
-                f'{config_path}: output_dir: {self.folder} holds an earlier run; set "resume" to '
-                f'"auto" to continue it, or {remedy}'
-            )
-        self._refuse_another_config(self._copy, config_path, config)
+        self._refuse_another_config(self._copy)
 
-    def _refuse_another_config(self, copy: Path, config_path: Path, config: Any) -> None:
-        earlier = load_config(copy, type(config))
+    def _refuse_another_config(self, copy: Path) -> None:
+        earlier = load_config(copy, type(self._config))
         before = _flat(earlier.model_dump(mode="json"))
-        after = _flat(config.model_dump(mode="json"))
+        after = _flat(self._config.model_dump(mode="json"))
         keys = sorted((before.keys() | after.keys()) - HARMLESS_KEYS)
         if changed := [key for key in keys if before.get(key) != after.get(key)]:
             lines = [f"  {key}: was {before.get(key)}, is {after.get(key)}" for key in changed]
-            raise ConfigError(
-                f"{config_path}: output_dir: {self.folder} holds a run of another config; choose "
-                'another "output_dir", or restore these keys:\n' + "\n".join(lines)
+            raise self._refusal(
+                f'{self.folder} holds a run of another config; choose another "output_dir", or '
+                "restore these keys:\n" + "\n".join(lines)
             )
+
+    def _refusal(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self._config_path}: output_dir: {problem}")
 
     def _holds_no_work(self) -> bool:
         """Return whether the folder holds nothing but the files written before the work begins.

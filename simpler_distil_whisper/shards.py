@@ -16,7 +16,7 @@ from pathlib import Path
 
 from simpler_distil_whisper.config import ConfigError
 
-FOLDER = "shards"
+SHARDS_FOLDER = "shards"
 VARIABLE = "SDW_SHARD"
 MOST_SHARDS = 10_000
 ENDED = "ended"
@@ -100,7 +100,7 @@ class Shards:
     def __init__(self, output: Path, own: Shard) -> None:
         """Name the folders; `begin` makes them."""
         self.own = own
-        self.folder = output / FOLDER
+        self.folder = output / SHARDS_FOLDER
         self.merging = False
 
     @property

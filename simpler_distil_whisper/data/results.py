@@ -149,7 +149,7 @@ class RowResults:
         """Return whether an earlier run was stopped after it had merged its results."""
         return self._results.exists()
 
-    def _parts(self, kind: str, folders: Iterable[Path]) -> list["_Part"]:
+    def _parts(self, kind: str, folders: Iterable[Path]) -> list["_PartFile"]:
         parts = [_read_part(path) for path in sorted(_own_files(folders, kind))]
         for part in parts:
             if part.manifest_hash not in (b"", self._manifest_hash):
@@ -198,7 +198,7 @@ class RowResults:
             )
 
 
-class _Part(NamedTuple):
+class _PartFile(NamedTuple):
     """The content of a part file: a hash of the manifest, then the number and line of each row.
 
     Attributes:
@@ -215,7 +215,7 @@ class _Part(NamedTuple):
     end: int
 
 
-def _read_part(path: Path) -> _Part:
+def _read_part(path: Path) -> _PartFile:
     numbers, offsets = array("q"), array("q")
     with path.open("rb") as file:
         first = file.readline()
@@ -227,7 +227,7 @@ def _read_part(path: Path) -> _Part:
             numbers.append(int(number))
             offsets.append(end + len(number) + len(tab))
             end += len(line)
-    return _Part(path, first.strip() if end else b"", _int64(numbers), _int64(offsets), end)
+    return _PartFile(path, first.strip() if end else b"", _int64(numbers), _int64(offsets), end)
 
 
 def _int64(*parts: "array[int] | np.ndarray") -> np.ndarray:
@@ -237,7 +237,7 @@ def _int64(*parts: "array[int] | np.ndarray") -> np.ndarray:
 class _RowsInParts:
     """Number and line of every row in some parts, in the order of the numbers."""
 
-    def __init__(self, parts: list[_Part]) -> None:
+    def __init__(self, parts: list[_PartFile]) -> None:
         """Note the part and the offset of each row: 24 bytes, however long its line is."""
         self._paths = [part.path for part in parts]
         which = [np.full(len(part.numbers), place) for place, part in enumerate(parts)]

@@ -11,7 +11,6 @@ from typing import Any
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder_check import (
-    FRAMES_PER_POSITION,
     FolderContent,
     read_content,
     window_seconds,
@@ -43,12 +42,6 @@ class ModelFolder:
     config: dict[str, Any]
     languages: frozenset[str]
     vocabulary: Mapping[str, int] = field(default_factory=dict, repr=False)
-
-    @property
-    def window_frames(self) -> int:
-        """How many log-mel frames the encoder takes: 3000 for every released Whisper."""
-        positions: int = self.config["max_source_positions"]
-        return positions * FRAMES_PER_POSITION
 
     @property
     def window_seconds(self) -> float:
