@@ -1,6 +1,6 @@
 """JSON lines: one object per line, read with a reason for every line that holds none.
 
-Owns what counts as a row; which fields a row needs is decided in `manifest.py` and elsewhere.
+Owns what counts as a row; which fields a row needs is decided in `row_checks.py` and elsewhere.
 """
 
 import codecs
@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from simpler_distil_whisper.config import ConfigError, shortened
 from simpler_distil_whisper.files import open_regular_file
@@ -114,6 +114,11 @@ def check_text(value: object, column: str) -> None:
         raise RowError(f'"{column}" is not a string: {quoted(value)}')
     if value is not None and len(value) > LONGEST_TEXT:
         raise RowError(f'"{column}" has more than {LONGEST_TEXT} characters')
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value of a row is a number; `true`, an int in Python, is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def quoted(value: object) -> str:

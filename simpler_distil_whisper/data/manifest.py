@@ -4,55 +4,42 @@ Owns the type `Utterance`. It decodes no audio; that is done when an utterance i
 """
 
 import codecs
-import functools
 import hashlib
 import itertools
 import json
-import os
-import unicodedata
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import overload
 
-from simpler_distil_whisper.config import LONGEST_QUOTE, shortened
-from simpler_distil_whisper.data.audio import (
-    MEAN,
-    SIDES,
-    AudioError,
-    Clip,
-    channel_count,
-    channel_name,
-    is_channel,
-)
+from simpler_distil_whisper.data.audio import MEAN, Clip, channel_name, is_channel
 from simpler_distil_whisper.data.jsonl import (
-    LONGEST_ROW,
     PlacedLine,
     Row,
-    RowError,
-    check_text,
     parse_row,
     placed_lines,
-    quoted,
     to_line,
 )
 from simpler_distil_whisper.data.options import Columns
+from simpler_distil_whisper.data.row_checks import (
+    LONGEST_SECONDS,
+    UNSET,
+    BadRow,
+    GoodRow,
+    RowCheck,
+    audio_path,
+    named_channel,
+    row_language,
+)
 from simpler_distil_whisper.files import open_regular_file
 from simpler_distil_whisper.run import DataError, log
-from simpler_distil_whisper.text.languages import whisper_language
 
-ROWS_OWN = -1  # the channel of rows that no channel is given to
-MOST_CHANNELS = 100  # of a file
-# Where its audio is, as it stands in a row: in the manifest's folder, the working directory, or in
-# either of them under a name that is composed otherwise.
-FOLDER, WORKING_DIRECTORY, OTHERWISE = range(3)
 # On a network, to ask whether a file exists takes a millisecond: many are asked for at once, in
 # parts, since a thread takes longer to begin than a local disk to answer.
 THREADS, ROWS_OF_A_THREAD = 32, 32
 BYTES_AT_ONCE = 2**26  # of rows
-LONGEST_SECONDS = 1e9
 MEASURED_SECONDS = "audio_seconds"  # the column of lengths that labelling has measured
 
 
@@ -202,10 +189,10 @@ class Utterances(Sequence[Utterance]):
                 file.seek(self._offsets[index])
                 line = file.readline().strip()
                 row, channel = parse_row(line), self._channels[index]
-                if channel != ROWS_OWN:
+                if channel != UNSET:
                     row = _of_channel(row, channel, self.columns, in_id=self.each_channel)
                     line = to_line(row).strip().encode()
-                audio = _audio_path(row[self.columns.audio], folder, self._bases[index])
+                audio = audio_path(row[self.columns.audio], folder, self._bases[index])
                 number, place = self.numbers[index], f"{self.path}:{self._lines[index]}"
                 yield _utterance(row, line, number, place, audio, self.columns)
 
@@ -278,7 +265,7 @@ def read_manifest(
         DataError: it has no rows, or changes while it is read.
     """
     utterances = Utterances(path, columns, each_channel=channel == "each")
-    check = _Check(str(path.parent), columns, languages, frozenset(new_fields), channel)
+    check = RowCheck(str(path.parent), columns, languages, frozenset(new_fields), channel)
     rejections: list[Rejection] = []
     digest = hashlib.sha256(b"" if channel == MEAN else channel.encode())
     lines = placed_lines(path, "manifest")
@@ -287,7 +274,7 @@ def read_manifest(
     for (line_number, offset, line), row in _checked(used, check):
         rows += 1
         digest.update(b"%d %s\n" % (line_number, line))
-        if isinstance(row, _BadRow):
+        if isinstance(row, BadRow):
             digest.update(b"rejected\n")
             place = f"{path}:{line_number}"
             rejections.append(Rejection(number, place, row.reason, row.content))
@@ -307,50 +294,12 @@ def read_manifest(
     return Manifest(path, utterances, rejections, digest.hexdigest())
 
 
-class _GoodRow(NamedTuple):
-    """The channels of which rows are made, and where the audio is: FOLDER or another."""
-
-    channels: list[int]
-    base: int
-
-
-class _BadRow(NamedTuple):
-    """Why a row is not used, and its content."""
-
-    reason: str
-    content: object
-
-
-@dataclass(frozen=True)
-class _Check:
-    """What a row has to be; the arguments of `read_manifest`."""
-
-    folder: str
-    columns: Columns
-    languages: Collection[str] | None
-    new_fields: frozenset[str]
-    channel: str
-
-    def __call__(self, line: bytes) -> _GoodRow | _BadRow:
-        """Return what becomes of the row in one line."""
-        row: Row | None = None
-        try:
-            row = parse_row(line)
-            base = _check_row(row, self.folder, self.columns)
-            _check_language(row, self.columns, self.languages)
-            _check_new_fields(row, self.new_fields)
-            return _GoodRow(_channels(row, self.folder, self.columns, self.channel), base)
-        except ValueError as error:
-            content = _readable(line) if row is None else row
-            return _BadRow(shortened(str(error), 1000), content)
-
-
 def _checked(
-    lines: Iterator[PlacedLine], check: _Check
-) -> Iterator[tuple[PlacedLine, _GoodRow | _BadRow]]:
+    lines: Iterator[PlacedLine], check: RowCheck
+) -> Iterator[tuple[PlacedLine, GoodRow | BadRow]]:
     """Yield each line with what becomes of it; threads wait for the file system."""
 
-    def check_some(some: Sequence[PlacedLine]) -> list[_GoodRow | _BadRow]:
+    def check_some(some: Sequence[PlacedLine]) -> list[GoodRow | BadRow]:
         return [check(line) for _, _, line in some]
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -373,79 +322,6 @@ def _next_lines(lines: Iterator[PlacedLine]) -> list[PlacedLine]:
     return some
 
 
-def _check_row(row: Row, folder: str, columns: Columns) -> int:
-    """Return where the audio of a row is: FOLDER or another.
-
-    Raises:
-        RowError: the row is unusable.
-    """
-    audio = row.get(columns.audio)
-    if not isinstance(audio, str) or not audio:
-        raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
-    check_text(row.get(columns.text), columns.text)
-    identity = row.get(columns.id) if columns.id else None
-    if isinstance(identity, bool | list | dict):
-        raise RowError(f'"{columns.id}" is neither a string nor a number: {quoted(identity)}')
-    _check_seconds(row, columns.start_seconds)
-    _check_seconds(row, columns.duration_seconds)
-    if columns.duration_seconds and row.get(columns.duration_seconds) == 0:
-        raise RowError(f'"{columns.duration_seconds}" is 0')
-    if (path := find_audio(audio, folder)) is None:
-        raise RowError(f'no such file: "{audio}", neither in {folder} nor in the working directory')
-    bases = FOLDER, WORKING_DIRECTORY
-    return next((base for base in bases if _audio_path(audio, folder, base) == path), OTHERWISE)
-
-
-def _readable(line: bytes) -> str:
-    """Return a line that is no row; of one that is too long for a row, the beginning."""
-    content = line if len(line) <= LONGEST_ROW else line[:LONGEST_QUOTE]
-    return content.decode(errors="replace")
-
-
-def _check_seconds(row: Row, column: str | None) -> None:
-    value = row.get(column) if column else None
-    if value is None:
-        return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < LONGEST_SECONDS:
-        raise RowError(f'"{column}" is not a time in seconds: {quoted(value)}')
-
-
-def _check_language(row: Row, columns: Columns, known: Collection[str] | None) -> None:
-    language = _language(row, columns)
-    if language is not None and known is not None and language not in known:
-        raise RowError(f'the model has no token for the language "{language}"')
-
-
-def _check_new_fields(row: Row, new_fields: frozenset[str]) -> None:
-    if not new_fields.isdisjoint(row):
-        names = sorted(new_fields.intersection(row))
-        raise RowError(f"has {names} already: rename them, or choose other output_columns")
-
-
-def _language(row: Row, columns: Columns) -> str | None:
-    name = row.get(columns.language) if columns.language else None
-    if name is None:
-        return None
-    if not isinstance(name, str):
-        raise RowError(f'"{columns.language}" is not a string: {quoted(name)}')
-    if not name.strip():  # what tables without a value are exported to
-        return None
-    code = _whisper_language(shortened(name))
-    if isinstance(code, ValueError):
-        raise code
-    return code
-
-
-@functools.lru_cache(maxsize=1000)
-def _whisper_language(name: str) -> str | ValueError:
-    """Return the code of a name; cached, since the search for similar names takes a millisecond."""
-    try:
-        return whisper_language(name)
-    except ValueError as error:
-        return error
-
-
 def _of_channel(row: Row, channel: int, columns: Columns, *, in_id: bool) -> Row:
     """Return a row with the name of its channel, also in its id if there is a row of each."""
     assert columns.channel
@@ -453,79 +329,6 @@ def _of_channel(row: Row, channel: int, columns: Columns, *, in_id: bool) -> Row
     if in_id and columns.id and row.get(columns.id) is not None:
         row = row | {columns.id: f"{row[columns.id]}-{name}"}
     return row | {columns.channel: name}
-
-
-def _named_channel(row: Row, columns: Columns) -> str | None:
-    """Return the channel that a row names; None if it names none."""
-    value = row.get(columns.channel) if columns.channel else None
-    return value if is_channel(value) else None
-
-
-def _channels(row: Row, folder: str, columns: Columns, channel: str) -> list[int]:
-    """Return the channels, from 0, of which rows are made; `ROWS_OWN` where the row stays as it is.
-
-    Raises:
-        RowError: its column for the channel holds something else, which would be lost, or its
-            audio cannot be opened.
-    """
-    if channel == MEAN or _named_channel(row, columns):
-        return [ROWS_OWN]
-    if columns.channel and row.get(columns.channel) is not None:
-        raise RowError(
-            f'"{columns.channel}" is {row[columns.channel]!r}, which is no channel: name another '
-            "data.columns.channel"
-        )
-    if channel in SIDES:
-        return [SIDES.index(channel)]
-    audio = find_audio(row[columns.audio], folder)
-    assert audio
-    try:
-        count = channel_count(Path(audio))
-    except AudioError as error:
-        raise RowError(f"{audio}: {error}") from None
-    if count > MOST_CHANNELS:
-        raise RowError(f"{audio}: it has {count} channels")
-    return list(range(count)) if count > 1 else [ROWS_OWN]
-
-
-def find_audio(name: str, folder: str) -> str | None:
-    """Return the path of an audio file, which may be relative to `folder`; None if there is none.
-
-    A path that does not exist in `folder` is tried relative to the working directory. Names are
-    the same in whichever Unicode form their letters are written: macOS decomposes them.
-    """
-    # Not with Path, which alone would take longer than all other checks of a row.
-    paths = (os.path.join(folder, name), name)  # noqa: PTH118
-    for path in paths:
-        if os.path.exists(path):  # noqa: PTH110
-            return path
-    if name.isascii():
-        return None
-    return next(filter(None, map(_in_another_form, paths)), None)
-
-
-def _audio_path(name: str, folder: str, base: int) -> str:
-    """Return the path of an audio file that existed when the manifest was read.
-
-    One that has gone since then is rejected when it is loaded, like damaged audio.
-    """
-    in_folder = os.path.join(folder, name)  # noqa: PTH118
-    if base == OTHERWISE:
-        return find_audio(name, folder) or in_folder
-    return name if base == WORKING_DIRECTORY else in_folder
-
-
-def _in_another_form(path: str) -> str | None:
-    """Return the path of a file whose folders and name are composed or decomposed otherwise."""
-    existing = ""
-    for part in Path(path).parts:
-        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
-        candidates = (os.path.join(existing, form) for form in forms)  # noqa: PTH118
-        match = next(filter(os.path.exists, candidates), None)
-        if match is None:
-            return None
-        existing = match
-    return existing
 
 
 def _utterance(
@@ -543,7 +346,7 @@ def _utterance(
         audio=Path(audio),
         start_seconds=float(start or 0.0),
         duration_seconds=None if duration is None else float(duration),
-        channel=_named_channel(row, columns) or MEAN,
+        channel=named_channel(row, columns) or MEAN,
         text=row.get(columns.text),
-        language=_language(row, columns),
+        language=row_language(row, columns),
     )

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, audio_seconds, is_channel
-from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import find_audio
+from simpler_distil_whisper.data.jsonl import Row, is_number
+from simpler_distil_whisper.data.row_checks import find_audio
 from simpler_distil_whisper.evaluation.hypotheses import (
     ExaminedSystem,
     HypothesisColumns,
@@ -160,7 +160,4 @@ def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:
 def _seconds_in(row: Row, column: str | None) -> float | None:
     """Return the time in a column; None if the row has none."""
     value = row.get(column) if column else None
-    # In Python, a bool is an int.
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        return None
-    return float(value)
+    return float(value) if is_number(value) and value >= 0 else None

@@ -4,7 +4,7 @@ Owns the decision for one labelled row. The rate itself comes from run_pseudo_la
 done with a row that is dropped is up to the stage.
 """
 
-from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.jsonl import Row, is_number
 
 NO_ERROR_RATE = "no error rate"
 ABOVE_MAXIMUM = "error rate above maximum"
@@ -23,8 +23,7 @@ def why_dropped(row: Row, column: str, maximum: float | None) -> tuple[str, str]
     rate = row.get(column)
     if rate is None:
         return NO_ERROR_RATE, f'"{column}" is empty, so max_error_rate cannot hold'
-    # In Python, a bool is an int.
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
+    if not is_number(rate):
         return NO_ERROR_RATE, f'"{column}" is not a number: {rate!r}'
     if rate > maximum:
         return ABOVE_MAXIMUM, f'"{column}" is {rate}, above {maximum:g}'

@@ -7,7 +7,7 @@ written by run_pseudo_labelling.py; what is done with a row that is dropped is u
 from pydantic import Field
 
 from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
-from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.jsonl import Row, is_number
 from simpler_distil_whisper.evaluation.hallucination import MAX_NO_SPEECH_PROBABILITY
 
 # Where openai/whisper decodes again, with a higher temperature.
@@ -48,8 +48,7 @@ class EvidenceLimits(StrictModel):
             value = row.get(column)
             if limit is None or value is None:
                 continue
-            # In Python, a bool is an int.
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not is_number(value):
                 return UNUSABLE_EVIDENCE, f'"{column}" is not a number: {value!r}'
             if sign * value > sign * limit:
                 beyond = "above" if sign > 0 else "below"

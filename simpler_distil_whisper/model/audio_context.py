@@ -8,6 +8,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from simpler_distil_whisper.data.jsonl import is_number
+
 POSITIONS_PER_SECOND = 50
 STEP = 50  # positions: so that clips of about the same length are computed together
 KEY = "audio_context"  # in config.json
@@ -46,6 +48,6 @@ def stated_context(config: dict[str, Any]) -> AudioContext | None:
     if not isinstance(stated, dict):
         return None
     margin = stated.get("margin_seconds")
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin < 0:
+    if not is_number(margin) or margin < 0:
         return None
     return AudioContext(float(margin))
