@@ -83,7 +83,10 @@ def transcribed(
     "options",
     [
         {"timestamps": True},
-        {"temperatures": [0.0, 0.4], "log_probability_threshold": -1e-3},
+        pytest.param(
+            {"temperatures": [0.0, 0.4], "log_probability_threshold": -1e-3},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"prompt": "w300 w301 w302"}, marks=pytest.mark.slow),
     ],
