@@ -24,6 +24,7 @@ from distilling import (
     write_config,
 )
 from safetensors.torch import load_file
+from stored import bytes_in, entries_in, some_tensor
 from tiny import make_model_folder, write_tone
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -40,7 +41,6 @@ from simpler_distil_whisper.model.teacher_cache import (
 from simpler_distil_whisper.model.tensor_store import TensorStore
 from simpler_distil_whisper.model.weights import digest_of_weights
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ENOUGH = 10**9  # bytes
 WINDOW = 2  # seconds
 LANGUAGES = ["en", "zh"]
@@ -49,18 +49,6 @@ LANGUAGES = ["en", "zh"]
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def some_tensor(seed: int = 0, *shape: int) -> torch.Tensor:
-    return torch.randn(*(shape or (5, 3)), generator=torch.Generator().manual_seed(seed))
-
-
-def entries_in(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
-
-
-def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in entries_in(folder))
 
 
 # Names made of contents

@@ -12,23 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored import bytes_in, entries_in, some_tensor
 
 from simpler_distil_whisper.model.tensor_store import BackgroundWriter, TensorStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ENOUGH = 10**9  # bytes
-
-
-def some_tensor(seed: int = 0, *shape: int) -> torch.Tensor:
-    return torch.randn(*(shape or (5, 3)), generator=torch.Generator().manual_seed(seed))
-
-
-def entries_in(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
-
-
-def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in entries_in(folder))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
