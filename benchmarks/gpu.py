@@ -320,7 +320,8 @@ def profile(setting: Setting) -> Result:
     from torch.profiler import ProfilerActivity
 
     rows = setting.rows[1]
-    transcribe = _transcriber(setting, setting.device, {"batch_size": rows}, speed=True)
+    options = {"batch_size": rows, "max_new_tokens": 16}
+    transcribe = _transcriber(setting, setting.device, options, speed=True)
     features = torch.randn(rows, setting.shape.mels, FRAMES, device=setting.device)
     features = features.to(transcribe.whisper.model.dtype)
     transcribe(features, ["en"] * rows)
