@@ -138,7 +138,7 @@ def results(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("total", [60, pytest.param(KILLS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("total", [40, pytest.param(KILLS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", FINISHED)
 def test_a_script_killed_at_any_operation_ends_as_if_it_had_not_been(
     script: str, total: int, folder: Path
