@@ -335,27 +335,25 @@ def with_recordings_together(
         max_seconds: of audio; one batch may have more.
         stop_if_asked: is called before each batch that is waited for.
     """
-    waiting: list[SpeechBatch] = []
-    seconds = 0.0
+    together: SpeechBatch | None = None
     for batch in batches:
         stop_if_asked()
-        recordings = batch
-        if batch.recordings and batch.short_form_count:
-            short_form, recordings = halved(batch)
-            yield short_form
-        elif not batch.recordings:
+        if not batch.recordings:
             yield batch
             continue
-        if seconds + sum(recordings.seconds) > max_seconds and waiting:
-            yield joined(waiting)
-            waiting, seconds = [], 0.0
-        waiting.append(recordings)
-        seconds += sum(recordings.seconds)
-        if sum(len(each.recordings) for each in waiting) >= count:
-            yield joined(waiting)
-            waiting, seconds = [], 0.0
-    if waiting:
-        yield joined(waiting)
+        recordings = batch
+        if batch.short_form_count:
+            short_form, recordings = halved(batch)
+            yield short_form
+        if together and sum(together.seconds) + sum(recordings.seconds) > max_seconds:
+            yield together
+            together = None
+        together = joined([together, recordings]) if together else recordings
+        if len(together.recordings) >= count:
+            yield together
+            together = None
+    if together:
+        yield together
 
 
 def halved(batch: SpeechBatch) -> tuple[SpeechBatch, SpeechBatch]:
