@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import WhisperForConditionalGeneration
 
+from simpler_distil_whisper.model.head import multiply_by_head
+
 QUERIES, KEYS_VALUES = "q_proj", ("k_proj", "v_proj")  # transformers' names
 
 
@@ -188,11 +190,13 @@ class CachedDecoder:
 
         Args:
             states: float [..., D]: decoder states.
-            bias: float [V]: added on the way; minus infinity for tokens that are ruled out.
+            bias: float [V]: added; minus infinity for tokens that are ruled out.
         """
-        dtype = self._head.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return functional.linear(states.to(dtype), self._head, bias).float()
+        flat = states.flatten(0, -2).to(self._head.dtype)
+        logits = multiply_by_head(flat, self._head).float()
+        if bias is not None:
+            logits += bias
+        return logits.view(*states.shape[:-1], len(self._head))
 
     def _append(
         self, number: int, normed: Tensor, positions: Tensor, cache: KeyValueCache

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from simpler_distil_whisper.model.head import multiply_by_head
 from simpler_distil_whisper.training.options import Objective
 
 IGNORE_INDEX = -100  # what torch's cross-entropy skips
@@ -164,10 +165,10 @@ class _LossInChunks(torch.autograd.Function):
             teacher_log_probs = None
             if teacher is not None:
                 teacher_log_probs = log_probs
-                _multiply(teacher[0][places], teacher[1].T, out=logits)
+                multiply_by_head(teacher[0][places], teacher[1], logits, buffers[-1])
                 torch.log_softmax(logits.div_(objective.temperature), -1, out=log_probs)
             chunk = states[places]
-            _multiply(chunk, head.T, out=logits)
+            multiply_by_head(chunk, head, logits, buffers[-1])
             given = logits, teacher_log_probs, labels[places], objective
             if not (needs_states or needs_head):
                 sums += torch.stack(token_terms(*given))
@@ -246,14 +247,6 @@ def _terms_and_gradient(
     gradient.add_(log_q.exp_().sub_(p), alpha=objective.kl_weight * temperature)
     loss = loss + objective.kl_weight * kl
     return TokenTerms(loss, cross_entropy, kl, same.sum().to(kl.dtype)), gradient
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write left @ right to a tensor whose dtype may be finer than theirs."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
