@@ -26,6 +26,7 @@ from simpler_distil_whisper.model.teacher_cache import (
 from simpler_distil_whisper.model.weights import output_head
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, run_encoder
 from simpler_distil_whisper.run import log
+from simpler_distil_whisper.training.cross_attention import use_fast_cross_attention
 from simpler_distil_whisper.training.dataset import NO_CACHES, StateCaches, TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms, distillation_loss
 from simpler_distil_whisper.training.options import Freeze, Objective, TeacherOptions
@@ -126,6 +127,7 @@ class StudentWithLoss(nn.Module):
         """
         super().__init__()
         self.student = student
+        use_fast_cross_attention(student.model.decoder)
         self.__dict__["teacher_head"] = teacher_head
         self.objective = objective
 
@@ -228,6 +230,7 @@ class Teacher:
         """The model, loaded on first use."""
         log.info("teacher: loaded in %s on %s", self.dtype, self.device)
         model = self.load().model.requires_grad_(False)
+        use_fast_cross_attention(model.model.decoder)
         if self.shared_encoder:
             model.model.encoder = None  # the student's is used
         if self.dtype == torch.float32:
