@@ -427,7 +427,7 @@ def _this_project(
     checked = load_config(path, run_distillation.Config)
     teacher = read_model_folder(folder / "teacher", None, "teacher")
     student = read_model_folder(folder / "student", None, "student")
-    nothing = Selection([], [], {"kept": {"rows": 0, "hours": 0.0}})
+    nothing = Selection([], [], {"kept": {"rows": 0, "hours": 0.0}}, None)
     prepared = run_distillation.Prepared(
         teacher, student, nothing, None, RunLength(1, 1000, 0, 1000)
     )

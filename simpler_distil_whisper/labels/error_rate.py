@@ -10,17 +10,22 @@ NO_ERROR_RATE = "no error rate"
 ABOVE_MAXIMUM = "error rate above maximum"
 
 
-def why_dropped(row: Row, column: str, maximum: float | None) -> tuple[str, str] | None:
+def why_dropped(
+    row: Row, column: str, maximum: float | None, *, required: bool = True
+) -> tuple[str, str] | None:
     """Return why the filter drops a row, as a kind to count and a reason; None if it stays.
 
     Args:
         row: a labelled row.
         column: the key under which its error rate stands.
         maximum: the highest rate that stays; None keeps every row, even one without a rate.
+        required: whether a row without a rate is dropped.
     """
     if maximum is None:
         return None
     rate = row.get(column)
+    if rate is None and not required:
+        return None
     if rate is None:
         return NO_ERROR_RATE, f'"{column}" is empty, so max_error_rate cannot hold'
     if not is_number(rate):

@@ -4,11 +4,12 @@ Owns the rule and the sentences that explain what it has chosen. It reads no fil
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from simpler_distil_whisper.data.jsonl import Row, is_number
 from simpler_distil_whisper.labels.table import Numbers
 
 THRESHOLD_STEPS = 50
@@ -94,6 +95,29 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
             *_why_this(threshold, knee, floor, usual, length),
             *_what_it_leaves(threshold, rates, hours),
         ],
+    )
+
+
+def suggest_for_rows(rows: Sequence[Row], column: str) -> Suggestion:
+    """Return the threshold that `suggest_threshold` suggests for labelled rows.
+
+    Rows of other origin may lack what labelling writes: where the length of one is not known, all
+    count alike, and a reference of unknown length excuses no slip.
+
+    Args:
+        rows: labelled rows, of one manifest or several.
+        column: the key under which the error rate stands.
+    """
+
+    def numbers(key: str, unknown: float) -> Numbers:
+        values = (row.get(key) for row in rows)
+        return np.array([value if is_number(value) else unknown for value in values], float)
+
+    hours = numbers("audio_seconds", math.nan) / 3600
+    if not (hours > 0).all():
+        hours = np.ones(len(rows))
+    return suggest_threshold(
+        numbers(column, math.nan), hours, numbers("reference_tokens", math.inf)
     )
 
 

@@ -18,6 +18,7 @@ from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.files import read_files
 from simpler_distil_whisper.labels.error_rate import why_dropped
 from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER, INCOMPLETE, is_cut_off
+from simpler_distil_whisper.labels.threshold import suggest_for_rows
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
 from simpler_distil_whisper.run import DataError, Progress, log
@@ -54,11 +55,13 @@ class Selection(NamedTuple):
         examples: what is trained on.
         rejections: every other row, with the reason.
         report: kind of reason, or "kept" -> {"rows": ..., "hours": ...}.
+        max_error_rate: up to which rows were kept; None: any.
     """
 
     examples: list[Example]
     rejections: list[Rejection]
     report: dict[str, dict[str, float]]
+    max_error_rate: float | None
 
     @property
     def epoch_size(self) -> float:
@@ -150,6 +153,7 @@ class ExampleFilter:
             for utterance in manifest.utterances
         ]
         self.kept.clear()
+        max_error_rate = self._max_error_rate([utterance for utterance, _ in utterances])
         lengths = _lengths(
             [utterance for utterance, _ in utterances],
             self.data.min_duration_seconds,
@@ -163,7 +167,7 @@ class ExampleFilter:
                 if isinstance(length, Dropped):
                     raise length
                 seconds = length
-                examples.append(self._example(utterance, seconds, weight))
+                examples.append(self._example(utterance, seconds, weight, max_error_rate))
                 kind = "kept"
             except Dropped as dropped:
                 kind = dropped.kind
@@ -177,7 +181,18 @@ class ExampleFilter:
             if each or kind == "kept"
         }
         self._log_how_they_are_learnt(examples)
-        return Selection(examples, rejections, report)
+        return Selection(examples, rejections, report, max_error_rate)
+
+    def _max_error_rate(self, utterances: Sequence[Utterance]) -> float | None:
+        """Return the config's highest error rate, or the one that these rows suggest."""
+        if self.data.max_error_rate != "auto":
+            return self.data.max_error_rate
+        rows = [utterance.row for utterance in utterances]
+        suggestion = suggest_for_rows(rows, self.data.columns.error_rate)
+        threshold = suggestion.max_error_rate
+        shown = "none" if threshold is None else f"{threshold:.2f}"
+        log.info('data.max_error_rate "auto": %s. %s', shown, " ".join(suggestion.reasoning))
+        return threshold
 
     def _log_how_they_are_learnt(self, examples: Sequence[Example]) -> None:
         for kind, count in (+self.kept).items():
@@ -193,7 +208,9 @@ class ExampleFilter:
             write = log.info if count else log.warning
             write("kept training rows, with previous text: %d", count)
 
-    def _example(self, utterance: Utterance, seconds: float, weight: float) -> Example:
+    def _example(
+        self, utterance: Utterance, seconds: float, weight: float, max_error_rate: float | None
+    ) -> Example:
         row, columns = utterance.row, self.data.columns
         # A label that a person wrote is not what the teacher's evidence is about.
         by_teacher = columns.text != columns.reference
@@ -201,7 +218,8 @@ class ExampleFilter:
         text = learnt_text(utterance.text or "", complete)
         if is_blank(text):
             raise Dropped("no label", f'"{columns.text}" is empty')
-        if dropped := why_dropped(row, columns.error_rate, self.data.max_error_rate):
+        required = self.data.max_error_rate != "auto"
+        if dropped := why_dropped(row, columns.error_rate, max_error_rate, required=required):
             raise Dropped(*dropped)
         if by_teacher:
             self._check_evidence(row)

@@ -24,7 +24,6 @@ from simpler_distil_whisper.training.plan import RunLength
 SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
 RECIPE = ("objective", "freeze", "optimizer", "schedule", "augmentation", "seed")
 FILTERS = (
-    "max_error_rate",
     "min_duration_seconds",
     "max_duration_seconds",
     "max_label_tokens",
@@ -91,7 +90,10 @@ def facts_of(
             **selection.report["kept"],
             "languages": dict(sorted(languages.items())),
             "left_out": left_out,
-            "filters": {name: settings["data"][name] for name in FILTERS},
+            "filters": {
+                "max_error_rate": selection.max_error_rate,
+                **{name: settings["data"][name] for name in FILTERS},
+            },
         },
         "recipe": {
             **{name: settings[name] for name in RECIPE},

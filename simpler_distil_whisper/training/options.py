@@ -59,8 +59,10 @@ class TrainingData(DataLimits, EvidenceLimits):
     )
     dev_manifest: Path | None = Field(None, description="For validation; null: none.")
     columns: TrainingColumns = TrainingColumns()
-    max_error_rate: Ratio | None = Field(
-        None, description="Rows with a higher error rate are not used; null: all are used."
+    max_error_rate: Ratio | Literal["auto"] | None = Field(
+        None,
+        description="Rows with a higher error rate, or with none, are not used; null: all are "
+        "used. auto: what label_quality.html suggests; rows without an error rate are used.",
     )
     incomplete_labels: Literal["drop", "without_end"] = Field(
         "drop",

@@ -6,7 +6,12 @@ import random
 import numpy as np
 import pytest
 
-from simpler_distil_whisper.labels.threshold import Suggestion, suggest_threshold
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.labels.threshold import (
+    Suggestion,
+    suggest_for_rows,
+    suggest_threshold,
+)
 
 
 def suggest(rates: list[float], tokens: float = 20, hours: list[float] | None = None) -> Suggestion:
@@ -64,3 +69,27 @@ def test_no_threshold_is_made_up(rates: list[float]) -> None:
     suggestion = suggest(rates)
     assert suggestion.max_error_rate is None
     assert suggestion.reasoning
+
+
+def labelled(rates: list[float | None], **fields: float) -> list[Row]:
+    return [{"cer/wer": rate, **fields} for rate in rates]
+
+
+def test_rows_have_the_threshold_of_the_page_of_their_labels() -> None:
+    rates = [0.0] * 60 + [0.25] * 40
+    rows = [
+        *labelled(rates[:60], audio_seconds=360.0, reference_tokens=8),
+        *labelled(rates[60:], audio_seconds=3600.0, reference_tokens=8),
+        *labelled([None] * 500, audio_seconds=3600.0, reference_tokens=0),
+    ]
+    hours = [0.1] * 60 + [1.0] * 40
+    assert suggest_for_rows(rows[:100], "cer/wer") == suggest(rates, 8, hours)
+    assert suggest_for_rows(rows, "cer/wer").max_error_rate == 0.5
+
+
+def test_rows_without_what_labelling_writes_count_alike() -> None:
+    rates: list[float | None] = [0.0] * 60 + [0.25] * 40
+    rows = labelled(rates[:60]) + labelled(rates[60:], audio_seconds=3600.0)
+    suggestion = suggest_for_rows(rows, "cer/wer")
+    assert (suggestion.max_error_rate, suggestion.one_slip) == (0.1, 0.0)
+    assert suggest_for_rows(rows, "another").max_error_rate is None

@@ -204,5 +204,5 @@ def test_files_as_large_as_a_dev_file_are_read_only_so_far(
 
 @pytest.mark.parametrize(("hours", "warned"), [(24.9, True), (25.0, False), (250.0, False)])
 def test_little_audio(hours: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
-    assert check_hours(Selection([], [], {"kept": {"rows": 1, "hours": hours}})) == hours
+    assert check_hours(Selection([], [], {"kept": {"rows": 1, "hours": hours}}, None)) == hours
     assert ["30 % from 25" in text for text in warnings_in(caplog)] == [True] * warned

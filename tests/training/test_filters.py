@@ -246,6 +246,34 @@ def test_the_report_counts_rows_and_hours_of_every_reason(select: Select, tmp_pa
     assert sum(count["rows"] for count in selection.report.values()) == 600
 
 
+def test_auto_drops_what_the_labels_themselves_suggest(
+    select: Select, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of two seconds, usually with one error in seven; one has no reference."""
+    rates = [0.14] * 40 + [0.28, 0.29, 0.9, None]
+    rows = [row(reference_tokens=7, audio_seconds=2.0, **{"cer/wer": rate}) for rate in rates]
+    with caplog.at_level("INFO"):
+        selection = select(*rows, max_error_rate="auto")
+    assert selection.max_error_rate == 0.28
+    kept = [example.utterance.row["cer/wer"] for example in selection.examples]
+    assert kept == [0.14] * 40 + [0.28, None]
+    assert [rejection.reason for rejection in selection.rejections] == [
+        '"cer/wer" is 0.29, above 0.28',
+        '"cer/wer" is 0.9, above 0.28',
+    ]
+    assert 'data.max_error_rate "auto": 0.28. ' in caplog.text
+    assert "usually has an error rate of 0.14" in caplog.text
+
+
+def test_auto_drops_no_row_where_none_has_a_reference(
+    select: Select, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        selection = select(row(), row(**{"cer/wer": None}), max_error_rate="auto")
+    assert (selection.max_error_rate, len(selection.examples)) == (None, 2)
+    assert "none has a reference" in caplog.text
+
+
 def test_seconds_are_those_of_the_part(select: Select) -> None:
     (example,) = select(row(start_seconds=0.25, duration_seconds=0.5)).examples
     assert example.seconds == 0.5
