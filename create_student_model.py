@@ -1,9 +1,9 @@
 """Make a student: a copy of the teacher that keeps some of its layers.
 
 Writes a complete Hugging Face model folder, with `layer_map.json`: the teacher layer that each
-student layer was copied from. With `layer_scoring`, the decoder layers are those whose student,
-before any training, is closest to the teacher; `layer_scores.json` has the scores of all that
-were tried.
+student layer was copied from. With `layer_scoring`, the decoder layers are those whose student
+learns most in a few steps, of those that are closest to the teacher before any; `layer_scores.json`
+has the scores of all that were tried.
 """
 
 import json
@@ -105,13 +105,13 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     """Write the student's model folder, and check that it loads and runs."""
     if not is_main_process():  # there is nothing to share
         return ""
-    from simpler_distil_whisper.layers.scoring import score_layers
+    from simpler_distil_whisper.layers.choice import choose_layers
     from simpler_distil_whisper.model import whisper
 
     whisper.quieten_libraries()
     folder, encoder, decoder, labelled = prepared
     if labelled:
-        scores = score_layers(
+        scores = choose_layers(
             folder,
             encoder,
             len(decoder),

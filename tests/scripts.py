@@ -26,7 +26,7 @@ FORKS.set_forkserver_preload(
         "simpler_distil_whisper.decoding.transcription",
         "simpler_distil_whisper.evaluation.html_report",
         "simpler_distil_whisper.labels.quality_page",
-        "simpler_distil_whisper.layers.scoring",
+        "simpler_distil_whisper.layers.choice",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
         "pytest",

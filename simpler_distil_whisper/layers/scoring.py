@@ -1,16 +1,13 @@
 """How close a student with some of the teacher's decoder layers is to the teacher before training.
 
-Owns the utterances on which sets of layers are scored, the forward pass through any set, and the
-content of `layer_scores.json`. Which sets are tried is decided in `search.py`, which rows are used
-in `rows.py`.
+Owns the utterances on which sets of layers are scored, and the forward pass through any set. Which
+sets are tried is decided in `search.py`, which rows are used in `rows.py`.
 """
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,123 +24,20 @@ from simpler_distil_whisper.decoding.batches import (
     speech_batches,
 )
 from simpler_distil_whisper.layers.rows import Labelled
-from simpler_distil_whisper.layers.search import Layers, LayerScore, ScoredLayers, search_layers
-from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.layers.search import Layers, LayerScore
 from simpler_distil_whisper.model.memory import suitable_batch_size
-from simpler_distil_whisper.model.options import CacheOptions
-from simpler_distil_whisper.model.teacher_cache import EncoderStateCache, open_encoder_cache
-from simpler_distil_whisper.model.whisper import Whisper, load_whisper
-from simpler_distil_whisper.run import DataError, Progress, log
+from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
+from simpler_distil_whisper.model.whisper import Whisper
+from simpler_distil_whisper.run import DataError, Progress
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
 from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
 ONLY_KL = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=1.0)
 DEFAULT_LIMITS = DataLimits()
-BEST_IN_TABLE = 5
 
 
-@dataclass(frozen=True)
-class LayerScores:
-    """The content of `layer_scores.json`.
-
-    Attributes:
-        teacher: path of its folder.
-        encoder: the teacher's encoder layers that the student keeps.
-        manifest: path of the rows that the layers were scored on.
-        utterances: how many of its rows were used.
-        tokens: how many label tokens each score is the mean of.
-        scores: the sets of decoder layers, the best first.
-    """
-
-    teacher: str
-    encoder: list[int]
-    manifest: str
-    utterances: int
-    tokens: int
-    scores: list[ScoredLayers]
-
-    def best(self) -> list[int]:
-        """Return the decoder layers that score best."""
-        return list(self.scores[0].layers)
-
-    def to_json(self) -> str:
-        """Return the content of the file, in which each set of layers has a line of its own."""
-        rows = []
-        for layers, found_by, (kl, agreement) in self.scores:
-            row = {
-                "layers": layers,
-                "kl": round(kl, 6) if math.isfinite(kl) else None,
-                "agreement": round(agreement, 6),
-                "found_by": found_by,
-            }
-            rows.append(json.dumps(row))
-        text = json.dumps({**asdict(self), "scores": []}, indent=2)
-        lines = ",\n    ".join(rows)
-        return text.replace('"scores": []', f'"scores": [\n    {lines}\n  ]') + "\n"
-
-    def table(self) -> str:
-        """Return a table of the best sets and the evenly spread one."""
-        total = len(self.scores)
-        lines = [f"of {total} sets of decoder layers, by KL(teacher || student) per token:"]
-        for rank, (numbers, found_by, (kl, agreement)) in enumerate(self.scores, 1):
-            if rank <= BEST_IN_TABLE or found_by == "spread":
-                layers = " ".join(map(str, numbers))
-                lines.append(
-                    f"{rank:5}. {kl:8.4f}  top token {agreement:4.0%}  {layers}  ({found_by})"
-                )
-        return "\n".join(lines)
-
-
-def score_layers(
-    teacher: ModelFolder,
-    encoder_layers: Sequence[int],
-    count: int,
-    labelled: Sequence[Labelled],
-    manifest: str,
-    cache_options: CacheOptions,
-    stop_if_asked: Callable[[], None],
-) -> LayerScores:
-    """Return, and log, the scores of all sets of `count` decoder layers that the search tries.
-
-    Args:
-        teacher: the model folder.
-        encoder_layers: those that the student keeps.
-        count: how many decoder layers the student keeps.
-        labelled: the utterances to score on, at least one.
-        manifest: path of the file that they come from.
-        cache_options: which cache of encoder states is used, if the student keeps the encoder.
-        stop_if_asked: is called wherever stopping is safe.
-
-    Raises:
-        DataError: no audio could be used, or the teacher's weights are not finite.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    whisper = load_whisper(teacher, "auto", device=device)
-    log.info("layer_scoring: in %s on %s", whisper.model.dtype, device)
-    cache = None
-    if len(encoder_layers) == teacher.config["encoder_layers"]:
-        extractor, dtype = whisper.feature_extractor, whisper.model.dtype
-        cache = open_encoder_cache(cache_options, teacher, extractor, dtype)
-    scorer = LayerScorer(whisper, tuple(encoder_layers), labelled, stop_if_asked, cache)
-    if cache:
-        cache.finish()
-        log.info("teacher cache, encoder states: %d of %d found", scorer.hits, len(labelled))
-    for rejection in scorer.rejections:
-        log.warning("not scored on: %s: %s", rejection.place, rejection.reason)
-    scores = LayerScores(
-        teacher=str(teacher.path),
-        encoder=list(encoder_layers),
-        manifest=manifest,
-        utterances=len(labelled) - len(scorer.rejections),
-        tokens=scorer.tokens,
-        scores=search_layers(teacher.config["decoder_layers"], count, scorer),
-    )
-    log.info("%s", scores.table())
-    return scores
-
-
-class _Batch(NamedTuple):
+class EncodedBatch(NamedTuple):
     """Some utterances, encoded once for all sets of layers.
 
     Attributes:
@@ -157,6 +51,20 @@ class _Batch(NamedTuple):
     labels: Tensor
     encoder_states: Tensor
     teacher_states: Tensor
+
+    def parts(self, rows: int) -> Iterator["EncodedBatch"]:
+        """Yield so many rows at a time, without the padding that they do not need."""
+        for start in range(0, len(self.labels), rows):
+            inputs, labels, encoder_states, teacher_states = (
+                tensor[start : start + rows] for tensor in self
+            )
+            length = int((labels != IGNORE_INDEX).any(0).nonzero().max()) + 1
+            yield EncodedBatch(
+                inputs[:, :length],
+                labels[:, :length],
+                encoder_states,
+                teacher_states[:, :length],
+            )
 
 
 class LayerScorer:
@@ -231,7 +139,7 @@ class LayerScorer:
             scores[layers] = LayerScore(mean, agreed / self.tokens)
         return scores
 
-    def _sums(self, student_states: Tensor, batch: _Batch) -> tuple[float, float]:
+    def _sums(self, student_states: Tensor, batch: EncodedBatch) -> tuple[float, float]:
         """Return the KL and the number of agreements, each summed over the batch's tokens."""
         head = self.model.proj_out.weight
         terms = distillation_loss(
@@ -239,7 +147,7 @@ class LayerScorer:
         )
         return float(terms.kl), float(terms.agreement)
 
-    def _encoded_batches(self, labelled: Sequence[Labelled]) -> Iterator[_Batch]:
+    def _encoded_batches(self, labelled: Sequence[Labelled]) -> Iterator[EncodedBatch]:
         """Yield the batches; all audio is decoded before the model, which then has all cores."""
         by_length = sorted(labelled, key=lambda item: len(item.tokens))
         groups = list(in_batches(by_length, suitable_batch_size(self.model)))
@@ -261,7 +169,7 @@ class LayerScorer:
             self.stop_if_asked()
             yield speech
 
-    def _batch(self, rows: Sequence[Labelled], speech: SpeechBatch) -> _Batch:
+    def _batch(self, rows: Sequence[Labelled], speech: SpeechBatch) -> EncodedBatch:
         device = self.model.device
         tokens = [DecoderTokens(row.tokens, row.prompt_length) for row in rows]
         inputs, labels = decoder_sequences(tokens, self.whisper.tokens.end)
@@ -276,9 +184,9 @@ class LayerScorer:
         all_layers = tuple(range(self.model.config.decoder_layers))
         teacher_states = _LayersOfOneBatch(self.model, inputs, states).last_states(all_layers)
         if len(self.encoder_layers) < self.model.config.encoder_layers:
-            with _only(self.model.model.encoder, self.encoder_layers):
+            with only(self.model.model.encoder, self.encoder_layers):
                 states = self.whisper.encode(features)
-        return _Batch(inputs, labels, states, teacher_states)
+        return EncodedBatch(inputs, labels, states, teacher_states)
 
 
 class _LayersOfOneBatch:
@@ -290,7 +198,7 @@ class _LayersOfOneBatch:
     """
 
     def __init__(self, model: Any, inputs: Tensor, encoder_states: Tensor) -> None:
-        """Compute the token embeddings; both tensors are those of a `_Batch`."""
+        """Compute the token embeddings; both tensors are those of a `EncodedBatch`."""
         self.decoder = model.model.decoder
         self.heads: int = model.config.decoder_attention_heads
         self.encoder_states = encoder_states
@@ -344,8 +252,8 @@ class _LayersOfOneBatch:
 
 
 @contextlib.contextmanager
-def _only(part: Any, kept: Layers) -> Iterator[None]:
-    """Reduce a part of the teacher to some of its layers inside a `with` block."""
+def only(part: Any, kept: Layers) -> Iterator[None]:
+    """Reduce encoder or decoder of a model to some of its layers inside a `with` block."""
     all_layers = part.layers
     part.layers = nn.ModuleList(all_layers[number] for number in kept)
     try:

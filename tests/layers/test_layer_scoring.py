@@ -332,18 +332,25 @@ def test_the_best_is_kept_and_what_all_scored_is_written(
     assert "layer_scoring: 9 of 9 rows" in caplog.text
     scores = json.loads((output / "layer_scores.json").read_text())
     assert (scores["utterances"], scores["manifest"]) == (9, str(folder / "zh-0.jsonl"))
-    kls = [row["kl"] for row in scores["scores"]]
-    assert len(kls) == 6
+    trained, others = scores["scores"][:4], scores["scores"][4:]
+    losses = [row["trained_loss"] for row in trained]
+    assert losses == sorted(losses)
+    assert [row["trained_loss"] for row in others] == [None, None]
+    kls = [row["kl"] for row in others]
     assert kls == sorted(kls)
+    # Trained were the three best of the others, and the evenly spread one.
+    assert sum(row["kl"] <= kls[0] for row in trained) >= 3
     spread = next(row for row in scores["scores"] if row["found_by"] == "spread")
     assert spread["layers"] == [0, 3]
+    assert spread in trained
     layer_map = json.loads((output / "layer_map.json").read_text())
     assert layer_map == {
         "teacher": str(folder / "teacher"),
         "encoder": [0, 1, 2],
         "decoder": scores["scores"][0]["layers"],
     }
-    assert f"{scores['scores'][0]['kl']:.4f}" in caplog.text
+    for row in trained:
+        assert f"{row['trained_loss']:.4f} {row['kl']:8.4f}" in caplog.text
     again = create_student(settings(folder, tmp_path / "again"))
     for name in ("layer_scores.json", "layer_map.json", "model.safetensors"):
         assert (again / name).read_bytes() == (output / name).read_bytes()

@@ -1,0 +1,151 @@
+"""Which of a teacher's decoder layers a student keeps: by score, then by short training runs.
+
+Owns the order of the two, and the content of `layer_scores.json`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from simpler_distil_whisper.layers.rows import Labelled
+from simpler_distil_whisper.layers.scoring import LayerScorer
+from simpler_distil_whisper.layers.search import Layers, ScoredLayers, search_layers
+from simpler_distil_whisper.layers.trials import Trials
+from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.options import CacheOptions
+from simpler_distil_whisper.model.pruning import spread_layers
+from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
+from simpler_distil_whisper.model.whisper import load_whisper
+from simpler_distil_whisper.run import log
+
+FINALISTS = 4  # sets from which students are trained for some steps
+BEST_IN_TABLE = 5
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """The content of `layer_scores.json`.
+
+    Attributes:
+        teacher: path of its folder.
+        encoder: the teacher's encoder layers that the student keeps.
+        manifest: path of the rows that the layers were scored on.
+        utterances: how many of its rows were used.
+        tokens: how many label tokens each score is the mean of.
+        scores: the sets of decoder layers: those that were trained by their loss, then by score.
+        losses: what the loss of those that were trained came to.
+    """
+
+    teacher: str
+    encoder: list[int]
+    manifest: str
+    utterances: int
+    tokens: int
+    scores: list[ScoredLayers]
+    losses: dict[Layers, float]
+
+    def best(self) -> list[int]:
+        """Return the decoder layers that a student is to keep."""
+        return list(self.scores[0].layers)
+
+    def to_json(self) -> str:
+        """Return the content of the file, in which each set of layers has a line of its own."""
+        rows = []
+        for layers, found_by, (kl, agreement) in self.scores:
+            loss = self.losses.get(layers, math.nan)
+            row = {
+                "layers": layers,
+                "trained_loss": round(loss, 6) if math.isfinite(loss) else None,
+                "kl": round(kl, 6) if math.isfinite(kl) else None,
+                "agreement": round(agreement, 6),
+                "found_by": found_by,
+            }
+            rows.append(json.dumps(row))
+        facts = {**asdict(self), "scores": []}
+        del facts["losses"]
+        lines = ",\n    ".join(rows)
+        text = json.dumps(facts, indent=2)
+        return text.replace('"scores": []', f'"scores": [\n    {lines}\n  ]') + "\n"
+
+    def table(self) -> str:
+        """Return a table of the best sets and the evenly spread one."""
+        lines = [
+            f"of {len(self.scores)} sets of decoder layers: loss after some steps of training; "
+            "KL(teacher || student) per token before any:"
+        ]
+        for rank, (numbers, found_by, (kl, agreement)) in enumerate(self.scores, 1):
+            if rank <= BEST_IN_TABLE or found_by == "spread":
+                layers = " ".join(map(str, numbers))
+                loss = f"{self.losses[numbers]:8.4f}" if numbers in self.losses else f"{'':8}"
+                lines.append(
+                    f"{rank:5}. {loss} {kl:8.4f}  top token {agreement:4.0%}  {layers}  "
+                    f"({found_by})"
+                )
+        return "\n".join(lines)
+
+
+def choose_layers(
+    teacher: ModelFolder,
+    encoder_layers: Sequence[int],
+    count: int,
+    labelled: Sequence[Labelled],
+    manifest: str,
+    cache_options: CacheOptions,
+    stop_if_asked: Callable[[], None],
+) -> LayerScores:
+    """Return, and log, the scores of all sets of `count` decoder layers that the search tries.
+
+    From the best ones, and from the evenly spread one, students are trained for some steps; they
+    come first, in the order of their losses.
+
+    Args:
+        teacher: the model folder.
+        encoder_layers: those that the student keeps.
+        count: how many decoder layers the student keeps.
+        labelled: the utterances to score on, at least one.
+        manifest: path of the file that they come from.
+        cache_options: which cache of encoder states is used, if the student keeps the encoder.
+        stop_if_asked: is called wherever stopping is safe.
+
+    Raises:
+        DataError: no audio could be used, or the teacher's weights are not finite.
+    """
+    available = teacher.config["decoder_layers"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whisper = load_whisper(teacher, "auto", device=device)
+    log.info("layer_scoring: in %s on %s", whisper.model.dtype, device)
+    cache = None
+    if len(encoder_layers) == teacher.config["encoder_layers"]:
+        extractor, dtype = whisper.feature_extractor, whisper.model.dtype
+        cache = open_encoder_cache(cache_options, teacher, extractor, dtype)
+    scorer = LayerScorer(whisper, tuple(encoder_layers), labelled, stop_if_asked, cache)
+    if cache:
+        cache.finish()
+        log.info("teacher cache, encoder states: %d of %d found", scorer.hits, len(labelled))
+    for rejection in scorer.rejections:
+        log.warning("not scored on: %s: %s", rejection.place, rejection.reason)
+    ranked = search_layers(available, count, scorer)
+    losses = Trials(whisper.model, scorer.batches, stop_if_asked).losses(
+        finalists(ranked, tuple(spread_layers(available, count)))
+    )
+    ranked.sort(key=lambda scored: losses.get(scored.layers, math.inf))
+    scores = LayerScores(
+        teacher=str(teacher.path),
+        encoder=list(encoder_layers),
+        manifest=manifest,
+        utterances=len(labelled) - len(scorer.rejections),
+        tokens=scorer.tokens,
+        scores=ranked,
+        losses=losses,
+    )
+    log.info("%s", scores.table())
+    return scores
+
+
+def finalists(ranked: Sequence[ScoredLayers], spread: Layers) -> list[Layers]:
+    """Return the evenly spread set, then the best others of a ranking."""
+    others = [scored.layers for scored in ranked if scored.layers != spread]
+    return [spread, *others[: FINALISTS - 1]]
