@@ -8,7 +8,7 @@ x [E, D],
     q (x W_kᵀ)ᵀ = (q W_k) xᵀ    and    a (x W_vᵀ + b_v) = (a x) W_vᵀ + b_v,
 
 since each row of the attention a [L, E] sums to 1. All H heads take 2 L H E D multiplications for
-the right-hand sides: L / d of those for keys and values, because H d = D.
+the products with x on the right-hand sides: L / d of those for keys and values, as H d = D.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ class CrossAttention(WhisperAttention):  # type: ignore[misc]  # transformers ha
             options: what else transformers' layers pass on.
         """
         states = key_value_states
-        if states is None or not self._without_keys(hidden_states, options):
+        if states is None or not self._is_cheaper(hidden_states, states, options):
             return super().forward(hidden_states, key_value_states, **options)
         rows, length, width = hidden_states.shape
         heads = self.num_heads, self.head_dim
@@ -48,10 +48,17 @@ class CrossAttention(WhisperAttention):  # type: ignore[misc]  # transformers ha
         values = torch.einsum("bhlw,hdw->blhd", attended, weight).flatten(2) + self.v_proj.bias
         return self.out_proj(values), None
 
-    def _without_keys(self, hidden_states: Tensor, options: dict[str, Any]) -> bool:
+    def _is_cheaper(self, hidden_states: Tensor, states: Tensor, options: dict[str, Any]) -> bool:
+        """Return whether the right-hand sides take fewer multiplications, and nothing forbids them.
+
+        Left, for a row, 2 E D (D + L); right 2 L D (H E + D).
+        """
+        length, positions = hidden_states.shape[1], states.shape[1]
+        left = positions * (self.embed_dim + length)
+        right = length * (self.num_heads * positions + self.embed_dim)
         return (
-            hidden_states.shape[1] < self.head_dim
-            and hidden_states.device.type == "cpu"
+            right < left
+            and states.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and not (self.training and self.dropout)
             and options.get("attention_mask") is None
