@@ -104,8 +104,6 @@ def _ways(product: Product, device: torch.device, dtype: torch.dtype) -> list[Ca
 
 def _fastest(ways: list[Callable[[], Any]]) -> Callable[[], Any]:
     """Return the one that takes least processor time: libraries favour one side or the other."""
-    if len(ways) == 1:
-        return ways[0]
 
     def seconds(multiply: Callable[[], Any]) -> float:
         start = time.process_time()

@@ -113,7 +113,33 @@ def choose_layers(
     Raises:
         DataError: no audio could be used, or the teacher's weights are not finite.
     """
+    scorer = _make_scorer(teacher, encoder_layers, labelled, cache_options, stop_if_asked)
     available = teacher.config["decoder_layers"]
+    ranked = search_layers(available, count, scorer)
+    trained = finalists(ranked, tuple(spread_layers(available, count)))
+    losses = Trials(scorer.model, scorer.batches, stop_if_asked).losses(trained)
+    ranked.sort(key=lambda scored: losses.get(scored.layers, math.inf))
+    scores = LayerScores(
+        teacher=str(teacher.path),
+        encoder=list(encoder_layers),
+        manifest=manifest,
+        utterances=len(labelled) - len(scorer.rejections),
+        tokens=scorer.tokens,
+        scores=ranked,
+        losses=losses,
+    )
+    log.info("%s", scores.table())
+    return scores
+
+
+def _make_scorer(
+    teacher: ModelFolder,
+    encoder_layers: Sequence[int],
+    labelled: Sequence[Labelled],
+    cache_options: CacheOptions,
+    stop_if_asked: Callable[[], None],
+) -> LayerScorer:
+    """Load the teacher, encode the utterances, and log what is in the cache or unusable."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     whisper = load_whisper(teacher, "auto", device=device)
     log.info("layer_scoring: in %s on %s", whisper.model.dtype, device)
@@ -127,22 +153,7 @@ def choose_layers(
         log.info("teacher cache, encoder states: %d of %d found", scorer.hits, len(labelled))
     for rejection in scorer.rejections:
         log.warning("not scored on: %s: %s", rejection.place, rejection.reason)
-    ranked = search_layers(available, count, scorer)
-    losses = Trials(whisper.model, scorer.batches, stop_if_asked).losses(
-        finalists(ranked, tuple(spread_layers(available, count)))
-    )
-    ranked.sort(key=lambda scored: losses.get(scored.layers, math.inf))
-    scores = LayerScores(
-        teacher=str(teacher.path),
-        encoder=list(encoder_layers),
-        manifest=manifest,
-        utterances=len(labelled) - len(scorer.rejections),
-        tokens=scorer.tokens,
-        scores=ranked,
-        losses=losses,
-    )
-    log.info("%s", scores.table())
-    return scores
+    return scorer
 
 
 def finalists(ranked: Sequence[ScoredLayers], spread: Layers) -> list[Layers]:

@@ -19,14 +19,13 @@ from simpler_distil_whisper.layers.scoring import EncodedBatch, only
 from simpler_distil_whisper.layers.search import Layers
 from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.cross_attention import use_fast_cross_attention
-from simpler_distil_whisper.training.learning_rates import ShortRun, search
+from simpler_distil_whisper.training.learning_rates import STEPS, WARMUP_STEPS, ShortRun, search
 from simpler_distil_whisper.training.losses import distillation_loss
 from simpler_distil_whisper.training.models import last_states
 from simpler_distil_whisper.training.optimizer import learning_rate_factor, make_optimizer
 from simpler_distil_whisper.training.options import Objective, OptimizerOptions
 
-STEPS, WARMUP_STEPS, UTTERANCES = 20, 2, 16
-MAX_GRAD_NORM = 1.0
+UTTERANCES, MAX_GRAD_NORM = 16, 1.0
 OBJECTIVE = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=2.0)
 
 
