@@ -61,8 +61,8 @@ def assess_labels(
     log.info("%d rows show a sign of a failed label that needs no reference.", suspicious)
     suggestion = quality.suggestion
     threshold = suggestion.max_error_rate
-    shown = "none" if threshold is None else f"{threshold:.2f}"
-    log.info("Suggested data.max_error_rate: %s. %s", shown, " ".join(suggestion.reasoning))
+    shown = "no threshold" if threshold is None else f"{threshold:.2f}"
+    log.info('data.max_error_rate "auto" takes %s. %s', shown, " ".join(suggestion.reasoning))
 
 
 def _log_segmentation(cut: Segmentation) -> None:
