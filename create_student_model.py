@@ -1,9 +1,9 @@
 """Make a student: a copy of the teacher that keeps some of its layers.
 
 Writes a complete Hugging Face model folder, with `layer_map.json`: the teacher layer that each
-student layer was copied from. With `layer_scoring`, the decoder layers are those whose student
-learns most in a few steps, of those that are closest to the teacher before any; `layer_scores.json`
-has the scores of all that were tried.
+student layer was copied from. With `layer_scoring`, the decoder layers are those with which a
+student is closest to the teacher once each is fitted to what the dropped ones after it did;
+`layer_scores.json` has the scores of all that were tried.
 """
 
 import json

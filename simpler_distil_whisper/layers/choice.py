@@ -1,4 +1,4 @@
-"""Which of a teacher's decoder layers a student keeps: by score, then by short training runs.
+"""Which of a teacher's decoder layers a student keeps: by score, as they are and refitted.
 
 Owns the order of the two, and the content of `layer_scores.json`.
 """
@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from simpler_distil_whisper.layers.refit import refitted_decoder
 from simpler_distil_whisper.layers.rows import Labelled
 from simpler_distil_whisper.layers.scoring import LayerScorer
 from simpler_distil_whisper.layers.search import Layers, ScoredLayers, search_layers
-from simpler_distil_whisper.layers.trials import Trials
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.pruning import spread_layers
@@ -21,7 +21,7 @@ from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 from simpler_distil_whisper.model.whisper import load_whisper
 from simpler_distil_whisper.run import log
 
-FINALISTS = 4  # sets from which students are trained for some steps
+FINALISTS = 8  # sets that are refitted
 BEST_IN_TABLE = 5
 
 
@@ -35,8 +35,9 @@ class LayerScores:
         manifest: path of the rows that the layers were scored on.
         utterances: how many of its rows were used.
         tokens: how many label tokens each score is the mean of.
-        scores: the sets of decoder layers: those that were trained by their loss, then by score.
-        losses: what the loss of those that were trained came to.
+        scores: the sets of decoder layers: those that were refitted by their KL after it, then the
+            others by the KL of the layers as they are.
+        refitted: the KL of those that were refitted, after it.
     """
 
     teacher: str
@@ -45,7 +46,7 @@ class LayerScores:
     utterances: int
     tokens: int
     scores: list[ScoredLayers]
-    losses: dict[Layers, float]
+    refitted: dict[Layers, float]
 
     def best(self) -> list[int]:
         """Return the decoder layers that a student is to keep."""
@@ -55,17 +56,17 @@ class LayerScores:
         """Return the content of the file, in which each set of layers has a line of its own."""
         rows = []
         for layers, found_by, (kl, agreement) in self.scores:
-            loss = self.losses.get(layers, math.nan)
+            refitted = self.refitted.get(layers, math.nan)
             row = {
                 "layers": layers,
-                "trained_loss": round(loss, 6) if math.isfinite(loss) else None,
+                "refitted_kl": round(refitted, 6) if math.isfinite(refitted) else None,
                 "kl": round(kl, 6) if math.isfinite(kl) else None,
                 "agreement": round(agreement, 6),
                 "found_by": found_by,
             }
             rows.append(json.dumps(row))
         facts = {**asdict(self), "scores": []}
-        del facts["losses"]
+        del facts["refitted"]
         lines = ",\n    ".join(rows)
         text = json.dumps(facts, indent=2)
         return text.replace('"scores": []', f'"scores": [\n    {lines}\n  ]') + "\n"
@@ -73,15 +74,16 @@ class LayerScores:
     def table(self) -> str:
         """Return a table of the best sets and the evenly spread one."""
         lines = [
-            f"of {len(self.scores)} sets of decoder layers: loss after some steps of training; "
-            "KL(teacher || student) per token before any:"
+            f"of {len(self.scores)} sets of decoder layers: KL(teacher || student) per token, "
+            "refitted and as they are:"
         ]
         for rank, (numbers, found_by, (kl, agreement)) in enumerate(self.scores, 1):
             if rank <= BEST_IN_TABLE or found_by == "spread":
                 layers = " ".join(map(str, numbers))
-                loss = f"{self.losses[numbers]:8.4f}" if numbers in self.losses else f"{'':8}"
+                refitted = self.refitted.get(numbers)
+                shown = f"{'':8}" if refitted is None else f"{refitted:8.4f}"
                 lines.append(
-                    f"{rank:5}. {loss} {kl:8.4f}  top token {agreement:4.0%}  {layers}  "
+                    f"{rank:5}. {shown} {kl:8.4f}  top token {agreement:4.0%}  {layers}  "
                     f"({found_by})"
                 )
         return "\n".join(lines)
@@ -98,8 +100,7 @@ def choose_layers(
 ) -> LayerScores:
     """Return, and log, the scores of all sets of `count` decoder layers that the search tries.
 
-    From the best ones, and from the evenly spread one, students are trained for some steps; they
-    come first, in the order of their losses.
+    The best ones, and the evenly spread one, are refitted and scored again; they come first.
 
     Args:
         teacher: the model folder.
@@ -116,9 +117,11 @@ def choose_layers(
     scorer = _make_scorer(teacher, encoder_layers, labelled, cache_options, stop_if_asked)
     available = teacher.config["decoder_layers"]
     ranked = search_layers(available, count, scorer)
-    trained = finalists(ranked, tuple(spread_layers(available, count)))
-    losses = Trials(scorer.model, scorer.batches, stop_if_asked).losses(trained)
-    ranked.sort(key=lambda scored: losses.get(scored.layers, math.inf))
+    refitted = {}
+    for layers in finalists(ranked, tuple(spread_layers(available, count))):
+        refitted[layers] = refitted_kl(scorer, layers)
+        log.info("  layers %s, refitted: KL %.4f", [*layers], refitted[layers])
+    ranked.sort(key=lambda scored: refitted.get(scored.layers, math.inf))
     scores = LayerScores(
         teacher=str(teacher.path),
         encoder=list(encoder_layers),
@@ -126,7 +129,7 @@ def choose_layers(
         utterances=len(labelled) - len(scorer.rejections),
         tokens=scorer.tokens,
         scores=ranked,
-        losses=losses,
+        refitted=refitted,
     )
     log.info("%s", scores.table())
     return scores
@@ -154,6 +157,23 @@ def _make_scorer(
     for rejection in scorer.rejections:
         log.warning("not scored on: %s: %s", rejection.place, rejection.reason)
     return scorer
+
+
+def refitted_kl(scorer: LayerScorer, layers: Layers) -> float:
+    """Return the KL per token of a set of layers, refitted; infinite where it is not finite.
+
+    They are fitted on half of the utterances and scored on the others, and the other way round:
+    large models have more weights to fit than the utterances have tokens.
+    """
+    halves = [
+        [half for batch in scorer.batches if len((half := batch.every_other(first)).labels)]
+        for first in (0, 1)
+    ]
+    kl = 0.0
+    for fitted_on, others in (halves, reversed(halves)):
+        decoder = refitted_decoder(scorer.model.model.decoder, layers, fitted_on)
+        kl += scorer.kl_of(decoder, others)
+    return kl / scorer.tokens if math.isfinite(kl) else math.inf
 
 
 def finalists(ranked: Sequence[ScoredLayers], spread: Layers) -> list[Layers]:

@@ -24,7 +24,7 @@ GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 class LayerScoring(StrictModel):
-    """Choosing decoder layers by KL(teacher || student before any training) on some rows."""
+    """Choosing decoder layers by KL(teacher || student) on some rows, before any training."""
 
     manifest: Path | None = Field(
         None,

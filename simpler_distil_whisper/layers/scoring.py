@@ -30,6 +30,7 @@ from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, Progress
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
+from simpler_distil_whisper.training.models import last_states
 from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
@@ -44,27 +45,20 @@ class EncodedBatch(NamedTuple):
         inputs: int64 [B, L]: decoder inputs.
         labels: int64 [B, L]: IGNORE_INDEX where nothing is scored.
         encoder_states: float [B, E, D]: those of the student's encoder.
-        teacher_states: float [B, L, D]: the teacher's last decoder states.
+        residuals: float [B, N + 1, L, D]: the states before each of the teacher's N decoder layers,
+            and after the last.
+        teacher_states: float [B, L, D]: the teacher's last decoder states, normalised.
     """
 
     inputs: Tensor
     labels: Tensor
     encoder_states: Tensor
+    residuals: Tensor
     teacher_states: Tensor
 
-    def parts(self, rows: int) -> Iterator["EncodedBatch"]:
-        """Yield so many rows at a time, without the padding that they do not need."""
-        for start in range(0, len(self.labels), rows):
-            inputs, labels, encoder_states, teacher_states = (
-                tensor[start : start + rows] for tensor in self
-            )
-            length = int((labels != IGNORE_INDEX).any(0).nonzero().max()) + 1
-            yield EncodedBatch(
-                inputs[:, :length],
-                labels[:, :length],
-                encoder_states,
-                teacher_states[:, :length],
-            )
+    def every_other(self, first: int) -> "EncodedBatch":
+        """Return every second utterance, from the first (0) or the second (1)."""
+        return EncodedBatch(*(tensor[first::2] for tensor in self))
 
 
 class LayerScorer:
@@ -139,6 +133,16 @@ class LayerScorer:
             scores[layers] = LayerScore(mean, agreed / self.tokens)
         return scores
 
+    @torch.no_grad()
+    def kl_of(self, decoder: Any, batches: Sequence[EncodedBatch]) -> float:
+        """Return the KL of a student's decoder, in float32, summed over the tokens of batches."""
+        kl = 0.0
+        for batch in batches:
+            self.stop_if_asked()
+            states = last_states(decoder, batch.inputs, batch.encoder_states.float())
+            kl += self._sums(states, batch)[0]
+        return kl
+
     def _sums(self, student_states: Tensor, batch: EncodedBatch) -> tuple[float, float]:
         """Return the KL and the number of agreements, each summed over the batch's tokens."""
         head = self.model.proj_out.weight
@@ -182,11 +186,13 @@ class LayerScorer:
         else:
             states = self.whisper.encode(features)
         all_layers = tuple(range(self.model.config.decoder_layers))
-        teacher_states = _LayersOfOneBatch(self.model, inputs, states).last_states(all_layers)
+        teacher = _LayersOfOneBatch(self.model, inputs, states)
+        teacher_states = teacher.last_states(all_layers)
         if len(self.encoder_layers) < self.model.config.encoder_layers:
             with only(self.model.model.encoder, self.encoder_layers):
                 states = self.whisper.encode(features)
-        return EncodedBatch(inputs, labels, states, teacher_states)
+        residuals = torch.stack(teacher.states, dim=1)
+        return EncodedBatch(inputs, labels, states, residuals, teacher_states)
 
 
 class _LayersOfOneBatch:

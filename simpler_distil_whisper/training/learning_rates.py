@@ -134,7 +134,7 @@ def range_test(
     return best.rate
 
 
-def search(run_at: Callable[[float], ShortRun], strides: Sequence[int] = STRIDES) -> list[ShortRun]:
+def search(run_at: Callable[[float], ShortRun]) -> list[ShortRun]:
     """Return the runs at learning rates around the best one, in the order in which they were made.
 
     Downhill from `FIRST`, in strides that become shorter: the loss falls towards the best rate
@@ -148,7 +148,7 @@ def search(run_at: Callable[[float], ShortRun], strides: Sequence[int] = STRIDES
         return tried[exponent].reached, exponent
 
     best = 0
-    for stride in strides:
+    for stride in STRIDES:
         while True:
             around = (best, best - stride, best + stride)
             lower = min((e for e in around if LOWEST <= e <= HIGHEST), key=reached)
