@@ -59,6 +59,7 @@ class Recipe:
         warmup: the share of the steps in which it rises.
         objective: weights of cross-entropy and KL, and the temperature.
         max_error_rate: rows whose label is worse are left out; None: none.
+        freeze: what is not trained.
         share: of the rows that are left, how many: those with the best sums of two ranks, by error
             rate and by the mean log-probability of the tokens.
     """
@@ -68,6 +69,7 @@ class Recipe:
     warmup: float = 0.05
     objective: Objective = KL
     max_error_rate: float | None = 0.5
+    freeze: Freeze = Freeze(embed_tokens=True)
     share: float = 1.0
 
 
@@ -82,9 +84,10 @@ STUDIES: dict[str, dict[str, Recipe]] = {
         "none": Recipe(max_error_rate=None),
         "0.1": Recipe(max_error_rate=0.1),
     },
-    # On the same rows and with the same warm-up: what differs is the loss and the rate.
+    "token embedding": {"trained": Recipe(freeze=Freeze()), "frozen": Recipe()},
+    # On the same rows and with the same warm-up: what differs is the loss, the rate and the head.
     "huggingface": {
-        "its recipe": Recipe(learning_rate=1e-4, objective=MIXED),
+        "its recipe": Recipe(learning_rate=1e-4, objective=MIXED, freeze=Freeze()),
         "ours": Recipe(),
     },
 }
@@ -162,7 +165,7 @@ class Clips:
 def train(clips: Clips, recipe: Recipe, steps: int, seed: int) -> tuple[Any, float]:
     """Return a student, and the seconds of a step."""
     student = pruned(clips.teacher.model, recipe.layers)
-    freeze(student, Freeze())
+    freeze(student, recipe.freeze)
     decoder: Any = student.model.decoder.train()
     use_fast_cross_attention(decoder)
     optimizer = make_optimizer(student, OptimizerOptions())

@@ -350,13 +350,15 @@ def cast_products(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def freeze(student: WhisperForConditionalGeneration, options: Freeze) -> None:
     """Set in place which parameters of the student are trained.
 
-    A frozen decoder freezes its token embedding and with it the output head, the same tensor.
+    A frozen token embedding is a frozen output head, the same tensor.
     """
     student.requires_grad_(True)
     student.model.encoder.requires_grad_(not options.encoder)
     # Whisper's encoder positions are fixed sinusoids, never parameters to train.
     student.model.encoder.embed_positions.requires_grad_(False)
     student.model.decoder.requires_grad_(not options.decoder)
+    if options.embed_tokens:
+        student.model.decoder.embed_tokens.requires_grad_(False)
     if options.embed_positions:
         student.model.decoder.embed_positions.requires_grad_(False)
 

@@ -135,6 +135,9 @@ class Freeze(StrictModel):
 
     encoder: bool = Field(True, description="A frozen encoder equal to the teacher's runs once.")
     decoder: bool = Field(False, description="All of the decoder, token embedding included.")
+    embed_tokens: bool = Field(
+        False, description="The decoder's token embedding, which is its output head too."
+    )
     embed_positions: bool = Field(False, description="The decoder's position embedding.")
 
     @model_validator(mode="after")

@@ -85,10 +85,15 @@ def random_batch(seed: int = 0) -> TrainingBatch:
 
 @pytest.mark.parametrize("encoder", [True, False])
 @pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("tokens", [True, False])
 @pytest.mark.parametrize("positions", [True, False])
-def test_freezing(student: Model, encoder: bool, decoder: bool, positions: bool) -> None:
+def test_freezing(
+    student: Model, encoder: bool, decoder: bool, tokens: bool, positions: bool
+) -> None:
     # A config in which both are frozen is refused.
-    options = Freeze.model_construct(encoder=encoder, decoder=decoder, embed_positions=positions)
+    options = Freeze.model_construct(
+        encoder=encoder, decoder=decoder, embed_tokens=tokens, embed_positions=positions
+    )
     freeze(student, options)
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
     expected = {
@@ -96,11 +101,12 @@ def test_freezing(student: Model, encoder: bool, decoder: bool, positions: bool)
         for name, _ in student.named_parameters()
         if not (encoder and name.startswith("model.encoder."))
         and not (decoder and name.startswith("model.decoder."))
+        and not (tokens and name == "model.decoder.embed_tokens.weight")
         and not (positions and name == "model.decoder.embed_positions.weight")
         and name != "model.encoder.embed_positions.weight"
     }
     assert trained == expected
-    assert student.proj_out.weight.requires_grad is not decoder
+    assert student.proj_out.weight.requires_grad is not (decoder or tokens)
 
 
 # Equal encoders, and the head
