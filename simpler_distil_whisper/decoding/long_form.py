@@ -143,10 +143,15 @@ def _note_speech(
     unknown: list[_Window] = []
     for recording, spans in zip(recordings, speech, strict=True):
         if options is not None and spans is not None:
-            ends = [span.end_seconds - options.padding_seconds for span in spans]
             recording.speech = [
-                (round(span.start_seconds * rate), round(end * rate))
-                for span, end in zip(spans, ends, strict=True)
+                (round(span.start_seconds * rate), round(span.end_seconds * rate))
+                for span in spans
+            ]
+            # No text begins in the padding behind speech. There is none where the recording ends.
+            padding = round(options.padding_seconds * rate)
+            recording.speech = [
+                (begin, end - padding if end < recording.frames else end)
+                for begin, end in recording.speech
             ]
         if recording.language is None:
             unknown.append((recording, round(spans[0].start_seconds * rate) if spans else 0))

@@ -85,6 +85,20 @@ def test_only_the_parts_with_speech_have_text(
     assert (nowhere.no_speech_probability, nowhere.complete) == (1.0, True)
 
 
+@pytest.mark.parametrize("form", ["sequential", "chunked"])
+def test_speech_that_lasts_to_the_end_is_decoded_to_the_end(
+    whisper: Whisper, sounds: list[Tensor], form: str
+) -> None:
+    """Its last second is no padding, whatever the padding is."""
+    recording = torch.cat([*sounds] * 3, dim=1)
+    vad = VoiceActivityOptions(enabled=True, padding_seconds=1.0)
+    transcriber = Transcriber(whisper, options(form, voice_activity=vad))
+    [hypothesis] = transcribe_long(
+        transcriber, [recording], ["en"], speech=[[SpeechSpan(11.2, 12.0)]]
+    )
+    assert hypothesis.segments and hypothesis.segments[0].start_seconds >= 11
+
+
 @pytest.mark.slow
 def test_rows_without_speech_have_no_text_and_others_lose_nothing(tmp_path: Path) -> None:
     """The demo's teacher: silence, noise, one of its clips, and that clip late in a recording."""
