@@ -27,7 +27,7 @@ ENCODER_SETTINGS = (
     "scale_embedding",
 )
 DECODER_SETTINGS = ("decoder_layers", "decoder_attention_heads", "max_target_positions")
-HEAD = "decoder.embed_tokens.weight"  # Whisper's output head is its token embedding
+HEAD = "decoder.embed_tokens.weight"  # in Whisper the output head is the token embedding
 
 
 def tensors_in(folder: Path, prefix: str) -> dict[str, StoredTensor]:

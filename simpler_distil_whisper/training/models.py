@@ -350,15 +350,16 @@ def cast_products(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def freeze(student: WhisperForConditionalGeneration, options: Freeze) -> None:
     """Set in place which parameters of the student are trained.
 
-    A frozen token embedding is a frozen output head, the same tensor.
+    The output head is frozen with the token embedding, also where it is no copy of it.
     """
     student.requires_grad_(True)
     student.model.encoder.requires_grad_(not options.encoder)
     # Whisper's encoder positions are fixed sinusoids, never parameters to train.
     student.model.encoder.embed_positions.requires_grad_(False)
     student.model.decoder.requires_grad_(not options.decoder)
-    if options.embed_tokens:
+    if options.decoder or options.embed_tokens:
         student.model.decoder.embed_tokens.requires_grad_(False)
+        student.proj_out.requires_grad_(False)
     if options.embed_positions:
         student.model.decoder.embed_positions.requires_grad_(False)
 

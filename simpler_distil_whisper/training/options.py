@@ -134,9 +134,9 @@ class Freeze(StrictModel):
     """What is not trained."""
 
     encoder: bool = Field(True, description="A frozen encoder equal to the teacher's runs once.")
-    decoder: bool = Field(False, description="All of the decoder, token embedding included.")
+    decoder: bool = Field(False, description="All of the decoder, output head included.")
     embed_tokens: bool = Field(
-        False, description="The decoder's token embedding, which is its output head too."
+        False, description="The token embedding and the output head, in Whisper the same weights."
     )
     embed_positions: bool = Field(False, description="The decoder's position embedding.")
 
