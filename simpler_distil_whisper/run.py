@@ -63,6 +63,8 @@ HARMLESS_KEYS = {
     "data.max_bad_fraction",
     "batch.micro_batch_size",  # the steps' size, a product of these, is in the checkpoints
     "batch.gradient_accumulation_steps",
+    "activation_checkpointing",
+    "validation.decoding.batch_size",
     "teacher_cache.max_gigabytes",
     "check.learning_rate_range_test",
 }

@@ -100,7 +100,7 @@ def decide_learning_rate(
     if state.learning_rate is None:
         picture = trainer.run.folder / "learning_rate.png"
         state.learning_rate = range_test(ShortRuns(trainer), steps, picture)
-        trainer.run.note(learning_rate=state.learning_rate)
+    trainer.run.note(learning_rate=state.learning_rate)
     return state.learning_rate
 
 

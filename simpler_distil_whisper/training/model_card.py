@@ -13,6 +13,7 @@ from simpler_distil_whisper import __version__
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.jsonl import LONGEST_ROW, Row
 from simpler_distil_whisper.files import read_regular_file
+from simpler_distil_whisper.labels.evidence import EvidenceLimits
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.weights import parameter_count
 from simpler_distil_whisper.pages import render
@@ -22,8 +23,11 @@ from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.plan import RunLength
 
 SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
-RECIPE = ("objective", "freeze", "optimizer", "schedule", "augmentation", "seed")
+RECIPE = ("objective", "freeze", "audio_context", "optimizer", "augmentation", "seed")
 FILTERS = (
+    *EvidenceLimits.model_fields,
+    "incomplete_labels",
+    "train_weights",
     "min_duration_seconds",
     "max_duration_seconds",
     "max_label_tokens",
@@ -53,9 +57,17 @@ class ModelCard:
         """
         self._facts, self._metrics = facts, metrics
 
-    def documents(self, step: int) -> dict[str, bytes]:
-        """Return file name -> content for the model as it is after so many steps."""
+    def documents(self, step: int, learning_rate: float | None = None) -> dict[str, bytes]:
+        """Return file name -> content for the model as it is after so many steps.
+
+        Args:
+            step: how many there were.
+            learning_rate: the highest, where the run has chosen it; None: the config names it.
+        """
         facts = {**self._facts, "steps": step, "dev": scores_at(self._metrics, step)}
+        if learning_rate is not None:
+            optimizer = {**facts["recipe"]["optimizer"], "learning_rate": learning_rate}
+            facts["recipe"] = {**facts["recipe"], "optimizer": optimizer}
         text = json.dumps(facts, ensure_ascii=False, indent=2, allow_nan=False)
         return {
             "distillation.json": f"{text}\n".encode(),
@@ -97,6 +109,11 @@ def facts_of(
         },
         "recipe": {
             **{name: settings[name] for name in RECIPE},
+            "schedule": {
+                "kind": settings["schedule"]["kind"],
+                "warmup_steps": length.warmup_steps,
+                "max_steps": length.max_steps,
+            },
             "precision": precision,
             "utterances_per_step": length.step_size,
         },

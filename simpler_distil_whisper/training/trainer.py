@@ -107,7 +107,7 @@ class Trainer:
         )
         self.run.note(
             device=device,
-            precision=self.accelerator.mixed_precision,
+            precision=models.precision,
             teacher_dtype=dtype,
             shared_encoder=shared,
         )
@@ -218,8 +218,8 @@ class Trainer:
     def save_student(self, name: str) -> None:
         """Write the student as it is as a complete model folder, with its card."""
         if self.accelerator.is_main_process:
-            student, documents = self.models.student, self.card.documents(self.state.step)
-            folder = self.run.folder / name
+            student, folder = self.models.student, self.run.folder / name
+            documents = self.card.documents(self.state.step, self.state.learning_rate)
             save_whisper(student.model, student.processor_folder, folder, documents)
 
     def draw_curves(self) -> None:
