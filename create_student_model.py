@@ -107,6 +107,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         return ""
     from simpler_distil_whisper.layers.choice import choose_layers
     from simpler_distil_whisper.model import whisper
+    from simpler_distil_whisper.model.weights import stored_dtype
 
     whisper.quieten_libraries()
     folder, encoder, decoder, labelled = prepared
@@ -123,7 +124,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         write_atomically(run.folder / "layer_scores.json", scores.to_json().encode())
         decoder = scores.best()
     # On disk the student keeps the teacher's dtype; training loads it in float32 all the same.
-    teacher = whisper.load_whisper(folder, dtype=folder.stored_dtype)
+    teacher = whisper.load_whisper(folder, dtype=stored_dtype(folder))
     student = prune_whisper(teacher.model, encoder, decoder)
     run.stop_if_asked()
     layer_map = {"teacher": str(folder.path), "encoder": encoder, "decoder": decoder}

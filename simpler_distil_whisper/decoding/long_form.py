@@ -144,8 +144,7 @@ def _note_speech(
     for recording, spans in zip(recordings, speech, strict=True):
         if options is not None and spans is not None:
             recording.speech = [
-                (round(span.start_seconds * rate), round(span.end_seconds * rate))
-                for span in spans
+                (round(span.start_seconds * rate), round(span.end_seconds * rate)) for span in spans
             ]
             # No text begins in the padding behind speech. There is none where the recording ends.
             padding = round(options.padding_seconds * rate)

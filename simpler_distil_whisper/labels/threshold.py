@@ -4,12 +4,13 @@ Owns the rule and the sentences that explain what it has chosen. It reads no fil
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from simpler_distil_whisper.data.jsonl import Row, is_number
+from simpler_distil_whisper.data.manifest import MEASURED_SECONDS
 from simpler_distil_whisper.labels.table import Numbers
 
 THRESHOLD_STEPS = 50
@@ -98,27 +99,22 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
     )
 
 
-def suggest_for_rows(rows: Sequence[Row], column: str) -> Suggestion:
+def suggest_for_rows(rows: Iterable[Row], column: str) -> Suggestion:
     """Return the threshold that `suggest_threshold` suggests for labelled rows.
 
     Rows of other origin may lack what labelling writes: where the length of one is not known, all
     count alike, and a reference of unknown length excuses no slip.
 
     Args:
-        rows: labelled rows, of one manifest or several.
+        rows: labelled rows, of one manifest or several; each is needed only once.
         column: the key under which the error rate stands.
     """
-
-    def numbers(key: str, unknown: float) -> Numbers:
-        values = (row.get(key) for row in rows)
-        return np.array([value if is_number(value) else unknown for value in values], float)
-
-    hours = numbers("audio_seconds", math.nan) / 3600
-    if not (hours > 0).all():
-        hours = np.ones(len(rows))
-    return suggest_threshold(
-        numbers(column, math.nan), hours, numbers("reference_tokens", math.inf)
-    )
+    keys = (column, MEASURED_SECONDS, "reference_tokens")
+    values = [[row.get(key) for key in keys] for row in rows]
+    known = [[value if is_number(value) else math.nan for value in three] for three in values]
+    rates, seconds, reference_tokens = np.array(known, float).reshape(-1, len(keys)).T
+    hours = seconds / 3600 if (seconds > 0).all() else np.ones(len(seconds))
+    return suggest_threshold(rates, hours, np.nan_to_num(reference_tokens, nan=math.inf))
 
 
 def _no_threshold(why: str) -> Suggestion:

@@ -36,8 +36,8 @@ class LayerScoring(StrictModel):
     task: Task = Field("transcribe", description="What the labels are.")
     max_utterances: PositiveInt = Field(
         100,
-        description="Usable rows to score on, spread over the manifest; the encoder states of all "
-        "of them stay in memory (large-v3: 4 MB each in 16 bits, 8 in float32).",
+        description="Usable rows to score on, spread over the manifest; the states of all of them "
+        "stay in memory (large-v3: 8 MB for 50 tokens in 16 bits, 16 in float32).",
     )
 
     _code = field_validator("language")(whisper_code)
@@ -56,7 +56,7 @@ class Labelled(NamedTuple):
     prompt_length: int
 
 
-class Labeller:
+class LabelReader:
     """Turns the rows of a manifest into labelled utterances."""
 
     def __init__(self, teacher: ModelFolder, language: str | None, task: Task) -> None:
@@ -69,13 +69,14 @@ class Labeller:
         """
         # These import torch, which takes seconds.
         from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
-        from simpler_distil_whisper.training.tokens import LabelTokenizer
+        from simpler_distil_whisper.training.tokens import LabelTokenizer, learnt_text
 
         tokenizer = load_tokenizer(teacher)
         self.special = special_tokens(tokenizer, teacher)
         self.tokenize = LabelTokenizer(
             tokenizer, self.special, teacher.config["max_target_positions"]
         )
+        self.learnt_text = learnt_text
         self.language = language
         self.task = task
         self.window = teacher.window_seconds
@@ -94,13 +95,14 @@ class Labeller:
         if language is None and self.special.languages:
             raise ValueError("neither the row nor layer_scoring.language names the language")
         prompt = self.special.prompt(language, self.task)
-        label = self.tokenize(utterance.text)
+        complete = not is_cut_off(utterance.row)
+        label = self.tokenize(self.learnt_text(utterance.text, complete))
         maximum = self.tokenize.max_label_tokens
         if len(label) > maximum:
             raise ValueError(f"label of {len(label)} tokens, the maximum is {maximum}")
         seconds = audio_seconds(*utterance.clip)
         check_length(seconds, DataLimits().min_duration_seconds, self.window)
-        end = [] if is_cut_off(utterance.row) else [self.special.end]
+        end = [self.special.end] if complete else []
         return Labelled(utterance, [*prompt, *label, *end], len(prompt))
 
 
@@ -114,7 +116,7 @@ def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Labelled]"
     teacher.check_language(options.language, "layer_scoring.language")
     assert options.manifest is not None
     manifest = read_manifest(options.manifest, options.columns, languages=teacher.row_languages)
-    label = Labeller(teacher, options.language, options.task)
+    label = LabelReader(teacher, options.language, options.task)
     labelled: list[Labelled] = []
     rejections = list(manifest.rejections)
     for index in spread_order(len(manifest.utterances)):

@@ -17,7 +17,6 @@ from simpler_distil_whisper.model.folder_check import (
 )
 from simpler_distil_whisper.model.headers import weight_files
 from simpler_distil_whisper.model.lookalikes import how_to_get, what_it_is
-from simpler_distil_whisper.model.options import Dtype
 from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
 
 ENGLISH_ONLY_VOCABULARY = 51_864  # openai/whisper: every multilingual vocabulary is larger
@@ -58,14 +57,6 @@ class ModelFolder:
     def weight_bytes(self) -> int:
         """The size of the weights on disk."""
         return sum(file.stat().st_size for file in weight_files(self.path))
-
-    @property
-    def stored_dtype(self) -> Dtype:
-        """The dtype of the weights on disk, as config.json states it."""
-        stated = self.config.get("dtype") or self.config.get("torch_dtype")
-        if stated == "float16":
-            return "float16"
-        return "bfloat16" if stated == "bfloat16" else "float32"
 
     @property
     def row_languages(self) -> frozenset[str]:

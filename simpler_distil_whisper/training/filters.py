@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
-from simpler_distil_whisper.data.audio import AudioError, audio_seconds
+from simpler_distil_whisper.data.audio import AudioError, audio_seconds, check_length
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
 from simpler_distil_whisper.decoding.batches import in_batches
@@ -28,7 +28,7 @@ from simpler_distil_whisper.training.tokens import (
     Example,
     LabelSegment,
     LabelTokenizer,
-    SpecialTokenInText,
+    UnusableText,
     learnt_text,
 )
 
@@ -187,7 +187,7 @@ class ExampleFilter:
         """Return the config's highest error rate, or the one that these rows suggest."""
         if self.data.max_error_rate != "auto":
             return self.data.max_error_rate
-        rows = [utterance.row for utterance in utterances]
+        rows = (utterance.row for utterance in utterances)
         suggestion = suggest_for_rows(rows, self.data.columns.error_rate)
         threshold = suggestion.max_error_rate
         shown = "none" if threshold is None else f"{threshold:.2f}"
@@ -255,19 +255,17 @@ class ExampleFilter:
             raise Dropped(*dropped)
 
     def _check_length(self, seconds: float) -> None:
-        minimum, maximum = self.data.min_duration_seconds, self.max_seconds
-        if seconds < minimum:
-            raise Dropped("too short", f"too short: {seconds:.3f} s, the minimum is {minimum:g} s")
-        if seconds > maximum:
-            raise Dropped("too long", f"too long: {seconds:.3f} s, the maximum is {maximum:g} s")
+        try:
+            check_length(seconds, self.data.min_duration_seconds, self.max_seconds)
+        except AudioError as error:
+            kind, _, _ = str(error).partition(":")
+            raise Dropped(kind, str(error)) from None
 
     def _tokens_of(self, text: str, what: str) -> "array[int]":
-        if BROKEN_CHARACTER in text and what != "previous text":
-            raise Dropped(f"broken character in {what}", f"the {what} holds U+FFFD: {text!r}")
         try:
             return self.label_tokenizer(text, what)
-        except SpecialTokenInText as error:
-            raise Dropped(f"special token in {what}", str(error)) from None
+        except UnusableText as error:
+            raise Dropped(error.kind, str(error)) from None
 
     def _previous(self, utterance: Utterance) -> Sequence[int]:
         """Return the tokens of the previous text, as far back as a decoder is given them."""

@@ -25,8 +25,16 @@ from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.plan import Drawn, Visit, draw
 
 
-class SpecialTokenInText(ValueError):
-    """A text holds a token such as `<|endoftext|>`, which is no speech."""
+class UnusableText(ValueError):
+    """A text holds what cannot be learnt.
+
+    Attributes:
+        kind: what that is, the same words for all such texts.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 # Byte order marks, soft hyphens, zero-width spaces, direction marks and control characters: they
@@ -79,12 +87,17 @@ class LabelTokenizer:
 
         Args:
             text: only `learnt_text` of it is used, and no special tokens are added.
-            what: the kind of text, for the error message.
+            what: "label", "segment" or "previous text"; only the last may hold characters of which
+                bytes are missing.
 
         Raises:
-            SpecialTokenInText: the text itself holds special tokens.
+            UnusableText: it holds such a character, or special tokens such as `<|endoftext|>`.
         """
         learnt = learnt_text(text)
+        if BROKEN_CHARACTER in learnt and what != "previous text":
+            raise UnusableText(
+                f"broken character in {what}", f"the {what} holds U+FFFD: {learnt!r}"
+            )
         ids = array("i", self.tokenizer(learnt, add_special_tokens=False).input_ids)
         special = self.tokenizer.convert_ids_to_tokens(sorted(self._special.intersection(ids)))
         # Also those that this tokenizer lacks, or that a joiner keeps it from seeing.
@@ -92,7 +105,10 @@ class LabelTokenizer:
             if name not in special and not is_added_word(name, special=False):
                 special.append(name)
         if special:
-            raise SpecialTokenInText(f"the {what} holds {', '.join(special)}, which is no speech")
+            raise UnusableText(
+                f"special token in {what}",
+                f"the {what} holds {', '.join(special)}, which is no speech",
+            )
         return ids
 
 

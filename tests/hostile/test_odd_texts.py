@@ -31,7 +31,7 @@ from simpler_distil_whisper.text.normalization import (
     make_normalizer,
 )
 from simpler_distil_whisper.text.numerals import with_digits
-from simpler_distil_whisper.training.tokens import LabelTokenizer, SpecialTokenInText, learnt_text
+from simpler_distil_whisper.training.tokens import LabelTokenizer, UnusableText, learnt_text
 
 SECONDS_FOR_ONE = 5.0  # of processor time
 LANGUAGES = (None, "zh", "zh-TW", "yue", "ja", "ko", "en", "de", "th", "ar", "klingon", "")
@@ -143,7 +143,7 @@ def check_label(tokenizer: LabelTokenizer, text: str, seed: int) -> None:
     """Tokens are those of the text and no others; what would be a command is refused."""
     try:
         ids = tokenizer(text)
-    except SpecialTokenInText as error:
+    except UnusableText as error:
         assert "<|" in INVISIBLE.sub("", learnt_text(text)), seed
         assert "which is no speech" in str(error), seed
         return

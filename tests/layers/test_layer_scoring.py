@@ -15,7 +15,7 @@ import torch
 from conftest import REPOSITORY, RunScript
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import make_corpus, make_model_folder, read_rows, write_rows, write_tone
+from tiny import make_corpus, make_model_folder, make_tokenizer, read_rows, write_rows, write_tone
 
 import create_student_model
 from simpler_distil_whisper.config import ConfigError
@@ -211,6 +211,7 @@ def unusable_rows(folder: Path) -> dict[str, object]:
         "names the language": {**good, "language": None},
         "the label holds <|endoftext|>, which is no speech": {**good, "text": "one<|endoftext|>"},
         "label of 445 tokens, the maximum is 444": {**good, "text": "x" * 445},
+        "the label holds U+FFFD": {**good, "text": "one \ufffd two"},
     }
 
 
@@ -234,9 +235,19 @@ def test_rows_that_are_of_no_use_are_passed_over_with_a_reason(
 
 def test_without_any_usable_row_there_is_nothing_to_score_on(tmp_path: Path, folder: Path) -> None:
     manifest = write_rows(tmp_path / "rows.jsonl", list(unusable_rows(tmp_path).values()))
-    with pytest.raises(DataError, match="0 of 9 rows") as error:
+    with pytest.raises(DataError, match="0 of 10 rows") as error:
         selected(folder / "teacher", manifest)
     assert f"{manifest}:2: " in str(error.value)
+
+
+def test_a_label_that_was_cut_off_within_a_character_is_scored_without_it_and_without_an_end(
+    tmp_path: Path, folder: Path
+) -> None:
+    write_tone(tmp_path / "good.wav", 0.5)
+    row = {"audio": "good.wav", "text": "ab\ufffd", "language": "en", "complete": False}
+    [labelled] = selected(folder / "teacher", write_rows(tmp_path / "rows.jsonl", [row]))
+    tokens = labelled.tokens[labelled.prompt_length :]
+    assert make_tokenizer(["en", "zh"]).decode(tokens) == "ab"
 
 
 def test_the_language_of_rows_that_name_none_is_the_configs(tmp_path: Path, folder: Path) -> None:

@@ -59,22 +59,6 @@ def test_a_short_window_comes_from_the_encoders_positions(tmp_path: Path) -> Non
     assert read(make_model_folder(tmp_path, window_seconds=5)).window_seconds == 5.0
 
 
-@pytest.mark.parametrize(
-    ("keys", "dtype"),
-    [
-        ({"dtype": None}, "float32"),
-        ({"dtype": None, "torch_dtype": "float16"}, "float16"),
-        ({"dtype": "bfloat16"}, "bfloat16"),
-        ({"dtype": "float32", "torch_dtype": "float16"}, "float32"),
-        ({"dtype": None, "torch_dtype": None}, "float32"),
-    ],
-)
-def test_the_stored_dtype_has_an_old_and_a_new_key(
-    make: Make, keys: dict[str, Any], dtype: str
-) -> None:
-    assert read(make(config__json=keys)).stored_dtype == dtype
-
-
 def test_without_a_generation_config_the_tokenizer_knows_the_languages(make: Make) -> None:
     assert read(make("generation_config.json")).languages == {"en", "zh"}
     # One saved by an early version has the file but not the languages.
