@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import RunOptions, StrictModel
-from simpler_distil_whisper.data.audio import audio_seconds
+from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Utterance, clip_of, read_manifest
 from simpler_distil_whisper.data.options import ManifestData
@@ -32,7 +32,7 @@ from simpler_distil_whisper.model.options import (
     InferenceDecodingOptions,
     ModelOptions,
 )
-from simpler_distil_whisper.run import Run, run_script
+from simpler_distil_whisper.run import DataError, Run, run_script
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -162,15 +162,29 @@ def transcribe_rows(
 
 
 def subtitle_rows(config: Config, run: Run) -> None:
-    """Write the subtitles of all rows."""
+    """Write the subtitles of all rows.
+
+    Raises:
+        DataError: audio that was transcribed cannot be read any more.
+    """
     columns = config.data.columns
     names = (columns.audio, columns.start_seconds, columns.duration_seconds, columns.channel)
+
+    def seconds_of(row: Row) -> float:
+        try:
+            return audio_seconds(*clip_of(row, *names))
+        except AudioError as error:
+            raise DataError(
+                f"{row[columns.audio]}: {error}. It was readable when it was transcribed; run the "
+                "same command again once it is there"
+            ) from None
+
     write_subtitles(
         run.folder / HYPOTHESES,
         config.subtitles,
         columns.id,
         config.output_columns.segments,
-        lambda row: audio_seconds(*clip_of(row, *names)),
+        seconds_of,
         run.stop_if_asked,
     )
 

@@ -155,11 +155,11 @@ def label_rows(
     from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 
     folder, manifest = prepared
-    teacher = load_for_decoding(folder, config.teacher, state, run)
+    caching = config.teacher_cache.folder is not None
+    teacher = load_for_decoding(folder, config.teacher, state, run, for_training=caching)
     transcriber = Transcriber(teacher, config.decoding, config.seed, record_steps=True)
-    cache = open_encoder_cache(
-        config.teacher_cache, folder, teacher.feature_extractor, teacher.model.dtype
-    )
+    model, extractor = teacher.model, teacher.feature_extractor
+    cache = open_encoder_cache(config.teacher_cache, folder, extractor, model.dtype, model.device)
     label = Labeller(
         config.label_columns, Scorer(config.metric), config.decoding.language, config.output_script
     )

@@ -240,8 +240,9 @@ def main() -> None:
     whisper = load_whisper(folder, torch.float32)
     whisper.model.requires_grad_(False)
     use_fast_cross_attention(whisper.model.model.decoder)
+    options, model = TeacherCacheOptions(folder=args.cache), whisper.model
     cache = open_encoder_cache(
-        TeacherCacheOptions(folder=args.cache), folder, whisper.feature_extractor, torch.float32
+        options, folder, whisper.feature_extractor, model.dtype, model.device
     )
     assert cache is not None
     clips, dev = (

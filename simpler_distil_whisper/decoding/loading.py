@@ -26,11 +26,23 @@ from simpler_distil_whisper.run import Run, log
 
 
 def load_for_decoding(
-    folder: ModelFolder, options: ModelOptions, state: PartialState, run: Run
+    folder: ModelFolder,
+    options: ModelOptions,
+    state: PartialState,
+    run: Run,
+    for_training: bool = False,
 ) -> Whisper:
-    """Return the model of a folder on this process's device, and log what "auto" has chosen."""
+    """Return the model of a folder on this process's device, and log what "auto" has chosen.
+
+    Args:
+        folder: of the model.
+        options: its section of the config.
+        state: of this process.
+        run: whose facts are noted.
+        for_training: its encoder states are kept for training.
+    """
     quieten_libraries()
-    dtype = decoding_dtype(options.dtype, state.device, stored_dtype(folder))
+    dtype = decoding_dtype(options.dtype, state.device, stored_dtype(folder), for_training)
     whisper = load_whisper(folder, dtype, options.attention, state.device)
     share_cores(whisper.model)
     keep_freed_memory()

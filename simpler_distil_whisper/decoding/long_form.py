@@ -152,7 +152,7 @@ def _note_speech(
                 (begin, end - padding if end < recording.frames else end)
                 for begin, end in recording.speech
             ]
-        if recording.language is None:
+        if recording.language is None and transcriber.whisper.tokens.languages:
             unknown.append((recording, round(spans[0].start_seconds * rate) if spans else 0))
     for group in in_batches(unknown, transcriber.room.rows):
         languages = transcriber.detect_languages(_encode_windows(transcriber, group))

@@ -101,7 +101,6 @@ def transcribe_manifest(
     decode = functools.partial(transcribe_batch, transcriber, cache)
     total = len(manifest.utterances) // shard.count
     done = int(results.done[manifest.utterances.numbers].sum())
-    silent = 0
     with Progress("transcribing", "utterances", total, done) as progress:
         for loaded in loaded_batches:
             run.stop_if_asked()
@@ -112,7 +111,8 @@ def transcribe_manifest(
             yield TranscribedBatch(batch.utterances, hypotheses, batch.seconds, seconds)
             rows = sums.add("rows", len(batch.utterances) + len(batch.rejections))
             progress.advance(done + rows - progress.done)  # of all processes
-            silent += sum(not batch.speech.get(row.number, True) for row in batch.utterances)
+            silent = sum(not batch.speech.get(row.number, True) for row in batch.utterances)
+            sums.add("without speech", silent)
             if batch.rejections:
                 _check_rejections(manifest, results, data, batch.rejections[-1].reason)
         run.stop_if_asked()
@@ -120,6 +120,7 @@ def transcribe_manifest(
         cache.finish()
     wait_for_everyone()  # the main process has the sums
     if transcriber.options.speech_filter:
+        silent = sums.add("without speech", 0)
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
 
 
@@ -329,7 +330,7 @@ def decode_halving(
             return batch, hypotheses
         # The error is gone now, and with it the tensors of the attempt, which its traceback held.
         clear_device_cache()
-        _warn_once_of_halving(count)
+        _warn_of_halving(count)
         if windows in (0, count):
             tried = windows or room.rows
             room.has_not_fitted(tried)
@@ -345,7 +346,8 @@ def decode_halving(
 
 
 @functools.cache
-def _warn_once_of_halving(batch_size: int) -> None:
+def _warn_of_halving(batch_size: int) -> None:
+    """Warn, once for each size."""
     log.warning(
         "A batch of %d did not fit into the memory: it is decoded in halves, and so are later "
         "ones; a smaller decoding.batch_size would save the attempt.",

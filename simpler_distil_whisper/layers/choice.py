@@ -148,8 +148,8 @@ def _make_scorer(
     log.info("layer_scoring: in %s on %s", whisper.model.dtype, device)
     cache = None
     if len(encoder_layers) == teacher.config["encoder_layers"]:
-        extractor, dtype = whisper.feature_extractor, whisper.model.dtype
-        cache = open_encoder_cache(cache_options, teacher, extractor, dtype)
+        extractor, model = whisper.feature_extractor, whisper.model
+        cache = open_encoder_cache(cache_options, teacher, extractor, model.dtype, model.device)
     scorer = LayerScorer(whisper, tuple(encoder_layers), labelled, stop_if_asked, cache)
     if cache:
         cache.finish()

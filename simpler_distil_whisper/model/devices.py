@@ -28,16 +28,24 @@ def torch_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16() else torch.float16
 
 
-def decoding_dtype(dtype: Dtype, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype to decode in, given that of the weights on disk.
+def decoding_dtype(
+    dtype: Dtype, device: torch.device, stored: torch.dtype, for_training: bool = False
+) -> torch.dtype:
+    """Return the dtype to decode in.
 
     As `torch_dtype`, but on a GPU float16 for weights of float16, from which bfloat16 would take
     three bits, and bfloat16 on a CPU that computes in it. Measured on CPUs with AVX512-BF16, it is
     the fastest where nothing is trained.
+
+    Args:
+        dtype: what the config says.
+        device: to decode on.
+        stored: the dtype of the weights on disk.
+        for_training: encoder states are kept for training, which computes in float32 on a CPU.
     """
     if dtype == "auto" and device.type == "cuda" and stored == torch.float16:
         return torch.float16
-    if dtype == "auto" and device.type == "cpu" and _cpuhas_bfloat16():
+    if dtype == "auto" and device.type == "cpu" and _cpu_has_bfloat16() and not for_training:
         return torch.bfloat16
     return torch_dtype(dtype, device)
 
@@ -96,7 +104,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _cpuhas_bfloat16() -> bool:
+def _cpu_has_bfloat16() -> bool:
     """Return whether the CPU has instructions for it; emulated, it is slower than float32."""
     # Private functions in torch 2.6 to 2.13; without them the result is False, so float32.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -180,7 +180,7 @@ class CacheOptions(StrictModel):
 
     folder: Path | None = Field(None, description="Any folder, shared or not; null: no cache.")
     dtype: Dtype = Field(
-        "auto", description="Of the states kept; auto: the one in which the encoder computes."
+        "auto", description="Of the states kept; auto: the one in which training computes."
     )
     max_gigabytes: PositiveFloat = Field(
         50.0, description="When it is full, nothing is added; what it holds stays in use."

@@ -341,21 +341,29 @@ def open_encoder_cache(
     teacher: ModelFolder,
     extractor: WhisperFeatureExtractor,
     computed: torch.dtype,
+    device: torch.device,
 ) -> EncoderStateCache | None:
     """Return the cache of encoder states that a config names; None if it names none.
 
     Args:
-        options: the config's section.
+        options: the config's section. "auto" is the dtype in which layers are scored and, if it is
+            not told otherwise, a student is trained on the device, or `computed` if that is
+            coarser.
         teacher: whose encoder is run.
         extractor: what makes its input.
         computed: the dtype in which the encoder computes.
+        device: where it does.
 
     Raises:
         ConfigError: the folder cannot be written, or the cache's dtype is finer than `computed`.
     """
     if (store := open_store(options)) is None:
         return None
-    return EncoderStateCache(store, dtype_of_states(options, computed), teacher, extractor)
+    dtype = dtype_of_states(options, computed)
+    if options.dtype == "auto":
+        trained_in = torch_dtype("auto", device)
+        dtype = max(dtype, trained_in, key=lambda dtype: torch.finfo(dtype).eps)
+    return EncoderStateCache(store, dtype, teacher, extractor)
 
 
 def audio_digest(path: Path) -> str:

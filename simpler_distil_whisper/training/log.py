@@ -3,11 +3,12 @@
 Owns what is written there; the numbers come from the trainer.
 """
 
+import contextlib
 import io
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,13 @@ class RunningMeans:
     def start_clock(self) -> None:
         """Start measuring the speed, before the first step."""
         self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the speed what is done meanwhile."""
+        stopped = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - stopped
 
     def add(self, terms: LossTerms, batch: TrainingBatch) -> None:
         """Count one micro-batch; nothing waits for the device here."""

@@ -228,8 +228,8 @@ class Teacher:
     @functools.cached_property
     def model(self) -> WhisperForConditionalGeneration:
         """The model, loaded on first use."""
-        log.info("teacher: loaded in %s on %s", self.dtype, self.device)
         model = self.load().model.requires_grad_(False)
+        log.info("teacher: loaded in %s on %s", self.dtype, self.device)
         use_fast_cross_attention(model.model.decoder)
         if self.shared_encoder:
             model.model.encoder = None  # the student's is used

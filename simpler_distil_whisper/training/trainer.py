@@ -197,7 +197,7 @@ class Trainer:
         if self.validation is None:
             return
         self.models.module.eval()
-        with self._advise_when_out_of_memory():
+        with self.means.paused(), self._advise_when_out_of_memory():
             score = self.validation.score(self.models.student)
         self._log_score("student", score)
         is_best = self.state.record_validation(score.error_rate)
@@ -213,7 +213,8 @@ class Trainer:
         """
         self._check_weights()
         self.state.unlogged = self.means.sums()
-        self.checkpoints.save(self.state)
+        with self.means.paused():
+            self.checkpoints.save(self.state)
 
     def save_student(self, name: str) -> None:
         """Write the student as it is as a complete model folder, with its card."""

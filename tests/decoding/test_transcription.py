@@ -285,7 +285,7 @@ def test_a_lack_of_memory_is_logged_once(
 ) -> None:
     monkeypatch.setattr(transcription.log, "handlers", [caplog.handler])
     monkeypatch.setattr(transcription.log, "propagate", False)
-    transcription._warn_once_of_halving.cache_clear()
+    transcription._warn_of_halving.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             decode_halving(decoder_with_room_for(4), make_batch(7), Room(7))  # type: ignore[arg-type]

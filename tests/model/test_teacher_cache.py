@@ -31,6 +31,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.model import devices
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.teacher_cache import (
@@ -43,6 +44,7 @@ from simpler_distil_whisper.model.weights import digest_of_weights
 
 ENOUGH = 10**9  # bytes
 WINDOW = 2  # seconds
+CPU = torch.device("cpu")
 LANGUAGES = ["en", "zh"]
 
 
@@ -64,12 +66,13 @@ def open_cache(
     folder: Path,
     computed: torch.dtype = torch.float32,
     extractor: WhisperFeatureExtractor | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> EncoderStateCache:
     facts = read_model_folder(teacher, None, "teacher")
     extractor = extractor or WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
     section = CacheOptions(folder=folder, **options)
-    cache = open_encoder_cache(section, facts, extractor, computed)
+    cache = open_encoder_cache(section, facts, extractor, computed, torch.device(device))
     assert cache is not None
     return cache
 
@@ -81,7 +84,39 @@ def part(audio: Path, start: float = 0.0, duration: float | None = None) -> Utte
 def test_without_a_folder_there_is_no_cache(teacher: Path) -> None:
     facts = read_model_folder(teacher, None, "teacher")
     extractor = WhisperFeatureExtractor()
-    assert open_encoder_cache(CacheOptions(), facts, extractor, torch.float32) is None
+    assert open_encoder_cache(CacheOptions(), facts, extractor, torch.float32, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "computed", "kept"),
+    [
+        # On a GPU float16 weights are decoded in float16; a student learns in bfloat16.
+        ("cuda", torch.float16, torch.bfloat16),
+        ("cuda", torch.bfloat16, torch.bfloat16),
+        ("cpu", torch.float32, torch.float32),
+        ("cpu", torch.float16, torch.float16),
+    ],
+)
+def test_what_labelling_keeps_is_what_training_looks_for(
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    computed: torch.dtype,
+    kept: torch.dtype,
+) -> None:
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
+    cache = open_cache(teacher, tmp_path / "cache", computed, device=device)
+    assert cache.dtype == kept
+
+
+@pytest.mark.parametrize(("for_training", "dtype"), [(True, "float32"), (False, "bfloat16")])
+def test_a_cpu_decodes_for_training_in_the_dtype_of_training(
+    monkeypatch: pytest.MonkeyPatch, for_training: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(devices, "_cpu_has_bfloat16", lambda: True)
+    chosen = devices.decoding_dtype("auto", CPU, torch.float16, for_training)
+    assert chosen == getattr(torch, dtype)
 
 
 def test_audio_is_known_by_its_content(teacher: Path, tmp_path: Path) -> None:
