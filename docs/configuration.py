@@ -38,8 +38,8 @@ that read them; `--help` of a script shows the same table.
   device, and the log says which.
 - An unknown, misspelt, duplicate, missing or ill-typed key ends a script with exit code 2, with
   every problem in one message. Keys of earlier projects are answered with the new name.
-- A default is not always the value in the shipped file. The shipped values are the recommended ones,
-  but for paths, batch sizes and how often something is logged and saved, which suit the demo.
+- A default is not always the value in the shipped file. The shipped values are the recommended
+  ones, but for paths, batch sizes and how often something is logged and saved: those suit the demo.
 """
 ENTRY = re.compile(r"  (?P<key>\S+)\n      (?P<type>.*?), (?:required|default (?=(?P<rest>.*)))")
 

@@ -152,3 +152,9 @@ def _depth(value: object) -> int:
     if not isinstance(value, dict | list):
         return 0
     return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+def seconds_in(row: Row, column: str | None) -> float | None:
+    """Return the time under a key; None if there is no key, or what stands there can be no time."""
+    value = row.get(column) if column else None
+    return float(value) if is_number(value) and 0 <= value < math.inf else None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.speech_activity import SpeechSpan
 from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.decoding.chunks import (
@@ -33,7 +32,7 @@ from simpler_distil_whisper.decoding.hypothesis import (
     without_speech,
 )
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION, SECONDS_PER_FRAME
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION, FRAMES_PER_SECOND
 from simpler_distil_whisper.text.languages import join_texts
 
 MAX_CONTEXT_TEMPERATURE = 0.5  # openai/whisper: text sampled at a higher one is no good context
@@ -139,21 +138,21 @@ def _note_speech(
     speech: Sequence[Sequence[SpeechSpan] | None],
 ) -> None:
     """Set what is decoded of each recording and, if it is not known, the language."""
-    rate, options = _frames_per_second(transcriber), transcriber.options.speech_filter
+    options = transcriber.options.speech_filter
     unknown: list[_Window] = []
     for recording, spans in zip(recordings, speech, strict=True):
         if options is not None and spans is not None:
+            padding = _frame(options.padding_seconds)
             recording.speech = [
-                (round(span.start_seconds * rate), round(span.end_seconds * rate)) for span in spans
+                (_frame(span.start_seconds), _frame(span.end_seconds)) for span in spans
             ]
             # No text begins in the padding behind speech. There is none where the recording ends.
-            padding = round(options.padding_seconds * rate)
             recording.speech = [
                 (begin, end - padding if end < recording.frames else end)
                 for begin, end in recording.speech
             ]
         if recording.language is None and transcriber.whisper.tokens.languages:
-            unknown.append((recording, round(spans[0].start_seconds * rate) if spans else 0))
+            unknown.append((recording, _frame(spans[0].start_seconds) if spans else 0))
     for group in in_batches(unknown, transcriber.room.rows):
         languages = transcriber.detect_languages(_encode_windows(transcriber, group))
         for (recording, _), language in zip(group, languages, strict=True):
@@ -201,7 +200,7 @@ def _encode_windows(transcriber: Transcriber, windows: Sequence[_Window]) -> Ten
 def _positions(transcriber: Transcriber, recording: _Recording, start: int) -> int:
     """Return how many encoder positions the window is given that begins at a frame."""
     frames = min(_window_frames(transcriber), recording.frames - start)
-    return transcriber.encoder_positions(frames * SECONDS_PER_FRAME)
+    return transcriber.encoder_positions(frames / FRAMES_PER_SECOND)
 
 
 def _decode_windows(
@@ -244,12 +243,13 @@ def _aligned(
         states: float [B, E, D]: their encoder states.
         texts: tokens of each.
     """
-    size, rate = _window_frames(transcriber), _frames_per_second(transcriber)
+    size = _window_frames(transcriber)
     languages = [recording.language or "en" for recording, _ in windows]
-    seconds = [min(size, recording.frames - start) / rate for recording, start in windows]
+    frames = [min(size, recording.frames - start) for recording, start in windows]
+    seconds = [count / FRAMES_PER_SECOND for count in frames]
     timed = transcriber.align(states, languages, texts, seconds)
     return [
-        [token.shifted(start / rate) for token in tokens]
+        [token.shifted(start / FRAMES_PER_SECOND) for token in tokens]
         for (_, start), tokens in zip(windows, timed, strict=True)
     ]
 
@@ -453,20 +453,18 @@ def _segments(
     transcriber: Transcriber, recording: _Recording, parts: Sequence[Part]
 ) -> list[Segment]:
     """Return the segments of all parts, none of which lasts longer than the recording."""
-    rate = _frames_per_second(transcriber)
     timed = []
     for segment in (segment for part in parts for segment in part.segments):
-        start, end = (
-            round(min(f, recording.frames) / rate, 2) for f in (segment.start, segment.end)
-        )
+        frames = (min(frame, recording.frames) for frame in (segment.start, segment.end))
+        start, end = (round(frame / FRAMES_PER_SECOND, 2) for frame in frames)
         timed.append((Segment(start, end, transcriber.text_of(segment.ids)), segment.timed))
     if not transcriber.aligner:
         return [segment for segment, _ in timed]
     return transcriber.segments_with_words(timed, recording.language or "en")
 
 
-def _frames_per_second(transcriber: Transcriber) -> float:
-    return SAMPLE_RATE / float(transcriber.whisper.feature_extractor.hop_length)
+def _frame(seconds: float) -> int:
+    return round(seconds * FRAMES_PER_SECOND)
 
 
 def _window_frames(transcriber: Transcriber) -> int:

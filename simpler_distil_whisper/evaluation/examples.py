@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -22,7 +21,7 @@ from pydantic import Field
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, Clip, load_audio
 from simpler_distil_whisper.data.decoders import UNREADABLE_ERRORS
-from simpler_distil_whisper.data.jsonl import Row, parse_row, placed_lines
+from simpler_distil_whisper.data.jsonl import Row, parse_row, placed_lines, row_at
 from simpler_distil_whisper.evaluation.facts import Facts, find_clip
 from simpler_distil_whisper.evaluation.hypotheses import ExaminedSystem, HypothesisColumns
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts
@@ -114,7 +113,7 @@ def list_utterances(
     utterances = []
     with scored.open("rb") as file:
         for position in choice.shown:
-            lines = [_line_at(file, int(system.offsets[position])) for system in scores.values()]
+            lines = [row_at(file, int(system.offsets[position])) for system in scores.values()]
             clip = find_clip(rows[position], columns, systems[0].path.parent)
             embed = options.embed_audio and position in choice.listed
             seconds, tokens = facts.seconds[position], int(baseline.tokens[position])
@@ -176,12 +175,6 @@ def _baseline_rows(baseline: ExaminedSystem, positions: Sequence[int]) -> dict[i
         for line, _, content in placed_lines(baseline.path, "hypotheses")
         if line in position_at
     }
-
-
-def _line_at(file: BinaryIO, offset: int) -> Row:
-    """Return the row in the line of a file that begins at an offset."""
-    file.seek(offset)
-    return parse_row(file.readline())
 
 
 def _shown_hypothesis(line: Row) -> ShownHypothesis:

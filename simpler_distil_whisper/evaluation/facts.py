@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, audio_seconds, is_channel
-from simpler_distil_whisper.data.jsonl import Row, is_number
+from simpler_distil_whisper.data.jsonl import Row, seconds_in
 from simpler_distil_whisper.data.row_checks import find_audio
 from simpler_distil_whisper.evaluation.hypotheses import (
     ExaminedSystem,
@@ -130,12 +130,12 @@ def find_clip(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None
     path = find_audio(name, str(folder)) if isinstance(name, str) else None
     if path is None:
         return None
-    start = _seconds_in(row, columns.start_seconds) or 0.0
+    start = seconds_in(row, columns.start_seconds) or 0.0
     channel = row.get(columns.channel) if columns.channel else None
     return Clip(
         Path(path),
         start,
-        _seconds_in(row, columns.duration_seconds),
+        seconds_in(row, columns.duration_seconds),
         channel if is_channel(channel) else MEAN,
     )
 
@@ -147,7 +147,7 @@ def _group_name(value: object) -> str:
 
 def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:
     """Return the length of an utterance, if need be from the audio file's header; NaN: unknown."""
-    duration = _seconds_in(row, columns.duration_seconds)
+    duration = seconds_in(row, columns.duration_seconds)
     if duration is not None:
         return duration
     clip = find_clip(row, columns, folder) if columns.duration_seconds else None
@@ -155,9 +155,3 @@ def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:
         with contextlib.suppress(AudioError):
             return audio_seconds(*clip)
     return math.nan
-
-
-def _seconds_in(row: Row, column: str | None) -> float | None:
-    """Return the time in a column; None if the row has none."""
-    value = row.get(column) if column else None
-    return float(value) if is_number(value) and value >= 0 else None

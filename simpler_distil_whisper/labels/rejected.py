@@ -3,14 +3,13 @@
 Owns these parts of `label_quality.json`; `quality` owns the rest, about the labels.
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
-from simpler_distil_whisper.data.jsonl import Row, own_rows
+from simpler_distil_whisper.data.jsonl import Row, own_rows, seconds_in
 from simpler_distil_whisper.labels.rows import PART, WHY_NO_REFERENCE, WINDOWS, LabelColumns
 
 
@@ -130,19 +129,13 @@ def _kind_of_reason(reason: str, audio: str) -> str:
 
 def _rejected_seconds(row: Row, audio: str, columns: LabelColumns, folder: Path) -> float | None:
     """Return how long the audio of a rejected row is: as the row states it, else by its header."""
-    duration = _time_in(row, columns.duration_seconds)
+    duration = seconds_in(row, columns.duration_seconds)
     if duration is not None:
         return duration
-    start = _time_in(row, columns.start_seconds) or 0.0
+    start = seconds_in(row, columns.start_seconds) or 0.0
     for path in (folder / audio, Path(audio)):
         try:
             return audio_seconds(path, start)
         except (AudioError, ValueError):  # a name that no file can have
             continue
     return None
-
-
-def _time_in(row: Row, column: str | None) -> float | None:
-    """Return the seconds under a key; None where no possible time stands there."""
-    value = row.get(column) if column else None
-    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else None

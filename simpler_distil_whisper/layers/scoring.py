@@ -31,10 +31,9 @@ from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, Progress
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
 from simpler_distil_whisper.training.models import last_states
-from simpler_distil_whisper.training.options import Objective
+from simpler_distil_whisper.training.options import ONLY_KL
 from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
-ONLY_KL = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=1.0)
 DEFAULT_LIMITS = DataLimits()
 
 

@@ -29,7 +29,7 @@ from simpler_distil_whisper.model.settings import (
 from simpler_distil_whisper.run import log
 
 FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the log-mel frames
-SECONDS_PER_FRAME = 0.01
+FRAMES_PER_SECOND = 100
 FEATURE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 REQUIRED_TOKENS = ("<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>")
@@ -182,4 +182,4 @@ def _vocabulary_misfits(
 def window_seconds(sizes: Mapping[str, Any]) -> float:
     """Return the longest audio that the encoder takes at once."""
     frames: int = sizes["max_source_positions"] * FRAMES_PER_POSITION
-    return frames * SECONDS_PER_FRAME
+    return frames / FRAMES_PER_SECOND

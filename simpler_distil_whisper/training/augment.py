@@ -19,13 +19,13 @@ from torch import Tensor
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.features import DYNAMIC_RANGE
 from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_SECOND
 from simpler_distil_whisper.training.options import Augmentation
 from simpler_distil_whisper.training.plan import Drawn, draw
 
 # Raise it whenever a view of the same key comes to sound different: what a teacher cache has kept
 # of the old one would be taken for the new one's.
 VIEW_RECIPE = 1
-FRAMES_PER_SECOND = 100
 NOISE_SAMPLES = 1 << 20  # a minute; every view begins at another of them
 LOWEST_NOISE_HERTZ = 50
 

@@ -130,6 +130,10 @@ class Objective(StrictModel):
         return self
 
 
+# As KL(teacher || student) itself is told, rather than learnt from.
+ONLY_KL = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=1.0)
+
+
 class Freeze(StrictModel):
     """What is not trained."""
 

@@ -27,7 +27,7 @@ from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.learning_rates import ShortRuns, range_test
 from simpler_distil_whisper.training.models import TeacherAndStudent, computing_dtype
-from simpler_distil_whisper.training.options import Objective
+from simpler_distil_whisper.training.options import ONLY_KL
 from simpler_distil_whisper.training.trainer import Trainer
 from simpler_distil_whisper.training.validation import Validation
 
@@ -171,8 +171,7 @@ def agreement_of_unpruned(models: TeacherAndStudent, batch: TrainingBatch) -> Ag
         )
     model.requires_grad_(False).to(accelerator.device)
     student = dataclasses.replace(whole, model=model)
-    objective = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=1.0)
-    unpruned = TeacherAndStudent(accelerator, teacher, student, objective)
+    unpruned = TeacherAndStudent(accelerator, teacher, student, ONLY_KL)
     with torch.no_grad(), accelerator.autocast():
         terms = unpruned.loss_terms(batch.to(accelerator.device))
     kl, same, tokens = float(terms.kl), float(terms.agreement), int(terms.tokens)
