@@ -86,12 +86,7 @@ class Transcriber:
         self.prompt_ids = prompt_ids(whisper, options.prompt) if options.prompt else ()
         self.audio_context = audio_context
         self.assistant = assistant
-        student = assistant.student.model if assistant else None
-        self.batch_size = (
-            suitable_batch_size(whisper.model, options.num_beams, student)
-            if options.batch_size == "auto"
-            else options.batch_size
-        )
+        self.batch_size = self._batch_size()
         self.room = Room(self.batch_size)
         recordable = options.num_beams == 1 and assistant is None and audio_context is None
         self.decoder = (
@@ -102,6 +97,12 @@ class Transcriber:
         self.aligner = (
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
         )
+
+    def _batch_size(self) -> int:
+        if self.options.batch_size != "auto":
+            return self.options.batch_size
+        student = self.assistant.student.model if self.assistant else None
+        return suitable_batch_size(self.whisper.model, self.options.num_beams, student)
 
     def __call__(
         self, features: Tensor, languages: Sequence[str | None], keys: Sequence[int] | None = None

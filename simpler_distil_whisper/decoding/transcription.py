@@ -91,13 +91,7 @@ def transcribe_manifest(
     _agree_on_batch_size(transcriber, results, run)
     shard = run.shards.own if run.shards else WHOLE
     sums = SharedSums()
-    loaded_batches = _loaded_batches(transcriber, manifest, data, results, sums, shard, cache)
-    on_gpu = transcriber.whisper.model.device.type == "cuda"
-    if on_gpu and transcriber.options.long_form == "sequential":
-        most = min(RECORDINGS_AT_ONCE, transcriber.room.rows)
-        loaded_batches = with_recordings_together(
-            loaded_batches, most, SECONDS_AT_ONCE, run.stop_if_asked
-        )
+    loaded_batches = _loaded_batches(transcriber, manifest, data, results, sums, shard, cache, run)
     decode = functools.partial(transcribe_batch, transcriber, cache)
     total = len(manifest.utterances) // shard.count
     done = int(results.done[manifest.utterances.numbers].sum())
@@ -132,8 +126,9 @@ def _loaded_batches(
     sums: SharedSums,
     shard: Shard,
     cache: EncoderStateCache | None,
+    run: Run,
 ) -> Iterator[SpeechBatch]:
-    """Yield this process's batches with their audio."""
+    """Return this process's batches with their audio; on a GPU with many recordings in each."""
     batches = own_batches(
         manifest.utterances,
         transcriber.batch_size,
@@ -145,7 +140,12 @@ def _loaded_batches(
     )
     extractor = transcriber.whisper.feature_extractor
     read = SpeechReader(extractor, data, cache, decoding=transcriber.options)
-    return speech_batches(batches, read, data.workers)
+    loaded = speech_batches(batches, read, data.workers)
+    on_gpu = transcriber.whisper.model.device.type == "cuda"
+    if not on_gpu or transcriber.options.long_form != "sequential":
+        return loaded
+    most = min(RECORDINGS_AT_ONCE, transcriber.room.rows)
+    return with_recordings_together(loaded, most, SECONDS_AT_ONCE, run.stop_if_asked)
 
 
 def _agree_on_batch_size(transcriber: Transcriber, results: RowResults, run: Run) -> None:
