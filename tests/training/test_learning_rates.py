@@ -92,6 +92,10 @@ def test_a_run_chooses_its_rate_once(tmp_path: Path, setting: Setting) -> None:
     assert json.loads((folder / "learning_rate.json").read_text())["lowest_loss_at"] == chosen
     rates = logged(folder, "train/learning_rate")
     assert rates == pytest.approx([chosen * factor for factor in (1, 0.75, 0.5, 0.25)])
+    facts = json.loads((folder / "final" / "distillation.json").read_text())
+    assert facts["recipe"]["optimizer"]["learning_rate"] == chosen
+    assert facts["recipe"]["schedule"]["max_steps"] == 4
+    assert f"learning rate {chosen}," in (folder / "final" / "README.md").read_text("utf-8")
     given = {**AUTO, "optimizer__learning_rate": chosen}
     other = distil(write_config(tmp_path / "given", setting, **given))
     assert not (other / "learning_rate.png").exists()
@@ -118,6 +122,7 @@ def test_a_run_that_continues_keeps_its_rate(tmp_path: Path, setting: Setting) -
     train()
     assert trainer.state.learning_rate == chosen
     assert not (tmp_path / "run" / "learning_rate.png").exists()  # not compared again
+    assert json.loads((tmp_path / "run" / "run_info.json").read_text())["learning_rate"] == chosen
     assert logged(tmp_path / "run", "train/learning_rate")[2:] == pytest.approx(
         [chosen * factor for factor in (0.5, 0.25)]  # type: ignore[operator]
     )
