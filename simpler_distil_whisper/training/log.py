@@ -170,13 +170,9 @@ class MetricsLog:
         if not enabled:
             return
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             # From step 0 a run starts again, and scores the teacher again.
-            kept = [
-                line
-                for line in lines
-                if first_step and (row := _row(line)) and row["step"] <= first_step
-            ]
+            rows = read_metrics(self._path) if first_step else []
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= first_step]
             write_atomically(self._path, "".join(kept).encode())
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -221,12 +217,21 @@ class RejectionLog:
                 file.write(rejection_line(rejection))
 
 
+def read_metrics(path: Path) -> list[Row]:
+    """Return the rows of a metrics.jsonl; a last line that a kill has torn is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draw `metrics.jsonl` over the optimizer steps, as PNG."""
     import matplotlib as mpl  # takes a second to import, and is not always needed
     from matplotlib.figure import Figure
 
-    rows = [row for line in metrics.read_text(encoding="utf-8").splitlines() if (row := _row(line))]
+    rows = read_metrics(metrics)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 7))
         grid = figure.subplots(2, 2, gridspec_kw=MARGINS)
@@ -260,11 +265,3 @@ def _draw(axes: "Axes", rows: Sequence[Row], title: str, unit: str, names: dict[
     axes.set_xlim(0, max((row["step"] for row in rows), default=1) or 1)
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
-
-
-def _row(line: str) -> Row | None:
-    try:
-        row: Row = json.loads(line)
-        return row
-    except ValueError:  # a kill can tear the last line
-        return None

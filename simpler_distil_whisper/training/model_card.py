@@ -20,6 +20,7 @@ from simpler_distil_whisper.pages import render
 from simpler_distil_whisper.run import log, package_versions
 from simpler_distil_whisper.text.languages import code_or_none
 from simpler_distil_whisper.training.filters import Selection
+from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.plan import RunLength
 
 SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
@@ -125,7 +126,7 @@ def facts_of(
 
 def scores_at(metrics: Path, step: int) -> dict[str, Any] | None:
     """Return the scores on dev after a step, of student and teacher; None if it was not scored."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(metrics)
     student = [_scores(row, "student") for row in rows if row["step"] == step]
     teacher = [_scores(row, "teacher") for row in rows]
     student = [scores for scores in student if scores]
