@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import RunOptions, StrictModel
-from simpler_distil_whisper.data.audio import AudioError, audio_seconds
+from simpler_distil_whisper.data.audio import audio_seconds
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import Manifest, Utterance, clip_of, read_manifest
+from simpler_distil_whisper.data.manifest import (
+    Manifest,
+    Utterance,
+    clip_of,
+    read_manifest,
+    still_readable,
+)
 from simpler_distil_whisper.data.options import ManifestData
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
@@ -32,7 +38,7 @@ from simpler_distil_whisper.model.options import (
     InferenceDecodingOptions,
     ModelOptions,
 )
-from simpler_distil_whisper.run import DataError, Run, run_script
+from simpler_distil_whisper.run import Run, run_script
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -171,13 +177,8 @@ def subtitle_rows(config: Config, run: Run) -> None:
     names = (columns.audio, columns.start_seconds, columns.duration_seconds, columns.channel)
 
     def seconds_of(row: Row) -> float:
-        try:
+        with still_readable(row[columns.audio], "transcribed"):
             return audio_seconds(*clip_of(row, *names))
-        except AudioError as error:
-            raise DataError(
-                f"{row[columns.audio]}: {error}. It was readable when it was transcribed; run the "
-                "same command again once it is there"
-            ) from None
 
     write_subtitles(
         run.folder / HYPOTHESES,

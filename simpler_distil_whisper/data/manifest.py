@@ -4,6 +4,7 @@ Owns the type `Utterance`. It decodes no audio; that is done when an utterance i
 """
 
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
-from simpler_distil_whisper.data.audio import MEAN, Clip, channel_name, is_channel
+from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, channel_name, is_channel
 from simpler_distil_whisper.data.jsonl import (
     PlacedLine,
     Row,
@@ -41,6 +42,18 @@ from simpler_distil_whisper.run import DataError, log
 THREADS, ROWS_OF_A_THREAD = 32, 32
 BYTES_AT_ONCE = 2**26  # of rows
 MEASURED_SECONDS = "audio_seconds"  # the column of lengths that labelling has measured
+
+
+@contextlib.contextmanager
+def still_readable(audio: str, when: str) -> Iterator[None]:
+    """Raise DataError for the AudioError of a file that could be read before, `when` it was."""
+    try:
+        yield
+    except AudioError as error:
+        raise DataError(
+            f"{audio}: {error}. It was readable when it was {when}; run the same command again "
+            "once it is there"
+        ) from None
 
 
 def clip_of(row: Row, audio: str, *others: str | None) -> Clip:

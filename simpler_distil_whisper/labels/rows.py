@@ -12,12 +12,16 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.data.audio import AudioError, Clip, load_audio
+from simpler_distil_whisper.data.audio import Clip, load_audio
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import MEASURED_SECONDS, Utterance, clip_of
+from simpler_distil_whisper.data.manifest import (
+    MEASURED_SECONDS,
+    Utterance,
+    clip_of,
+    still_readable,
+)
 from simpler_distil_whisper.data.options import Columns, ManifestData
 from simpler_distil_whisper.evaluation.metrics import Scorer
-from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
@@ -142,13 +146,8 @@ class LabelColumns:
         Raises:
             DataError: it cannot be read any more.
         """
-        try:
+        with still_readable(row[self.audio], "labelled"):
             return load_audio(*self.clip(row))
-        except AudioError as error:
-            raise DataError(
-                f"{row[self.audio]}: {error}. It was readable when it was labelled; run the same "
-                "command again once it is there"
-            ) from None
 
     def new_fields(self, text_column: str) -> set[str]:
         """Return the fields that a row must not have yet, since labelling would overwrite them.

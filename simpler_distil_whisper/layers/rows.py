@@ -69,14 +69,13 @@ class LabelReader:
         """
         # These import torch, which takes seconds.
         from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
-        from simpler_distil_whisper.training.tokens import LabelTokenizer, learnt_text
+        from simpler_distil_whisper.training.tokens import LabelTokenizer
 
         tokenizer = load_tokenizer(teacher)
         self.special = special_tokens(tokenizer, teacher)
         self.tokenize = LabelTokenizer(
             tokenizer, self.special, teacher.config["max_target_positions"]
         )
-        self.learnt_text = learnt_text
         self.language = language
         self.task = task
         self.window = teacher.window_seconds
@@ -96,7 +95,7 @@ class LabelReader:
             raise ValueError("neither the row nor layer_scoring.language names the language")
         prompt = self.special.prompt(language, self.task)
         complete = not is_cut_off(utterance.row)
-        label = self.tokenize(self.learnt_text(utterance.text, complete))
+        label = self.tokenize(utterance.text, complete=complete)
         maximum = self.tokenize.max_label_tokens
         if len(label) > maximum:
             raise ValueError(f"label of {len(label)} tokens, the maximum is {maximum}")
