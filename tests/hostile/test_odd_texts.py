@@ -22,6 +22,7 @@ from training_data import make_special_tokens
 from simpler_distil_whisper.data.jsonl import RowError, parse_row
 from simpler_distil_whisper.decoding.subtitles import FileNames, cues_of, srt, vtt
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer, align, count_edits
+from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER
 from simpler_distil_whisper.run import run_script
 from simpler_distil_whisper.terminal import VisibleFormatter, visible_in_line
 from simpler_distil_whisper.text.languages import join_texts, tokens
@@ -140,13 +141,18 @@ def check_comparison(reference: str, hypothesis: str, seed: int) -> None:
 
 
 def check_label(tokenizer: LabelTokenizer, text: str, seed: int) -> None:
-    """Tokens are those of the text and no others; what would be a command is refused."""
+    """Tokens are those of the text and no others; commands and broken characters are refused."""
     try:
         ids = tokenizer(text)
     except UnusableText as error:
-        assert "<|" in INVISIBLE.sub("", learnt_text(text)), seed
-        assert "which is no speech" in str(error), seed
+        learnt = learnt_text(text)
+        if BROKEN_CHARACTER in learnt:
+            assert "the label holds U+FFFD" in str(error), seed
+        else:
+            assert "<|" in INVISIBLE.sub("", learnt), seed
+            assert "which is no speech" in str(error), seed
         return
+    assert BROKEN_CHARACTER not in learnt_text(text), seed
     assert tokenizer.tokenizer.decode(ids) == learnt_text(text), seed
     join_texts([text, text])
     with_digits(text)
