@@ -81,7 +81,7 @@ class Config(StrictModel):
     @property
     def required_columns(self) -> dict[str, list[str]]:
         """The columns that the baseline's file must have, by the key that names them."""
-        keys = ["language", "audio", "start_seconds", "speaker"]
+        keys = ["language", "audio", "speaker"]
         named = {f"columns.{key}": getattr(self.columns, key) for key in keys}
         named["bootstrap_block_column"] = self.bootstrap_block_column
         return {"group_by": self.group_by} | {key: [name] for key, name in named.items() if name}

@@ -60,7 +60,9 @@ class HypothesisColumns(StrictModel):
         default=None, description="Column of the audio file, which the report then plays."
     )
     start_seconds: Name | None = Field(
-        default=None, description="Column of where in the file the utterance begins."
+        default="start_seconds",
+        description="Column of where in the file the utterance begins; at its beginning in rows "
+        "without the column.",
     )
     duration_seconds: Name | None = Field(
         default=None,

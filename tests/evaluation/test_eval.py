@@ -346,16 +346,18 @@ def page_data(folder: Path) -> Row:
 
 
 def test_the_page_shows_the_same_utterances_whatever_order_the_files_have(tmp_path: Path) -> None:
-    first = [{**row, "audio": "clip.wav", "start": 0.5, "seconds": 1} for row in many_rows(0)]
+    first = [
+        {**row, "audio": "clip.wav", "start_seconds": 0.5, "seconds": 1} for row in many_rows(0)
+    ]
     first[7]["audio"] = "gone.wav"
+    del first[5]["start_seconds"]
     second = [{**row} for row in many_rows(0)]
     second[7]["hypothesis"] = "x y z"
     second[9]["hypothesis"] = "x"
     second.reverse()
     soundfile.write(tmp_path / "clip.wav", np.zeros(32_000), 16_000)
     paths = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in (("a", first), ("b", second))]
-    columns = {"language": None, "audio": "audio", "start_seconds": "start"}
-    columns |= {"duration_seconds": "seconds"}
+    columns = {"language": None, "audio": "audio", "duration_seconds": "seconds"}
     keys: Row = {"columns": columns, "metric": PLAIN, "group_by": []}
     for embed in (True, False):
         keys["report"] = {"html": True, "worst_utterances": 2, "embed_audio": embed}
@@ -367,6 +369,7 @@ def test_the_page_shows_the_same_utterances_whatever_order_the_files_have(tmp_pa
         assert [system["errors"] for system in by_id["7"]["systems"]] == [0, 10]
         assert [system["errors"] for system in by_id["9"]["systems"]] == [0, 10]
         assert by_id["3"]["audio"] == "../clip.wav#t=0.5,1.5"
+        assert by_id["5"]["audio"] == "../clip.wav#t=0,1"
         assert by_id["7"]["audio"] is None
         assert by_id["9"]["seconds"] == 1
         assert ("data:audio/mpeg;base64," in data["page"]) == embed
