@@ -19,6 +19,7 @@ PlacedLine = tuple[int, int, bytes]  # number, from 1, offset and bytes of a lin
 
 LONGEST_ROW = 2**25  # bytes
 LONGEST_TEXT = 1_000_000  # characters; tokenizers and alignments take memory by the length
+LONGEST_SECONDS = 1e9
 DEEPEST = 100  # nested levels of a row; Python can neither copy nor pickle ten times as many
 
 
@@ -157,4 +158,4 @@ def _depth(value: object) -> int:
 def seconds_in(row: Row, column: str | None) -> float | None:
     """Return the time under a key; None if there is no key, or what stands there can be no time."""
     value = row.get(column) if column else None
-    return float(value) if is_number(value) and 0 <= value < math.inf else None
+    return float(value) if is_number(value) and 0 <= value < LONGEST_SECONDS else None

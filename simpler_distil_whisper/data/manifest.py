@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
-from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, channel_name, is_channel
+from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, channel_name
 from simpler_distil_whisper.data.jsonl import (
     PlacedLine,
     Row,
     parse_row,
     placed_lines,
+    seconds_in,
     to_line,
 )
 from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.data.row_checks import (
-    LONGEST_SECONDS,
     UNSET,
     BadRow,
     GoodRow,
@@ -64,9 +64,13 @@ def clip_of(row: Row, audio: str, *others: str | None) -> Clip:
         audio: the column of the path.
         others: those of start, duration and channel; None: no such column.
     """
-    start, duration, channel = (row.get(name) if name else None for name in others)
-    channel = channel if is_channel(channel) else MEAN
-    return Clip(Path(row[audio]), start or 0.0, duration, channel)
+    start, duration, channel = others
+    return Clip(
+        Path(row[audio]),
+        (row.get(start) if start else None) or 0.0,
+        row.get(duration) if duration else None,
+        named_channel(row, channel) or MEAN,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +111,7 @@ class Utterance:
         """Its length by the row: that of its part, or what labelling measured; None: neither."""
         if self.duration_seconds is not None:
             return self.duration_seconds
-        measured = self.row.get(MEASURED_SECONDS)
-        return measured if isinstance(measured, float) and 0 < measured < LONGEST_SECONDS else None
+        return seconds_in(self.row, MEASURED_SECONDS) or None
 
     @property
     def clip(self) -> Clip:
@@ -359,7 +362,7 @@ def _utterance(
         audio=Path(audio),
         start_seconds=float(start or 0.0),
         duration_seconds=None if duration is None else float(duration),
-        channel=named_channel(row, columns) or MEAN,
+        channel=named_channel(row, columns.channel) or MEAN,
         text=row.get(columns.text),
         language=row_language(row, columns),
     )

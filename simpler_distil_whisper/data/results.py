@@ -155,8 +155,8 @@ class RowResults:
             if part.manifest_hash not in (b"", self._manifest_hash):
                 raise ConfigError(
                     f"output_dir: {part.path.parents[1]} holds results of other rows than those "
-                    "that data.manifest has now: restore the manifest, or choose another "
-                    '"output_dir"'
+                    "that data.manifest has now, or some of their audio files were missing then or "
+                    'are now: restore what was there, or choose another "output_dir"'
                 )
         return parts
 

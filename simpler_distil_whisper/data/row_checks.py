@@ -18,16 +18,15 @@ from simpler_distil_whisper.data.jsonl import (
     Row,
     RowError,
     check_text,
-    is_number,
     parse_row,
     quoted,
+    seconds_in,
 )
 from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.text.languages import whisper_language
 
 UNSET = -1  # no channel is forced on the row
 MOST_CHANNELS = 100  # of a file
-LONGEST_SECONDS = 1e9
 # Where audio is, by the path in its row: in the manifest's folder, in the working directory, or in
 # either of them under a name that is composed otherwise.
 IN_FOLDER, IN_WORKING_DIRECTORY, OTHER_SPELLING = range(3)
@@ -82,7 +81,7 @@ class RowCheck:
             raise RowError(f'"{columns.id}" is neither a string nor a number: {quoted(identity)}')
         for column in (columns.start_seconds, columns.duration_seconds):
             value = row.get(column) if column else None
-            if value is not None and not (is_number(value) and 0 <= value < LONGEST_SECONDS):
+            if value is not None and seconds_in(row, column) is None:
                 raise RowError(f'"{column}" is not a time in seconds: {quoted(value)}')
         if columns.duration_seconds and row.get(columns.duration_seconds) == 0:
             raise RowError(f'"{columns.duration_seconds}" is 0')
@@ -114,7 +113,7 @@ class RowCheck:
                 audio cannot be opened.
         """
         column = self.columns.channel
-        if self.channel == MEAN or named_channel(row, self.columns):
+        if self.channel == MEAN or named_channel(row, column):
             return [UNSET]
         if column and row.get(column) is not None:
             raise RowError(
@@ -166,10 +165,11 @@ def _whisper_language(name: str) -> str | ValueError:
         return error
 
 
-def named_channel(row: Row, columns: Columns) -> str | None:
-    """Return the channel that a row names; None if it names none."""
-    value = row.get(columns.channel) if columns.channel else None
-    return value if is_channel(value) else None
+def named_channel(row: Row, column: str | None) -> str | None:
+    """Return the channel that a row names in a column, as a name or number; None: it names none."""
+    value = row.get(column) if column else None
+    name = str(value) if type(value) is int else value
+    return name if is_channel(name) else None
 
 
 def find_audio(name: str, folder: str) -> str | None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, audio_seconds, is_channel
+from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row, seconds_in
-from simpler_distil_whisper.data.row_checks import find_audio
+from simpler_distil_whisper.data.row_checks import find_audio, named_channel
 from simpler_distil_whisper.evaluation.hypotheses import (
     ExaminedSystem,
     HypothesisColumns,
@@ -131,12 +131,11 @@ def find_clip(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None
     if path is None:
         return None
     start = seconds_in(row, columns.start_seconds) or 0.0
-    channel = row.get(columns.channel) if columns.channel else None
     return Clip(
         Path(path),
         start,
         seconds_in(row, columns.duration_seconds),
-        channel if is_channel(channel) else MEAN,
+        named_channel(row, columns.channel) or MEAN,
     )
 
 

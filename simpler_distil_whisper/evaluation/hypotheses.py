@@ -17,6 +17,7 @@ from simpler_distil_whisper.data.jsonl import (
     Row,
     RowError,
     check_text,
+    is_number,
     parse_row,
     placed_lines,
     quoted,
@@ -277,11 +278,11 @@ def _read_id(row: Row, line: int, columns: HypothesisColumns) -> str:
     """Return the row's id as a string: the line number if there is no id column.
 
     Raises:
-        RowError: the row's id is neither a string nor an integer.
+        RowError: the row's id is neither a string nor a number.
     """
     if columns.id is None:
         return str(line)
-    if type(row.get(columns.id)) is int:
+    if is_number(row.get(columns.id)):
         return str(row[columns.id])
     return _read_text(row, columns.id)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import BinaryIO
 
-from simpler_distil_whisper.data.jsonl import to_line
+from simpler_distil_whisper.data.jsonl import is_number, to_line
 from simpler_distil_whisper.evaluation.facts import CategoryColumn, Facts
 from simpler_distil_whisper.evaluation.hallucination import KnownPhrases
 from simpler_distil_whisper.evaluation.hypotheses import (
@@ -51,7 +51,7 @@ def score_system(
         run.stop_if_asked()
         position = facts.positions[utterance_id]
         reference, hypothesis = read_reference(row, columns), row[columns.hypothesis]
-        seconds = facts.seconds[position]
+        seconds, probability = facts.seconds[position], row.get("no_speech_probability")
         scored = score_utterance(
             scorer,
             phrases,
@@ -59,7 +59,7 @@ def score_system(
             hypothesis,
             facts.languages[position],
             seconds=seconds if seconds > 0 else None,
-            no_speech_probability=row.get("no_speech_probability"),
+            no_speech_probability=probability if is_number(probability) else None,
         )
         groups = facts.group_values(position)
         groups |= length_groups(seconds, scored.chosen.reference_tokens)
@@ -76,7 +76,7 @@ def compare_systems(
 ) -> dict[str, ComparisonSummary]:
     """Return how each system but the first compares with the first, the baseline.
 
-    Utterances without a reference are left out.
+    Utterances without a reference are left out, and without any there is nothing to compare.
 
     Args:
         scores: system -> its scores.
@@ -86,6 +86,8 @@ def compare_systems(
     name, *others = scores
     baseline = scores[name]
     has_reference = baseline.errors != NO_REFERENCE
+    if not has_reference.any():
+        return {}
     comparisons = {}
     for other in others:
         comparison = paired_difference(

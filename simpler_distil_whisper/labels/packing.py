@@ -121,11 +121,13 @@ class PackPlan:
             pack by pack.
         starts: int64 [packs + 1]: the index in `offsets` at which each pack begins.
         left_out: reason -> how many rows are in no pack.
+        alone: how many rows lack the values by which rows are packed together.
     """
 
     offsets: Integers
     starts: Integers
     left_out: Counter[str]
+    alone: int
 
     def __len__(self) -> int:
         """Return how many packs there are."""
@@ -177,7 +179,14 @@ def pack_labels(
         write_packs(labels, plan, columns, shared, scorer)
     reasons = "".join(f", {rows} left out ({why})" for why, rows in plan.left_out.items())
     packed = labels.with_name(PACKED_LABELS)
-    return f"{packed}: {len(plan)} packs of {len(plan.offsets)} labels{reasons}.\n"
+    counts = f"{packed}: {len(plan)} packs of {len(plan.offsets)} labels{reasons}.\n"
+    if not plan.alone:
+        return counts
+    names = ", ".join(options.shared_columns(columns))
+    return counts + (
+        f"{plan.alone} labels are packs of their own, since their rows lack {names}: "
+        "pack.group_by names the columns whose values the parts of a pack share.\n"
+    )
 
 
 def plan_packs(
@@ -195,7 +204,7 @@ def plan_packs(
     """
     offsets, packs, left_out = array("q"), array("q"), Counter[str]()
     open_packs: dict[str | None, _OpenPack] = {}
-    count = 0
+    count = alone = 0
     for offset, row in own_rows(labels):
         if reason := _why_left_out(row, columns, limits):
             left_out[reason] += 1
@@ -206,14 +215,16 @@ def plan_packs(
             pack = _OpenPack(count)
             count += 1
         pack.add(row)
-        if group is not None:
+        if group is None:
+            alone += 1
+        else:
             open_packs[group] = pack
         offsets.append(offset)
         packs.append(pack.number)
     pack_numbers = np.array(packs, np.int64)
     order = np.argsort(pack_numbers, kind="stable")
     starts = np.searchsorted(pack_numbers[order], np.arange(count + 1))
-    return PackPlan(np.array(offsets, np.int64)[order], starts, left_out)
+    return PackPlan(np.array(offsets, np.int64)[order], starts, left_out, alone)
 
 
 def packed_row(
@@ -241,13 +252,16 @@ def packed_row(
     reference = None if None in references else join_texts(references)
     unit, language = parts[0]["error_unit"], parts[0]["error_language"]
     rate, tokens = _error_rate(reference, label, unit, language, scorer)
+    # What tells where a part's audio is does not tell where the pack's is.
+    own = {columns.id, columns.audio, columns.start_seconds, columns.duration_seconds}
+    own |= {columns.channel}
     ends = np.cumsum([part["audio_seconds"] for part in parts]).round(6).tolist()
     starts = [0.0, *ends[:-1]]
     return {
         **({columns.id: f"pack-{number:06d}"} if columns.id else {}),
         columns.audio: str(audio_path(number)),
+        **{name: parts[0].get(name) for name in shared if name not in own},
         columns.label: label,
-        **{name: parts[0].get(name) for name in shared},
         columns.reference: reference,
         columns.error_rate: rate,
         "error_unit": unit,

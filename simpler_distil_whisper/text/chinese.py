@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Literal
 
-from simpler_distil_whisper.text.languages import HOKKIEN_NAMES, code_or_none
+from simpler_distil_whisper.text.languages import code_or_none, is_hokkien
 
 Script = Literal["simplified", "traditional", "taiwan", "hong_kong"]
 
@@ -29,7 +29,7 @@ def is_chinese(language: str | None) -> bool:
     """
     if language is None:
         return False
-    return language.strip().lower() in HOKKIEN_NAMES or code_or_none(language) in CHINESE_CODES
+    return is_hokkien(language) or code_or_none(language) in CHINESE_CODES
 
 
 @functools.cache

@@ -97,19 +97,29 @@ NEVER_SPACED = re.compile(rf"[{HAN_AND_KANA}{OTHER_UNSPACED}]")
 LONGEST_NGRAM = 100  # tokens; loops of longer pieces are not looked for
 
 
+def is_hokkien(name: str) -> bool:
+    """Return whether a code, a locale or an English name means Hokkien (Taiwanese, Min Nan)."""
+    key = _name_key(name)
+    return not HOKKIEN_NAMES.isdisjoint((key, key.split("-")[0]))
+
+
+def _name_key(name: str) -> str:
+    return " ".join(name.lower().replace("_", "-").split())
+
+
 def whisper_language(name: str) -> str:
     """Return Whisper's code of a language given as a code, a locale or an English name.
 
     Raises:
         ValueError: Whisper has no such language; the message suggests what to write instead.
     """
-    key = " ".join(name.lower().replace("_", "-").split())
-    base = key.split("-")[0]
-    if key in HOKKIEN_NAMES or base in HOKKIEN_NAMES:
+    if is_hokkien(name):
         raise ValueError(
             f'"{name}": Whisper has no token for Hokkien (Taiwanese, Min Nan); use "zh", under '
             "which it learns and writes Hokkien in Han characters"
         )
+    key = _name_key(name)
+    base = key.split("-")[0]
     names = {
         **{english: code for code, english in WHISPER_LANGUAGES.items()},
         **{code: code for code in WHISPER_LANGUAGES},

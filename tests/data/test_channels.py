@@ -75,9 +75,11 @@ def test_each_channel_becomes_a_row(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_one_side_is_written_into_the_rows(tmp_path: Path) -> None:
     call(tmp_path)
     rows = [{"id": "a", "audio": "call.wav"}, {"id": "b", "audio": "call.wav", "channel": "left"}]
-    first, second = read(tmp_path, "right", *rows).utterances
+    rows += [{"id": "c", "audio": "call.wav", "channel": 2}]
+    first, second, third = read(tmp_path, "right", *rows).utterances
     assert (first.id, first.row["channel"], first.channel) == ("a", "right", "right")
-    assert second.channel == "left"
+    assert (second.channel, third.channel) == ("left", "2")
+    assert load_audio(*third.clip).tolist() == load_audio(*first.clip).tolist()
     # A labelled row is trained on without further steps: it names its channel itself.
     again = read(tmp_path, "mean", first.row)
     assert again.utterances[0].clip == first.clip

@@ -118,6 +118,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({**GOOD, "start_seconds": "1"}, '"start_seconds" is not a time in seconds: "1"'),
     ({**GOOD, "duration_seconds": -1}, '"duration_seconds" is not a time in seconds: -1'),
     ({**GOOD, "duration_seconds": 0}, '"duration_seconds" is 0'),
+    ({**GOOD, "duration_seconds": 10**400}, '"duration_seconds" is not a time in seconds'),
     ({**GOOD, "duration_seconds": 1e300}, '"duration_seconds" is not a time in seconds'),
     ({**GOOD, "language": "klingon"}, '"klingon" is no language that Whisper knows'),
     ({**GOOD, "language": 7}, '"language" is not a string: 7'),

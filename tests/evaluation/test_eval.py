@@ -131,7 +131,7 @@ BAD_ROWS: list[tuple[Row | str, str]] = [
     ("[]", "not a JSON object but list"),
     ("[1]", "not a JSON object but list"),
     ({"text": "x", "hypothesis": "x"}, 'no column "id"'),
-    ({"id": 1.5, "text": "x", "hypothesis": "x"}, 'column "id" is not a string'),
+    ({"id": True, "text": "x", "hypothesis": "x"}, 'column "id" is not a string'),
     ({"id": "n", "text": 5, "hypothesis": "x"}, 'column "text" is not a string'),
     ({"id": "m", "hypothesis": "x"}, 'no column "text"'),
     ({"id": "s", "text": "x", "hypothesis": 3}, 'column "hypothesis" is not a string'),
@@ -295,9 +295,23 @@ def test_rows_without_a_reference_are_searched_for_invented_text(tmp_path: Path)
     assert "3 utterances look invented: repetition 1, output on silence 1, known phrase 1" in (
         done.stdout
     )
+    # Two systems of which none can be compared; another tool wrote probabilities as strings.
+    other = [row | {"no_speech_probability": "0.9"} for row in read_rows(path)]
+    paths = [path, write_rows(tmp_path / "two.jsonl", other)]
     columns = {"id": "id", "reference": None, "hypothesis": "hypothesis", "language": "language"}
-    assert evaluate(tmp_path, config_for(tmp_path, path, columns=columns)).returncode == 0
-    assert summary_in(tmp_path)["systems"]["one"]["corpus"]["rate"] is None
+    done = evaluate(tmp_path, config_for(tmp_path, *paths, columns=columns))
+    assert done.returncode == 0, done.stderr
+    summary = summary_in(tmp_path)
+    assert summary["systems"]["one"]["corpus"]["rate"] is None
+    assert summary["systems"]["one"]["hallucination"] == summary["systems"]["two"]["hallucination"]
+    assert summary["comparisons"] == {}
+
+
+def test_ids_may_be_numbers(tmp_path: Path) -> None:
+    rows = [{**row, "id": number + 0.0} for number, row in enumerate(ROWS)]
+    done = evaluate(tmp_path, config_for(tmp_path, write_rows(tmp_path / "one.jsonl", rows)))
+    assert done.returncode == 0, done.stderr
+    assert summary_in(tmp_path)["systems"]["one"]["corpus"]["utterances"] == len(ROWS)
 
 
 def test_what_is_known_of_an_utterance_is_read_from_the_first_system(tmp_path: Path) -> None:

@@ -212,6 +212,20 @@ def test_the_row_of_a_pack_by_hand() -> None:
     }
 
 
+def test_packs_of_one_recording_have_audio_of_their_own(tmp_path: Path) -> None:
+    rows = [label(channel=side, id=n, turn="q") for n, side in enumerate(["left", "left", "right"])]
+    rows += [label(channel=None, id=3, turn="q")]
+    write_rows(tmp_path / "labels.jsonl", rows)
+    group_by = ["audio", "channel", "turn"]
+    packs = plan_packs(tmp_path / "labels.jsonl", COLUMNS, group_by, LIMITS)
+    assert ids_in(tmp_path, packs) == [[0, 1], [2], [3]]
+    assert packs.alone == 1
+    row = packed_row(packs.parts(tmp_path / "labels.jsonl", 0), 0, COLUMNS, group_by, SCORER)
+    assert (row["audio"], row["turn"]) == ("packed/audio/000/000000.flac", "q")
+    assert "channel" not in row
+    assert [part["channel"] for part in row["parts"]] == ["left", "left"]
+
+
 def test_a_pack_with_a_part_without_reference_has_no_rate() -> None:
     parts = [label(id="a"), label(id="b", origin_text=None, **{"cer/wer": None})]
     row = packed_row(parts, 0, COLUMNS, [], SCORER)

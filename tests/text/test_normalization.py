@@ -101,7 +101,7 @@ def test_full_width_brackets_stay_what_whisper_does_not_delete() -> None:
     assert normalize("one（two）three", "en") != normalize("one(two)three", "en")
 
 
-@pytest.mark.parametrize("language", ["zh", "Chinese", "zh-TW", "yue", "nan", "hokkien"])
+@pytest.mark.parametrize("language", ["zh", "Chinese", "zh-TW", "yue", "nan", "nan-tw", "min_nan"])
 def test_chinese_is_compared_in_one_script(language: str) -> None:
     normalize = make_normalizer(TextNormalization())
     assert normalize("我們在臺灣看著 LINE，頭髮乾淨", language) == normalize(
