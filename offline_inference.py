@@ -98,6 +98,7 @@ def prepare(config: Config) -> Prepared:
     assistant_folder = None
     if assistant.path:
         assistant_folder = read_model_folder(assistant.path, assistant.processor, "assistant")
+        assistant_folder.check_copy_of(folder, "assistant")
     new_fields = [columns.hypothesis]
     if config.decoding.with_segments:
         new_fields.append(columns.segments)

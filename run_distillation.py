@@ -225,6 +225,13 @@ def load_models(
     if config.audio_context.enabled:
         context = AudioContext(config.audio_context.margin_seconds)
         student.model.config.audio_context = context.to_config()
+    elif student.audio_context:
+        log.warning(
+            "student.path: %s was trained for an audio context, and this run gives it the whole "
+            "window: its folder will no longer state one, unless audio_context.enabled is true",
+            student_folder.path,
+        )
+        student.model.config.audio_context = None
     if config.activation_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
@@ -258,8 +265,10 @@ def check(config: Config, prepared: Prepared) -> None:
         rate, picture = config.optimizer.learning_rate, None
         if rate == "auto" or config.check.learning_rate_range_test:
             picture = config.output_dir.with_name(f"{config.output_dir.name}.learning_rate.png")
-        check_thoroughly(trainer, steps, prepared.selection, prepared.dev, rate, picture)
-        steps.caches.finish()  # before the folder is removed
+        try:
+            check_thoroughly(trainer, steps, prepared.selection, prepared.dev, rate, picture)
+        finally:
+            steps.caches.finish()  # before the folder is removed
 
 
 if __name__ == "__main__":

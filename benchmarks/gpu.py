@@ -47,6 +47,7 @@ from simpler_distil_whisper.model.processes import join_processes
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, save_whisper
 from simpler_distil_whisper.run import run_script
+from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.losses import distillation_loss, token_terms
 from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.trainer import Trainer
@@ -452,7 +453,7 @@ def _run(setting: Setting, script: Any, name: str, config: Result, codes: tuple[
 def _metrics(folder: Path) -> list[Result]:
     """Return the lines of `metrics.jsonl` with a training loss."""
     path = folder / "metrics.jsonl"
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    lines = read_metrics(path) if path.exists() else []
     return [line for line in lines if "train/loss" in line]
 
 

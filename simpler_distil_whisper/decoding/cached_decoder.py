@@ -193,7 +193,9 @@ class CachedDecoder:
             bias: float [V]: added; minus infinity for tokens that are ruled out.
         """
         flat = states.flatten(0, -2).to(self._head.dtype)
-        logits = multiply_by_head(flat, self._head).float()
+        # Autocast, in which a student in training is scored, would round them all the same.
+        with torch.autocast(flat.device.type, enabled=False):
+            logits = multiply_by_head(flat, self._head).float()
         if bias is not None:
             logits += bias
         return logits.view(*states.shape[:-1], len(self._head))

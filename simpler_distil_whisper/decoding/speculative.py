@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
-from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.decoding.cached_decoder import (
     CachedDecoder,
     KeyValueCache,
@@ -63,16 +62,7 @@ class Assistant:
     """
 
     def __init__(self, student: Whisper, teacher: Whisper) -> None:
-        """Check that the student fits the teacher; share the encoder if the weights are equal.
-
-        Raises:
-            ConfigError: the two do not take the same log-mels, or do not have the same tokens.
-        """
-        if difference := _difference(student, teacher):
-            raise ConfigError(
-                f"assistant.path: this student cannot draft for the model: {difference}. "
-                "Name a student of that model, or null"
-            )
+        """Share the teacher's encoder if the weights are equal; the student is a copy of it."""
         parts, teacher_parts = student.model.model, teacher.model.model
         self.own_encoder = not _same_weights(parts.encoder, teacher_parts.encoder)
         if not self.own_encoder:
@@ -250,22 +240,3 @@ def _same_weights(first: nn.Module, second: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(
         torch.equal(ours[name], theirs[name]) for name in ours
     )
-
-
-def _difference(student: Whisper, teacher: Whisper) -> str | None:
-    """Return what keeps a student from drafting for a model, in words; None: nothing does."""
-    for name, what in (
-        ("num_mel_bins", "mel bins"),
-        ("max_source_positions", "positions of audio"),
-        ("max_target_positions", "positions of text"),
-        ("vocab_size", "tokens"),
-    ):
-        ours, theirs = (getattr(whisper.model.config, name) for whisper in (student, teacher))
-        if ours != theirs:
-            return f"it has {ours} {what}, the model {theirs}"
-    vocabularies = [whisper.tokenizer.get_vocab() for whisper in (student, teacher)]
-    if vocabularies[0] == vocabularies[1]:
-        return None
-    ours, theirs = ({id: token for token, id in words.items()} for words in vocabularies)
-    id = min(id for id in ours.keys() | theirs.keys() if ours.get(id) != theirs.get(id))
-    return f"its token {id} is {ours.get(id)}, that of the model {theirs.get(id)}"

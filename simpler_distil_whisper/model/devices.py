@@ -70,10 +70,13 @@ def encoder_batch_size(device: torch.device) -> int | None:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; only from pinned memory does a copy to a GPU not wait for it."""
+    """Return a tensor on a device; only from pinned memory does a copy to a GPU not wait for it.
+
+    A copy from a GPU is always waited for: what reads it on the CPU would not wait.
+    """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def share_cores(model: nn.Module) -> None:

@@ -78,9 +78,9 @@ class ModelFolder:
                 f"{self.window_seconds:g} s"
             )
 
-    def check_copy_of(self, teacher: "ModelFolder") -> None:
-        """Raise ConfigError unless this student takes the teacher's log-mels and tokens."""
-        sizes = ("vocab_size", "num_mel_bins", "max_source_positions")
+    def check_copy_of(self, teacher: "ModelFolder", key: str = "student") -> None:
+        """Raise ConfigError unless the student named by `key` takes the teacher's input."""
+        sizes = ("vocab_size", "num_mel_bins", "max_source_positions", "max_target_positions")
         facts = [(key, self.config[key], teacher.config[key]) for key in sizes]
         facts += [
             (f"as token {id}", ours, theirs)
@@ -88,7 +88,7 @@ class ModelFolder:
         ]
         if others := [fact for fact in facts if fact[1] != fact[2]]:
             problems = [
-                f"student.path: {self.path} has {what} {ours}, the teacher {teacher.path} has "
+                f"{key}.path: {self.path} has {what} {ours}, the teacher {teacher.path} has "
                 f"{theirs}: the student must be a copy of it with fewer layers"
                 for what, ours, theirs in others[:LISTED]
             ]

@@ -107,11 +107,16 @@ def _weight_bytes(model: WhisperForConditionalGeneration) -> int:
     return int((model.num_parameters() + fused) * model.dtype.itemsize + head)
 
 
-def peak_memory_megabytes(device: torch.device) -> int:
-    """Return the most memory that this process has used: of the GPU, if it computes on one."""
+def peak_memory_megabytes(device: torch.device) -> int | None:
+    """Return the most memory that this process has used: of the GPU, if it computes on one.
+
+    None where the system does not tell, as Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:
+        return None
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes // (2**20 if sys.platform == "darwin" else 2**10)

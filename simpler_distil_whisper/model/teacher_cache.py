@@ -21,6 +21,7 @@ from simpler_distil_whisper.data.manifest import Utterance
 from simpler_distil_whisper.model.devices import moved, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import CacheOptions
+from simpler_distil_whisper.model.processes import has_bfloat16
 from simpler_distil_whisper.model.tensor_store import BackgroundWriter, TensorStore
 from simpler_distil_whisper.model.weights import (
     DECODER_SETTINGS,
@@ -159,22 +160,22 @@ class EncoderStateCache:
             float [B, E, D] in the cache's dtype. Those of a GPU are kept later: see `finish`.
         """
         missing = cached.missing
-        count = len(cached.states) + len(missing)
-        states = cached.states.new_empty(count, *self.shape)
-        states[[row for row in range(count) if row not in missing]] = cached.states
         self.hits += len(cached.states)
         self.misses += len(missing)
         if not missing:
-            return states
+            return cached.states
+        count = len(cached.states) + len(missing)
+        states = cached.states.new_empty(count, *self.shape)
+        states[[row for row in range(count) if row not in missing]] = cached.states
         dtype = next(encoder.parameters()).dtype
         places = torch.tensor(list(missing), device=states.device)
         at_once = 1 if states.device.type == "cpu" else len(missing)
         parts = (torch.split(tensor, at_once) for tensor in (places, input_features))
         for rows, features in zip(*parts, strict=True):
             states[rows] = encoder(features.to(dtype)).last_hidden_state.to(self.dtype)
-        self._writer.keep(list(missing.values()), states[places].cpu())
-        if states.device.type == "cpu":  # whose cores have no time to give
-            self._writer.finish()
+        if any(missing.values()):
+            on_cpu = states.device.type == "cpu"
+            self._writer.keep(list(missing.values()), [*states[places].cpu()], wait=on_cpu)
         return states
 
     def finish(self) -> None:
@@ -232,6 +233,7 @@ class DecoderStateCache:
         self.store = store
         self.dtype = dtype
         self.hits = self.misses = 0
+        self._writer = BackgroundWriter(store)
         self.width: int = teacher.config["d_model"]
         facts = {
             "weights": digest_of_weights(teacher.path),
@@ -275,7 +277,7 @@ class DecoderStateCache:
         return CachedDecoderStates(padded, lengths, missing)
 
     def complete(self, cached: CachedDecoderStates, compute: Callable[[], Tensor]) -> Tensor:
-        """Return float [B, L, D] in the cache's dtype, and keep what was missing.
+        """Return float [B, L, D] in the cache's dtype, and keep what was missing: see `finish`.
 
         Args:
             cached: what `look_up` has returned.
@@ -287,6 +289,7 @@ class DecoderStateCache:
         if not cached.missing:
             return cached.padded
         states = compute().to(self.dtype)
+        new: dict[int, str] = {}
         for row, length in enumerate(cached.lengths):
             if row not in cached.missing:
                 states[row, :length] = cached.padded[row, :length]
@@ -294,10 +297,18 @@ class DecoderStateCache:
                 # Batches are looked up ahead of their use: it may have been kept since then.
                 kept = self.store.read(name)
                 if kept is None:
-                    self.store.write(name, states[row, :length].cpu())
+                    new[row] = name
                 else:
                     states[row, :length] = kept.to(states.device)
+        if new:
+            rows = zip(new, states[list(new)].cpu(), strict=True)
+            own = [copied[: cached.lengths[row]] for row, copied in rows]
+            self._writer.keep(list(new.values()), own, wait=states.device.type == "cpu")
         return states
+
+    def finish(self) -> None:
+        """Return once everything that `complete` has computed is on disk, or cannot be."""
+        self._writer.finish()
 
 
 def open_store(options: CacheOptions) -> TensorStore | None:
@@ -321,13 +332,19 @@ def open_store(options: CacheOptions) -> TensorStore | None:
     return store
 
 
-def dtype_of_states(options: CacheOptions, computed: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a config keeps states that were computed in another.
+def dtype_of_states(
+    options: CacheOptions, computed: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """Return the dtype in which a config keeps states that were computed in another on a device.
 
     Raises:
         ConfigError: it is finer than the one in which they were computed.
     """
-    dtype = computed if options.dtype == "auto" else torch_dtype(options.dtype, torch.device("cpu"))
+    if options.dtype == "auto":
+        # A GPU without bfloat16 labels in float16 and trains in float32, for which those will do.
+        labels_coarser = device.type == "cuda" and not has_bfloat16()
+        return torch.float16 if labels_coarser else computed
+    dtype = torch_dtype(options.dtype, device)
     if torch.finfo(dtype).eps < torch.finfo(computed).eps:
         raise ConfigError(
             f'teacher_cache.dtype: "{options.dtype}" is finer than {computed}, in which the '
@@ -359,7 +376,7 @@ def open_encoder_cache(
     """
     if (store := open_store(options)) is None:
         return None
-    dtype = dtype_of_states(options, computed)
+    dtype = dtype_of_states(options, computed, device)
     if options.dtype == "auto":
         trained_in = torch_dtype("auto", device)
         dtype = max(dtype, trained_in, key=lambda dtype: torch.finfo(dtype).eps)

@@ -153,20 +153,29 @@ class BackgroundWriter:
         """Return how another process makes one, which has a thread of its own."""
         return BackgroundWriter, (self._store,)
 
-    def keep(self, names: Sequence[str | None], tensors: Tensor) -> None:
-        """Write tensors on the CPU, float [N, ...], under their names; None: not this one.
+    def keep(
+        self, names: Sequence[str | None], tensors: Sequence[Tensor], *, wait: bool = False
+    ) -> None:
+        """Write contiguous tensors on the CPU under their names; None: not this one.
 
         It returns at once, but if the disk is slower than the model it waits for the batch before.
+
+        Args:
+            names: of the tensors.
+            tensors: one for each name.
+            wait: return only when they are written: on a CPU, whose cores have no time to give.
         """
         self.finish(but=1)
         self._writing.append(self._thread.submit(self._write, names, tensors))
+        if wait:
+            self.finish()
 
     def finish(self, but: int = 0) -> None:
         """Return once all batches are written but the last few."""
         while len(self._writing) > but:
             self._writing.popleft().result()
 
-    def _write(self, names: Sequence[str | None], tensors: Tensor) -> None:
+    def _write(self, names: Sequence[str | None], tensors: Sequence[Tensor]) -> None:
         for name, tensor in zip(names, tensors, strict=True):
             if name:
                 self._store.write(name, tensor)

@@ -55,6 +55,10 @@ PROCESSOR_FILES = (
     "normalizer.json",
 )
 TIME_STEP = 0.02  # seconds from one timestamp to the next
+SETTINGS_OF_SAMPLING = (
+    *("temperature", "top_k", "top_p", "top_h", "min_p"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
 
 
 @dataclass(frozen=True)
@@ -341,6 +345,7 @@ def completed_generation_config(
         if getattr(config, name, None) is None:
             setattr(config, name, getattr(model.config, name, None))
     _keep_existing_heads(config, model)
+    _drop_unused_settings(config)
     config.decoder_start_token_id = tokens.start
     config.no_timestamps_token_id = tokens.no_timestamps
     config.is_multilingual = bool(tokens.languages)
@@ -349,6 +354,22 @@ def completed_generation_config(
         tasks = {"transcribe": tokens.transcribe, "translate": tokens.translate}
         config.task_to_id = {task: id for task, id in tasks.items() if id is not None}
     return config
+
+
+def _drop_unused_settings(config: GenerationConfig) -> None:
+    """Drop settings of sampling where nothing is sampled, and the like: of no effect in `generate`.
+
+    transformers reads such a config, but refuses to write it.
+    """
+    unused: tuple[str, ...] = ()
+    if config.do_sample is not True:
+        unused += SETTINGS_OF_SAMPLING
+    if config.num_beams in (None, 1):
+        unused += ("early_stopping", "length_penalty")
+    if config.return_dict_in_generate is not True:
+        unused += ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+    for name in unused:
+        setattr(config, name, None)
 
 
 def _keep_existing_heads(config: GenerationConfig, model: WhisperForConditionalGeneration) -> None:

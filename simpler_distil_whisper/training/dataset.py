@@ -73,8 +73,9 @@ class StateCaches(NamedTuple):
 
     def finish(self) -> None:
         """Return once everything that was computed is kept."""
-        if self.encoder:
-            self.encoder.finish()
+        for cache in (self.encoder, self.decoder):
+            if cache:
+                cache.finish()
 
 
 NO_CACHES = StateCaches()

@@ -233,7 +233,8 @@ class Teacher:
         use_fast_cross_attention(model.model.decoder)
         if self.shared_encoder:
             model.model.encoder = None  # the student's is used
-        if self.dtype == torch.float32:
+        # A teacher on another device is not in autocast's reach, which casts their input.
+        if self.dtype == torch.float32 and self.device.type == self.accelerator.device.type:
             cast_products(model.model, computing_dtype(self.accelerator))
         return model
 
@@ -299,7 +300,7 @@ def open_caches(
     if (store := open_store(options)) is None:
         return NO_CACHES
     computed = computing_dtype(teacher.accelerator)
-    dtype = dtype_of_states(options, computed)
+    dtype = dtype_of_states(options, computed, teacher.accelerator.device)
     folder, extractor = teacher.folder, student.feature_extractor
     encoder = decoder = None
     if options.encoder_states and (teacher.shared_encoder or objective.uses_teacher):

@@ -18,7 +18,7 @@ import torch
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Manifest
 from simpler_distil_whisper.launch import is_main_process
-from simpler_distil_whisper.model.memory import peak_memory_megabytes
+from simpler_distil_whisper.model.memory import out_of_memory, peak_memory_megabytes
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import load_whisper
 from simpler_distil_whisper.run import log
@@ -125,7 +125,8 @@ def check_agreement(trainer: Trainer, steps: TrainingSteps) -> Agreement | None:
     """Compare the teacher with a student that has all its layers, on the input of training.
 
     Returns:
-        how alike they are; None if the loss does not depend on the teacher.
+        how alike they are; None if the loss does not depend on the teacher, or memory does not
+            suffice for this.
 
     Raises:
         ConfigError: they differ.
@@ -133,7 +134,16 @@ def check_agreement(trainer: Trainer, steps: TrainingSteps) -> Agreement | None:
     models = trainer.models
     if not models.objective.uses_teacher:
         return None
-    agreement = agreement_of_unpruned(models, first_micro_batches(steps.without_caches())[0])
+    try:
+        agreement = agreement_of_unpruned(models, first_micro_batches(steps.without_caches())[0])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        log.warning(
+            "teacher and student, unpruned, are not compared: memory does not suffice for a third "
+            "model beside them"
+        )
+        return None
     if not agreement.tokens:  # no audio of the batch can be read, which is reported elsewhere
         return None
     coarse = {models.teacher.dtype, computing_dtype(models.accelerator)} != {torch.float32}
@@ -214,7 +224,8 @@ def time_validation(trainer: Trainer, validation: Validation) -> float:
     sample.utterances = validation.utterances[:TIMED_ROWS]
     trainer.models.module.eval()
     started = time.perf_counter()
-    sample.score(trainer.models.student)
+    with trainer.advise_when_out_of_memory():
+        sample.score(trainer.models.student)
     elapsed = time.perf_counter() - started
     return elapsed * len(validation.utterances) / len(sample.utterances)
 
@@ -266,7 +277,7 @@ def log_memory(trainer: Trainer) -> None:
     if models.teacher.loaded:
         teacher = sum(p.numel() * p.element_size() for p in models.teacher.model.parameters())
     log.info(
-        "memory: at most %d MB so far; of it student %.0f MB, teacher %.0f MB, gradients and "
+        "memory: at most %s MB so far; of it student %.0f MB, teacher %.0f MB, gradients and "
         "optimizer of %.1f M trained parameters %.0f MB",
         peak_memory_megabytes(trainer.accelerator.device),
         4 * sum(p.numel() for p in parameters) / 2**20,

@@ -118,7 +118,7 @@ class Trainer:
         Raises:
             ConfigError: memory does not suffice.
         """
-        with self._advise_when_out_of_memory():
+        with self.advise_when_out_of_memory():
             module, process_count = self.models.module, self.accelerator.num_processes
             tokens, stop = self._tokens_and_stop(micro_batches)
             module.train()
@@ -168,7 +168,7 @@ class Trainer:
             return
         if self.state.teacher_error_rate is not None:
             return
-        with self._advise_when_out_of_memory():
+        with self.advise_when_out_of_memory():
             score = self.validation.score(self.models.teacher.load())
         self.state.teacher_error_rate = score.error_rate
         self._log_score("teacher", score)
@@ -197,7 +197,7 @@ class Trainer:
         if self.validation is None:
             return
         self.models.module.eval()
-        with self.means.paused(), self._advise_when_out_of_memory():
+        with self.means.paused(), self.advise_when_out_of_memory():
             score = self.validation.score(self.models.student)
         self._log_score("student", score)
         is_best = self.state.record_validation(score.error_rate)
@@ -285,7 +285,7 @@ class Trainer:
             log.info("    reference %s | %s %s", reference, model, hypothesis)
 
     @contextlib.contextmanager
-    def _advise_when_out_of_memory(self) -> Iterator[None]:
+    def advise_when_out_of_memory(self) -> Iterator[None]:
         """Turn an out-of-memory error into advice; batch sizes are never reduced silently."""
         try:
             yield

@@ -181,3 +181,13 @@ def test_a_gpu_records_and_replays(whisper: Whisper, features: Tensor) -> None:
 
 def test_a_cpu_records_nothing(whisper: Whisper) -> None:
     assert type(fastest_decoder(whisper.model, 8)) is CachedDecoder
+
+
+def test_autocast_does_not_round_the_logits(whisper: Whisper) -> None:
+    """A student is scored in it, and must write what it will write without it."""
+    decoder = CachedDecoder(whisper.model)
+    states = torch.randn(3, 1, decoder.width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = decoder.logits(states)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(decoder.logits(states), expected)

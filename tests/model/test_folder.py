@@ -241,6 +241,7 @@ def test_tensors_that_no_whisper_has_are_named(
     [
         ({"languages": ["en", "zh"]}, {"languages": ["en"]}, "vocab_size 367, the teacher .* 366"),
         ({"window_seconds": 1}, {}, "has max_source_positions 50, the teacher .* has 100"),
+        ({"max_target_positions": 100}, {}, "max_target_positions 100, the teacher .* has 448"),
         ({"mels": 128}, {"mels": 80}, "has num_mel_bins 128, the teacher .* has 80"),
         (
             {"languages": ["en", "zh"]},

@@ -31,12 +31,13 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.manifest import Utterance
-from simpler_distil_whisper.model import devices
+from simpler_distil_whisper.model import devices, teacher_cache
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.teacher_cache import (
     DecoderStateCache,
     EncoderStateCache,
+    dtype_of_states,
     open_encoder_cache,
 )
 from simpler_distil_whisper.model.tensor_store import TensorStore
@@ -88,13 +89,16 @@ def test_without_a_folder_there_is_no_cache(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "computed", "kept"),
+    ("device", "bfloat16", "computed", "kept"),
     [
         # On a GPU float16 weights are decoded in float16; a student learns in bfloat16.
-        ("cuda", torch.float16, torch.bfloat16),
-        ("cuda", torch.bfloat16, torch.bfloat16),
-        ("cpu", torch.float32, torch.float32),
-        ("cpu", torch.float16, torch.float16),
+        ("cuda", True, torch.float16, torch.bfloat16),
+        ("cuda", True, torch.bfloat16, torch.bfloat16),
+        # On one without bfloat16 it learns in float32.
+        ("cuda", False, torch.float16, torch.float16),
+        ("cuda", False, torch.float32, torch.float16),
+        ("cpu", False, torch.float32, torch.float32),
+        ("cpu", True, torch.float16, torch.float16),
     ],
 )
 def test_what_labelling_keeps_is_what_training_looks_for(
@@ -102,12 +106,16 @@ def test_what_labelling_keeps_is_what_training_looks_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     device: str,
+    bfloat16: bool,
     computed: torch.dtype,
     kept: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
+    for module in (devices, teacher_cache):
+        monkeypatch.setattr(module, "has_bfloat16", lambda: bfloat16)
     cache = open_cache(teacher, tmp_path / "cache", computed, device=device)
     assert cache.dtype == kept
+    if computed != torch.float16:  # as training asks, which computes in one of the others
+        assert dtype_of_states(CacheOptions(), computed, torch.device(device)) == kept
 
 
 @pytest.mark.parametrize(("for_training", "dtype"), [(True, "float32"), (False, "bfloat16")])

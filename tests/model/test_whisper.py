@@ -173,6 +173,19 @@ def test_alignment_heads_of_the_teacher_are_left_out(
     assert "alignment_heads: 2 of 3 are not in this model" in caplog.text
 
 
+def test_settings_that_transformers_does_not_write_are_left_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = folder / "generation_config.json"
+    unused = {"temperature": 0.2, "top_k": 5, "length_penalty": 2.0, "output_scores": True}
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **unused, "max_length": 100}))
+    whisper = loaded(folder)
+    save_whisper(whisper.model, folder, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_bytes())
+    assert not unused.keys() & saved.keys()
+    assert saved["max_length"] == 100
+
+
 def with_tokens(folder: Path, **ids: int) -> Path:
     """Write tokens that the tokenizer lacks, or has under other ids, into its config."""
     path = folder / "tokenizer_config.json"

@@ -110,6 +110,16 @@ def test_a_distilled_folder_states_its_context(tmp_path: Path, setting: Setting)
     assert AudioContext(**config["audio_context"]) == AudioContext(0.1)
 
 
+def test_a_folder_no_longer_states_a_context_that_was_not_trained(
+    tmp_path: Path, setting: Setting, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = distil(write_config(tmp_path / "run", setting, **TRAINED)) / "final"
+    again = write_config(tmp_path / "again", setting, student={"path": str(trained)})
+    trainer, *_ = assemble(again)
+    assert trainer.models.student.audio_context is None
+    assert "its folder will no longer state one" in caplog.text
+
+
 def test_the_encoder_must_be_trained(tmp_path: Path, setting: Setting) -> None:
     with pytest.raises(ConfigError, match=r"set freeze\.encoder to false"):
         assemble(write_config(tmp_path / "run", setting, audio_context=SECTION))
