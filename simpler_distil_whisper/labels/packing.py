@@ -20,7 +20,7 @@ from simpler_distil_whisper.atomic import partial_path, written_atomically
 from simpler_distil_whisper.config import PositiveFloat, Ratio
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.jsonl import Row, own_rows, row_at, to_line
-from simpler_distil_whisper.evaluation.metrics import Scorer, count_errors
+from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
 from simpler_distil_whisper.labels.evidence import (
     BROKEN_CHARACTER,
@@ -33,7 +33,7 @@ from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.run import Run
-from simpler_distil_whisper.text.languages import Unit, join_texts
+from simpler_distil_whisper.text.languages import join_texts
 from simpler_distil_whisper.text.normalization import is_blank
 
 Integers = npt.NDArray[np.int64]
@@ -250,8 +250,11 @@ def packed_row(
     label = join_texts([part[columns.label] for part in parts])
     references = [part[columns.reference] for part in parts]
     reference = None if None in references else join_texts(references)
-    unit, language = parts[0]["error_unit"], parts[0]["error_language"]
-    rate, tokens = _error_rate(reference, label, unit, language, scorer)
+    language = parts[0]["error_language"]
+    rate = tokens = None
+    if reference is not None:
+        counts = scorer.count(reference, label, language)
+        rate, tokens = counts.rate, counts.reference_tokens
     # What tells where a part's audio is does not tell where the pack's is.
     own = {columns.id, columns.audio, columns.start_seconds, columns.duration_seconds}
     own |= {columns.channel}
@@ -263,8 +266,8 @@ def packed_row(
         **{name: parts[0].get(name) for name in shared if name not in own},
         columns.label: label,
         columns.reference: reference,
-        columns.error_rate: rate,
-        "error_unit": unit,
+        columns.error_rate: None if rate is None else round(rate, 6),
+        "error_unit": parts[0]["error_unit"],
         "error_language": language,
         "reference_tokens": tokens,
         "audio_seconds": ends[-1],
@@ -275,18 +278,6 @@ def packed_row(
         ],
         "parts": [_origin(part, start, columns) for start, part in zip(starts, parts, strict=True)],
     }
-
-
-def _error_rate(
-    reference: str | None, label: str, unit: Unit, language: str | None, scorer: Scorer
-) -> tuple[float | None, int | None]:
-    """Return the error rate, rounded, and the number of reference tokens, as far as there are."""
-    if reference is None:
-        return None, None
-    normalized_reference = scorer.normalize(reference, language)
-    counts = count_errors(normalized_reference, scorer.normalize(label, language), unit)
-    rate = None if counts.rate is None else round(counts.rate, 6)
-    return rate, counts.reference_tokens
 
 
 def audio_path(number: int) -> Path:
