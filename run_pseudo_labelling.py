@@ -25,7 +25,12 @@ from simpler_distil_whisper.labels.recordings import RECORDINGS, cut_recordings
 from simpler_distil_whisper.labels.rows import LabelColumns, Labeller, LabellingData, OutputColumns
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
-from simpler_distil_whisper.model.options import CacheOptions, DecodingOptions, ModelOptions
+from simpler_distil_whisper.model.options import (
+    CacheOptions,
+    DecodingOptions,
+    ModelOptions,
+    SampledTexts,
+)
 from simpler_distil_whisper.run import Run, log, run_script
 from simpler_distil_whisper.text.chinese import Script
 
@@ -41,6 +46,7 @@ class Config(RunOptions):
     teacher: ModelOptions
     data: LabellingData
     decoding: DecodingOptions = DecodingOptions()
+    sampled_texts: SampledTexts = SampledTexts()
     metric: Metric = Metric()
     output_columns: OutputColumns = OutputColumns()
     output_script: Script | None = Field(
@@ -60,6 +66,7 @@ class Config(RunOptions):
             with_segments=self.decoding.with_segments,
             with_unconverted=self.output_script is not None,
             with_windows=self.segmentation.enabled,
+            with_sampled_texts=self.sampled_texts.count > 0,
         )
 
     @model_validator(mode="after")
@@ -157,7 +164,13 @@ def label_rows(
     folder, manifest = prepared
     caching = config.teacher_cache.folder is not None
     teacher = load_for_decoding(folder, config.teacher, state, run, for_training=caching)
-    transcriber = Transcriber(teacher, config.decoding, config.seed, record_steps=True)
+    transcriber = Transcriber(
+        teacher,
+        config.decoding,
+        config.seed,
+        record_steps=True,
+        sampled_texts=config.sampled_texts,
+    )
     model, extractor = teacher.model, teacher.feature_extractor
     cache = open_encoder_cache(config.teacher_cache, folder, extractor, model.dtype, model.device)
     label = Labeller(

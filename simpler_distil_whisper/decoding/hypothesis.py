@@ -94,6 +94,7 @@ class Hypothesis:
         temperature: at which the tokens were sampled; 0 for the most probable ones.
         complete: the model ended the text itself; False if it reached `max_new_tokens`.
         windows: of a recording longer than the window: the evidence, window by window.
+        sampled_texts: what else the model gave the audio, by chance, as far as it ended there.
     """
 
     text: str
@@ -106,6 +107,7 @@ class Hypothesis:
     temperature: float
     complete: bool
     windows: tuple[WindowEvidence, ...] = ()
+    sampled_texts: tuple[str, ...] = ()
 
     @property
     def token_count(self) -> int:

@@ -81,13 +81,18 @@ def sample(
     batch: PromptedBatch,
     temperature: float = 0.0,
     randoms: Tensor | None = None,
+    samples: int = 1,
 ) -> list[SearchResult]:
     """Return greedily chosen tokens, or at a `temperature` above 0 sampled ones.
 
-    Sampling takes `randoms`, float [U, limit]: a number from 0 to 1 for each token, so that no
-    utterance's tokens depend on the other utterances.
+    Sampling takes `randoms`, float [R, limit]: a number from 0 to 1 for each token, so that no
+    utterance's tokens depend on the other utterances. Of each utterance there are R / U `samples`,
+    which stand one after the other.
     """
     cache, states, limits = batch.cache, batch.states, batch.limits
+    if samples > 1:
+        cache.repeat(samples)
+        states, limits = (each.repeat_interleave(samples, dim=0) for each in (states, limits))
     longest, count = int(limits.max()), len(limits)
     chosen = torch.full((count, longest), rules.end, device=states.device)
     total = torch.zeros(count, device=states.device)
@@ -108,12 +113,14 @@ def sample(
         ended |= (token == rules.end) | (limits[rows] == step + 1)
         if step + 1 == longest:
             break
-        if (step + 1) % pace == 0 and bool(ended.any()):
-            order = indices_to_keep(ended)
+        # An utterance leaves the batch with the last of its samples.
+        if (step + 1) % pace == 0 and bool((all_ended := ended.view(-1, samples).all(1)).any()):
+            order = indices_to_keep(all_ended)
             if len(order) == 0:
                 break
-            cache.keep(order)
-            rows, token, ended = rows[order], token[order], ended[order]
+            cache.keep(order, samples)
+            kept = torch.arange(len(ended), device=order.device).view(-1, samples)[order].flatten()
+            rows, token, ended = rows[kept], token[kept], ended[kept]
         states = decoder.read(token[:, None], cache)[:, -1]
         cache.advance(1)
     return search_results(chosen, limits, total, rules.end)

@@ -34,8 +34,12 @@ from simpler_distil_whisper.decoding.word_times import TokenAligner, segments_wi
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.model.memory import Room, suitable_batch_size
-from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.options import DecodingOptions, SampledTexts
 from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
+
+NO_SAMPLES = SampledTexts()
+SAMPLED = 10_000  # of random numbers for sampled texts, where for others the attempt stands
+TOKENS_TO_SPARE = 8  # of a sampled text, above twice the tokens of the hypothesis
 
 
 class Transcriber:
@@ -58,6 +62,7 @@ class Transcriber:
         word_timestamps: bool = False,
         audio_context: AudioContext | None = None,
         record_steps: bool = False,
+        sampled_texts: SampledTexts = NO_SAMPLES,
     ) -> None:
         """Prepare what does not change from batch to batch.
 
@@ -70,6 +75,7 @@ class Transcriber:
             audio_context: how much of the window the encoder is given; None: all of it.
             record_steps: whether to spend memory of a GPU on `RecordingDecoder`, where it is of
                 use: the model's weights, its dtype and the process's current device stay.
+            sampled_texts: what `with_sampled_texts` gives.
 
         Raises:
             ConfigError: the model lacks a token that the options need, or the options make no use
@@ -86,6 +92,7 @@ class Transcriber:
         self.prompt_ids = prompt_ids(whisper, options.prompt) if options.prompt else ()
         self.audio_context = audio_context
         self.assistant = assistant
+        self.sampled_texts = sampled_texts
         self.batch_size = self._batch_size()
         self.room = Room(self.batch_size)
         recordable = options.num_beams == 1 and assistant is None and audio_context is None
@@ -94,6 +101,10 @@ class Transcriber:
             if record_steps and recordable
             else CachedDecoder(whisper.model)
         )
+        # Recorded steps have a row for each utterance, not one for each sample.
+        recorded = type(self.decoder) is not CachedDecoder
+        samples_apart = sampled_texts.count > 0 and recorded
+        self._sampling_decoder = CachedDecoder(whisper.model) if samples_apart else self.decoder
         self.aligner = (
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
         )
@@ -102,7 +113,8 @@ class Transcriber:
         if self.options.batch_size != "auto":
             return self.options.batch_size
         student = self.assistant.student.model if self.assistant else None
-        return suitable_batch_size(self.whisper.model, self.options.num_beams, student)
+        rows = max(self.options.num_beams, self.sampled_texts.count)
+        return suitable_batch_size(self.whisper.model, rows, student)
 
     def __call__(
         self, features: Tensor, languages: Sequence[str | None], keys: Sequence[int] | None = None
@@ -261,6 +273,49 @@ class Transcriber:
         return [
             replace(hypothesis, segments=tuple(self._segments_with_words(hypothesis, tokens, end)))
             for hypothesis, tokens, end in zip(hypotheses, timed, seconds, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def with_sampled_texts(
+        self, states: Tensor, hypotheses: Sequence[Hypothesis], keys: Sequence[int]
+    ) -> list[Hypothesis]:
+        """Return hypotheses with further texts, sampled without timestamps.
+
+        A text that does not end within about twice the hypothesis is a loop, and left out.
+
+        Args:
+            states: float [B, E, D]: encoder states, as `encode` returns them.
+            hypotheses: what was decoded from them.
+            keys: as in `from_encoder_states`.
+        """
+        count, temperature = self.sampled_texts.count, self.sampled_texts.temperature
+        decoder = self._sampling_decoder
+        prompts = [
+            self._context(self.prompt_ids)
+            + self.whisper.tokens.prompt(hypothesis.language, self.options.task)
+            for hypothesis in hypotheses
+        ]
+        cache = decoder.start(states, self.positions, uneven=False)
+        prompted = read_prompts(decoder, cache, prompts)[:, -1]
+        room = self.positions - len(prompts[0])
+        most = [min(2 * len(each.token_ids) + TOKENS_TO_SPARE, room) for each in hypotheses]
+        limits = torch.tensor(most, device=states.device)
+        draws = [
+            np.random.default_rng([self.seed, SAMPLED, key, number]).random(max(most))
+            for key in keys
+            for number in range(count)
+        ]
+        randoms = torch.tensor(np.stack(draws), dtype=torch.float32, device=states.device)
+        batch = PromptedBatch(cache, prompted, limits)
+        results = iter(sample(decoder, self._rules[False], batch, temperature, randoms, count))
+        return [
+            replace(
+                hypothesis,
+                sampled_texts=tuple(
+                    self.text_of(result.ids) for result in islice(results, count) if result.complete
+                ),
+            )
+            for hypothesis in hypotheses
         ]
 
     def _segments_with_words(

@@ -265,11 +265,11 @@ def _transcribe_short(
     utterances = batch.utterances[: batch.short_form_count]
     seconds = batch.seconds[: batch.short_form_count]
     states = _encoder_states(batch, cache, transcriber, seconds)
-    hypotheses = transcriber.from_encoder_states(
-        states,
-        [utterance.language for utterance in utterances],
-        keys=[utterance.number for utterance in utterances],
-    )
+    languages = [utterance.language for utterance in utterances]
+    keys = [utterance.number for utterance in utterances]
+    hypotheses = transcriber.from_encoder_states(states, languages, keys=keys)
+    if transcriber.sampled_texts.count:
+        hypotheses = transcriber.with_sampled_texts(states, hypotheses, keys)
     if transcriber.aligner:
         return transcriber.with_words(states, hypotheses, seconds)
     return hypotheses

@@ -265,6 +265,7 @@ def packed_row(
         columns.audio: str(audio_path(number)),
         **{name: parts[0].get(name) for name in shared if name not in own},
         columns.label: label,
+        **_joined_samples(parts, columns),
         columns.reference: reference,
         columns.error_rate: None if rate is None else round(rate, 6),
         "error_unit": parts[0]["error_unit"],
@@ -278,6 +279,14 @@ def packed_row(
         ],
         "parts": [_origin(part, start, columns) for start, part in zip(starts, parts, strict=True)],
     }
+
+
+def _joined_samples(parts: Sequence[Row], columns: LabelColumns) -> Row:
+    """Return the column of sampled texts: as many as all parts have; none without the column."""
+    if columns.sampled_texts is None:
+        return {}
+    joined = zip(*(part[columns.sampled_texts] for part in parts), strict=False)
+    return {columns.sampled_texts: [*map(join_texts, joined)]}
 
 
 def audio_path(number: int) -> Path:

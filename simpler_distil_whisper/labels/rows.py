@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from simpler_distil_whisper.decoding.hypothesis import Hypothesis
     from simpler_distil_whisper.decoding.transcription import TranscribedBatch
 
-SEGMENTS = "segments"
+SEGMENTS, SAMPLED_TEXTS = "segments", "sampled_texts"
 # Of recordings that are cut into rows, until they are: the evidence of each window, and the text
 # of each segment before it was written in `output_script`.
 RECORDING, WINDOWS, UNCONVERTED_SEGMENTS = "recording", "windows", "unconverted_segments"
@@ -82,7 +82,7 @@ class OutputColumns(StrictModel):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "OutputColumns":
-        names = [*self.model_dump().values(), *NEW_COLUMNS, SEGMENTS, *CUT_COLUMNS]
+        names = [*self.model_dump().values(), *NEW_COLUMNS, SEGMENTS, SAMPLED_TEXTS, *CUT_COLUMNS]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two columns would share the name {', '.join(twice)}")
         return self
@@ -108,6 +108,7 @@ class LabelColumns:
     unconverted: str | None = None
     with_windows: bool = False
     channel: str | None = None
+    sampled_texts: str | None = None
 
     @classmethod
     def from_config(
@@ -118,6 +119,7 @@ class LabelColumns:
         with_segments: bool,
         with_unconverted: bool,
         with_windows: bool = False,
+        with_sampled_texts: bool = False,
     ) -> "LabelColumns":
         """Return the columns of the manifest together with the new ones."""
         return cls(
@@ -134,6 +136,7 @@ class LabelColumns:
             unconverted=output.unconverted_label if with_unconverted else None,
             with_windows=with_windows,
             channel=columns.channel,
+            sampled_texts=SAMPLED_TEXTS if with_sampled_texts else None,
         )
 
     def clip(self, row: Row) -> Clip:
@@ -157,7 +160,7 @@ class LabelColumns:
         """
         fields = {self.label, self.reference, self.error_rate, *NEW_COLUMNS}
         fields -= {text_column, MEASURED_SECONDS}
-        fields |= {name for name in (self.segments, self.unconverted) if name}
+        fields |= {name for name in (self.segments, self.unconverted, self.sampled_texts) if name}
         if self.with_windows:
             fields |= set(CUT_COLUMNS)
         return fields
@@ -212,6 +215,8 @@ class Labeller:
             row[columns.unconverted] = as_decoded.text
         if columns.segments:
             row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
+        if columns.sampled_texts:
+            row[columns.sampled_texts] = [*hypothesis.sampled_texts]
         if columns.with_windows and hypothesis.windows:
             row[RECORDING] = utterance.id
             row[WINDOWS] = [asdict(window) for window in hypothesis.windows]
@@ -223,7 +228,7 @@ class Labeller:
 
 
 def in_script(hypothesis: "Hypothesis", script: Script) -> "Hypothesis":
-    """Return a Chinese hypothesis whose text and segments are written in a script."""
+    """Return a Chinese hypothesis whose texts and segments are written in a script."""
     convert = chinese_converter(script)
     segments = tuple(
         replace(segment, text=convert(segment.text)) for segment in hypothesis.segments
@@ -232,7 +237,8 @@ def in_script(hypothesis: "Hypothesis", script: Script) -> "Hypothesis":
     # Phrases that two segments share may be converted differently as a whole.
     if "".join(segment.text for segment in hypothesis.segments) == hypothesis.text:
         text = "".join(segment.text for segment in segments)
-    return replace(hypothesis, text=text, segments=segments)
+    sampled_texts = tuple(map(convert, hypothesis.sampled_texts))
+    return replace(hypothesis, text=text, segments=segments, sampled_texts=sampled_texts)
 
 
 def error_rate(

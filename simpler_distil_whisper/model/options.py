@@ -153,6 +153,19 @@ class DecodingOptions(DecodingLimits):
         return self
 
 
+class SampledTexts(StrictModel):
+    """Further texts that the teacher gives the same audio, token by token by chance.
+
+    A student that learns them beside the labels learns what its teacher predicts after other words
+    too. They are made for utterances that fit into the model's window.
+    """
+
+    count: int = Field(0, ge=0, le=100, description="Of each utterance; 0: none.")
+    temperature: float = Field(
+        0.8, ge=0.01, le=10, description="The higher, the less they are like the label."
+    )
+
+
 AudioContextChoice = Literal["auto", "full"] | Annotated[float, Field(ge=0, le=3600)]
 
 

@@ -3,6 +3,7 @@
 Owns the filters of the `data` section and their report of rows and hours for each reason.
 """
 
+import contextlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ from simpler_distil_whisper.training.tokens import (
 UNREADABLE = "unreadable audio"
 BAD = ("unusable row", UNREADABLE)  # the reasons that count against max_bad_fraction
 WITH_SEGMENTS = "with segments"
+WITH_SAMPLED_TEXTS = "with sampled texts"
+SAMPLED_TEXTS_LEFT_OUT = "with sampled texts of which some cannot be learnt"
 WITHOUT_END = "learnt without an end token, since they were cut off"
 CLEANED = "without their control characters and other characters that are no speech"
 
@@ -234,13 +237,14 @@ class ExampleFilter:
         prompt = self.tokens.prompt(language, self.data.task)
         previous = self._previous(utterance)
         segments = self._timed_segments(utterance, text, len(prompt) - 1, complete)
+        sampled = self._sampled(utterance, prompt)
         end = [self.tokens.end] if complete else []
         self.kept[WITHOUT_END] += not complete
         cut_off = "" if complete else BROKEN_CHARACTER
         self.kept[CLEANED] += text != (utterance.text or "").rstrip(cut_off)
         tokens = array("i", [*prompt, *label, *end])
         return Example(
-            utterance, seconds, tokens, len(prompt), weight, segments, previous, complete
+            utterance, seconds, tokens, len(prompt), weight, segments, previous, complete, sampled
         )
 
     def _check_evidence(self, row: Row) -> None:
@@ -277,6 +281,24 @@ class ExampleFilter:
             return ()
         # As in openai/whisper: half of the positions, <|startofprev|> included, is for the past.
         return self._tokens_of(text, "previous text")[-(self.max_positions // 2 - 1) :]
+
+    def _sampled(self, utterance: Utterance, prompt: Sequence[int]) -> "tuple[array[int], ...]":
+        """Return the sampled texts that can be learnt, each with prompt and end token."""
+        column = self.data.columns.sampled_texts
+        texts = utterance.row.get(column) if self.data.sampled_text_probability else None
+        if texts is None:
+            return ()
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise Dropped("malformed sampled texts", f'"{column}" is not a list of strings')
+        sampled = []
+        for text in map(learnt_text, texts):
+            with contextlib.suppress(UnusableText):
+                tokens = self.label_tokenizer(text)
+                if not is_blank(text) and len(tokens) <= self.max_label_tokens:
+                    sampled.append(array("i", [*prompt, *tokens, self.tokens.end]))
+        self.kept[WITH_SAMPLED_TEXTS] += bool(sampled)
+        self.kept[SAMPLED_TEXTS_LEFT_OUT] += len(sampled) < len(texts)
+        return tuple(sampled)
 
     def _timed_segments(
         self, utterance: Utterance, label: str, prompt_length: int, complete: bool

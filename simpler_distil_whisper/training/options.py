@@ -44,6 +44,9 @@ class TrainingColumns(Columns):
     previous_text: str = Field(
         "previous_text", description="The text before it in the same recording; optional."
     )
+    sampled_texts: str = Field(
+        "sampled_texts", description="Further texts of the teacher's, as labelling writes them."
+    )
 
 
 class TrainingData(DataLimits, EvidenceLimits):
@@ -79,6 +82,11 @@ class TrainingData(DataLimits, EvidenceLimits):
     )
     previous_text_probability: Ratio = Field(
         0.0, description="Share of the uses of a row with previous text at which it is given it."
+    )
+    sampled_text_probability: Ratio = Field(
+        0.0,
+        description="Share of the uses of a row with sampled texts at which one of them takes the "
+        "place of the label, in every term of the loss. Not where it is learnt with timestamps.",
     )
 
     _code = field_validator("language")(whisper_code)

@@ -95,6 +95,7 @@ class Drawn(enum.IntEnum):
     PREVIOUS_TEXT = 4
     VIEW = 5
     AUDIO_CONTEXT = 6
+    SAMPLED_TEXT = 7
 
 
 def draw(seed: int, what: Drawn, *where: int) -> np.random.Generator:

@@ -133,6 +133,7 @@ class Example:
         weight: how often an epoch uses the example.
         segments: the label once more, with times; empty if it is not learnt with timestamps.
         previous: tokens of the text before it in the recording, as many as a decoder may be given.
+        sampled: further texts of the teacher's, as `tokens` has the label.
         complete: whether the label's end is that of the speech, so that the end token is learnt.
     """
 
@@ -144,6 +145,7 @@ class Example:
     segments: tuple[LabelSegment, ...] = ()
     previous: Sequence[int] = ()
     complete: bool = True
+    sampled: "tuple[array[int], ...]" = ()
 
 
 class DecoderTokens(NamedTuple):
@@ -159,7 +161,9 @@ class DecoderTokens(NamedTuple):
 
 
 class VisitTokens:
-    """The token sequence of each visit: with timestamps or previous text in some, drawn by chance.
+    """The token sequence of each visit: with timestamps, a sampled text or previous text in some.
+
+    In which, is drawn by chance.
 
     Attributes:
         examples: to which the visits' numbers refer.
@@ -189,11 +193,15 @@ class VisitTokens:
         example = self.examples[visit.example]
         tokens, prompt_length = list(example.tokens), example.prompt_length
         timestamps, previous = self.data.timestamp_probability, self.data.previous_text_probability
+        sampled = self.data.sampled_text_probability
         if example.segments and self._draw(timestamps, Drawn.TIMESTAMPS, visit):
             # <|notimestamps|> is the last token of the prompt.
             prompt_length -= 1
             end = [self.tokens.end] if example.complete else []
             tokens = [*tokens[:prompt_length], *self._timed(example, view), *end]
+        elif example.sampled and self._draw(sampled, Drawn.SAMPLED_TEXT, visit):
+            which = draw(self.seed, Drawn.SAMPLED_TEXT, visit.position, 1)
+            tokens = [*example.sampled[which.integers(len(example.sampled))]]
         if example.previous and self._draw(previous, Drawn.PREVIOUS_TEXT, visit):
             # The end token is no input, <|startofprev|> is one more.
             room = self.max_positions - len(tokens)

@@ -16,7 +16,7 @@ from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
-from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.options import DecodingOptions, SampledTexts
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 
 UTTERANCES = 8
@@ -167,6 +167,39 @@ def test_random_numbers_are_those_of_the_utterance(whisper: Whisper, features: T
     same_audio = Transcriber(whisper, options, seed=5)(features[[0] * 8], languages, keys)
     assert len({h.text for h in same_audio}) == UTTERANCES
     assert {h.temperature for h in together} == {1.0}
+
+
+def sampled(
+    whisper: Whisper, features: Tensor, keys: list[int], count: int, temperature: float
+) -> list[tuple[Hypothesis, tuple[str, ...]]]:
+    """Greedy hypotheses and the texts sampled beside them."""
+    section = SampledTexts.model_construct(count=count, temperature=temperature)
+    transcriber = Transcriber(whisper, DecodingOptions(), seed=5, sampled_texts=section)
+    states = transcriber.encode(features)
+    languages = [["zh", "en", "ja"][key % 3] for key in keys]
+    greedy = transcriber.from_encoder_states(states, languages)
+    hypotheses = transcriber.with_sampled_texts(states, greedy, keys)
+    assert [dataclasses.replace(each, sampled_texts=()) for each in hypotheses] == greedy
+    return [(each, each.sampled_texts) for each in hypotheses]
+
+
+def test_sampled_texts_depend_on_the_utterance_alone(whisper: Whisper, features: Tensor) -> None:
+    keys = list(range(UTTERANCES))
+    together = [texts for _, texts in sampled(whisper, features, keys, 3, 0.7)]
+    backwards = sampled(whisper, features.flip(0), keys[::-1], 3, 0.7)
+    assert [texts for _, texts in backwards[::-1]] == together
+    [(_, alone)] = sampled(whisper, features[4:5], [4], 3, 0.7)
+    assert alone == together[4]
+    every = [text for texts in together for text in texts]
+    assert len(every) > UTTERANCES and len(set(every)) == len(every)
+    assert any(len(texts) < 3 for texts in together), "one that did not end is left out"
+
+
+def test_cold_samples_are_the_most_probable_text(whisper: Whisper, features: Tensor) -> None:
+    hypotheses = sampled(whisper, features, list(range(UTTERANCES)), 2, 1e-6)
+    for hypothesis, texts in hypotheses:
+        assert texts == ((hypothesis.text,) * 2 if hypothesis.complete else ())
+    assert {hypothesis.complete for hypothesis, _ in hypotheses} == {True, False}
 
 
 def test_only_what_fails_is_sampled_again(whisper: Whisper, features: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Which labels go into a pack, and what its row and its audio hold."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,13 @@ def test_packs_of_one_recording_have_audio_of_their_own(tmp_path: Path) -> None:
     assert [part["channel"] for part in row["parts"]] == ["left", "left"]
 
 
+def test_sampled_texts_of_the_parts_are_joined() -> None:
+    columns = replace(COLUMNS, sampled_texts="sampled_texts")
+    parts = [label(id=n, sampled_texts=texts) for n, texts in enumerate((["a", "b"], ["c"]))]
+    assert packed_row(parts, 0, columns, [], SCORER)["sampled_texts"] == ["a c"]
+    assert "sampled_texts" not in packed_row(parts, 0, COLUMNS, [], SCORER)
+
+
 def test_a_pack_with_a_part_without_reference_has_no_rate() -> None:
     parts = [label(id="a"), label(id="b", origin_text=None, **{"cer/wer": None})]
     row = packed_row(parts, 0, COLUMNS, [], SCORER)
@@ -278,6 +286,7 @@ def test_packs_are_labelled_rows_to_train_on(tmp_path: Path, run_script: Any) ->
         "teacher": {"path": str(demo / "teacher")},
         "data": {"manifest": "train.jsonl"},
         "decoding": {"batch_size": 4, "timestamps": True},
+        "sampled_texts": {"count": 2},
         "pack": {"enabled": True, "max_error_rate": None, **ALL_EVIDENCE},
     }
     done = run_script("run_pseudo_labelling", labelling)
@@ -298,6 +307,9 @@ def test_packs_are_labelled_rows_to_train_on(tmp_path: Path, run_script: Any) ->
         path.name for path in (tmp_path / "labels").iterdir()
     }
     assert all(row["segments"] is not None for row in labels)
+    assert {len(row["sampled_texts"]) for row in labels} == {2}
+    assert {len(pack["sampled_texts"]) for pack in packs} == {2}
+    assert any(set(row["sampled_texts"]) != {row["text"]} for row in labels)
     # A run that was killed while it packed goes on without labelling anything again.
     before = (tmp_path / "labels/packed_labels.jsonl").read_bytes()
     info = json.loads((tmp_path / "labels/run_info.json").read_text())
@@ -312,13 +324,18 @@ def test_packs_are_labelled_rows_to_train_on(tmp_path: Path, run_script: Any) ->
         "output_dir": "student",
         "teacher": {"path": str(demo / "teacher")},
         "student": {"path": str(demo / "teacher")},
-        "data": {"train_manifests": ["labels/packed_labels.jsonl"], **ALL_EVIDENCE},
+        "data": {
+            "train_manifests": ["labels/packed_labels.jsonl"],
+            "sampled_text_probability": 0.5,
+            **ALL_EVIDENCE,
+        },
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"warmup_steps": 1, "epochs": None, "max_steps": 2},
         "batch": {"micro_batch_size": 2},
     }
     done = run_script("run_distillation", distillation)
     assert done.returncode == 0, done.stderr
+    assert f"kept training rows, with sampled texts: {len(packs)}" in done.stderr
     assert (tmp_path / "student/final/model.safetensors").exists()
 
 

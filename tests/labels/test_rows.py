@@ -1,5 +1,6 @@
 """The columns that labelling adds to a row."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,16 @@ def test_labels_are_written_in_the_script_that_is_asked_for(
         OutputColumns(),
         with_segments=True,
         with_unconverted=script is not None,
+        with_sampled_texts=True,
     )
     path = write_rows(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "头发在台湾看着"}])
     (tmp_path / "a.wav").touch()
     [utterance] = read_manifest(path, LabellingColumns()).utterances
-    hypothesis = decoded("頭髮在台湾", "看著")
+    hypothesis = replace(decoded("頭髮在台湾", "看著"), sampled_texts=("看著頭髮", "你好"))
     row = Labeller(columns, SCORER, "zh", script).row(utterance, hypothesis, 2.0)
     assert row["text"] == "".join(written)
     assert tuple(segment["text"] for segment in row["segments"]) == written
+    assert row["sampled_texts"] == [written[1] + written[0][:2], "你好"]
     assert row["cer/wer"] == 0.0  # whichever script it is in
     assert row.get("unconverted_text") == (None if script is None else "頭髮在台湾看著")
     japanese = decoded("驚", language="ja")

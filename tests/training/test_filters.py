@@ -19,6 +19,7 @@ from training_data import (
     TIME,
     TRANSCRIBE,
     WINDOW,
+    ZH,
     Select,
     decoder_tokens,
     make_select,
@@ -349,6 +350,23 @@ def test_malformed_segments_are_dropped_with_the_reason(
     assert selection.report["malformed segments"]["rows"] == 1
     # They do not matter where timestamps are not requested.
     assert len(select(broken, row(), **NEVER).examples) == 2
+
+
+def test_sampled_texts_that_cannot_be_learnt_are_left_out(
+    select: Select, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    bad = ["a<|en|>", "a\ufffd", " ", "x" * 30]
+    rows = [row(sampled_texts=[*bad, "Hi"]), row(sampled_texts=bad), row(sampled_texts="Hi"), row()]
+    selection = select(*rows, positions=20, sampled_text_probability=0.5)
+    prompt = [START, ZH, TRANSCRIBE, NO_TIMESTAMPS]
+    sampled = [[*map(list, example.sampled)] for example in selection.examples]
+    assert sampled == [[[*prompt, *HI, END]], [], []]
+    [rejection] = selection.rejections
+    assert rejection.reason == '"sampled_texts" is not a list of strings'
+    assert "with sampled texts: 1" in caplog.text
+    assert "with sampled texts of which some cannot be learnt: 2" in caplog.text
+    assert all(not example.sampled for example in select(*rows).examples)
 
 
 def test_unusable_previous_text_is_dropped_with_the_reason(select: Select) -> None:

@@ -1,6 +1,7 @@
 """The token sequences that the decoder is given and learns, by hand."""
 
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,32 @@ def test_timestamps_and_previous_text_are_drawn_at_each_visit(select: Select) ->
     # The same whoever asks, and when.
     again = make_visit_tokens(examples, **data)
     assert [list(again.of(visit, View()).tokens) for visit in visits[::-1]] == drawn[::-1]
+
+
+def test_a_sampled_text_takes_the_place_of_the_label(select: Select) -> None:
+    data = {"timestamp_probability": 0.5, "sampled_text_probability": 0.6}
+    rows = [row(sampled_texts=["Hi", "HiHi"]), timed_row((0, 1, "Hi"), sampled_texts=["你好"])]
+    rows += [row(sampled_texts=[]), row()]
+    examples = select(*rows, **data).examples
+    visit_tokens = make_visit_tokens(examples, **data)
+    seen: list[Counter[tuple[int, ...]]] = []
+    for example in range(4):
+        visits = [Visit(example, position, position) for position in range(1000)]
+        drawn = [tuple(visit_tokens.of(visit, View()).tokens) for visit in visits]
+        assert [visit_tokens.length(visit) for visit in visits] == [*map(len, drawn)]
+        seen.append(Counter(drawn))
+    prompt = (START, ZH, TRANSCRIBE, NO_TIMESTAMPS)
+    label, one, two = ((*prompt, *text, END) for text in (NI_HAO, HI, HI * 2))
+    assert seen[0].keys() == {label, one, two}
+    assert [seen[0][tokens] / 1000 for tokens in (label, one, two)] == pytest.approx(
+        [0.4, 0.3, 0.3], abs=0.05
+    )
+    # With timestamps the label stays.
+    timed = (START, EN, TRANSCRIBE, TIME, *HI, TIME + 50, END)
+    english = (START, EN, TRANSCRIBE, NO_TIMESTAMPS)
+    assert seen[1].keys() == {timed, (*english, *HI, END), (*english, *NI_HAO, END)}
+    assert seen[1][timed] / 1000 == pytest.approx(0.5, abs=0.05)
+    assert seen[2].keys() == seen[3].keys() == {label}
 
 
 def test_timestamps_follow_the_view(select: Select) -> None:
