@@ -62,6 +62,8 @@ class Recipe:
         freeze: what is not trained.
         share: of the rows that are left, how many: those with the best sums of two ranks, by error
             rate and by the mean log-probability of the tokens.
+        rows: of those, how many at most, by chance: as if there were less audio.
+        sampled: how often one of a row's sampled texts takes the place of the label.
     """
 
     layers: tuple[int, ...] = (0, 5)
@@ -71,9 +73,11 @@ class Recipe:
     max_error_rate: float | None = 0.5
     freeze: Freeze = Freeze(embed_tokens=True)
     share: float = 1.0
+    rows: int | None = None
+    sampled: float = 0.0
 
 
-THREE = Recipe(layers=(0, 2, 5))
+THREE = Recipe(layers=(0, 3, 5))
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 1e-4)
 STUDIES: dict[str, dict[str, Recipe]] = {
     "rates": {f"{rate:g}": Recipe(learning_rate=rate) for rate in RATES},
@@ -83,6 +87,9 @@ STUDIES: dict[str, dict[str, Recipe]] = {
         "as many as with 0.5, by both": Recipe(max_error_rate=None, share=0.84),
         "none": Recipe(max_error_rate=None),
         "0.1": Recipe(max_error_rate=0.1),
+    },
+    "sampled texts": {
+        f"{sampled:g}": Recipe(rows=500, sampled=sampled) for sampled in (0.0, 0.5, 0.75, 1.0)
     },
     "token embedding": {"trained": Recipe(freeze=Freeze()), "frozen": Recipe()},
     # On the same rows and with the same warm-up: what differs is the loss, the rate and the head.
@@ -96,7 +103,11 @@ STUDIES: dict[str, dict[str, Recipe]] = {
 class Clips:
     """Utterances, the encoder states of each in the cache, and the teacher's decoder states.
 
+    Behind those that it is given stand copies of them, one for each of their sampled texts.
+
     Attributes:
+        count: how many it is given.
+        samples: for each of them, the places of its copies.
         tokens: what the decoder is given and learns, for each utterance.
         decoded: float [L, D] for each: the teacher's last decoder states.
     """
@@ -105,10 +116,16 @@ class Clips:
         self, teacher: Whisper, cache: EncoderStateCache, utterances: Sequence[Utterance]
     ) -> None:
         """Encode what the cache lacks, and run the teacher's decoder along all labels."""
-        self.teacher, self.cache, self.utterances = teacher, cache, utterances
-        self.tokens = [self._tokens(utterance) for utterance in utterances]
-        self.decoded: list[Tensor] = [torch.empty(0)] * len(utterances)
-        for rows in in_batches(self.by_length(range(len(utterances))), BATCH):
+        self.teacher, self.cache, self.utterances = teacher, cache, list(utterances)
+        self.count, self.samples = len(utterances), list[range]()
+        for utterance in utterances:
+            texts = utterance.row.get("sampled_texts") or []
+            first = len(self.utterances)
+            self.utterances += [replace(utterance, text=text) for text in texts if text.strip()]
+            self.samples.append(range(first, len(self.utterances)))
+        self.tokens = [self._tokens(utterance) for utterance in self.utterances]
+        self.decoded: list[Tensor] = [torch.empty(0)] * len(self.utterances)
+        for rows in in_batches(self.by_length(range(len(self.utterances))), BATCH):
             inputs, _ = self.sequences(rows)
             with torch.no_grad():
                 states = last_states(teacher.model.model.decoder, inputs, self.encoded(rows))
@@ -150,7 +167,7 @@ class Clips:
 
     def kept(self, recipe: Recipe) -> list[int]:
         """Return the rows that pass a recipe's filter."""
-        rows = [utterance.row for utterance in self.utterances]
+        rows = [utterance.row for utterance in self.utterances[: self.count]]
         limit = math.inf if recipe.max_error_rate is None else recipe.max_error_rate
         kept = [number for number, row in enumerate(rows) if row["cer/wer"] <= limit]
         columns = (
@@ -159,7 +176,13 @@ class Clips:
         )
         most = round(recipe.share * len(kept))
         ranks = sum(np.argsort(np.argsort(column, kind="stable")) for column in columns)
-        return sorted(kept[place] for place in np.argsort(ranks, kind="stable")[:most])
+        best = sorted(kept[place] for place in np.argsort(ranks, kind="stable")[:most])
+        return best if recipe.rows is None else random.Random(0).sample(best, recipe.rows)
+
+    def drawn(self, row: int, sampled: float, random: random.Random) -> int:
+        """Return a row, or with the probability `sampled` that of one of its sampled texts."""
+        samples = self.samples[row]
+        return random.choice(samples) if samples and random.random() < sampled else row
 
 
 def train(clips: Clips, recipe: Recipe, steps: int, seed: int) -> tuple[Any, float]:
@@ -171,8 +194,10 @@ def train(clips: Clips, recipe: Recipe, steps: int, seed: int) -> tuple[Any, flo
     optimizer = make_optimizer(student, OptimizerOptions())
     batches = _batches(clips, clips.kept(recipe), random.Random(seed))
     warmup_steps, start = round(recipe.warmup * steps), time.process_time()
+    chance = random.Random(seed)
     for step in range(steps):
-        terms = clips.terms(decoder, next(batches), recipe.objective)
+        rows = [clips.drawn(row, recipe.sampled, chance) for row in next(batches)]
+        terms = clips.terms(decoder, rows, recipe.objective)
         (terms.loss / terms.tokens).backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         factor = learning_rate_factor("linear", step, warmup_steps, steps)
@@ -199,7 +224,7 @@ def score(clips: Clips, student: Any) -> str:
     whisper = replace(clips.teacher, model=student)
     transcriber = Transcriber(whisper, DecodingOptions(max_new_tokens=LONGEST))
     kl = []
-    for rows in in_batches(clips.by_length(range(len(clips.utterances))), BATCH):
+    for rows in in_batches(clips.by_length(range(clips.count)), BATCH):
         for row in rows:
             terms = clips.terms(student.model.decoder, [row], at_temperature(1.0))
             kl.append((float(terms.kl), int(terms.tokens)))
@@ -250,7 +275,7 @@ def main() -> None:
         for path in (args.train, args.dev)
     )
     print("\n".join(f"- {line}" for line in machine.machine_facts(torch.device("cpu"), 1)))
-    print(f"- {len(clips.utterances)} clips, {args.steps} steps of {BATCH}; scored: {args.dev}\n")
+    print(f"- {clips.count} clips, {args.steps} steps of {BATCH}; scored: {args.dev}\n")
     for study in args.studies:
         print(f"### {study}\n\n| recipe | rows | KL | error rate | by language | s |")
         print("|---|---|---|---|---|---|", flush=True)
