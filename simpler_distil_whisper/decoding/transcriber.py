@@ -295,11 +295,11 @@ class Transcriber:
             + self.whisper.tokens.prompt(hypothesis.language, self.options.task)
             for hypothesis in hypotheses
         ]
-        cache = decoder.start(states, self.positions, uneven=False)
-        prompted = read_prompts(decoder, cache, prompts)[:, -1]
         room = self.positions - len(prompts[0])
         most = [min(2 * len(each.token_ids) + TOKENS_TO_SPARE, room) for each in hypotheses]
         limits = torch.tensor(most, device=states.device)
+        cache = decoder.start(states, len(prompts[0]) + max(most), uneven=False)
+        prompted = read_prompts(decoder, cache, prompts)[:, -1]
         draws = [
             np.random.default_rng([self.seed, SAMPLED, key, number]).random(max(most))
             for key in keys
