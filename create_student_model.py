@@ -9,19 +9,22 @@ student is closest to the teacher once each is fitted to what the dropped ones a
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, NonNegativeInt, PositiveInt, StrictModel
 from simpler_distil_whisper.launch import is_main_process
-from simpler_distil_whisper.layers.rows import Labelled, LayerScoring, select_rows
+from simpler_distil_whisper.layers.rows import LayerScoring, select_rows
 from simpler_distil_whisper.layers.search import describe_search
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions, FolderOptions
 from simpler_distil_whisper.model.pruning import chosen_layers, prune_whisper
 from simpler_distil_whisper.run import DataError, Run, log, run_script
+
+if TYPE_CHECKING:
+    from simpler_distil_whisper.training.tokens import Example
 
 
 class TeacherSource(FolderOptions):
@@ -59,7 +62,7 @@ class Prepared(NamedTuple):
     teacher: ModelFolder
     encoder: list[int]
     decoder: list[int]  # where they are chosen by score, only their number counts
-    labelled: list[Labelled]  # empty where they are not
+    labelled: "list[Example]"  # empty where they are not
 
 
 def prepare(config: Config) -> Prepared:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from simpler_distil_whisper.layers.refit import refitted_decoder
-from simpler_distil_whisper.layers.rows import Labelled
 from simpler_distil_whisper.layers.scoring import LayerScorer
 from simpler_distil_whisper.layers.search import Layers, ScoredLayers, search_layers
 from simpler_distil_whisper.model.folder import ModelFolder
@@ -20,6 +19,7 @@ from simpler_distil_whisper.model.pruning import spread_layers
 from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 from simpler_distil_whisper.model.whisper import load_whisper
 from simpler_distil_whisper.run import log
+from simpler_distil_whisper.training.tokens import Example
 
 FINALISTS = 8  # sets that are refitted
 BEST_IN_TABLE = 5
@@ -93,7 +93,7 @@ def choose_layers(
     teacher: ModelFolder,
     encoder_layers: Sequence[int],
     count: int,
-    labelled: Sequence[Labelled],
+    labelled: Sequence[Example],
     manifest: str,
     cache_options: CacheOptions,
     stop_if_asked: Callable[[], None],
@@ -138,7 +138,7 @@ def choose_layers(
 def _make_scorer(
     teacher: ModelFolder,
     encoder_layers: Sequence[int],
-    labelled: Sequence[Labelled],
+    labelled: Sequence[Example],
     cache_options: CacheOptions,
     stop_if_asked: Callable[[], None],
 ) -> LayerScorer:

@@ -6,19 +6,20 @@ Owns the config section `layer_scoring` and the selection of rows; the scores ar
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
 from simpler_distil_whisper.config import PositiveInt, StrictModel
-from simpler_distil_whisper.data.audio import AudioError, audio_seconds, check_length
-from simpler_distil_whisper.data.manifest import Utterance, first_reasons, read_manifest, reject
-from simpler_distil_whisper.data.options import Columns, DataLimits
-from simpler_distil_whisper.labels.evidence import is_cut_off
+from simpler_distil_whisper.data.audio import AudioError, audio_seconds
+from simpler_distil_whisper.data.manifest import first_reasons, read_manifest, reject
+from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import Task, whisper_code
 from simpler_distil_whisper.run import DataError, log
-from simpler_distil_whisper.text.normalization import is_blank
+
+if TYPE_CHECKING:
+    from simpler_distil_whisper.training.tokens import Example
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -43,99 +44,48 @@ class LayerScoring(StrictModel):
     _code = field_validator("language")(whisper_code)
 
 
-class Labelled(NamedTuple):
-    """An utterance with the tokens of its label.
-
-    Attributes:
-        tokens: prompt, label and, unless the label was cut off, the end token.
-        prompt_length: how many of them are given to the decoder and not scored.
-    """
-
-    utterance: Utterance
-    tokens: list[int]
-    prompt_length: int
-
-
-class LabelReader:
-    """Turns the rows of a manifest into labelled utterances."""
-
-    def __init__(self, teacher: ModelFolder, language: str | None, task: Task) -> None:
-        """Load the tokenizer.
-
-        Args:
-            teacher: the folder that it is in.
-            language: of the rows that name none.
-            task: what the labels are.
-        """
-        # These import torch, which takes seconds.
-        from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
-        from simpler_distil_whisper.training.tokens import LabelTokenizer
-
-        tokenizer = load_tokenizer(teacher)
-        self.special = special_tokens(tokenizer, teacher)
-        self.tokenize = LabelTokenizer(
-            tokenizer, self.special, teacher.config["max_target_positions"]
-        )
-        self.language = language
-        self.task = task
-        self.window = teacher.window_seconds
-
-    def __call__(self, utterance: Utterance) -> Labelled:
-        """Return the utterance with the tokens of its label.
-
-        Raises:
-            AudioError: its audio is too long or too short, or its file is no audio.
-            ConfigError: the teacher has no token for the task.
-            ValueError: it has no label that can be given to the decoder.
-        """
-        if not utterance.text or is_blank(utterance.text):
-            raise ValueError("it has no label")
-        language = utterance.language or self.language
-        if language is None and self.special.languages:
-            raise ValueError("neither the row nor layer_scoring.language names the language")
-        prompt = self.special.prompt(language, self.task)
-        complete = not is_cut_off(utterance.row)
-        label = self.tokenize(utterance.text, complete=complete)
-        maximum = self.tokenize.max_label_tokens
-        if len(label) > maximum:
-            raise ValueError(f"label of {len(label)} tokens, the maximum is {maximum}")
-        seconds = audio_seconds(*utterance.clip)
-        check_length(seconds, DataLimits().min_duration_seconds, self.window)
-        end = [self.special.end] if complete else []
-        return Labelled(utterance, [*prompt, *label, *end], len(prompt))
-
-
-def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Labelled]":
+def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Example]":
     """Return the utterances to score on; log how many rows are unusable, and why.
 
     Raises:
         ConfigError: the manifest cannot be read, or the teacher has no token for the language.
         DataError: no row can be used.
     """
+    from simpler_distil_whisper.training.filters import Dropped, example_filter
+    from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
+
     teacher.check_language(options.language, "layer_scoring.language")
     assert options.manifest is not None
     manifest = read_manifest(options.manifest, options.columns, languages=teacher.row_languages)
-    label = LabelReader(teacher, options.language, options.task)
-    labelled: list[Labelled] = []
+    # By the filters of training, but a label that was cut off serves too, without an end token.
+    data = TrainingData(
+        train_manifests=[options.manifest],
+        columns=TrainingColumns(**options.columns.model_dump()),
+        language=options.language,
+        task=options.task,
+        incomplete_labels="without_end",
+    )
+    filters = example_filter(data, teacher)
+    examples: list[Example] = []
     rejections = list(manifest.rejections)
     for index in spread_order(len(manifest.utterances)):
         utterance = manifest.utterances[index]
         try:
-            labelled.append(label(utterance))
-        except (AudioError, ValueError) as error:
+            examples.append(filters.example(utterance, audio_seconds(*utterance.clip)))
+        except (AudioError, Dropped) as error:
             rejections.append(reject(utterance, str(error)))
-        if len(labelled) == options.max_utterances:
+        if len(examples) == options.max_utterances:
             break
-    summary = f"layer_scoring: {len(labelled)} of {manifest.row_count} rows of {manifest.path}"
+    summary = f"layer_scoring: {len(examples)} of {manifest.row_count} rows of {manifest.path}"
     reasons = first_reasons(rejections)
-    if not labelled:
+    if not examples:
         raise DataError(f"{summary} can be used. The first reasons:{reasons}")
     if rejections:
         log.warning("%d rows are unusable. The first reasons:%s", len(rejections), reasons)
-    if len(labelled) < options.max_utterances:
+    if len(examples) < options.max_utterances:
         summary += f": fewer than max_utterances {options.max_utterances}"
     log.info("%s", summary)
-    return labelled
+    return examples
 
 
 def spread_order(count: int) -> list[int]:

@@ -23,7 +23,6 @@ from simpler_distil_whisper.decoding.batches import (
     in_batches,
     speech_batches,
 )
-from simpler_distil_whisper.layers.rows import Labelled
 from simpler_distil_whisper.layers.search import Layers, LayerScore
 from simpler_distil_whisper.model.memory import suitable_batch_size
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
@@ -32,7 +31,7 @@ from simpler_distil_whisper.run import DataError, Progress
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
 from simpler_distil_whisper.training.models import last_states
 from simpler_distil_whisper.training.options import ONLY_KL
-from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
+from simpler_distil_whisper.training.tokens import DecoderTokens, Example, decoder_sequences
 
 DEFAULT_LIMITS = DataLimits()
 
@@ -73,7 +72,7 @@ class LayerScorer:
         self,
         whisper: Whisper,
         encoder_layers: Layers,
-        labelled: Sequence[Labelled],
+        labelled: Sequence[Example],
         stop_if_asked: Callable[[], None],
         cache: EncoderStateCache | None = None,
     ) -> None:
@@ -150,7 +149,7 @@ class LayerScorer:
         )
         return float(terms.kl), float(terms.agreement)
 
-    def _encoded_batches(self, labelled: Sequence[Labelled]) -> Iterator[EncodedBatch]:
+    def _encoded_batches(self, labelled: Sequence[Example]) -> Iterator[EncodedBatch]:
         """Yield the batches; all audio is decoded before the model, which then has all cores."""
         by_length = sorted(labelled, key=lambda item: len(item.tokens))
         groups = list(in_batches(by_length, suitable_batch_size(self.model)))
@@ -172,7 +171,7 @@ class LayerScorer:
             self.stop_if_asked()
             yield speech
 
-    def _batch(self, rows: Sequence[Labelled], speech: SpeechBatch) -> EncodedBatch:
+    def _batch(self, rows: Sequence[Example], speech: SpeechBatch) -> EncodedBatch:
         device = self.model.device
         tokens = [DecoderTokens(row.tokens, row.prompt_length) for row in rows]
         inputs, labels = decoder_sequences(tokens, self.whisper.tokens.end)

@@ -74,8 +74,9 @@ def check_labels(examples: Sequence[Example], data: TrainingData, student: Whisp
         DataError: more than `data.max_bad_fraction` of them.
     """
     options = ("timestamp_probability", "previous_text_probability")
-    never = {name: 0.0 for name in options}
-    always = {name: 1.0 if getattr(data, name) else 0.0 for name in options}
+    labels = {"sampled_text_probability": 0.0}  # which take the place of labels
+    never = labels | {name: 0.0 for name in options}
+    always = labels | {name: 1.0 if getattr(data, name) else 0.0 for name in options}
     positions = student.model.config.max_target_positions
     plain, full = (
         VisitTokens(examples, data.model_copy(update=fixed), student.tokens, positions, seed=0)

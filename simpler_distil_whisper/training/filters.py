@@ -111,10 +111,19 @@ def select_examples(
     Raises:
         ConfigError: the model lacks a token that the config needs.
     """
-    tokenizer = load_tokenizer(student)
-    tokens = special_tokens(tokenizer, student)
-    label_tokenizer = LabelTokenizer(tokenizer, tokens, student.config["max_target_positions"])
-    return ExampleFilter(data, label_tokenizer, student.window_seconds).select(manifests)
+    return example_filter(data, student).select(manifests)
+
+
+def example_filter(data: TrainingData, model: ModelFolder) -> "ExampleFilter":
+    """Return the filter of what a model can be given.
+
+    Raises:
+        ConfigError: the model lacks a token that the config needs.
+    """
+    tokenizer = load_tokenizer(model)
+    tokens = special_tokens(tokenizer, model)
+    label_tokenizer = LabelTokenizer(tokenizer, tokens, model.config["max_target_positions"])
+    return ExampleFilter(data, label_tokenizer, model.window_seconds)
 
 
 class ExampleFilter:
@@ -170,7 +179,7 @@ class ExampleFilter:
                 if isinstance(length, Dropped):
                     raise length
                 seconds = length
-                examples.append(self._example(utterance, seconds, weight, max_error_rate))
+                examples.append(self.example(utterance, seconds, weight, max_error_rate))
                 kind = "kept"
             except Dropped as dropped:
                 kind = dropped.kind
@@ -211,9 +220,25 @@ class ExampleFilter:
             write = log.info if count else log.warning
             write("kept training rows, with previous text: %d", count)
 
-    def _example(
-        self, utterance: Utterance, seconds: float, weight: float, max_error_rate: float | None
+    def example(
+        self,
+        utterance: Utterance,
+        seconds: float,
+        weight: float = 1.0,
+        max_error_rate: float | None = None,
     ) -> Example:
+        """Return the example that is made of an utterance.
+
+        Args:
+            utterance: a row.
+            seconds: its length.
+            weight: how often an epoch uses it.
+            max_error_rate: of the label; None: any.
+
+        Raises:
+            Dropped: it is not to be learnt.
+            ConfigError: the model has no token for the task.
+        """
         row, columns = utterance.row, self.data.columns
         # A label that a person wrote is not what the teacher's evidence is about.
         by_teacher = columns.text != columns.reference
@@ -233,7 +258,7 @@ class ExampleFilter:
             raise Dropped("label too long", f"label of {len(label)} tokens, the maximum is {limit}")
         language = utterance.language or self.data.language
         if language is None and self.tokens.languages:
-            raise Dropped("no language", "neither the row nor data.language names the language")
+            raise Dropped("no language", "neither the row nor the config names the language")
         prompt = self.tokens.prompt(language, self.data.task)
         previous = self._previous(utterance)
         segments = self._timed_segments(utterance, text, len(prompt) - 1, complete)

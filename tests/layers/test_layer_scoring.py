@@ -20,13 +20,14 @@ from tiny import make_corpus, make_model_folder, make_tokenizer, read_rows, writ
 import create_student_model
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.layers import scoring
-from simpler_distil_whisper.layers.rows import Labelled, LayerScoring, select_rows, spread_order
+from simpler_distil_whisper.layers.rows import LayerScoring, select_rows, spread_order
 from simpler_distil_whisper.layers.scoring import LayerScorer
 from simpler_distil_whisper.layers.search import search_layers
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.run import DataError, Interrupted, Run
+from simpler_distil_whisper.training.tokens import Example
 
 SETS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (0, 1, 3), (0, 1, 2, 3)]
 
@@ -48,11 +49,11 @@ def teacher(folder: Path) -> Whisper:
 
 
 @pytest.fixture(scope="module")
-def labelled(folder: Path) -> list[Labelled]:
+def labelled(folder: Path) -> list[Example]:
     return selected(folder / "teacher", folder / "zh-0.jsonl")
 
 
-def selected(teacher: Path, manifest: Path, **options: Any) -> list[Labelled]:
+def selected(teacher: Path, manifest: Path, **options: Any) -> list[Example]:
     section = LayerScoring(manifest=manifest, **options)
     return select_rows(section, read_model_folder(teacher, None, "teacher"))
 
@@ -78,14 +79,14 @@ def create_student(config: dict[str, Any], stop_signal: int | None = None) -> Pa
     return output
 
 
-def score(whisper: Whisper, labelled: list[Labelled], encoder: tuple[int, ...] = (0, 1, 2)) -> Any:
+def score(whisper: Whisper, labelled: list[Example], encoder: tuple[int, ...] = (0, 1, 2)) -> Any:
     scorer = LayerScorer(whisper, encoder, labelled, lambda: None)
     return scorer(SETS, "all")
 
 
-def log_probabilities(model: Any, labelled: Labelled, teacher: Whisper) -> torch.Tensor:
+def log_probabilities(model: Any, labelled: Example, teacher: Whisper) -> torch.Tensor:
     """Return float64 [tokens, V]: a model's prediction of each token of the label."""
-    _, ids, prompt_length = labelled
+    ids, prompt_length = labelled.tokens, labelled.prompt_length
     sound, _ = soundfile.read(labelled.utterance.audio, dtype="float32")
     features = teacher.feature_extractor(sound, 16_000, return_tensors="pt").input_features
     with torch.no_grad():
@@ -96,7 +97,7 @@ def log_probabilities(model: Any, labelled: Labelled, teacher: Whisper) -> torch
 
 @pytest.mark.parametrize("encoder", [(0, 1, 2), (0, 2)])
 def test_a_score_is_the_divergence_of_the_student_that_would_be_made(
-    teacher: Whisper, labelled: list[Labelled], encoder: tuple[int, ...]
+    teacher: Whisper, labelled: list[Example], encoder: tuple[int, ...]
 ) -> None:
     """Row by row without padding, by transformers' own forward pass and the plain formula."""
     some = labelled[:4]
@@ -113,7 +114,7 @@ def test_a_score_is_the_divergence_of_the_student_that_would_be_made(
 
 
 def test_all_layers_are_no_different_from_the_teacher(
-    teacher: Whisper, labelled: list[Labelled]
+    teacher: Whisper, labelled: list[Example]
 ) -> None:
     scores = score(teacher, labelled)
     assert scores[0, 1, 2, 3] == (0.0, 1.0)
@@ -121,7 +122,7 @@ def test_all_layers_are_no_different_from_the_teacher(
 
 
 def test_what_a_set_shares_with_others_changes_no_bit(
-    teacher: Whisper, labelled: list[Labelled]
+    teacher: Whisper, labelled: list[Example]
 ) -> None:
     scorer = LayerScorer(teacher, (0, 1, 2), labelled, lambda: None)
     together = scorer(SETS[::-1], "together")
@@ -129,7 +130,7 @@ def test_what_a_set_shares_with_others_changes_no_bit(
 
 
 def test_the_batch_size_changes_no_score(
-    teacher: Whisper, labelled: list[Labelled], monkeypatch: pytest.MonkeyPatch
+    teacher: Whisper, labelled: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = score(teacher, labelled)
     monkeypatch.setattr(scoring, "suitable_batch_size", lambda model: 2)
@@ -149,7 +150,7 @@ def with_idle_layers(whisper: Whisper, idle: list[int]) -> Whisper:
     return whisper
 
 
-def test_layers_that_do_nothing_are_the_ones_to_go(folder: Path, labelled: list[Labelled]) -> None:
+def test_layers_that_do_nothing_are_the_ones_to_go(folder: Path, labelled: list[Example]) -> None:
     whisper = load_whisper(read_model_folder(folder / "teacher", None, "teacher"))
     scorer = LayerScorer(with_idle_layers(whisper, [0, 2]), (0, 1, 2), labelled, lambda: None)
     ranked = search_layers(4, 2, scorer)
@@ -202,7 +203,8 @@ def unusable_rows(folder: Path) -> dict[str, object]:
     (folder / "broken.wav").write_bytes(b"RIFF and so on")
     good = {"audio": "good.wav", "text": "one two", "language": "en"}
     return {
-        "no label": {**good, "text": " "},
+        '"text" is empty': {**good, "text": " "},
+        '"compression_ratio" is 9, above 2.4': {**good, "compression_ratio": 9},
         "not JSON": '{"audio": ',
         "no such file": {**good, "audio": "none.wav"},
         "too long: 2.500 s, the maximum is 2 s": {**good, "audio": "long.wav"},
@@ -235,9 +237,9 @@ def test_rows_that_are_of_no_use_are_passed_over_with_a_reason(
 
 def test_without_any_usable_row_there_is_nothing_to_score_on(tmp_path: Path, folder: Path) -> None:
     manifest = write_rows(tmp_path / "rows.jsonl", list(unusable_rows(tmp_path).values()))
-    with pytest.raises(DataError, match="0 of 10 rows") as error:
+    with pytest.raises(DataError, match="0 of 11 rows") as error:
         selected(folder / "teacher", manifest)
-    assert f"{manifest}:2: " in str(error.value)
+    assert f"{manifest}:3: " in str(error.value)
 
 
 def test_a_label_that_was_cut_off_within_a_character_is_scored_without_it_and_without_an_end(
@@ -256,7 +258,7 @@ def test_the_language_of_rows_that_name_none_is_the_configs(tmp_path: Path, fold
     options: dict[str, Any] = {"language": "Chinese", "task": "translate"}
     [labelled] = selected(folder / "teacher", manifest, **options)
     tokens = load_whisper(read_model_folder(folder / "teacher", None, "teacher")).tokens
-    assert labelled.tokens[: labelled.prompt_length] == tokens.prompt("zh", "translate")
+    assert [*labelled.tokens[: labelled.prompt_length]] == tokens.prompt("zh", "translate")
     with pytest.raises(ConfigError, match=r'layer_scoring.language: .* no token for "ja"'):
         selected(folder / "teacher", manifest, language="ja")
 
@@ -387,7 +389,7 @@ def test_states_that_the_cache_has_are_not_computed_again(
     assert (": 9 of 9 found" in caplog.text) == (encoder_layers is None)
 
 
-def test_a_search_can_be_stopped_at_every_set(teacher: Whisper, labelled: list[Labelled]) -> None:
+def test_a_search_can_be_stopped_at_every_set(teacher: Whisper, labelled: list[Example]) -> None:
     calls: list[None] = []
 
     def stop() -> None:

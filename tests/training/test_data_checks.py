@@ -69,7 +69,9 @@ def test_labels_that_survive_the_tokenizer_are_not_reported(
 ) -> None:
     long_past = {"text": "x", "previous_text": "語" * 400}  # 3 tokens each: cut within a character
     rows = [{"text": "  Two  spaces \n"}, TIMED, TIMED | {"previous_text": "Before."}, long_past]
-    options = {"timestamp_probability": 0.5, "previous_text_probability": 0.5}
+    rows = [row | {"sampled_texts": ["another"]} for row in rows]
+    names = ("timestamp_probability", "previous_text_probability", "sampled_text_probability")
+    options = dict.fromkeys(names, 0.5)
     (trainer, _, steps, _), examples = assemble_with(tmp_path, rows, setting, **options)
     assert check_labels(examples, steps.visit_tokens.data, trainer.models.student) == 0
     assert not warnings_in(caplog)
