@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Utterance
+from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER
 from simpler_distil_whisper.model.teacher_cache import audio_digest
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
@@ -121,7 +122,7 @@ def _misreading(visit_tokens: VisitTokens, number: int, student: Whisper) -> str
         previous = learnt_text(utterance.row[visit_tokens.data.columns.previous_text])
         decoded = student.text_of(given[1 : given.index(special.start)])
         # It may begin within a character of several tokens.
-        if not previous.endswith(decoded.lstrip("\N{REPLACEMENT CHARACTER}")):
+        if not previous.endswith(decoded.lstrip(BROKEN_CHARACTER)):
             return f'{utterance.place}: previous text "{previous}" comes back as "{decoded}"'
     return None
 
