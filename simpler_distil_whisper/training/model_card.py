@@ -35,6 +35,7 @@ FILTERS = (
     "task",
     "timestamp_probability",
     "previous_text_probability",
+    "sampled_text_probability",
 )
 
 
