@@ -285,7 +285,7 @@ def _joined_samples(parts: Sequence[Row], columns: LabelColumns) -> Row:
     """Return the column of sampled texts: as many as all parts have; none without the column."""
     if columns.sampled_texts is None:
         return {}
-    joined = zip(*(part[columns.sampled_texts] for part in parts), strict=False)
+    joined = zip(*(part.get(columns.sampled_texts) or [] for part in parts), strict=False)
     return {columns.sampled_texts: [*map(join_texts, joined)]}
 
 

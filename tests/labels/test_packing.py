@@ -232,6 +232,8 @@ def test_sampled_texts_of_the_parts_are_joined() -> None:
     parts = [label(id=n, sampled_texts=texts) for n, texts in enumerate((["a", "b"], ["c"]))]
     assert packed_row(parts, 0, columns, [], SCORER)["sampled_texts"] == ["a c"]
     assert "sampled_texts" not in packed_row(parts, 0, COLUMNS, [], SCORER)
+    from_a_recording = [*parts, label(id=2)]  # whose rows have none
+    assert packed_row(from_a_recording, 0, columns, [], SCORER)["sampled_texts"] == []
 
 
 def test_a_pack_with_a_part_without_reference_has_no_rate() -> None:
