@@ -206,10 +206,8 @@ class CachedDecoderStates:
 class DecoderStateCache:
     """The last decoder states of one teacher, from which its output head computes the logits.
 
-    They take a hundredth of the space of the logits and lose nothing. If a row is missing, its
-    whole batch is computed: the states then do not depend on which rows an earlier run of the same
-    batches had kept when it was killed. Rows batched otherwise can differ in the last bit; the
-    states that were kept first stay.
+    They take a hundredth of the space of the logits and lose nothing. As with encoder states, a CPU
+    computes every missing row alone, a GPU all of a batch at once.
 
     Attributes:
         dtype: of the states.
@@ -276,34 +274,38 @@ class DecoderStateCache:
             padded[row, : lengths[row]] = states
         return CachedDecoderStates(padded, lengths, missing)
 
-    def complete(self, cached: CachedDecoderStates, compute: Callable[[], Tensor]) -> Tensor:
+    def complete(
+        self, cached: CachedDecoderStates, compute: Callable[[list[int], int], Tensor]
+    ) -> Tensor:
         """Return float [B, L, D] in the cache's dtype, and keep what was missing: see `finish`.
 
         Args:
             cached: what `look_up` has returned.
-            compute: computes the states of the whole batch, float [B, L, D]; called if a row is
-                missing.
+            compute: returns float [N, l, D]: the first l states of some rows of the batch.
         """
         self.hits += len(cached.lengths) - len(cached.missing)
         self.misses += len(cached.missing)
         if not cached.missing:
             return cached.padded
-        states = compute().to(self.dtype)
-        new: dict[int, str] = {}
-        for row, length in enumerate(cached.lengths):
-            if row not in cached.missing:
-                states[row, :length] = cached.padded[row, :length]
-            elif name := cached.missing[row]:
-                # Batches are looked up ahead of their use: it may have been kept since then.
-                kept = self.store.read(name)
-                if kept is None:
-                    new[row] = name
-                else:
-                    states[row, :length] = kept.to(states.device)
-        if new:
-            rows = zip(new, states[list(new)].cpu(), strict=True)
-            own = [copied[: cached.lengths[row]] for row, copied in rows]
-            self._writer.keep(list(new.values()), own, wait=states.device.type == "cpu")
+        lengths = cached.lengths
+        states = cached.padded.new_zeros(len(lengths), max(lengths), self.width)
+        states[: len(cached.padded)] = cached.padded
+        new: dict[int, str | None] = {}
+        for row, name in cached.missing.items():
+            # Batches are looked up ahead of their use: it may have been kept since then.
+            kept = self.store.read(name) if name else None
+            if kept is None:
+                new[row] = name
+            else:
+                states[row, : lengths[row]] = kept.to(states.device)
+        on_cpu = states.device.type == "cpu"
+        for rows in [[row] for row in new] if on_cpu else [[*new]] if new else []:
+            longest = max(lengths[row] for row in rows)
+            states[rows, :longest] = compute(rows, longest).to(self.dtype)
+        if any(new.values()):
+            copies = zip(new, states[[*new]].cpu(), strict=True)
+            own = [copy[: lengths[row]] for row, copy in copies]
+            self._writer.keep([*new.values()], own, wait=on_cpu)
         return states
 
     def finish(self) -> None:

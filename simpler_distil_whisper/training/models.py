@@ -98,14 +98,20 @@ class TeacherAndStudent:
     def _teacher_states(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
         """Return float [B, L, D']: the teacher's last decoder states, from the cache if it can."""
 
-        def compute() -> Tensor:
+        @functools.cache
+        def given() -> Tensor:
             if encoder_states is not None and self.teacher.shared_encoder:
-                return self.teacher.decoder_states(batch, encoder_states)
-            own = self.teacher.encoder_states(batch, self.caches.encoder)
-            return self.teacher.decoder_states(batch, own)
+                return encoder_states
+            return self.teacher.encoder_states(batch, self.caches.encoder)
+
+        def compute(rows: list[int], length: int) -> Tensor:
+            ids = batch.decoder_input_ids[rows, :length]
+            return self.teacher.decoder_states(ids, given()[rows])
 
         cache, cached = self.caches.decoder, batch.cached_decoder_states
-        return cache.complete(cached, compute) if cache and cached else compute()
+        if cache and cached:
+            return cache.complete(cached, compute)
+        return self.teacher.decoder_states(batch.decoder_input_ids, given())
 
 
 class StudentWithLoss(nn.Module):
@@ -268,17 +274,17 @@ class Teacher:
         return states
 
     @torch.no_grad()
-    def decoder_states(self, batch: TrainingBatch, encoder_states: Tensor) -> Tensor:
+    def decoder_states(self, input_ids: Tensor, encoder_states: Tensor) -> Tensor:
         """Return float [B, L, D'], on the student's device: its last decoder states.
 
         Args:
-            batch: on the student's device.
+            input_ids: int64 [B, L]: the decoder's input tokens.
             encoder_states: float [B, E, D].
         """
         with self.accelerator.autocast():
             states = last_states(
                 self.model.model.decoder,
-                batch.decoder_input_ids.to(self.device),
+                input_ids.to(self.device),
                 encoder_states.to(self.device, self.dtype),
             )
         return states.to(self.accelerator.device)

@@ -539,6 +539,10 @@ def test_another_teacher_gives_other_answers(
     assert len(groups) == 4
 
 
+def part_of(states: torch.Tensor) -> Callable[[list[int], int], torch.Tensor]:
+    return lambda rows, length: states[rows, :length]
+
+
 def test_decoder_states_belong_to_their_audio_view_and_tokens(
     teacher: Path, tmp_path: Path
 ) -> None:
@@ -548,8 +552,9 @@ def test_decoder_states_belong_to_their_audio_view_and_tokens(
     cache = DecoderStateCache(store, torch.float32, facts, extractor, "float32")
     first, second = (part(write_tone(tmp_path / f"{n}.wav", seed=n)) for n in range(2))
     states_of_batch = some_tensor(0, 2, 4, 16)
+    states_of_batch[1, 2:] = 0
     batch = cache.look_up([first, second], ["", "noisy"], [[1, 2, 3, 4], [1, 2]])
-    assert torch.equal(cache.complete(batch, states_of_batch.clone), states_of_batch)
+    assert torch.equal(cache.complete(batch, part_of(states_of_batch)), states_of_batch)
 
     def is_cached(audio: Utterance, view: str | None, *ids: int) -> bool:
         return cache.look_up([audio], [view], [ids]).missing == {}
@@ -561,10 +566,12 @@ def test_decoder_states_belong_to_their_audio_view_and_tokens(
     assert not is_cached(first, "", 1, 2, 3)
     assert not is_cached(first, "", 1, 2, 3, 5)
     assert not is_cached(second, None, 1, 2)
-    # Of a batch of which a part is there, the rest is computed and the part stays as it was.
+    # Of a batch of which a part is there, the rest alone is computed.
     batch = cache.look_up([second, first], ["noisy", ""], [[1, 2], [7, 8, 9]])
     again = some_tensor(1, 2, 3, 16)
-    states = cache.complete(batch, again.clone)
+    asked: list[tuple[list[int], int]] = []
+    states = cache.complete(batch, lambda *rows: (asked.append(rows), part_of(again)(*rows))[1])
+    assert asked == [([1], 3)]
     assert torch.equal(states[0, :2], states_of_batch[1, :2])
     assert torch.equal(states[1], again[1])
     assert (cache.hits, cache.misses) == (1, 3)
