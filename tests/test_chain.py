@@ -1,6 +1,7 @@
 """The five scripts one after the other, as a user runs them: processes, files in and out."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -285,7 +286,7 @@ def test_stopped_labelling_goes_on_to_the_same_bytes(chain: Path, number: signal
         parts = results / "parts"
         wait_until(lambda parts=parts, stop=stop: part_lines(parts) > 8 * stop + 2, process)
         time.sleep(random.Random(stop).uniform(0, 0.1))
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # its workers too, as a job scheduler does
         code = process.wait(timeout=60)
         assert code == (-9 if number == signal.SIGKILL else 128 + number)
         assert not (results / "pseudo_labels.jsonl").exists()
@@ -321,7 +322,7 @@ def test_stopped_distillation_goes_on_to_the_same_weights(
             ),
             process,
         )
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # its workers too, as a job scheduler does
         code = process.wait(timeout=60)
         assert code == (-9 if number == signal.SIGKILL else 128 + number)
         assert not (results / "final").exists()

@@ -7,6 +7,7 @@ nothing of audio or models.
 import itertools
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -217,8 +218,22 @@ def _unchanged(item: Item) -> Item:
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Let Ctrl-C reach only the process that saves the work; it then ends the workers."""
+    """Let only the process that saves the work be stopped; it then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):  # of a terminal that is closed; not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # neither on Windows nor on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_if_the_main_process_asks, daemon=True).start()
+
+
+def _end_if_the_main_process_asks() -> None:
+    """Wait for the main process's SIGTERM, and pass over those that SLURM sends to all processes.
+
+    In a thread of its own, since the main one may hang in a damaged file.
+    """
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.kill(os.getpid(), signal.SIGTERM)

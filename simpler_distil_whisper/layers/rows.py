@@ -57,12 +57,15 @@ def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Example]":
     teacher.check_language(options.language, "layer_scoring.language")
     assert options.manifest is not None
     manifest = read_manifest(options.manifest, options.columns, languages=teacher.row_languages)
-    # By the filters of training, but a label that was cut off serves too, without an end token.
+    # By the filters of training, but for the teacher's evidence, whose limits another config names.
     data = TrainingData(
         train_manifests=[options.manifest],
         columns=TrainingColumns(**options.columns.model_dump()),
         language=options.language,
         task=options.task,
+        max_compression_ratio=None,
+        min_average_log_probability=None,
+        max_no_speech_probability=None,
         incomplete_labels="without_end",
     )
     filters = example_filter(data, teacher)
