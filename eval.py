@@ -72,16 +72,16 @@ class Config(StrictModel):
             raise ValueError(f"each system needs a name of its own, these stand twice: {twice}")
         return systems
 
-    @property
-    def groups(self) -> list[str]:
-        """The columns by which the utterances are grouped."""
-        speaker = [self.columns.speaker] if self.columns.speaker else []
-        return list(dict.fromkeys([*self.group_by, *speaker]))
+    def groups(self, baseline: ExaminedSystem) -> list[str]:
+        """Return the columns by which the utterances are grouped."""
+        speaker = self.columns.speaker
+        speakers = [speaker] if speaker and speaker in baseline.columns else []
+        return list(dict.fromkeys([*self.group_by, *speakers]))
 
     @property
     def required_columns(self) -> dict[str, list[str]]:
         """The columns that the baseline's file must have, by the key that names them."""
-        keys = ["language", "audio", "speaker"]
+        keys = ["language", "audio"]
         named = {f"columns.{key}": getattr(self.columns, key) for key in keys}
         named["bootstrap_block_column"] = self.bootstrap_block_column
         return {"group_by": self.group_by} | {key: [name] for key, name in named.items() if name}
@@ -95,9 +95,11 @@ def prepare(config: Config) -> list[ExaminedSystem]:
         DataError: no utterance is left.
     """
     systems = match_systems(config.hypotheses, config.columns, config.required_columns)
-    lengths = config.columns.duration_seconds
+    lengths, speaker = config.columns.duration_seconds, config.columns.speaker
     if lengths and lengths not in systems[0].columns:
         log.info('No row has a column "%s": lengths are those of the audio files.', lengths)
+    if speaker and speaker not in systems[0].columns:
+        log.info('No row has a column "%s": no error rates of speakers are given.', speaker)
     log.info("%d utterances to compare.", len(systems[0].lines))
     return systems
 
@@ -108,7 +110,9 @@ def work(config: Config, systems: list[ExaminedSystem], run: Run) -> str:
     lines = "".join(to_line(row._asdict()) for row in rejected)
     write_atomically(run.folder / "rejected.jsonl", lines.encode())
     columns = config.columns
-    facts = read_facts(systems[0], columns, config.groups, config.bootstrap_block_column)
+    facts = read_facts(
+        systems[0], columns, config.groups(systems[0]), config.bootstrap_block_column
+    )
     scorer = Scorer(config.metric)
     phrases = KnownPhrases(config.hallucination.phrases, scorer)
     scores = {}

@@ -18,6 +18,7 @@ from simpler_distil_whisper.data.jsonl import (
     Row,
     RowError,
     check_text,
+    is_number,
     parse_row,
     quoted,
     seconds_in,
@@ -113,13 +114,17 @@ class RowCheck:
                 audio cannot be opened.
         """
         column = self.columns.channel
-        if self.channel == MEAN or named_channel(row, column):
+        value = row.get(column) if column else None
+        if named_channel(row, column):
             return [UNSET]
-        if column and row.get(column) is not None:
+        # A word may have another meaning and stay, a number hardly: most likely 0 is the first.
+        if value is not None and (self.channel != MEAN or is_number(value)):
             raise RowError(
-                f'"{column}" is {row[column]!r}, which is no channel: name another '
+                f'"{column}" is {value!r}, which is no channel (the first is 1): name another '
                 "data.columns.channel"
             )
+        if self.channel == MEAN:
+            return [UNSET]
         if self.channel in SIDES:
             return [SIDES.index(self.channel)]
         try:
@@ -168,7 +173,7 @@ def _whisper_language(name: str) -> str | ValueError:
 def named_channel(row: Row, column: str | None) -> str | None:
     """Return the channel that a row names in a column, as a name or number; None: it names none."""
     value = row.get(column) if column else None
-    name = str(value) if type(value) is int else value
+    name = value.lower() if isinstance(value, str) else str(value) if is_number(value) else None
     return name if is_channel(name) else None
 
 

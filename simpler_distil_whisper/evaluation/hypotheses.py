@@ -74,7 +74,8 @@ class HypothesisColumns(StrictModel):
         default="channel", description="Column of the channel that was transcribed."
     )
     speaker: Name | None = Field(
-        default=None, description="Column of the speaker, for whom error rates are also given."
+        default=None,
+        description="Column of the speaker, for whom error rates are also given; optional.",
     )
 
     @model_validator(mode="after")

@@ -160,7 +160,8 @@ class LabelColumns:
         """
         fields = {self.label, self.reference, self.error_rate, *NEW_COLUMNS}
         fields -= {text_column, MEASURED_SECONDS}
-        fields |= {name for name in (self.segments, self.unconverted, self.sampled_texts) if name}
+        fields |= {name for name in (self.segments, self.unconverted) if name}
+        fields.add(SAMPLED_TEXTS)  # another teacher's would be learnt, also where none are made now
         if self.with_windows:
             fields |= set(CUT_COLUMNS)
         return fields

@@ -37,7 +37,7 @@ UNREADABLE = "unreadable audio"
 BAD = ("unusable row", UNREADABLE)  # the reasons that count against max_bad_fraction
 WITH_SEGMENTS = "with segments"
 WITH_SAMPLED_TEXTS = "with sampled texts"
-SAMPLED_TEXTS_LEFT_OUT = "with sampled texts of which some cannot be learnt"
+SAMPLED_TEXTS_LEFT_OUT = "without some of their sampled texts, which cannot be learnt"
 WITHOUT_END = "learnt without an end token, since they were cut off"
 CLEANED = "without their control characters and other characters that are no speech"
 
@@ -313,13 +313,12 @@ class ExampleFilter:
         texts = utterance.row.get(column) if self.data.sampled_text_probability else None
         if texts is None:
             return ()
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise Dropped("malformed sampled texts", f'"{column}" is not a list of strings')
         sampled = []
-        for text in map(learnt_text, texts):
+        texts = texts if isinstance(texts, list) else [texts]
+        for text in texts:
             with contextlib.suppress(UnusableText):
-                tokens = self.label_tokenizer(text)
-                if not is_blank(text) and len(tokens) <= self.max_label_tokens:
+                tokens = self.label_tokenizer(text) if isinstance(text, str) else ()
+                if 0 < len(tokens) <= self.max_label_tokens and not is_blank(learnt_text(text)):
                     sampled.append(array("i", [*prompt, *tokens, self.tokens.end]))
         self.kept[WITH_SAMPLED_TEXTS] += bool(sampled)
         self.kept[SAMPLED_TEXTS_LEFT_OUT] += len(sampled) < len(texts)

@@ -77,6 +77,10 @@ def test_one_side_is_written_into_the_rows(tmp_path: Path) -> None:
     rows = [{"id": "a", "audio": "call.wav"}, {"id": "b", "audio": "call.wav", "channel": "left"}]
     rows += [{"id": "c", "audio": "call.wav", "channel": 2}]
     first, second, third = read(tmp_path, "right", *rows).utterances
+    # Who counts from 0 is told so.
+    zero = {"id": "d", "audio": "call.wav", "channel": 0}
+    [rejection] = read(tmp_path, "mean", zero, zero | {"channel": "Left"}).rejections
+    assert '"channel" is 0, which is no channel (the first is 1)' in rejection.reason
     assert (first.id, first.row["channel"], first.channel) == ("a", "right", "right")
     assert (second.channel, third.channel) == ("left", "2")
     assert load_audio(*third.clip).tolist() == load_audio(*first.clip).tolist()

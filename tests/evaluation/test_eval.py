@@ -307,6 +307,14 @@ def test_rows_without_a_reference_are_searched_for_invented_text(tmp_path: Path)
     assert summary["comparisons"] == {}
 
 
+def test_rows_without_speakers_are_scored_all_the_same(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "one.jsonl", [*ROWS])
+    done = evaluate(tmp_path, config_for(tmp_path, path, columns={"speaker": "speaker"}))
+    assert done.returncode == 0, done.stderr
+    assert 'No row has a column "speaker"' in done.stderr
+    assert "speaker" not in summary_in(tmp_path)["systems"]["one"]["groups"]
+
+
 def test_ids_may_be_numbers(tmp_path: Path) -> None:
     rows = [{**row, "id": number + 0.0} for number, row in enumerate(ROWS)]
     done = evaluate(tmp_path, config_for(tmp_path, write_rows(tmp_path / "one.jsonl", rows)))

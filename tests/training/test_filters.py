@@ -79,7 +79,12 @@ def test_a_transcript_cannot_hold_a_special_token(select: Select, token: str) ->
         ({"text": ""}, {}, "no label", '"text" is empty'),
         ({"text": " \n"}, {}, "no label", '"text" is empty'),
         ({"text": None}, {}, "no label", '"text" is empty'),
-        ({"language": None}, {}, "no language", "neither the row nor data.language"),
+        (
+            {"language": None},
+            {},
+            "no language",
+            "neither the row nor the config names the language",
+        ),
         ({}, {"max_error_rate": 0.1}, "no error rate", '"cer/wer" is empty'),
         ({"cer/wer": "0.1"}, {"max_error_rate": 0.1}, "no error rate", "is not a number: '0.1'"),
         ({"cer/wer": True}, {"max_error_rate": 1}, "no error rate", "is not a number: True"),
@@ -357,15 +362,14 @@ def test_sampled_texts_that_cannot_be_learnt_are_left_out(
 ) -> None:
     caplog.set_level("INFO")
     bad = ["a<|en|>", "a\ufffd", " ", "x" * 30]
-    rows = [row(sampled_texts=[*bad, "Hi"]), row(sampled_texts=bad), row(sampled_texts="Hi"), row()]
+    rows = [row(sampled_texts=[*bad, "Hi"]), row(sampled_texts=bad), row()]
+    rows += [row(sampled_texts=5), row(sampled_texts=[None])]
     selection = select(*rows, positions=20, sampled_text_probability=0.5)
     prompt = [START, ZH, TRANSCRIBE, NO_TIMESTAMPS]
     sampled = [[*map(list, example.sampled)] for example in selection.examples]
-    assert sampled == [[[*prompt, *HI, END]], [], []]
-    [rejection] = selection.rejections
-    assert rejection.reason == '"sampled_texts" is not a list of strings'
+    assert sampled == [[[*prompt, *HI, END]], [], [], [], []]
     assert "with sampled texts: 1" in caplog.text
-    assert "with sampled texts of which some cannot be learnt: 2" in caplog.text
+    assert "without some of their sampled texts, which cannot be learnt: 4" in caplog.text
     assert all(not example.sampled for example in select(*rows).examples)
 
 
