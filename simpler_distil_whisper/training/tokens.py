@@ -82,19 +82,18 @@ class LabelTokenizer:
         """
         return self.max_positions - (4 if self.tokens.languages else 2)
 
-    def __call__(self, text: str, what: str = "label", complete: bool = True) -> "array[int]":
+    def __call__(self, text: str, what: str = "label") -> "array[int]":
         """Return the token ids of a text.
 
         Args:
             text: only `learnt_text` of it is used, and no special tokens are added.
             what: "label", "segment" or "previous text"; only the last may hold characters of which
                 bytes are missing.
-            complete: see `learnt_text`.
 
         Raises:
             UnusableText: it holds such a character, or special tokens such as `<|endoftext|>`.
         """
-        learnt = learnt_text(text, complete)
+        learnt = learnt_text(text)
         if BROKEN_CHARACTER in learnt and what != "previous text":
             raise UnusableText(
                 f"broken character in {what}", f"the {what} holds U+FFFD: {learnt!r}"
