@@ -144,21 +144,22 @@ def train(config: Config, trainer: "Trainer", steps: "TrainingSteps") -> None:
     from simpler_distil_whisper.training.learning_rates import decide_learning_rate
     from simpler_distil_whisper.training.optimizer import learning_rate_factor
 
-    state, (_, max_steps, warmup_steps, validate_every) = trainer.state, steps.length
+    state, length, schedule = trainer.state, steps.length, config.schedule
     trainer.score_teacher()
-    highest = decide_learning_rate(config.optimizer.learning_rate, trainer, steps)
-    remaining = steps.since(state.step)
+    highest_rate = decide_learning_rate(config.optimizer.learning_rate, trainer, steps)
+    steps_left = steps.since(state.step)
     trainer.means.start_clock()
-    with Progress("training", "steps", max_steps, state.step) as progress:
-        while state.step < max_steps and not trainer.has_stopped_improving():
-            kind, step = config.schedule.kind, state.step
-            rate = highest * learning_rate_factor(kind, step, warmup_steps, max_steps)
-            stop = trainer.train_step(next(remaining), rate)
+    with Progress("training", "steps", length.max_steps, state.step) as progress:
+        while state.step < length.max_steps and not trainer.has_stopped_improving():
+            factor = learning_rate_factor(
+                schedule.kind, state.step, length.warmup_steps, length.max_steps
+            )
+            stop = trainer.train_step(next(steps_left), highest_rate * factor)  # counts state.step
             progress.advance()
-            last = state.step == max_steps
+            last = state.step == length.max_steps
             if last or state.step % config.logging.every_steps == 0:
                 trainer.log_means()
-            if last or state.step % validate_every == 0:
+            if last or state.step % length.validate_every == 0:
                 trainer.validate()
             if stop or state.step % config.checkpoints.every_steps == 0:
                 trainer.save_checkpoint()
@@ -183,22 +184,22 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         selection.examples,
         length,
         models.student,
-        config.data,
-        config.batch,
-        config.augmentation,
-        config.audio_context,
-        config.seed,
-        models.caches,
-        models.accelerator,
+        data=config.data,
+        batch=config.batch,
+        augmentation=config.augmentation,
+        audio_context=config.audio_context,
+        seed=config.seed,
+        caches=models.caches,
+        accelerator=models.accelerator,
     )
     facts = facts_of(config, teacher, student, selection, length, models.precision)
     trainer = Trainer(
         run,
         steps.digest,
         models,
-        config.optimizer,
-        config.batch,
-        config.checkpoints,
+        optimizer=config.optimizer,
+        batch=config.batch,
+        checkpoints=config.checkpoints,
         card=ModelCard(facts, run.folder / "metrics.jsonl"),
         encoder_factor=config.audio_context.encoder_factor,
         validation=Validation(dev, config.data, config.validation, models) if dev else None,

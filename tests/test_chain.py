@@ -298,7 +298,7 @@ def test_stopped_labelling_goes_on_to_the_same_bytes(chain: Path, number: signal
 
 
 def part_lines(parts: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in parts.glob("*.answers"))
+    return sum(path.read_bytes().count(b"\n") for path in parts.glob("*.results"))
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_a_run_killed_while_it_imports_or_works_writes_the_same_bytes(
     time.sleep(0.5)
     kill_tree(process)
     process = start(folder, processes)
-    while not list((folder / "out").glob("parts/*.answers")):
+    while not list((folder / "out").glob("parts/*.results")):
         assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
         time.sleep(0.01)
     kill_tree(process)
@@ -203,7 +203,7 @@ def test_processes_whose_launcher_was_killed_end_and_leave_their_rows(folder: Pa
     process = start(folder, 2)
     launched = psutil.Process(process.pid)
     parts = folder / "out/parts"
-    while sum(path.read_bytes().count(b"\n") for path in parts.glob("*.answers")) < 6:
+    while sum(path.read_bytes().count(b"\n") for path in parts.glob("*.results")) < 6:
         assert process.poll() is None
         time.sleep(0.02)
     left = launched.children()

@@ -190,9 +190,9 @@ def test_shards_that_are_killed_write_what_one_job_writes(folder: Path) -> None:
     assert start(folder, name, [1, 3]) == 0
     assert "Missing: 0." in (folder / "output.txt").read_text()
     assert not results(folder)
-    parts = sum(path.stat().st_size for path in (folder / "out").rglob("*.answers"))
+    parts = sum(path.stat().st_size for path in (folder / "out").rglob("*.results"))
     assert start(folder, name, [0, 3], Death(operation=2 * middle)) != 0
-    assert parts <= sum(path.stat().st_size for path in (folder / "out").rglob("*.answers"))
+    assert parts <= sum(path.stat().st_size for path in (folder / "out").rglob("*.results"))
     assert start(folder, name, [0, 3]) == 0
     assert results(folder) == whole
     assert not list((folder / "out").rglob("parts"))

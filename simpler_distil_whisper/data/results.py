@@ -26,7 +26,7 @@ from simpler_distil_whisper.run import ANOTHER_RUN, DataError
 from simpler_distil_whisper.shards import Shards
 
 # Endings of the parts' names.
-RESULTS = "answers"
+RESULTS = "results"
 REJECTED = "rejected"
 BEGUN_WITH = "begun"
 LENGTHS = "lengths"

@@ -25,32 +25,35 @@ class KeyValueCache:
     """Keys and values of R rows of tokens about U utterances.
 
     Attributes:
-        own: float [layers, 2, R, H, capacity, D/H]: self-attention keys and values of the tokens
-            so far.
-        cross: float [layers, 2, U, H, E, D/H]: cross-attention keys and values.
-        hidden: float [U, 1, 1, E]: minus infinity for states that are padding; None: none is.
+        self_attention: float [layers, 2, R, H, capacity, D/H]: keys and values of the tokens so
+            far.
+        cross_attention: float [layers, 2, U, H, E, D/H]: keys and values of the encoder states.
+        padding_mask: float [U, 1, 1, E]: added to the scores: minus infinity for encoder states
+            that are padding, else 0; None: none is.
         lengths: int64 [R]: how many tokens each row has; memory behind them is overwritten.
         longest: the greatest of the lengths.
         even: whether all lengths are the same.
     """
 
-    own: Tensor
-    cross: Tensor
-    hidden: Tensor | None
+    self_attention: Tensor
+    cross_attention: Tensor
+    padding_mask: Tensor | None
     lengths: Tensor
     longest: int
     even: bool
 
     def repeat(self, beams: int) -> None:
         """Make `beams` rows of each."""
-        self.own = self.own.repeat_interleave(beams, dim=2)
+        self.self_attention = self.self_attention.repeat_interleave(beams, dim=2)
         self.lengths = self.lengths.repeat_interleave(beams)
 
     def reorder(self, rows: Tensor) -> None:
         """Continue row i from the tokens of row `rows[i]`, which is of the same utterance."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         there = rows[moved]
-        self.own[:, :, moved, :, : self.longest] = self.own[:, :, there, :, : self.longest]
+        self.self_attention[:, :, moved, :, : self.longest] = self.self_attention[
+            :, :, there, :, : self.longest
+        ]
 
     def keep(self, order: Tensor, beams: int = 1) -> None:
         """Keep some utterances and drop the others.
@@ -63,16 +66,18 @@ class KeyValueCache:
         places = torch.arange(len(order), device=order.device)
         moved = order != places
         here, there = places[moved], order[moved]
-        self.cross[:, :, here] = self.cross[:, :, there]
-        self.cross = self.cross[:, :, : len(order)]
-        if self.hidden is not None:
-            self.hidden = self.hidden[order]
+        self.cross_attention[:, :, here] = self.cross_attention[:, :, there]
+        self.cross_attention = self.cross_attention[:, :, : len(order)]
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask[order]
         if beams > 1:
             offsets = torch.arange(beams, device=order.device)
             here = (here[:, None] * beams + offsets).flatten()
             there = (there[:, None] * beams + offsets).flatten()
-        self.own[:, :, here, :, : self.longest] = self.own[:, :, there, :, : self.longest]
-        self.own = self.own[:, :, : len(order) * beams]
+        self.self_attention[:, :, here, :, : self.longest] = self.self_attention[
+            :, :, there, :, : self.longest
+        ]
+        self.self_attention = self.self_attention[:, :, : len(order) * beams]
         self.lengths[here] = self.lengths[there]
         self.lengths = self.lengths[: len(order) * beams]
         if not self.even and len(order):  # the longest may be gone
@@ -118,14 +123,20 @@ class CachedDecoder:
         self.width: int = config.d_model
         self.head_width = self.width // self.heads
         # One query a row is a few small matrix products: fused kernels only pay for many queries.
-        self.plain = config._attn_implementation == "eager" or model.device.type == "cpu"
+        self.explicit_attention = (
+            config._attn_implementation == "eager" or model.device.type == "cpu"
+        )
         # In float32 on a GPU, where it costs little: 16 bits round the differences of logits away.
         head = model.proj_out.weight.detach()
         self._head = head.float() if model.device.type == "cuda" else head
         self._layers: list[Any] = list(self.decoder.layers)
         with torch.no_grad():
-            self._own = [_fused(layer.self_attn, QUERIES, *KEYS_VALUES) for layer in self._layers]
-            self._cross = [_fused(layer.encoder_attn, *KEYS_VALUES) for layer in self._layers]
+            self._self_projections = [
+                _fused(layer.self_attn, QUERIES, *KEYS_VALUES) for layer in self._layers
+            ]
+            self._cross_projections = [
+                _fused(layer.encoder_attn, *KEYS_VALUES) for layer in self._layers
+            ]
 
     def start(self, states: Tensor, capacity: int, *, uneven: bool) -> KeyValueCache:
         """Return a cache with the cross-attention keys and values of some utterances, and no token.
@@ -137,22 +148,22 @@ class CachedDecoder:
             uneven: whether the rows will come to have different lengths.
         """
         count, positions, _ = states.shape
-        padding, hidden = states[..., 0].isnan(), None
+        padding, padding_mask = states[..., 0].isnan(), None
         if padding.any():
             states = states.masked_fill(padding[..., None], 0.0)
-            hidden = states.new_zeros(count, 1, 1, positions)
-            hidden.masked_fill_(padding[:, None, None], -torch.inf)
+            padding_mask = states.new_zeros(count, 1, 1, positions)
+            padding_mask.masked_fill_(padding[:, None, None], -torch.inf)
         shape = (count, positions, 2, self.heads, self.head_width)
-        first = functional.linear(states, *self._cross[0])
+        first = functional.linear(states, *self._cross_projections[0])
         cross = first.new_empty(len(self._layers), 2, count, self.heads, positions, self.head_width)
-        for layer, (weight, bias) in enumerate(self._cross):
+        for layer, (weight, bias) in enumerate(self._cross_projections):
             projected = first if layer == 0 else functional.linear(states, weight, bias)
             cross[layer] = projected.view(shape).permute(2, 0, 3, 1, 4)
-        own = cross.new_empty(len(self._layers), 2, count, self.heads, capacity, self.head_width)
+        tokens = cross.new_empty(len(self._layers), 2, count, self.heads, capacity, self.head_width)
         if uneven:  # What a shorter row has not written is multiplied by its attention of zero.
-            own.zero_()
+            tokens.zero_()
         lengths = torch.zeros(count, dtype=torch.int64, device=states.device)
-        return KeyValueCache(own, cross, hidden, lengths, longest=0, even=True)
+        return KeyValueCache(tokens, cross, padding_mask, lengths, longest=0, even=True)
 
     def read(self, ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Return float [R, L, D]: decoder states of the next tokens of each row.
@@ -175,7 +186,7 @@ class CachedDecoder:
             mask = mask.masked_fill_(later, torch.finfo(mask.dtype).min)[:, None]
         for number, layer in enumerate(self._layers):
             normed = layer.self_attn_layer_norm(hidden)
-            queries, keys, values = self._append(number, normed, positions, cache)
+            queries, keys, values = self._project_and_append(number, normed, positions, cache)
             output = self._attend(queries, keys[:, :, :visible], values[:, :, :visible], mask)
             hidden = hidden + layer.self_attn.out_proj(_joined(output))
             normed = layer.encoder_attn_layer_norm(hidden)
@@ -200,21 +211,23 @@ class CachedDecoder:
             logits += bias
         return logits.view(*states.shape[:-1], len(self._head))
 
-    def _append(
+    def _project_and_append(
         self, number: int, normed: Tensor, positions: Tensor, cache: KeyValueCache
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries of the new tokens, and the keys and values of all tokens."""
         rows, count, _ = normed.shape
-        fused = functional.linear(normed, *self._own[number])
+        fused = functional.linear(normed, *self._self_projections[number])
         new = fused.view(rows, count, 3, self.heads, self.head_width)
-        keys, values = cache.own[number]
+        queries, new_keys, new_values = new.unbind(2)
+        keys, values = cache.self_attention[number]
         if cache.even:
-            spot = slice(cache.longest, cache.longest + count)
-            keys[:, :, spot], values[:, :, spot] = (new[:, :, i].transpose(1, 2) for i in (1, 2))
+            places = slice(cache.longest, cache.longest + count)
+            keys[:, :, places] = new_keys.transpose(1, 2)
+            values[:, :, places] = new_values.transpose(1, 2)
         else:
             row = torch.arange(rows, device=normed.device)[:, None]
-            keys[row, :, positions], values[row, :, positions] = new[:, :, 1], new[:, :, 2]
-        return new[:, :, 0].transpose(1, 2), keys, values
+            keys[row, :, positions], values[row, :, positions] = new_keys, new_values
+        return queries.transpose(1, 2), keys, values
 
     def _cross_attend(self, number: int, normed: Tensor, cache: KeyValueCache) -> Tensor:
         """Return float [R, L, D]: the attention output of the new tokens over the encoder states.
@@ -222,15 +235,15 @@ class CachedDecoder:
         The beams of an utterance share its keys, so they are further queries, not further rows.
         """
         rows, count, width = normed.shape
-        keys, values = cache.cross[number]
+        keys, values = cache.cross_attention[number]
         queries = self._layers[number].encoder_attn.q_proj(normed)
         queries = queries.view(len(keys), -1, self.heads, self.head_width).transpose(1, 2)
-        output = self._attend(queries, keys, values, cache.hidden)
+        output = self._attend(queries, keys, values, cache.padding_mask)
         return _joined(output).view(rows, count, width)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Return float [R, H, L, D/H]: scaled dot-product attention."""
-        if not self.plain:
+        if not self.explicit_attention:
             return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         scores = torch.matmul(queries * self.head_width**-0.5, keys.transpose(-1, -2))
         if mask is not None:

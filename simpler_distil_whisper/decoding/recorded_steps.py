@@ -129,10 +129,11 @@ class RecordingDecoder(CachedDecoder):
         return (
             count == 1
             and rows <= max(self._row_counts, default=0)
-            and cache.hidden is None
-            and cache.own.shape[2] == cache.cross.shape[2]  # no beams, which share `cross`
-            and cache.own.shape[4] == self._capacity
-            and cache.cross.shape[4] == self._memory.cross.shape[4]
+            and cache.padding_mask is None
+            # No beams, which share the keys and values of the cross-attention.
+            and cache.self_attention.shape[2] == cache.cross_attention.shape[2]
+            and cache.self_attention.shape[4] == self._capacity
+            and cache.cross_attention.shape[4] == self._memory.cross_attention.shape[4]
         )
 
     def _move_in(self, cache: KeyValueCache) -> None:
@@ -140,18 +141,19 @@ class RecordingDecoder(CachedDecoder):
         if cache is self._inside:
             return
         rows, used, memory = len(cache.lengths), cache.longest, self._memory
-        memory.own.zero_()  # What is hidden is multiplied by zero: it must be finite.
-        memory.own[:, :, :rows, :, :used] = cache.own[:, :, :, :, :used]
-        memory.cross[:, :, :rows] = cache.cross
-        cache.own, cache.cross = memory.own[:, :, :rows], memory.cross[:, :, :rows]
+        memory.self_attention.zero_()  # What is hidden is multiplied by zero: it must be finite.
+        memory.self_attention[:, :, :rows, :, :used] = cache.self_attention[:, :, :, :, :used]
+        memory.cross_attention[:, :, :rows] = cache.cross_attention
+        cache.self_attention = memory.self_attention[:, :, :rows]
+        cache.cross_attention = memory.cross_attention[:, :, :rows]
         self._inside = cache
 
     def _step(self, rows: int, length: int) -> Step:
         """Return a step of the memory that stays: fixed shapes, at fixed places."""
         fixed = replace(
             self._memory,
-            own=self._memory.own[:, :, :rows],
-            cross=self._memory.cross[:, :, :rows],
+            self_attention=self._memory.self_attention[:, :, :rows],
+            cross_attention=self._memory.cross_attention[:, :, :rows],
             lengths=self._memory.lengths[:rows],
             longest=length - 1,
         )

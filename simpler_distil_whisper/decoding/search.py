@@ -75,37 +75,38 @@ def read_prompts(
     return states
 
 
-def sample(
+def greedy_or_sampled(
     decoder: CachedDecoder,
     rules: TokenRules,
     batch: PromptedBatch,
     temperature: float = 0.0,
     randoms: Tensor | None = None,
-    samples: int = 1,
+    texts_per_utterance: int = 1,
 ) -> list[SearchResult]:
     """Return greedily chosen tokens, or at a `temperature` above 0 sampled ones.
 
     Sampling takes `randoms`, float [R, limit]: a number from 0 to 1 for each token, so that no
-    utterance's tokens depend on the other utterances. Of each utterance there are R / U `samples`,
-    which stand one after the other.
+    utterance's tokens depend on the other utterances. The R / U = `texts_per_utterance` rows of an
+    utterance stand one after the other.
     """
     cache, states, limits = batch.cache, batch.states, batch.limits
-    if samples > 1:
-        cache.repeat(samples)
-        states, limits = (each.repeat_interleave(samples, dim=0) for each in (states, limits))
+    if texts_per_utterance > 1:
+        cache.repeat(texts_per_utterance)
+        states = states.repeat_interleave(texts_per_utterance, dim=0)
+        limits = limits.repeat_interleave(texts_per_utterance)
     longest, count = int(limits.max()), len(limits)
     chosen = torch.full((count, longest), rules.end, device=states.device)
     total = torch.zeros(count, device=states.device)
     rows = torch.arange(count, device=states.device)
     ended = torch.zeros(count, dtype=torch.bool, device=states.device)
-    pace = STEPS_BETWEEN_CHECKS if states.is_cuda and cache.even else 1
+    check_every = STEPS_BETWEEN_CHECKS if states.is_cuda and cache.even else 1
     for step in range(longest):
         logits = decoder.logits(states, rules.bias(step))
         rules.apply(logits, chosen[rows, :step])
         if temperature == 0 or randoms is None:
             token = logits.argmax(-1)
         else:
-            token = drawn(logits / temperature, randoms[rows, step])
+            token = inverse_transform_sample(logits / temperature, randoms[rows, step])
         # On a CPU several times faster than the logit of the token minus the logsumexp.
         log_probability = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         chosen[rows, step] = token.masked_fill_(ended, rules.end)
@@ -113,20 +114,23 @@ def sample(
         ended |= (token == rules.end) | (limits[rows] == step + 1)
         if step + 1 == longest:
             break
-        # An utterance leaves the batch with the last of its samples.
-        if (step + 1) % pace == 0 and bool((all_ended := ended.view(-1, samples).all(1)).any()):
-            order = indices_to_keep(all_ended)
+        if (step + 1) % check_every == 0:
+            # An utterance leaves the batch with the last of its texts.
+            by_utterance = ended.view(-1, texts_per_utterance)
+            order = indices_to_keep(by_utterance.all(1))
             if len(order) == 0:
                 break
-            cache.keep(order, samples)
-            kept = torch.arange(len(ended), device=order.device).view(-1, samples)[order].flatten()
-            rows, token, ended = rows[kept], token[kept], ended[kept]
+            if len(order) < len(by_utterance):
+                cache.keep(order, texts_per_utterance)
+                places = torch.arange(len(ended), device=order.device).view_as(by_utterance)
+                kept = places[order].flatten()
+                rows, token, ended = rows[kept], token[kept], ended[kept]
         states = decoder.read(token[:, None], cache)[:, -1]
         cache.advance(1)
     return search_results(chosen, limits, total, rules.end)
 
 
-def drawn(logits: Tensor, randoms: Tensor) -> Tensor:
+def inverse_transform_sample(logits: Tensor, randoms: Tensor) -> Tensor:
     """Return int64 [R]: the token of logits [R, V] in whose share a row's random number falls."""
     sums = logits.softmax(-1).cumsum(-1)
     total = sums[:, -1]

@@ -79,7 +79,7 @@ class Assistant:
         states: Tensor,
         prompts: Sequence[Sequence[int]],
     ) -> list[SearchResult]:
-        """Return the teacher's greedy tokens, those of `search.sample` at temperature 0.
+        """Return the teacher's greedy tokens, those of `greedy_or_sampled` at temperature 0.
 
         The student reads the same prompts as the teacher, and encoder states, float [U, E, D], of
         the encoder that it uses.

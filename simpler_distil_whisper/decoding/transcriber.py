@@ -25,8 +25,8 @@ from simpler_distil_whisper.decoding.search import (
     PromptedBatch,
     SearchResult,
     beam_search,
+    greedy_or_sampled,
     read_prompts,
-    sample,
 )
 from simpler_distil_whisper.decoding.speculative import Assistant, DraftCounts
 from simpler_distil_whisper.decoding.token_rules import TokenRules
@@ -37,8 +37,8 @@ from simpler_distil_whisper.model.memory import Room, suitable_batch_size
 from simpler_distil_whisper.model.options import DecodingOptions, SampledTexts
 from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
 
-NO_SAMPLES = SampledTexts()
-SAMPLED = 10_000  # of random numbers for sampled texts, where for others the attempt stands
+NO_SAMPLED_TEXTS = SampledTexts()
+SAMPLED_TEXT = 10_000  # in the seed, where for a hypothesis the number of the attempt stands
 TOKENS_TO_SPARE = 8  # of a sampled text, above twice the tokens of the hypothesis
 
 
@@ -62,7 +62,7 @@ class Transcriber:
         word_timestamps: bool = False,
         audio_context: AudioContext | None = None,
         record_steps: bool = False,
-        sampled_texts: SampledTexts = NO_SAMPLES,
+        sampled_texts: SampledTexts = NO_SAMPLED_TEXTS,
     ) -> None:
         """Prepare what does not change from batch to batch.
 
@@ -101,10 +101,10 @@ class Transcriber:
             if record_steps and recordable
             else CachedDecoder(whisper.model)
         )
-        # Recorded steps have a row for each utterance, not one for each sample.
+        # Recorded steps have one row for each utterance, not one for each of its sampled texts.
         recorded = type(self.decoder) is not CachedDecoder
-        samples_apart = sampled_texts.count > 0 and recorded
-        self._sampling_decoder = CachedDecoder(whisper.model) if samples_apart else self.decoder
+        apart = sampled_texts.count > 0 and recorded
+        self._sampling_decoder = CachedDecoder(whisper.model) if apart else self.decoder
         self.aligner = (
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
         )
@@ -210,7 +210,8 @@ class Transcriber:
         cache = self.decoder.start(states, self.positions, uneven=uneven)
         codes = self._languages(languages, cache)
         prompts = [
-            self._context(tokens) + self.whisper.tokens.prompt(code, self.options.task, timestamps)
+            self._previous_text_ids(tokens)
+            + self.whisper.tokens.prompt(code, self.options.task, timestamps)
             for tokens, code in zip(previous, codes, strict=True)
         ]
         keys = keys or [0] * len(codes)
@@ -291,7 +292,7 @@ class Transcriber:
         count, temperature = self.sampled_texts.count, self.sampled_texts.temperature
         decoder = self._sampling_decoder
         prompts = [
-            self._context(self.prompt_ids)
+            self._previous_text_ids(self.prompt_ids)
             + self.whisper.tokens.prompt(hypothesis.language, self.options.task)
             for hypothesis in hypotheses
         ]
@@ -300,19 +301,18 @@ class Transcriber:
         limits = torch.tensor(most, device=states.device)
         cache = decoder.start(states, len(prompts[0]) + max(most), uneven=False)
         prompted = read_prompts(decoder, cache, prompts)[:, -1]
-        draws = [
-            np.random.default_rng([self.seed, SAMPLED, key, number]).random(max(most))
-            for key in keys
-            for number in range(count)
-        ]
-        randoms = torch.tensor(np.stack(draws), dtype=torch.float32, device=states.device)
+        randoms = self._randoms(
+            [(SAMPLED_TEXT, key, number) for key in keys for number in range(count)], limits
+        )
         batch = PromptedBatch(cache, prompted, limits)
-        results = iter(sample(decoder, self._rules[False], batch, temperature, randoms, count))
+        texts = iter(
+            greedy_or_sampled(decoder, self._rules[False], batch, temperature, randoms, count)
+        )
         return [
             replace(
                 hypothesis,
                 sampled_texts=tuple(
-                    self.text_of(result.ids) for result in islice(results, count) if result.complete
+                    self.text_of(text.ids) for text in islice(texts, count) if text.complete
                 ),
             )
             for hypothesis in hypotheses
@@ -357,14 +357,16 @@ class Transcriber:
         if not self.whisper.tokens.languages or None not in known:
             return known
         codes = list(self.whisper.tokens.languages)
-        ids = torch.tensor(list(self.whisper.tokens.languages.values()), device=cache.own.device)
+        ids = torch.tensor(
+            list(self.whisper.tokens.languages.values()), device=cache.lengths.device
+        )
         start = torch.full_like(cache.lengths, self.whisper.tokens.start)[:, None]
         # The start token is not counted in the cache, so the prompt will overwrite it.
         logits = self.decoder.logits(self.decoder.read(start, cache)[:, 0])
         detected = [codes[best] for best in logits[:, ids].argmax(-1).tolist()]
         return [language or guess for language, guess in zip(known, detected, strict=True)]
 
-    def _context(self, previous: Sequence[int]) -> list[int]:
+    def _previous_text_ids(self, previous: Sequence[int]) -> list[int]:
         """Return the tokens of the previous text for the prompt; of a long one, only the end."""
         before = self.whisper.tokens.previous
         if not previous or before is None:
@@ -392,17 +394,21 @@ class Transcriber:
         temperature, beams = self.options.temperatures[attempt], self.options.num_beams
         decoder, rules = self.decoder, self._rules[timestamps]
         if temperature > 0:
-            longest = int(limits.max())
-            draws = [np.random.default_rng([self.seed, attempt, k]).random(longest) for k in keys]
-            randoms = torch.tensor(np.stack(draws), dtype=torch.float32, device=device)
-            results = sample(decoder, rules, batch, temperature, randoms)
+            randoms = self._randoms([(attempt, key) for key in keys], limits)
+            results = greedy_or_sampled(decoder, rules, batch, temperature, randoms)
         elif beams > 1:
             results = beam_search(decoder, rules, batch, beams)
         elif self.assistant is not None:
             results = self.assistant.speculate(decoder, rules, batch, assistant_states, prompts)
         else:
-            results = sample(decoder, rules, batch)
+            results = greedy_or_sampled(decoder, rules, batch)
         return results, no_speech
+
+    def _randoms(self, streams: Sequence[tuple[int, ...]], limits: Tensor) -> Tensor:
+        """Return float32 [R, longest limit]: numbers from 0 to 1, of each row a stream of its own."""
+        longest = int(limits.max())
+        rows = [np.random.default_rng([self.seed, *stream]).random(longest) for stream in streams]
+        return torch.tensor(np.stack(rows), dtype=torch.float32, device=limits.device)
 
     def _no_speech(self, start_states: Tensor) -> list[float | None]:
         """Return the no-speech probabilities, from the decoder states of the start tokens."""

@@ -210,17 +210,18 @@ def own_batches(
         for start in range(0, len(utterances), length)
         if not done[numbers[start : start + length]].all()
     ]
-    place = shard.index * process_count() + process_rank()
-    first = len(starts) * place // (shard.count * process_count())
+    process = shard.index * process_count() + process_rank()
+    first = len(starts) * process // (shard.count * process_count())
     starts = starts[first:] + starts[:first]
     groups = (utterances[start : start + length] for start in starts)
     by_length = groups_by_length(groups, data.workers, ByLength(lengths_folder))
     for start, group in zip(starts, by_length, strict=True):
         numbered = enumerate(batches_within(group, size, MAX_BATCH_SECONDS), start // size)
         batches = [batch for number, batch in numbered if shard.owns(number)]
-        while (place := sums.add(f"batches from {start}", 1) - 1) < len(batches):
-            if not done[[utterance.number for utterance in batches[place]]].all():
-                yield batches[place]
+        # The processes draw tickets from one counter, so each batch is taken once.
+        while (ticket := sums.add(f"batches from {start}", 1) - 1) < len(batches):
+            if not done[[utterance.number for utterance in batches[ticket]]].all():
+                yield batches[ticket]
 
 
 def transcribe_batch(
@@ -331,7 +332,7 @@ def decode_halving(
         # The error is gone now, and with it the tensors of the attempt, which its traceback held.
         clear_device_cache()
         _warn_of_halving(count)
-        if windows in (0, count):
+        if windows in (0, count):  # else either the clips or the recordings took the memory
             tried = windows or room.rows
             room.has_not_fitted(tried)
             if not windows and tried > 1:  # the same recordings, fewer windows at a time

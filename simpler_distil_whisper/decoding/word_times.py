@@ -117,10 +117,10 @@ class TokenAligner:
 
         Each head counts by how much more a token attends to a position than other tokens do.
         """
-        total, count = torch.zeros(tokens, audio, device=cache.cross.device), 0
+        total, count = torch.zeros(tokens, audio, device=cache.cross_attention.device), 0
         for layer, heads in self.heads.items():
             query = queries[layer][row, :tokens].view(tokens, self.decoder.heads, -1)
-            keys = cache.cross[layer][0, row, heads, :audio]
+            keys = cache.cross_attention[layer][0, row, heads, :audio]
             scores = torch.matmul(query[:, heads].transpose(0, 1), keys.transpose(1, 2)).float()
             weights = (scores * self.decoder.head_width**-0.5).softmax(-1)
             deviation, mean = torch.std_mean(weights, dim=1, keepdim=True, unbiased=False)

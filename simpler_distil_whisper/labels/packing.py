@@ -265,7 +265,7 @@ def packed_row(
         columns.audio: str(audio_path(number)),
         **{name: parts[0].get(name) for name in shared if name not in own},
         columns.label: label,
-        **_joined_samples(parts, columns),
+        **_joined_sampled_texts(parts, columns),
         columns.reference: reference,
         columns.error_rate: None if rate is None else round(rate, 6),
         "error_unit": parts[0]["error_unit"],
@@ -281,7 +281,7 @@ def packed_row(
     }
 
 
-def _joined_samples(parts: Sequence[Row], columns: LabelColumns) -> Row:
+def _joined_sampled_texts(parts: Sequence[Row], columns: LabelColumns) -> Row:
     """Return the column of sampled texts: as many as all parts have; none without the column."""
     if columns.sampled_texts is None:
         return {}

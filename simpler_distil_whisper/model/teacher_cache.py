@@ -3,6 +3,8 @@
 Owns the keys, which are made of contents and never of file names. Rows are looked up where they are
 loaded, in worker processes (`look_up`); what is missing is computed and added where the teacher
 runs (`complete`). It does not run the decoder itself; files are up to `tensor_store.py`.
+
+Letters of shapes besides those in `data/features.py`: C cached rows of a batch.
 """
 
 import functools
@@ -57,6 +59,11 @@ class CachedEncoderStates:
             self.states[[place[row] for row in rows if row in place]],
             {new: self.missing[row] for new, row in enumerate(rows) if row in self.missing},
         )
+
+    def do_not_keep(self, row: int) -> None:
+        """Let the states of a row, if they are missing, be computed but not kept."""
+        if row in self.missing:
+            self.missing[row] = None
 
     def to(self, device: torch.device) -> "CachedEncoderStates":
         """Return the same on a device."""
@@ -116,7 +123,7 @@ class EncoderStateCache:
         self.group = f"encoder_states/{_digest(facts)}"
         store.write_about(self.group, {"teacher": str(teacher.path.resolve()), **facts})
 
-    def name(self, utterance: Utterance, view: str | None = "") -> str | None:
+    def entry_name(self, utterance: Utterance, view: str | None = "") -> str | None:
         """Return the name of the states of one view of an utterance.
 
         Args:
@@ -136,7 +143,7 @@ class EncoderStateCache:
         cached: list[Tensor] = []
         missing: dict[int, str | None] = {}
         for row, utterance in enumerate(utterances):
-            name = self.name(utterance, views[row] if views else "")
+            name = self.entry_name(utterance, views[row] if views else "")
             states = self.store.read(name) if name else None
             if states is None:
                 missing[row] = name
@@ -197,6 +204,11 @@ class CachedDecoderStates:
     padded: Tensor
     lengths: list[int]
     missing: dict[int, str | None]
+
+    def do_not_keep(self, row: int) -> None:
+        """Let the states of a row, if they are missing, be computed but not kept."""
+        if row in self.missing:
+            self.missing[row] = None
 
     def to(self, device: torch.device) -> "CachedDecoderStates":
         """Return the same on a device."""
@@ -299,7 +311,11 @@ class DecoderStateCache:
             else:
                 states[row, : lengths[row]] = kept.to(states.device)
         on_cpu = states.device.type == "cpu"
-        for rows in [[row] for row in new] if on_cpu else [[*new]] if new else []:
+        if on_cpu:  # each alone: no bit of a row must depend on the others
+            groups = [[row] for row in new]
+        else:
+            groups = [list(new)] if new else []
+        for rows in groups:
             longest = max(lengths[row] for row in rows)
             states[rows, :longest] = compute(rows, longest).to(self.dtype)
         if any(new.values()):
@@ -337,13 +353,15 @@ def open_store(options: CacheOptions) -> TensorStore | None:
 def dtype_of_states(
     options: CacheOptions, computed: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """Return the dtype in which a config keeps states that were computed in another on a device.
+    """Return the dtype in which states that are computed on a device are kept: the config's.
+
+    "auto" is the one in which they are computed, or on a GPU without bfloat16 float16: there
+    labelling computes in float16, and training, in float32, can do with the same states.
 
     Raises:
         ConfigError: it is finer than the one in which they were computed.
     """
     if options.dtype == "auto":
-        # A GPU without bfloat16 labels in float16 and trains in float32, for which those will do.
         labels_coarser = device.type == "cuda" and not has_bfloat16()
         return torch.float16 if labels_coarser else computed
     dtype = torch_dtype(options.dtype, device)

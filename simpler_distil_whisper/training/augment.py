@@ -154,7 +154,7 @@ class Views:
             position: of the use in the stream of all uses.
         """
         if self.count is None:
-            return self._draw(draw(self.seed, Drawn.VIEW, position), seconds)
+            return self._random_view(draw(self.seed, Drawn.VIEW, position), seconds)
         # Not the id, which may be a line number, nor the whole path, lest a moved folder has other
         # views; the last folder is part of it, as there are corpora of folders with one audio.wav.
         name = "/".join(utterance.audio.parts[-2:])
@@ -162,9 +162,9 @@ class Views:
         clip = zlib.crc32(part.encode(errors="surrogateescape"))
         # Clips begin with different views, or whole epochs would be clean and others noisy.
         view = (use + clip) % (self.count + 1)
-        return self._draw(np.random.default_rng([clip, view]), seconds) if view else View()
+        return self._random_view(np.random.default_rng([clip, view]), seconds) if view else View()
 
-    def _draw(self, random: np.random.Generator, seconds: float) -> View:
+    def _random_view(self, random: np.random.Generator, seconds: float) -> View:
         waveform, spec = self.options.waveform, self.options.spec_augment
 
         def between(bounds: list[float]) -> float:

@@ -41,11 +41,11 @@ class CrossAttention(WhisperAttention):  # type: ignore[misc]  # transformers ha
         heads = self.num_heads, self.head_dim
         queries = (self.q_proj(hidden_states) * self.scaling).view(rows, length, *heads)
         weight = self.k_proj.weight.view(*heads, width)
-        queries = torch.einsum("blhd,hdw->bhlw", queries, weight).flatten(1, 2)
+        queries = torch.einsum("BLHd,HdD->BHLD", queries, weight).flatten(1, 2)
         attention = (queries @ states.transpose(1, 2)).softmax(-1)
         attended = (attention @ states).view(rows, self.num_heads, length, width)
         weight = self.v_proj.weight.view(*heads, width)
-        values = torch.einsum("bhlw,hdw->blhd", attended, weight).flatten(2) + self.v_proj.bias
+        values = torch.einsum("BHLD,HdD->BLHd", attended, weight).flatten(2) + self.v_proj.bias
         return self.out_proj(values), None
 
     def _is_cheaper(self, hidden_states: Tensor, states: Tensor, options: dict[str, Any]) -> bool:
@@ -70,4 +70,4 @@ def use_fast_cross_attention(decoder: nn.Module) -> None:
     """Let the layers of a Whisper decoder in transformers use `CrossAttention`, in place."""
     layers: Any = decoder.layers
     for layer in layers:
-        layer.encoder_attn.__class__ = CrossAttention  # its parameters stay what they are
+        layer.encoder_attn.__class__ = CrossAttention  # not its parameters, nor their names

@@ -34,7 +34,7 @@ from simpler_distil_whisper.model.teacher_cache import (
 )
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.training.augment import View, Views
-from simpler_distil_whisper.training.losses import IGNORE_INDEX, places_of
+from simpler_distil_whisper.training.losses import IGNORE_INDEX, label_places_of
 from simpler_distil_whisper.training.options import (
     AudioContextOptions,
     Augmentation,
@@ -96,7 +96,7 @@ class TrainingBatch:
         cached_encoder_states: what the cache holds of the teacher's; None: there is no cache, or
             they are of no use.
         cached_decoder_states: what the cache holds of the teacher's; None: there is no cache.
-        label_places: int64 [N]: which of the B x L positions have a label, once it is on a device.
+        label_places: int64 [P]: which of the B x L positions have a label, once it is on a device.
     """
 
     input_features: Tensor
@@ -125,7 +125,7 @@ class TrainingBatch:
             input_features=moved(self.input_features, device),
             decoder_input_ids=moved(self.decoder_input_ids, device),
             labels=moved(self.labels, device),
-            label_places=moved(places_of(self.labels), device),
+            label_places=moved(label_places_of(self.labels), device),
             cached_encoder_states=encoder_states and encoder_states.to(device),
             cached_decoder_states=decoder_states and decoder_states.to(device),
         )
@@ -192,8 +192,8 @@ class TrainingDataset(Dataset[TrainingBatch]):
                 clips.append((View(), waveform))
                 labels[row] = IGNORE_INDEX
                 for states in (encoder_states, decoder_states):
-                    if states and row in states.missing:
-                        states.missing[row] = None
+                    if states:
+                        states.do_not_keep(row)
                 utterance = example.utterance
                 rejections.append(reject(utterance, f"{utterance.audio}: {error}"))
             seconds += len(waveform) / SAMPLE_RATE

@@ -2,6 +2,8 @@
 
 The formula is `token_terms`; `_terms_and_gradient` is the same with its gradient by hand. A batch
 passes through them in chunks, so that its logits never exist together.
+
+Letters of shapes besides those in `data/features.py`: P positions with a label, C in a chunk.
 """
 
 from collections.abc import Sequence
@@ -90,7 +92,7 @@ def distillation_loss(
     teacher_head: Tensor | None,
     labels: Tensor,
     objective: Objective,
-    places: Tensor | None = None,
+    label_places: Tensor | None = None,
 ) -> LossTerms:
     """Return the terms of the loss over the tokens that have a label.
 
@@ -106,31 +108,31 @@ def distillation_loss(
         teacher_head: float [V, D']: its output embedding.
         labels: int64 [B, L]: the next token, IGNORE_INDEX at positions without a label.
         objective: weights of the terms, and the temperature T > 0.
-        places: int64 [N]: which of the B x L positions have a label; None: they are looked up,
-            which makes the CPU wait for a GPU.
+        label_places: int64 [P]: which of the B x L positions have a label; None: they are looked
+            up, which makes the CPU wait for a GPU.
     """
-    if places is None:
-        places = places_of(labels)
+    if label_places is None:
+        label_places = label_places_of(labels)
     loss, cross_entropy, kl, agreement = _LossInChunks.apply(  # type: ignore[no-untyped-call]
         student_states.flatten(0, 1),
-        # Under no_grad a frozen head: autograd functions are not told that no gradient is needed.
+        # Without gradients it must be detached: needs_input_grad of a trained head stays true.
         student_head if torch.is_grad_enabled() else student_head.detach(),
         None if teacher_states is None else teacher_states.flatten(0, 1),
         teacher_head,
         labels.flatten(),
-        places,
+        label_places,
         objective,
     )
     return LossTerms(loss, cross_entropy, kl, agreement, (labels != IGNORE_INDEX).sum())
 
 
-def places_of(labels: Tensor) -> Tensor:
-    """Return int64 [N]: which positions have a label, counted through all rows."""
+def label_places_of(labels: Tensor) -> Tensor:
+    """Return int64 [P]: which positions have a label, counted through all rows."""
     return (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
 
 
 class _LossInChunks(torch.autograd.Function):
-    """The loss of N positions. Its gradients are made in `forward`; `backward` scales them."""
+    """The loss of P positions. Its gradients are made in `forward`; `backward` scales them."""
 
     @staticmethod
     def forward(
@@ -140,44 +142,43 @@ class _LossInChunks(torch.autograd.Function):
         teacher_states: Tensor | None,
         teacher_head: Tensor | None,
         labels: Tensor,
-        real: Tensor,
+        label_places: Tensor,
         objective: Objective,
     ) -> tuple[Tensor, ...]:
-        """Return loss, cross-entropy, KL and agreement; states are [N, D], labels [N].
+        """Return loss, cross-entropy, KL and agreement of the positions that have a label.
 
-        Of them, those are used whose places are in `real`.
+        States are float [B x L, D], labels int64 [B x L], label_places int64 [P].
         """
         states, head = _in_dtype_of_product(student_states, student_head)
         teacher = None
         if teacher_states is not None and teacher_head is not None:
             teacher = _in_dtype_of_product(teacher_states, teacher_head)
-        exact = torch.promote_types(head.dtype, torch.float32)
+        sum_dtype = torch.promote_types(head.dtype, torch.float32)
         needs_states, needs_head = ctx.needs_input_grad[:2]
-        grad_states = torch.zeros_like(states, dtype=exact) if needs_states else None
-        grad_head = torch.zeros_like(head, dtype=exact) if needs_head else None
-        sums = torch.zeros(4, dtype=exact, device=head.device)
+        grad_states = torch.zeros_like(states, dtype=sum_dtype) if needs_states else None
+        grad_head = torch.zeros_like(head, dtype=sum_dtype) if needs_head else None
+        sums = torch.zeros(4, dtype=sum_dtype, device=head.device)
         # Allocated once: allocating and freeing for each chunk leaves holes in a CPU's memory.
         chunk_tokens = CHUNK_TOKENS_ON_GPU if head.is_cuda else CHUNK_TOKENS
         size = min(chunk_tokens, len(labels)), len(head)
-        workspace = torch.empty(4, *size, dtype=exact, device=head.device)
-        for places in torch.split(real, chunk_tokens):
-            logits, log_probs, *buffers = workspace[:, : len(places)]
-            teacher_log_probs = None
+        workspace = torch.empty(4, *size, dtype=sum_dtype, device=head.device)
+        for places in torch.split(label_places, chunk_tokens):
+            logits, log_p, gradient, log_q = workspace[:, : len(places)]
             if teacher is not None:
-                teacher_log_probs = log_probs
-                multiply_by_head(teacher[0][places], teacher[1], logits, buffers[-1])
-                torch.log_softmax(logits.div_(objective.temperature), -1, out=log_probs)
+                # `logits` has the teacher's first, then the student's; `log_q` is free until then.
+                multiply_by_head(teacher[0][places], teacher[1], logits, log_q)
+                torch.log_softmax(logits.div_(objective.temperature), -1, out=log_p)
             chunk = states[places]
-            multiply_by_head(chunk, head, logits, buffers[-1])
-            given = logits, teacher_log_probs, labels[places], objective
+            multiply_by_head(chunk, head, logits, log_q)
+            given = logits, None if teacher is None else log_p, labels[places], objective
             if not (needs_states or needs_head):
                 sums += torch.stack(token_terms(*given))
                 continue
-            terms, gradient = _terms_and_gradient(*given, buffers)
+            terms, gradient = _terms_and_gradient(*given, (gradient, log_q))
             sums += torch.stack(terms)
             grad_logits = gradient.to(head.dtype)
             if grad_states is not None:
-                grad_states[places] = (grad_logits @ head).to(exact)
+                grad_states[places] = (grad_logits @ head).to(sum_dtype)
             if grad_head is not None:
                 _add_product(grad_head, grad_logits.T, chunk)
         ctx.save_for_backward(grad_states, grad_head)

@@ -76,8 +76,7 @@ class TeacherAndStudent:
     @torch.no_grad()
     def _encoder_states(self, batch: TrainingBatch) -> Tensor | None:
         """Return float [B, E, D] of a frozen encoder; None where it is trained."""
-        encoder = self.student.model.model.encoder
-        if _is_trained(encoder):
+        if _is_trained(self.student.model.model.encoder):
             return None
         encoder = self._frozen_encoder
         cache, cached = self.caches.encoder, batch.cached_encoder_states
@@ -98,20 +97,20 @@ class TeacherAndStudent:
     def _teacher_states(self, batch: TrainingBatch, encoder_states: Tensor | None) -> Tensor:
         """Return float [B, L, D']: the teacher's last decoder states, from the cache if it can."""
 
-        @functools.cache
-        def given() -> Tensor:
+        @functools.cache  # once for all rows that the cache lacks; never if it lacks none
+        def encoder_states_for_teacher() -> Tensor:
             if encoder_states is not None and self.teacher.shared_encoder:
                 return encoder_states
             return self.teacher.encoder_states(batch, self.caches.encoder)
 
-        def compute(rows: list[int], length: int) -> Tensor:
-            ids = batch.decoder_input_ids[rows, :length]
-            return self.teacher.decoder_states(ids, given()[rows])
+        def compute_rows(rows: list[int], length: int) -> Tensor:
+            input_ids = batch.decoder_input_ids[rows, :length]
+            return self.teacher.decoder_states(input_ids, encoder_states_for_teacher()[rows])
 
         cache, cached = self.caches.decoder, batch.cached_decoder_states
         if cache and cached:
-            return cache.complete(cached, compute)
-        return self.teacher.decoder_states(batch.decoder_input_ids, given())
+            return cache.complete(cached, compute_rows)
+        return self.teacher.decoder_states(batch.decoder_input_ids, encoder_states_for_teacher())
 
 
 class StudentWithLoss(nn.Module):
@@ -134,7 +133,8 @@ class StudentWithLoss(nn.Module):
         super().__init__()
         self.student = student
         use_fast_cross_attention(student.model.decoder)
-        self.__dict__["teacher_head"] = teacher_head
+        # A plain tensor is neither parameter nor buffer: it is not trained, saved or sent by DDP.
+        self.teacher_head = teacher_head.detach()
         self.objective = objective
 
     def train(self, mode: bool = True) -> "StudentWithLoss":
@@ -164,7 +164,7 @@ class StudentWithLoss(nn.Module):
             decoder_states,
             self.student.proj_out.weight,
             teacher_states,
-            None if teacher_states is None else self.__dict__["teacher_head"],
+            None if teacher_states is None else self.teacher_head,
             batch.labels,
             self.objective,
             batch.label_places,
@@ -305,15 +305,17 @@ def open_caches(
     """
     if (store := open_store(options)) is None:
         return NO_CACHES
-    computed = computing_dtype(teacher.accelerator)
-    dtype = dtype_of_states(options, computed, teacher.accelerator.device)
+    compute_dtype = computing_dtype(teacher.accelerator)
+    dtype = dtype_of_states(options, compute_dtype, teacher.accelerator.device)
     folder, extractor = teacher.folder, student.feature_extractor
     encoder = decoder = None
     if options.encoder_states and (teacher.shared_encoder or objective.uses_teacher):
         encoder = EncoderStateCache(store, dtype, folder, extractor)
     if options.decoder_states and objective.uses_teacher:
-        given = dtype if encoder else computed
-        numerics = f"{teacher.numerics_key}, {computed} products, {given} encoder states"
+        encoder_dtype = dtype if encoder else compute_dtype
+        numerics = (
+            f"{teacher.numerics_key}, {compute_dtype} products, {encoder_dtype} encoder states"
+        )
         decoder = DecoderStateCache(store, dtype, folder, extractor, numerics)
     return StateCaches(encoder, decoder, teacher.shared_encoder)
 

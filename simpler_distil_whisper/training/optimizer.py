@@ -17,20 +17,20 @@ def parameter_groups(
     Args:
         model: a Whisper, or a module that holds one.
         weight_decay: of the other parameters.
-        encoder_factor: the encoder's learning rate, as a share of that of the rest; the key "share"
-            of a group has it.
+        encoder_factor: the encoder's learning rate, as a share of that of the rest: "lr_scale" of
+            its groups.
     """
     # named_parameters() yields a tensor that two names share, like the output head, once.
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for share in dict.fromkeys((1.0, encoder_factor)):
-        groups |= {(share, True): [], (share, False): []}
+    for scale in dict.fromkeys((1.0, encoder_factor)):
+        groups |= {(scale, True): [], (scale, False): []}
     for name, parameter in trained:
-        share = encoder_factor if "model.encoder." in name else 1.0
-        groups[share, parameter.ndim >= 2].append(parameter)
+        scale = encoder_factor if "model.encoder." in name else 1.0
+        groups[scale, parameter.ndim >= 2].append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "share": share}
-        for (share, decayed), params in groups.items()
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (scale, decayed), params in groups.items()
     ]
 
 

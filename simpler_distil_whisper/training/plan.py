@@ -86,7 +86,7 @@ def _steps_from_epochs(epochs: float | Literal["auto"] | None, steps_per_epoch: 
 
 
 class Drawn(enum.IntEnum):
-    """The purposes that random numbers are drawn for; each has random values of its own."""
+    """What random numbers are drawn for. The values are part of the seed: never change them."""
 
     ORDER = 0
     POOL = 1

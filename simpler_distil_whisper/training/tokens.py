@@ -80,7 +80,8 @@ class LabelTokenizer:
 
         The end token needs no position: it is predicted, but never given to the decoder.
         """
-        return self.max_positions - (4 if self.tokens.languages else 2)
+        prompt_length = 4 if self.tokens.languages else 2  # start (language, task) no timestamps
+        return self.max_positions - prompt_length
 
     def __call__(self, text: str, what: str = "label") -> "array[int]":
         """Return the token ids of a text.
@@ -160,9 +161,9 @@ class DecoderTokens(NamedTuple):
 
 
 class VisitTokens:
-    """The token sequence of each visit: with timestamps, a sampled text or previous text in some.
+    """Builds the token sequence of each visit.
 
-    In which, is drawn by chance.
+    By chance with timestamps, with a sampled text instead of the label, or with previous text.
 
     Attributes:
         examples: to which the visits' numbers refer.
@@ -193,24 +194,25 @@ class VisitTokens:
         tokens, prompt_length = list(example.tokens), example.prompt_length
         timestamps, previous = self.data.timestamp_probability, self.data.previous_text_probability
         sampled = self.data.sampled_text_probability
-        if example.segments and self._draw(timestamps, Drawn.TIMESTAMPS, visit):
+        if example.segments and self._happens(timestamps, Drawn.TIMESTAMPS, visit):
             # <|notimestamps|> is the last token of the prompt.
             prompt_length -= 1
             end = [self.tokens.end] if example.complete else []
             tokens = [*tokens[:prompt_length], *self._timed(example, view), *end]
-        elif example.sampled and self._draw(sampled, Drawn.SAMPLED_TEXT, visit):
-            which = draw(self.seed, Drawn.SAMPLED_TEXT, visit.position, 1)
-            tokens = [*example.sampled[which.integers(len(example.sampled))]]
-        if example.previous and self._draw(previous, Drawn.PREVIOUS_TEXT, visit):
-            # The end token is no input, <|startofprev|> is one more.
-            room = self.max_positions - len(tokens)
+        elif example.sampled and self._happens(sampled, Drawn.SAMPLED_TEXT, visit):
+            # Another place, so other random numbers than those that decided whether.
+            random = draw(self.seed, Drawn.SAMPLED_TEXT, visit.position, 1)
+            tokens = [*example.sampled[random.integers(len(example.sampled))]]
+        if example.previous and self._happens(previous, Drawn.PREVIOUS_TEXT, visit):
+            # The last token is no input, <|startofprev|> is one more.
+            room = self.max_positions - (len(tokens) - 1) - 1
             if room > 0:
                 assert self.tokens.previous is not None
                 given = [self.tokens.previous, *example.previous[-room:]]
                 tokens, prompt_length = given + tokens, len(given) + prompt_length
         return DecoderTokens(tokens, prompt_length)
 
-    def _draw(self, probability: float, what: Drawn, visit: Visit) -> bool:
+    def _happens(self, probability: float, what: Drawn, visit: Visit) -> bool:
         return draw(self.seed, what, visit.position).random() < probability
 
     def _timed(self, example: Example, view: View) -> list[int]:
@@ -238,6 +240,7 @@ def decoder_sequences(rows: Sequence[DecoderTokens], padding: int) -> tuple[Tens
         rows: at least one.
         padding: the id after the end of shorter rows.
     """
+    # Position i is given tokens[i] and learns tokens[i + 1].
     length = max(len(row.tokens) for row in rows) - 1
     inputs = torch.full((len(rows), length), padding)
     labels = torch.full((len(rows), length), IGNORE_INDEX)

@@ -36,7 +36,7 @@ from simpler_distil_whisper.training.validation import Score, Validation
 
 
 class Trainer:
-    """A student between the pruned and the distilled model.
+    """The optimizer step, and what comes between steps: validation, checkpoints, the log.
 
     Attributes:
         state: optimizer steps done, and the best score so far.
@@ -135,7 +135,7 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(module.parameters(), self.max_grad_norm)
             self.means.end_step(norm, learning_rate)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group["share"]
+                group["lr"] = learning_rate * group["lr_scale"]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
@@ -252,7 +252,7 @@ class Trainer:
             counts = torch.tensor([cache.hits, cache.misses]).to(self.accelerator.device)
             hits, misses = self.accelerator.reduce(counts).tolist()
             gigabytes = round(cache.store.used() / 1e9, 6)
-            rows[f"{kind}_states"] = {"found": hits, "computed": misses}
+            rows[f"{kind}_states"] = {"hits": hits, "misses": misses}
             log.info(
                 "teacher cache, %s states: %d hits, %d misses, %.3f GB used in all",
                 kind,
@@ -292,7 +292,8 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            batch, (reason, *_) = self.batch, [*str(error).splitlines(), type(error).__name__]
+            batch = self.batch
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"step {self.state.step + 1}: memory does not suffice ({reason}). The same steps "
                 f"in less of it: batch.micro_batch_size below {batch.micro_batch_size}, with "

@@ -294,7 +294,7 @@ def untouched(folder: Path) -> dict[str, bytes]:
     return files(folder / "untouched")
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("answers", 0), ("rejected", 1)])
+@pytest.mark.parametrize(("kind", "rank"), [("results", 0), ("rejected", 1)])
 def test_a_part_torn_at_any_byte_loses_no_row(
     folder: Path, untouched: dict[str, bytes], kind: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from simpler_distil_whisper.decoding.search import beside_parents, drawn
+from simpler_distil_whisper.decoding.search import beside_parents, inverse_transform_sample
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
     logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0, -torch.inf]])
     randoms = torch.linspace(0, 1, 100_001)[:-1]
-    tokens = drawn(logits.expand(len(randoms), -1), randoms)
+    tokens = inverse_transform_sample(logits.expand(len(randoms), -1), randoms)
     shares = tokens.bincount(minlength=5) / len(randoms)
     assert shares == pytest.approx(logits.softmax(-1)[0], abs=2e-5)
-    assert drawn(logits, torch.tensor([0.0])).tolist() == [0], "not what is impossible"
-    assert drawn(logits, torch.tensor([1.0])).tolist() == [3]
+    assert inverse_transform_sample(logits, torch.tensor([0.0])).tolist() == [0], (
+        "not what is impossible"
+    )
+    assert inverse_transform_sample(logits, torch.tensor([1.0])).tolist() == [3]
 
 
 def test_beams_stay_where_the_tokens_lie_that_they_continue() -> None:

@@ -392,7 +392,7 @@ def test_a_hopeless_run_stops_early(tmp_path: Path, processes: int) -> None:
     assert done.returncode == (3 if processes == 1 else 1)  # torchrun's own
     assert "of 100 rows are unusable, data.max_bad_fraction is 0.2" in done.stderr
     assert "is no audio" in done.stderr
-    written = list((tmp_path / "out/parts").glob("*.answers"))
+    written = list((tmp_path / "out/parts").glob("*.results"))
     # One process may have done many good rows before the other meets its first bad one.
     assert sum(path.read_bytes().count(b"\n") - 1 for path in written) < 75
     # A second start does not go on to the next bad row.

@@ -65,6 +65,6 @@ def test_the_labels_are_the_same_and_a_stop_loses_none(
     monkeypatch.setattr(workers, "map_behind", behind)
     assert label(tmp_path, "behind").read_bytes() == expected
     parts = label(tmp_path, "stopped", stop_at=3)
-    assert (parts / "0.answers").read_bytes().count(b"\n") - 1 >= 3 * 2 - 1, "but for the rejected"
+    assert (parts / "0.results").read_bytes().count(b"\n") - 1 >= 3 * 2 - 1, "but for the rejected"
     assert multiprocessing.active_children() == []
     assert label(tmp_path, "stopped").read_bytes() == expected

@@ -82,9 +82,9 @@ def test_what_a_window_takes_is_what_the_decoder_allocates(whisper: Whisper, bea
     cache = CachedDecoder(whisper.model).start(states, config.max_target_positions, uneven=False)
     if beams > 1:
         cache.repeat(beams)
-    copies = cache.own.nbytes if beams > 1 else 0  # of the beams that change places
+    copies = cache.self_attention.nbytes if beams > 1 else 0  # of the beams that change places
     logits = 4 * beams * config.vocab_size * 4
-    expected = cache.own.nbytes + copies + cache.cross.nbytes + logits
+    expected = cache.self_attention.nbytes + copies + cache.cross_attention.nbytes + logits
     assert _cache_bytes(whisper.model, beams) == expected
 
 

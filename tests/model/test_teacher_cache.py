@@ -130,17 +130,17 @@ def test_a_cpu_decodes_for_training_in_the_dtype_of_training(
 def test_audio_is_known_by_its_content(teacher: Path, tmp_path: Path) -> None:
     cache = open_cache(teacher, tmp_path / "cache")
     clip = write_tone(tmp_path / "a.wav", seed=1)
-    name = cache.name(part(clip))
+    name = cache.entry_name(part(clip))
     moved = tmp_path / "elsewhere" / "b.wav"
     moved.parent.mkdir()
     clip.rename(moved)
-    assert cache.name(part(moved)) == name
-    assert cache.name(part(clip)) is None
+    assert cache.entry_name(part(moved)) == name
+    assert cache.entry_name(part(clip)) is None
     write_tone(clip, seed=2)  # as long as the other, under its name
-    assert cache.name(part(clip)) != name
+    assert cache.entry_name(part(clip)) != name
     whole, *parts = (part(moved, *times) for times in ((0.0, None), (0.5, None), (0.0, 0.5)))
-    assert len({cache.name(each) for each in (whole, *parts)}) == 3
-    assert cache.name(whole) == name
+    assert len({cache.entry_name(each) for each in (whole, *parts)}) == 3
+    assert cache.entry_name(whole) == name
 
 
 def changed(teacher: Path, folder: Path, change: Callable[[Any], None]) -> Path:
@@ -292,7 +292,7 @@ def test_the_first_epoch_fills_what_the_others_use(filling: tuple[Path, Path]) -
     run, cache = filling
     assert len(entries_in(cache)) == 8
     facts = report(run)
-    assert (facts["found"], facts["computed"]) == (16, 8)
+    assert (facts["hits"], facts["misses"]) == (16, 8)
     assert facts["gigabytes_used"] * 1e9 == pytest.approx(bytes_in(cache), rel=0.02)
 
 
@@ -323,7 +323,7 @@ def test_a_filled_cache_spares_audio_and_encoder_and_changes_no_bit(
     assert encoded == []
     assert features == [0] * 6
     assert logged(tmp_path / "run", "train/loss") == logged(filling[0], "train/loss")
-    assert (report(tmp_path / "run")["found"], report(tmp_path / "run")["computed"]) == (24, 0)
+    assert (report(tmp_path / "run")["hits"], report(tmp_path / "run")["misses"]) == (24, 0)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -340,7 +340,7 @@ def test_what_the_cache_lacks_changes_no_bit(
     options = {"max_gigabytes": 1e-6} if full else {}
     run = distil(run_config(tmp_path / "run", setting, cache, **options))
     assert_same(run, filling[0])
-    assert report(run)["computed"] == (2 * 3 + 2 if full else 4)
+    assert report(run)["misses"] == (2 * 3 + 2 if full else 4)
     kept = {path: load_file(path)["states"].clone() for path in entries_in(cache)}
     assert whole.keys() - kept.keys() == (set(gone) if full else set())
     assert all(torch.equal(kept[path], whole[path]) for path in kept)
@@ -419,8 +419,8 @@ def test_two_processes_share_a_cache(tmp_path: Path, setting: Setting) -> None:
     command = [sys.executable, *launcher, str(REPOSITORY / "run_distillation.py"), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, env=environment, timeout=200)
-    assert report(tmp_path / "run")["computed"] == 8
-    assert report(tmp_path / "run")["found"] == 16
+    assert report(tmp_path / "run")["misses"] == 8
+    assert report(tmp_path / "run")["hits"] == 16
     assert len(entries_in(tmp_path / "cache")) == 8
 
 
@@ -465,7 +465,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> tuple[
     return distil(with_decoder_states(folder / "run", setting, folder / "cache")), folder / "cache"
 
 
-def test_answers_change_no_loss_and_are_kept_for_each_view(
+def test_decoder_states_change_no_loss_and_are_kept_for_each_view(
     tmp_path: Path, setting: Setting, filled: tuple[Path, Path]
 ) -> None:
     """In float32, but for how a product is cut up where a row is encoded alone."""
@@ -477,21 +477,21 @@ def test_answers_change_no_loss_and_are_kept_for_each_view(
         )
     for kind in ("encoder_states", "decoder_states"):
         assert len(entries_in(cache / kind)) == 16
-        assert (report(run, kind)["found"], report(run, kind)["computed"]) == (8, 16)
+        assert (report(run, kind)["hits"], report(run, kind)["misses"]) == (8, 16)
 
 
-def test_with_all_answers_there_the_teacher_is_not_loaded_and_no_bit_changes(
+def test_with_all_decoder_states_there_the_teacher_is_not_loaded_and_no_bit_changes(
     tmp_path: Path, setting: Setting, filled: tuple[Path, Path]
 ) -> None:
     trainer, train, *_ = assemble(with_decoder_states(tmp_path / "run", setting, filled[1]))
     train()
     assert not trainer.models.teacher.loaded
-    assert report(tmp_path / "run", "decoder_states")["computed"] == 0
+    assert report(tmp_path / "run", "decoder_states")["misses"] == 0
     assert logged(tmp_path / "run", "train/loss") == logged(filled[0], "train/loss")
 
 
 @pytest.mark.slow
-def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
+def test_decoder_states_of_a_student_with_an_encoder_of_its_own_are_kept_too(
     tmp_path: Path, setting: Setting
 ) -> None:
     """The teacher uses its own encoder, whatever the student's has become, and runs it once."""
@@ -507,7 +507,7 @@ def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
     assert not trainer.models.teacher.loaded
     shutil.rmtree(cache / "decoder_states")
     refilling = distil(with_decoder_states(tmp_path / "refilling", setting, cache, **changes))
-    assert report(refilling)["computed"] == 0
+    assert report(refilling)["misses"] == 0
     runs = ("without", "filling", "filled", "refilling")
     losses = [logged(tmp_path / name, "train/loss") for name in runs]
     assert losses[1] == losses[2] == losses[3]
@@ -523,7 +523,7 @@ def test_answers_of_a_student_with_an_encoder_of_its_own_are_kept_too(
     ],
     ids=["decoder", "encoder"],
 )
-def test_another_teacher_gives_other_answers(
+def test_another_teacher_gives_other_decoder_states(
     teacher: Path, tmp_path: Path, change: Callable[[Any], None]
 ) -> None:
     other = changed(teacher, tmp_path / "m", change)

@@ -138,7 +138,7 @@ def test_several_processes_train_like_one(by_one: Path, by_several: tuple[int, P
     for kind in ("encoder_states", "decoder_states"):
         counts = [info["teacher_cache"][kind] for info in infos]
         assert counts[0] == counts[1]
-        assert counts[0]["found"] > 0
+        assert counts[0]["hits"] > 0
 
 
 @pytest.mark.slow
