@@ -58,6 +58,12 @@ class OutputColumns(StrictModel):
         "start_seconds, end_seconds, text and, if they are timed, words.",
     )
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> "OutputColumns":
+        if self.hypothesis == self.segments:
+            raise ValueError(f"two columns would share the name {self.segments}")
+        return self
+
 
 class Config(RunOptions):
     """offline_inference.json."""
@@ -93,7 +99,7 @@ class Config(RunOptions):
 def prepare(config: Config) -> Prepared:
     """Return the folders of the model and its assistant, and the usable rows of the manifest."""
     folder = read_model_folder(config.model.path, config.model.processor, "model")
-    folder.check_language(config.decoding.language, "decoding.language")
+    folder.check_language_and_task(config.decoding.language, config.decoding.task, "decoding")
     assistant, data, columns = config.assistant, config.data, config.output_columns
     assistant_folder = None
     if assistant.path:

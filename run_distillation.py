@@ -90,7 +90,7 @@ def prepare(config: Config) -> Prepared:
     teacher = read_model_folder(config.teacher.path, config.teacher.processor, "teacher")
     student = read_model_folder(config.student.path, config.student.processor, "student")
     student.check_copy_of(teacher)
-    teacher.check_language(data.language, "data.language")
+    teacher.check_language_and_task(data.language, data.task, "data")
 
     def read(path: Path, max_utterances: int | None) -> Manifest:
         languages = teacher.row_languages

@@ -84,7 +84,7 @@ class Config(RunOptions):
 def prepare(config: Config) -> Prepared:
     """Return the teacher's folder and the usable rows of the manifest."""
     folder = read_model_folder(config.teacher.path, config.teacher.processor, "teacher")
-    folder.check_language(config.decoding.language, "decoding.language")
+    folder.check_language_and_task(config.decoding.language, config.decoding.task, "decoding")
     folder.check_fits(config.pack.max_seconds, "pack.max_seconds")
     folder.check_fits(config.segmentation.max_seconds, "segmentation.max_seconds")
     data = config.data

@@ -37,7 +37,7 @@ def log_mel(
     result = result.to(device)
     for start in range(0, len(waveforms), ROWS_AT_ONCE):
         rows = waveforms[start : start + ROWS_AT_ONCE]
-        padded = torch.full((len(rows), extractor.n_samples), float(extractor.padding_value))
+        padded = torch.zeros(len(rows), extractor.n_samples)
         for samples, waveform in zip(padded, rows, strict=True):
             own = torch.from_numpy(waveform[: len(samples)])
             samples[: len(own)] = own

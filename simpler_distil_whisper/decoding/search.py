@@ -31,7 +31,8 @@ class SearchResult:
     Attributes:
         ids: the new tokens, without the end token.
         complete: the model chose the end token itself, before the limit.
-        log_probability: natural logarithm, summed over the tokens and the end token.
+        log_probability: natural logarithm, summed over the tokens and the end token. A greedy
+            search takes it after the rules, as openai/whisper, a beam search before, as `generate`.
     """
 
     ids: list[int]
@@ -99,13 +100,15 @@ def greedy_or_sampled(
     total = torch.zeros(count, device=states.device)
     rows = torch.arange(count, device=states.device)
     ended = torch.zeros(count, dtype=torch.bool, device=states.device)
+    # Rows are read on until then: that stays within the memory if all prompts are equally long.
     check_every = STEPS_BETWEEN_CHECKS if states.is_cuda and cache.even else 1
     for step in range(longest):
         logits = decoder.logits(states, rules.bias(step))
         rules.apply(logits, chosen[rows, :step])
-        if temperature == 0 or randoms is None:
+        if temperature == 0:
             token = logits.argmax(-1)
         else:
+            assert randoms is not None, "sampling takes random numbers"
             token = inverse_transform_sample(logits / temperature, randoms[rows, step])
         # On a CPU several times faster than the logit of the token minus the logsumexp.
         log_probability = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
 from simpler_distil_whisper.decoding.hypothesis import (
     Hypothesis,
@@ -151,12 +152,13 @@ class Transcriber:
         """
         if positions is None:
             return self._encode(features)
+        counts = sorted(set(positions))
+        if len(counts) == 1:
+            return self._encode(features[..., : FRAMES_PER_POSITION * counts[0]])
         encoded: dict[int, Tensor] = {}
-        for count in sorted(set(positions)):
+        for count in counts:
             rows = [row for row, own in enumerate(positions) if own == count]
             states = self._encode(features[rows][..., : FRAMES_PER_POSITION * count])
-            if len(rows) == len(positions):
-                return states
             encoded |= zip(rows, states, strict=True)
         return nn.utils.rnn.pad_sequence(
             [encoded[row] for row in range(len(positions))],
@@ -336,11 +338,15 @@ class Transcriber:
         return segments_with_words(timed, written, self.text_of)
 
     def warm_up(self) -> None:
-        """Transcribe a batch of silence, so that no measured time includes the costs of a start."""
-        config, extractor = self.whisper.model.config, self.whisper.feature_extractor
-        shape = (self.batch_size, config.num_mel_bins, extractor.nb_max_frames)
+        """Transcribe silence, so that no measured time includes the costs of a start.
+
+        On a GPU it is a whole batch, which shows whether it fits; on a CPU, where that would take
+        minutes, one utterance.
+        """
+        rows = 1 if self.whisper.model.device.type == "cpu" else self.batch_size
+        silence = log_mel([np.zeros(0, np.float32)], self.whisper.feature_extractor)
         language = next(iter(self.whisper.tokens.languages), None)
-        self(torch.zeros(shape), [language] * self.batch_size)
+        self(silence.expand(rows, -1, -1), [language] * rows)
         if self.assistant is not None:
             self.assistant.draft_counts = DraftCounts()
 
@@ -405,7 +411,7 @@ class Transcriber:
         return results, no_speech
 
     def _randoms(self, streams: Sequence[tuple[int, ...]], limits: Tensor) -> Tensor:
-        """Return float32 [R, longest limit]: numbers from 0 to 1, of each row a stream of its own."""
+        """Return float32 [R, longest limit]: numbers from 0 to 1, a stream for each row."""
         longest = int(limits.max())
         rows = [np.random.default_rng([self.seed, *stream]).random(longest) for stream in streams]
         return torch.tensor(np.stack(rows), dtype=torch.float32, device=limits.device)

@@ -327,7 +327,7 @@ def decode_halving(
                 raise
             reason = str(error).partition("\n")[0]
         else:
-            room.has_fitted(windows)
+            room.has_fitted(windows or room.rows)
             return batch, hypotheses
         # The error is gone now, and with it the tensors of the attempt, which its traceback held.
         clear_device_cache()

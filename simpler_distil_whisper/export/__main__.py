@@ -160,7 +160,7 @@ def prepare(config: Config) -> Prepared:
     """
     folder = read_model_folder(config.model.path, config.model.processor, "model")
     options = config.verification
-    folder.check_language(options.language, "verification.language")
+    folder.check_language_and_task(options.language, options.task, "verification")
     formats = dict.fromkeys(variant.format for variant in config.variants)
     for format in formats:
         refuse_missing_packages(format)

@@ -54,7 +54,7 @@ def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Example]":
     from simpler_distil_whisper.training.filters import Dropped, example_filter
     from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
 
-    teacher.check_language(options.language, "layer_scoring.language")
+    teacher.check_language_and_task(options.language, options.task, "layer_scoring")
     assert options.manifest is not None
     manifest = read_manifest(options.manifest, options.columns, languages=teacher.row_languages)
     # By the filters of training, but for the teacher's evidence, whose limits another config names.

@@ -63,12 +63,21 @@ class ModelFolder:
         """The languages that rows of a manifest may name: "en" alone for an English-only model."""
         return self.languages or frozenset({"en"})
 
-    def check_language(self, language: str | None, key: str) -> None:
-        """Raise ConfigError if the model cannot be told to use `language` (None: detect it)."""
-        if language is None or language in self.row_languages:
-            return
-        known = ", ".join(sorted(self.row_languages))
-        raise ConfigError(f'{key}: {self.path} has no token for "{language}"; it has {known}')
+    def check_language_and_task(self, language: str | None, task: str, section: str) -> None:
+        """Raise ConfigError if the model cannot be told to use the language or the task.
+
+        Args:
+            language: the code in a section of the config; None: it is detected.
+            task: "transcribe" or "translate", in the same section.
+            section: its name, for the message.
+        """
+        if language is not None and language not in self.row_languages:
+            known = ", ".join(sorted(self.row_languages))
+            raise ConfigError(
+                f'{section}.language: {self.path} has no token for "{language}"; it has {known}'
+            )
+        if task == "translate" and not self.languages:
+            raise ConfigError(f"{section}.task: {self.path} is an English-only model: transcribe")
 
     def check_fits(self, seconds: float | None, key: str) -> None:
         """Raise ConfigError if `seconds` (None: no limit of its own) are more than the window."""

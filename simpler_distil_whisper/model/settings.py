@@ -128,7 +128,7 @@ class FeatureSettings(SettingsFile):
     sampling_rate: Literal[16_000] = 16_000
     hop_length: Literal[160] = 160
     n_fft: Literal[400] = 400
-    padding_value: float = 0.0
+    padding_value: Annotated[float, Field(ge=0, le=0)] = 0.0  # silence
     dither: NonNegativeFloat = 0.0
     return_attention_mask: bool = False
 

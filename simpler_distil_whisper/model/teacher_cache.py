@@ -311,11 +311,8 @@ class DecoderStateCache:
             else:
                 states[row, : lengths[row]] = kept.to(states.device)
         on_cpu = states.device.type == "cpu"
-        if on_cpu:  # each alone: no bit of a row must depend on the others
-            groups = [[row] for row in new]
-        else:
-            groups = [list(new)] if new else []
-        for rows in groups:
+        alone, together = [[row] for row in new], [list(new)] if new else []
+        for rows in alone if on_cpu else together:
             longest = max(lengths[row] for row in rows)
             states[rows, :longest] = compute(rows, longest).to(self.dtype)
         if any(new.values()):

@@ -346,7 +346,10 @@ def completed_generation_config(
             setattr(config, name, getattr(model.config, name, None))
     _keep_existing_heads(config, model)
     _drop_unused_settings(config)
+    if config.max_length is None:  # else transformers stops after 20 tokens
+        config.max_length = model.config.max_target_positions
     config.decoder_start_token_id = tokens.start
+    config.prev_sot_token_id = tokens.previous
     config.no_timestamps_token_id = tokens.no_timestamps
     config.is_multilingual = bool(tokens.languages)
     if tokens.languages:

@@ -245,6 +245,20 @@ def test_a_recording_is_decoded_with_fewer_windows_at_a_time() -> None:
     assert tried == [8, 4, 2]
 
 
+def test_one_recording_too_large_does_not_make_later_batches_small() -> None:
+    room = Room(64)
+
+    def decode(batch: SpeechBatch) -> list[int]:
+        if batch.utterances[0].number == 3:
+            raise MemoryError
+        return [utterance.number for utterance in batch.utterances]
+
+    for utterance in make_batch(6).utterances:
+        recording = SpeechBatch([utterance], [], [60.0], [], [torch.zeros(2, 9)])
+        decode_halving(decode, recording, room)  # type: ignore[arg-type]
+    assert room.rows == 64
+
+
 def test_another_error_is_no_lack_of_memory() -> None:
     def decode(batch: SpeechBatch) -> list[int]:
         raise RuntimeError("shapes do not match")

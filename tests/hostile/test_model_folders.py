@@ -88,7 +88,7 @@ def damage_weights(random: Random, path: Path) -> str:
 def use(folder: Path, target: Path, run: bool) -> None:
     """Read a model, and load, run and save it, as the scripts do."""
     facts = read_model_folder(folder, None, "model")
-    facts.check_language("zh", "decoding.language")
+    facts.check_language_and_task("zh", "transcribe", "decoding")
     if not run:
         return
     whisper = load_whisper(facts)

@@ -88,17 +88,19 @@ def test_an_english_only_model_takes_english_alone(make: Make) -> None:
     folder = read(make(generation_config__json={"is_multilingual": False}))
     assert folder.languages == frozenset()
     assert folder.row_languages == {"en"}
-    folder.check_language("en", "decoding.language")
+    folder.check_language_and_task("en", "transcribe", "decoding")
     with pytest.raises(ConfigError, match='decoding.language: .* has no token for "zh"; it has en'):
-        folder.check_language("zh", "decoding.language")
+        folder.check_language_and_task("zh", "transcribe", "decoding")
+    with pytest.raises(ConfigError, match="decoding.task: .* is an English-only model"):
+        folder.check_language_and_task(None, "translate", "decoding")
 
 
 def test_a_language_that_the_model_lacks_is_refused_by_key(whole: Path) -> None:
     folder = read(whole)
     for known in (None, "zh", "en"):
-        folder.check_language(known, "data.language")
+        folder.check_language_and_task(known, "translate", "data")
     with pytest.raises(ConfigError, match='data.language: .* for "yue"; it has en, zh'):
-        folder.check_language("yue", "data.language")
+        folder.check_language_and_task("yue", "transcribe", "data")
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,8 @@ def test_a_repaired_generation_config_survives_saving(tmp_path: Path) -> None:
     for make in (without_generation_config, early_generation_config, generation_settings_in_config):
         folder = prune(make(tmp_path / make.__name__), tmp_path / f"{make.__name__} student")
         student = Model.from_pretrained(folder)
+        # Without it, `generate` would stop after 20 tokens.
+        assert student.generation_config.max_length == student.config.max_target_positions
         ids = student.generate(
             torch.zeros(1, 80, 200),
             language="zh",
