@@ -42,7 +42,7 @@ class QualityOptions(StrictModel):
     """What label_quality.json and label_quality.html show."""
 
     group_by: list[str] = Field(
-        [], description="Columns for whose values it is also shown, besides language and speaker."
+        [], description="Columns by which quality is also shown, besides language and speaker."
     )
     worst_rows: int = Field(
         20,

@@ -32,7 +32,8 @@ class SegmentationOptions(StrictModel):
     """Recordings longer than the model's window become rows that can be learnt from."""
 
     enabled: bool = Field(
-        False, description="Cut them at pauses between segments; needs decoding.long_form."
+        False,
+        description="Cut long recordings at pauses between segments; needs decoding.long_form.",
     )
     max_seconds: PositiveFloat | None = Field(
         None, description="Longest row that is cut from a recording; null: the model's window."

@@ -43,9 +43,8 @@ class ModelOptions(FolderOptions):
 
     dtype: Dtype = Field(
         "auto",
-        description="auto: bfloat16 on GPUs that have it, else float16, in which weights of "
-        "float16 are always decoded there; on CPUs float32, but bfloat16 to decode where the CPU "
-        "computes in it.",
+        description="auto: on a GPU bfloat16, or float16 where it lacks that or where float16 "
+        "weights are decoded; on a CPU float32, or bfloat16 to decode where it computes in it.",
     )
     attention: Attention = Field(
         "auto", description="Attention implementation; auto: sdpa, in bfloat16 on CPUs eager."
@@ -117,8 +116,8 @@ class DecodingOptions(DecodingLimits):
     )
     no_speech_threshold: Ratio | None = Field(
         0.6,
-        description="Above it, and below log_probability_threshold, is silence: not sampled again, "
-        "and left out of a long recording; null: nothing is.",
+        description="A no-speech probability above it, with a log-probability below its "
+        "threshold, is silence: not sampled again, left out of recordings; null: nothing is.",
     )
     long_form: Literal["reject", "sequential", "chunked"] = Field(
         "reject",

@@ -22,6 +22,7 @@ from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.evaluation.metrics import Metric
 from simpler_distil_whisper.labels.evidence import EvidenceLimits
 from simpler_distil_whisper.model.options import (
+    Attention,
     DecodingBatch,
     FolderOptions,
     ModelOptions,
@@ -52,6 +53,9 @@ class TrainingColumns(Columns):
 class TrainingData(DataLimits, EvidenceLimits):
     """The `data` section of run_distillation.json; the limits hold for training rows alone."""
 
+    max_duration_seconds: PositiveFloat | None = Field(
+        None, description="Longer audio is rejected; null: what is longer than the model's window."
+    )
     train_manifests: list[Path] = Field(
         min_length=1, description="Labelled manifests: pseudo_labels.jsonl of one or several runs."
     )
@@ -105,6 +109,9 @@ class TrainingData(DataLimits, EvidenceLimits):
 class TeacherOptions(ModelOptions):
     """The model that teaches; it is not loaded while the cache holds all its states."""
 
+    attention: Attention = Field(
+        "auto", description="Of both models; auto: sdpa, in bfloat16 on CPUs eager."
+    )
     device: str | None = Field(
         None,
         pattern="^(cpu|cuda(:[0-9]{1,2})?)$",
