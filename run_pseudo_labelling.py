@@ -10,7 +10,7 @@ the good labels, as many to a row as fit into the model's window.
 """
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -117,16 +117,13 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     kept, rejected = results.finish(manifest.rejections, wait_for_everyone)
 
     summary = f"{labelled}: {kept} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
+    shared: dict[str, Any] = {
+        "workers": config.data.workers,
+        "wait_for_everyone": wait_for_everyone,
+    }
     if config.segmentation.enabled:
         summary += cut_recordings(
-            labels,
-            columns,
-            config.segmentation,
-            folder,
-            scorer,
-            run,
-            workers=config.data.workers,
-            wait_for_everyone=wait_for_everyone,
+            labels, columns, config.segmentation, folder, scorer, run, **shared
         )
     if state.is_main_process:
         assess_labels(labels, columns, config.quality, scorer, config.data.manifest.parent)
@@ -135,16 +132,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
                 "Only with segmentation can rows longer than the model's window be learnt from."
             )
     if config.pack.enabled:
-        summary += pack_labels(
-            labels,
-            columns,
-            config.pack,
-            folder,
-            scorer,
-            run,
-            workers=config.data.workers,
-            wait_for_everyone=wait_for_everyone,
-        )
+        summary += pack_labels(labels, columns, config.pack, folder, scorer, run, **shared)
     return (
         f"{summary}Look at {run.folder / 'label_quality.html'}.\n"
         "Next: python create_student_model.py create_student_model.json"

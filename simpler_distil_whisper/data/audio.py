@@ -106,7 +106,7 @@ def load_audio(
             check_length(_part_seconds(sound, *part), 0.0, max_seconds + TOLERANCE_SECONDS)
         pieces = _read_mono(sound, part, channel, path, max_seconds)
         if not math.isnan(sound.seconds):
-            _part_seconds(sound, *part)
+            _part_seconds(sound, *part)  # again: decoding may have found the file shorter
         if sound.remark:
             _log_once(path, sound.remark)
     if not sum(len(mono) for _, mono in pieces):
@@ -332,7 +332,7 @@ def check_length(seconds: float, min_seconds: float, max_seconds: float) -> None
         raise AudioError(f"too long: {seconds:.3f} s, the maximum is {max_seconds:g} s")
 
 
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(maxsize=1000)  # lets each remark come once, and counts them
 def _log_once(path: Path, remark: str) -> None:
     logged = _log_once.cache_info().currsize
     if logged < MOST_REMARKS:

@@ -25,8 +25,8 @@ def log_mel(
 ) -> Tensor:
     """Return float32 [B, M, T] on the device: log-mels of waveforms, padded to the window.
 
-    On a CPU, each value is that of transformers' feature extractor, which would bring those that it
-    computes on a GPU back from there. Its dither is left out: the same audio has the same log-mel.
+    On a CPU the values equal those of transformers' feature extractor without dither. That one
+    returns them on the CPU; here they stay on the device.
 
     Args:
         waveforms: float32 [S] each: mono, 16 kHz; what is longer than the window is cut.

@@ -329,13 +329,12 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
     size = _window_frames(transcriber)
     overlap = round(size * OVERLAP)
     # A chunk that ends in its overlap with the one before would add nothing.
-    places = [
+    starts = [range(0, max(each.frames - overlap, 1), size - overlap) for each in recordings]
+    with_speech = [
         (number, start)
         for number, recording in enumerate(recordings)
-        for start in range(0, max(recording.frames - overlap, 1), size - overlap)
-    ]
-    with_speech = [
-        (n, start) for n, start in places if recordings[n].has_speech(start, start + size)
+        for start in starts[number]
+        if recording.has_speech(start, start + size)
     ]
     hypotheses: dict[tuple[int, int], Hypothesis] = {}
     timed: dict[tuple[int, int], list[TimedToken]] = {}
@@ -349,13 +348,11 @@ def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -
             aligned = _aligned(transcriber, windows, states, texts)
             timed.update(zip(group, aligned, strict=True))
     for number, recording in enumerate(recordings):
-        chunks = [
-            _chunk(
-                transcriber, hypotheses.get((n, start)), start, recording, timed.get((n, start), [])
-            )
-            for n, start in places
-            if n == number
-        ]
+        chunks = []
+        for start in starts[number]:
+            place = number, start
+            tokens = timed.get(place, [])
+            chunks.append(_chunk(transcriber, hypotheses.get(place), start, recording, tokens))
         loud = loud_frames(recording.features)
         recording.parts = merged(chunks, loud, transcriber.options.timestamps)
 

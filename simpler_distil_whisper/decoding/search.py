@@ -285,7 +285,8 @@ def beside_parents(parents: Tensor) -> Tensor:
     """Return int64 [U, K]: an order of beams in which few have to change their place.
 
     Of the beams that continue the same one, the first takes its place, where keys and values of its
-    tokens lie already; the others take the places of beams that nobody continues.
+    tokens lie already; the others take the places of beams that nobody continues. [2, 2, 0]
+    gives [2, 1, 0]: beams 2 and 0 take the places of their parents 0 and 2, beam 1 the one left.
 
     Args:
         parents: int64 [U, K]: the place of the beam that each continues.

@@ -255,7 +255,7 @@ def packed_row(
     if reference is not None:
         counts = scorer.count(reference, label, language)
         rate, tokens = counts.rate, counts.reference_tokens
-    # What tells where a part's audio is does not tell where the pack's is.
+    # These columns tell where a part's audio is, not the pack's.
     own = {columns.id, columns.audio, columns.start_seconds, columns.duration_seconds}
     own |= {columns.channel}
     ends = np.cumsum([part["audio_seconds"] for part in parts]).round(6).tolist()
