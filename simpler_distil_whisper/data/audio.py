@@ -19,6 +19,7 @@ import numpy as np
 import soxr
 
 from simpler_distil_whisper.data.decoders import (
+    LONGEST_SECONDS,
     TOLERANCE_SECONDS,
     UNREADABLE_ERRORS,
     Block,
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000  # of every Whisper
 MEAN = "mean"
 SIDES = ("left", "right")  # the first two channels; others are named by their number, from 1
-LONGEST_SECONDS = 86_400.0  # of one row, which takes six gigabytes of memory
 # Others come from damaged headers, and of a second at 1 Hz 16,000 samples would be made up.
 RATES = range(1_000, 1_000_001)
 # Where the mean of two channels has so small a share of the power of the louder one, they cancel.
@@ -92,7 +92,7 @@ def load_audio(
 
     Returns:
         float32 [S]: the channel or the mean of all, resampled by soxr "HQ" (what `librosa.load`
-            does), about -1 to 1.
+            does), about -1 to 1; zeros where, by the time stamps, nothing was recorded.
 
     Raises:
         AudioError: the file is missing, undecodable, empty, damaged, cut off, not finite, too short

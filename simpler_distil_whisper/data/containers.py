@@ -13,6 +13,8 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
+from simpler_distil_whisper.data.pauses import OGG_HEADER, OPUS_BYTES, OpusPages
+
 FEW_BYTES = 512  # behind the audio; nobody misses them
 MOST_CHUNKS = 100_000
 MOST_RECORDINGS = 1_000  # of one file
@@ -20,7 +22,7 @@ MOST_RECORDINGS = 1_000  # of one file
 UNKNOWN_SIZE = 2**31 - 2**16
 UNKNOWN_LONG_SIZE = 2**62  # where lengths have 64 bits
 IN_DS64 = 2**32 - 1  # the length of an RF64's audio, which stands in its chunk "ds64"
-OGG_HEADER_BYTES, OGG_FIRST_PAGE = 27, 2
+OGG_FIRST_PAGE = 2
 BLOCK_BYTES = 2**20  # searched at once
 SEARCHED_BYTES = 2**27  # at most, where a structure does not tell its end
 FLAC_BUFFER_BYTES = 2**14  # read ahead by a decoder, and more
@@ -116,6 +118,7 @@ class Structure(NamedTuple):
         remark: what is odd about it.
         shortage: how many times what is there the header promises; 1: it promises no more.
         torn: whether it ends in the midst of a page.
+        paused: whether the times on the pages of an Opus leave out more than a moment.
         frame_seconds: of an MP3 whose header does not count its bytes, the length of all frames,
             which an encoder's delay and padding belong to.
         frames_promised: whether a header tells how many frames there are.
@@ -128,6 +131,7 @@ class Structure(NamedTuple):
     remark: str | None = None
     shortage: float = 1.0
     torn: bool = False
+    paused: bool = False
     frame_seconds: float | None = None
     frames_promised: bool = True
 
@@ -381,24 +385,25 @@ def _read_au(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Struct
 
 def _read_pages(file: BinaryIO, begin: int, size: int) -> Structure:
     """Return the structure of an Ogg stream; another one that is chained to it follows it."""
-    position, among_first = begin, True
+    position, among_first, opus = begin, True, OpusPages()
     while position < size:
-        page = _read(file, position, OGG_HEADER_BYTES + 255)
+        page = _read(file, position, OGG_HEADER.size + 255 + OPUS_BYTES)
         if page[:4] != b"OggS":
             if _begins(file, position):
                 return Structure(begin, position, position)
             position = next(_positions(file, b"OggS", position + 1, size), size)
             continue
-        if len(page) < OGG_HEADER_BYTES:
+        if len(page) < OGG_HEADER.size:
             position = size + 1
             break
         is_first = bool(page[5] & OGG_FIRST_PAGE)
         if is_first and not among_first:
-            return Structure(begin, position, position)
+            return Structure(begin, position, position, paused=opus.paused)
         among_first = is_first
-        lengths = page[OGG_HEADER_BYTES : OGG_HEADER_BYTES + page[26]]
-        position += OGG_HEADER_BYTES + page[26] + sum(lengths)
-    return Structure(begin, size, torn=position > size)
+        lengths = page[OGG_HEADER.size : OGG_HEADER.size + page[26]]
+        opus.add(page, lengths)
+        position += OGG_HEADER.size + page[26] + sum(lengths)
+    return Structure(begin, size, torn=position > size, paused=opus.paused)
 
 
 def _read_boxes(file: BinaryIO, begin: int, size: int) -> Structure:

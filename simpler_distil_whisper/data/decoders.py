@@ -1,7 +1,7 @@
 """Open audio files -> samples, by libsndfile or, where it reads less than is there, by FFmpeg.
 
-Owns the choice between the two, and what a file promises against what it holds. It mixes no
-channels and resamples nothing.
+Owns the choice between the two, what a file promises against what it holds, and the silence where
+nothing was recorded. It mixes no channels and resamples nothing.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from simpler_distil_whisper.data.containers import (
     read_structures,
     recording_behind,
 )
+from simpler_distil_whisper.data.pauses import Timeline
 
 # What soundfile raises.
 UNREADABLE_ERRORS = (soundfile.LibsndfileError, OSError, TypeError)
@@ -39,6 +40,8 @@ FFMPEG_FORMATS = "aac,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,matroska,
 FFMPEG_FORMATS += "mpeg,mpegts,ogg,tta,w64,wav,wv"
 # In these the header promises a length; of others, FFmpeg estimates it by the bit rate.
 PROMISING_FORMATS = {"asf", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
+LONGEST_SECONDS = 86_400.0  # of one row, which takes six gigabytes of memory, and of its pauses
+PAUSED = "by its time stamps nothing was recorded for a while, which is silence"
 MOST_BYTES_BETWEEN = 2**26  # two pieces of audio; FFmpeg would look for more for ever
 
 Block = tuple[int, np.ndarray]  # the sample rate, float32 [S, C]
@@ -65,7 +68,7 @@ class Sound(Protocol):
     remark: str | None
 
     def blocks(self, start_seconds: float, duration_seconds: float | None) -> Iterator[Block]:
-        """Yield the samples of a part, or as many of them as there are.
+        """Yield the samples of a part, or as many of them as there are; zeros for pauses.
 
         Raises:
             soundfile.LibsndfileError: libsndfile cannot decode them.
@@ -211,7 +214,7 @@ class _LibsndfileSound:
         self.seconds = self._file.frames / self._file.samplerate
         self.promised_seconds = math.inf if structure.torn else math.nan
         self.remark = structure.remark
-        self.is_trusted = self._file.frames < MOST_FRAMES
+        self.is_trusted = self._file.frames < MOST_FRAMES and not structure.paused
         if structure.shortage > 1:
             self._promise(self.seconds * structure.shortage)
         elif self._file.format == "MP3" and structure.frame_seconds is not None:
@@ -413,30 +416,49 @@ class _FfmpegSound:
             raise DecodingError(self._reason or error.strerror) from None
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Block]:
-        """Yield everything that can be decoded; note how much cannot."""
+        """Yield everything that can be decoded, and silence where nothing was recorded."""
         import av
 
         convert, form = av.AudioResampler(format="flt"), None
-        packets = container.demux(stream)
+        for frame, pause in self._frames(container, stream):
+            if pause:
+                self.remark = self.remark or PAUSED
+                yield from _silence(pause, frame.rate, frame.layout.nb_channels)
+            if form not in (None, (frame.rate, frame.layout.name)):
+                convert = av.AudioResampler(format="flt")
+            form = frame.rate, frame.layout.name
+            for converted in convert.resample(frame):
+                channels = converted.layout.nb_channels
+                yield frame.rate, converted.to_ndarray().reshape(-1, channels)
+
+    def _frames(self, container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
+        """Yield the frames, each with the seconds of the pause before it; note how much is lost.
+
+        Raises:
+            DecodingError: by its time stamps, the pauses are longer than any recording.
+        """
+        import av
+
+        packets, timeline = container.demux(stream), Timeline(container)
         while True:
             try:
                 packet = next(packets)
             except (StopIteration, av.FFmpegError):
                 return
+            timeline.reach(packet)
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                self._lost_seconds += float((packet.duration or 0) * stream.time_base)
-                continue
+                timeline.lost_seconds += float((packet.duration or 0) * stream.time_base)
+                frames = []
             if frames:
                 self._ration.left = MOST_BYTES_BETWEEN
             for frame in frames:
-                if form not in (None, (frame.rate, frame.layout.name)):
-                    convert = av.AudioResampler(format="flt")
-                form = frame.rate, frame.layout.name
-                for converted in convert.resample(frame):
-                    channels = converted.layout.nb_channels
-                    yield frame.rate, converted.to_ndarray().reshape(-1, channels)
+                pause = timeline.pause_before(frame)
+                if timeline.paused_seconds > LONGEST_SECONDS:
+                    raise DecodingError(f"its time stamps leave out {pause:.0f} s")
+                yield frame, pause
+            self._lost_seconds = timeline.lost_seconds
 
     def _promised(self, container: Any, stream: Any) -> float:
         """Return the length by the header; 0 where it tells none, or FFmpeg only estimates it."""
@@ -448,7 +470,8 @@ class _FfmpegSound:
         if stream.duration:
             return float(stream.duration * stream.time_base)
         if container.duration and not container.streams.video:
-            return float(container.duration) / 1e6
+            # Of a Matroska, it is the time at the end, whatever that at the beginning is.
+            return float(container.duration - max(container.start_time or 0, 0)) / 1e6
         return 0.0
 
     def _compare(self, promised: float) -> None:
@@ -464,3 +487,11 @@ class _FfmpegSound:
             self.promised_seconds = promised
         elif self._lost_seconds > TOLERANCE_SECONDS:
             raise DecodingError(f"damaged: {self._lost_seconds:.3f} s of it are lost")
+
+
+def _silence(seconds: float, rate: int, channels: int) -> Iterator[Block]:
+    """Yield zeros, in blocks."""
+    left = round(seconds * rate)
+    while left > 0:
+        yield rate, np.zeros((min(BLOCK_FRAMES, left), channels), np.float32)
+        left -= BLOCK_FRAMES
