@@ -38,6 +38,7 @@ def join_processes() -> PartialState:
     Raises:
         ConfigError: the processes do not reach one another, or two share a GPU.
     """
+    _count_among_visible_gpus()
     try:
         state = PartialState(cpu=_several_on_cpu(), timeout=FOR_TENSORS)
     except (RuntimeError, ValueError) as error:
@@ -142,6 +143,16 @@ class SharedSums:
 def has_bfloat16() -> bool:
     """Return whether the GPU computes in bfloat16 itself; emulated, it is slower than float32."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _count_among_visible_gpus() -> None:
+    """Let LOCAL_RANK number this process's GPU, also where each process sees only its own.
+
+    accelerate takes its remainder for the device, but the number itself for that of DDP.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    if local_rank.isdigit() and torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(int(local_rank) % torch.cuda.device_count())
 
 
 def _several_on_cpu() -> bool:

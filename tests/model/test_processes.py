@@ -28,12 +28,17 @@ processes.wait_for_everyone(datetime.timedelta(seconds=3))
 Start = Callable[[int], "subprocess.Popen[str]"]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Start the process of a rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started: list[subprocess.Popen[str]] = []
 
     def start_rank(rank: int) -> "subprocess.Popen[str]":
@@ -103,3 +108,26 @@ def test_who_is_late_is_waited_for_and_who_is_lost_is_named(
     assert "DataError: process 0 waits for others in vain" in stderr
     assert "Rank 1 failed to pass monitoredBarrier" in stderr
     second.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.gpu
+def test_a_process_that_sees_only_its_own_gpu_trains_on_it() -> None:
+    work = (
+        "import torch; from simpler_distil_whisper.model.processes import make_accelerator;"
+        "make_accelerator('float32', 0).prepare(torch.nn.Linear(1, 1))(torch.ones(1).cuda())"
+    )
+    of_torchrun = {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", work],
+        env={
+            **os.environ,
+            **of_torchrun,
+            "MASTER_PORT": str(free_port()),
+            "CUDA_VISIBLE_DEVICES": visible,
+            "PYTHONPATH": str(REPOSITORY),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
