@@ -57,12 +57,19 @@ class ShortRuns:
         student = trainer.models.student.model
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.weights = [parameter.detach().to("cpu", copy=True) for parameter in self.trained]
+        self.scaler = trainer.accelerator.scaler  # of float16; else None
+        self.scaling = self.scaler.state_dict() if self.scaler else {}
 
     def restore(self) -> None:
-        """Give the student its weights back, and clear the optimizer's moments."""
+        """Give the student its weights back, and clear the optimizer's moments.
+
+        The scale of float16, which falls with every step that diverges, is that of the start too.
+        """
         with torch.no_grad():
             for parameter, weight in zip(self.trained, self.weights, strict=True):
                 parameter.copy_(weight)
+        if self.scaler:
+            self.scaler.load_state_dict(self.scaling)
         self.trainer.optimizer.optimizer.state.clear()
         self.trainer.state.step = 0
 

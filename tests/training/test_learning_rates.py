@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from distilling import Setting, assemble, distil, logged, make_setting, warnings_in, write_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,6 +127,21 @@ def test_a_run_that_continues_keeps_its_rate(tmp_path: Path, setting: Setting) -
     assert logged(tmp_path / "run", "train/learning_rate")[2:] == pytest.approx(
         [chosen * factor for factor in (0.5, 0.25)]  # type: ignore[operator]
     )
+
+
+def test_short_runs_leave_the_scale_of_float16_as_it_was(tmp_path: Path, setting: Setting) -> None:
+    trainer, *_ = assemble(write_config(tmp_path / "run", setting))
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    runs = ShortRuns(trainer)
+    before = scaler.state_dict()
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight])
+    scaler.scale(weight * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < before["scale"]
+    runs.restore()
+    assert scaler.state_dict() == before
 
 
 def test_a_stop_while_rates_are_compared(tmp_path: Path, setting: Setting) -> None:
