@@ -46,6 +46,7 @@ def join_processes() -> PartialState:
     assert state.num_processes == process_count(), NOT_JOINED
     _check_connections(state.device)
     _prefer_kernels_without_plans()
+    _let_float32_be_float32()
     return state
 
 
@@ -230,3 +231,12 @@ def _prefer_kernels_without_plans() -> None:
     prefers cuDNN on recent GPUs.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _let_float32_be_float32() -> None:
+    """Let convolutions in float32 be computed in it, as products are; cuDNN would drop 13 bits.
+
+    Not by the `fp32_precision` of newer versions of torch: what still reads `allow_tf32`, as
+    torch.compile does, would then fail.
+    """
+    torch.backends.cudnn.allow_tf32 = False

@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from conftest import REPOSITORY
+
+from simpler_distil_whisper.model.processes import join_processes
 
 WORK = """
 import datetime, os, sys, time
@@ -108,6 +111,11 @@ def test_who_is_late_is_waited_for_and_who_is_lost_is_named(
     assert "DataError: process 0 waits for others in vain" in stderr
     assert "Rank 1 failed to pass monitoredBarrier" in stderr
     second.send_signal(signal.SIGCONT)
+
+
+def test_convolutions_in_float32_are_not_computed_with_fewer_bits() -> None:
+    join_processes()
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 @pytest.mark.gpu
