@@ -33,16 +33,18 @@ def log_mel(
         extractor: the feature extractor of the model.
         device: where to compute them.
     """
-    result = torch.empty(len(waveforms), extractor.feature_size, extractor.nb_max_frames)
-    result = result.to(device)
+    count, frames = len(waveforms), extractor.nb_max_frames
+    result = torch.empty(count, extractor.feature_size, frames, device=device)
+    on_gpu = device.type == "cuda"
     for start in range(0, len(waveforms), ROWS_AT_ONCE):
         rows = waveforms[start : start + ROWS_AT_ONCE]
-        padded = torch.zeros(len(rows), extractor.n_samples)
+        # Only from pinned memory does a copy to a GPU not wait for what that still has to do.
+        padded = torch.zeros(len(rows), extractor.n_samples, pin_memory=on_gpu)
         for samples, waveform in zip(padded, rows, strict=True):
             own = torch.from_numpy(waveform[: len(samples)])
             samples[: len(own)] = own
         with torch.autocast(device.type, enabled=False):  # as validation switches on
-            logs = _log_power(padded.to(device), extractor, center=True)
+            logs = _log_power(padded.to(device, non_blocking=on_gpu), extractor, center=True)
         floor = logs.amax(dim=(1, 2), keepdim=True) - DYNAMIC_RANGE
         result[start : start + len(rows)] = torch.maximum(logs, floor).add_(4.0).div_(4.0)
     return result
@@ -67,7 +69,10 @@ def _log_power(samples: Tensor, extractor: WhisperFeatureExtractor, *, center: b
     )
     if center:
         spectrum = spectrum[..., :-1]
-    filters = torch.from_numpy(extractor.mel_filters).to(samples.device, torch.float32).T
+    filters = torch.from_numpy(extractor.mel_filters).float()
+    if on_gpu := samples.device.type == "cuda":
+        filters = filters.pin_memory()
+    filters = filters.to(samples.device, non_blocking=on_gpu).T
     # The product of a view would be slow on some CPUs.
     return (filters @ (spectrum.abs() ** 2).contiguous()).clamp_(min=1e-10).log10_()
 
