@@ -181,9 +181,21 @@ class EncoderStateCache:
         for rows, features in zip(*parts, strict=True):
             states[rows] = encoder(features.to(dtype)).last_hidden_state.to(self.dtype)
         if any(missing.values()):
-            on_cpu = states.device.type == "cpu"
-            self._writer.keep(list(missing.values()), [*states[places].cpu()], wait=on_cpu)
+            self._keep(list(missing.values()), states[places])
         return states
+
+    def _keep(self, names: Sequence[str | None], states: Tensor) -> None:
+        """Let states be written under the names of their rows."""
+        if states.device.type != "cuda":
+            self._writer.keep(names, [*states.cpu()], wait=states.device.type == "cpu")
+            return
+        # The writer waits for the GPU: this thread goes on to launch what is next.
+        self._writer.finish(but=1)  # so that at most two batches are in pinned memory
+        copy = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+        copy.copy_(states, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(states.device))
+        self._writer.keep(names, [*copy], after=copied.synchronize)
 
     def finish(self) -> None:
         """Return once everything that `complete` has computed is on disk, or cannot be."""

@@ -11,7 +11,7 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,7 +154,12 @@ class BackgroundWriter:
         return BackgroundWriter, (self._store,)
 
     def keep(
-        self, names: Sequence[str | None], tensors: Sequence[Tensor], *, wait: bool = False
+        self,
+        names: Sequence[str | None],
+        tensors: Sequence[Tensor],
+        *,
+        after: Callable[[], object] | None = None,
+        wait: bool = False,
     ) -> None:
         """Write contiguous tensors on the CPU under their names; None: not this one.
 
@@ -163,10 +168,11 @@ class BackgroundWriter:
         Args:
             names: of the tensors.
             tensors: one for each name.
+            after: returns when they have their values; called in the thread.
             wait: return only when they are written: on a CPU, whose cores have no time to give.
         """
         self.finish(but=1)
-        self._writing.append(self._thread.submit(self._write, names, tensors))
+        self._writing.append(self._thread.submit(self._write, names, tensors, after))
         if wait:
             self.finish()
 
@@ -175,7 +181,14 @@ class BackgroundWriter:
         while len(self._writing) > but:
             self._writing.popleft().result()
 
-    def _write(self, names: Sequence[str | None], tensors: Sequence[Tensor]) -> None:
+    def _write(
+        self,
+        names: Sequence[str | None],
+        tensors: Sequence[Tensor],
+        after: Callable[[], object] | None,
+    ) -> None:
+        if after:
+            after()
         for name, tensor in zip(names, tensors, strict=True):
             if name:
                 self._store.write(name, tensor)

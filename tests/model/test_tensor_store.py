@@ -201,6 +201,18 @@ def test_a_batch_is_written_while_the_next_is_computed(tmp_path: Path) -> None:
         assert tensor is not None and torch.equal(tensor, expected)
 
 
+def test_what_is_still_being_copied_is_waited_for_by_the_writing_thread(tmp_path: Path) -> None:
+    store, copy = TensorStore(tmp_path, ENOUGH), torch.zeros(2, 3)
+    copied = threading.Event()
+    writer = BackgroundWriter(store)
+    writer.keep(["kind/group/0", "kind/group/1"], [*copy], after=lambda: copied.wait(30))
+    copy.fill_(7)
+    copied.set()
+    writer.finish()
+    kept = store.read("kind/group/1")
+    assert kept is not None and torch.equal(kept, copy[1])
+
+
 def test_what_the_writing_thread_fails_at_is_not_silent(tmp_path: Path) -> None:
     store = SlowStore(tmp_path)
     store.ready.set()
