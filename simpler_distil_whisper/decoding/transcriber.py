@@ -114,8 +114,9 @@ class Transcriber:
         if self.options.batch_size != "auto":
             return self.options.batch_size
         student = self.assistant.student.model if self.assistant else None
-        rows = max(self.options.num_beams, self.sampled_texts.count)
-        return suitable_batch_size(self.whisper.model, rows, student)
+        return suitable_batch_size(
+            self.whisper.model, self.options.num_beams, student, self.sampled_texts.count
+        )
 
     def __call__(
         self, features: Tensor, languages: Sequence[str | None], keys: Sequence[int] | None = None

@@ -66,14 +66,21 @@ def suitable_batch_size(
     model: WhisperForConditionalGeneration,
     beams: int = 1,
     assistant: WhisperForConditionalGeneration | None = None,
+    sampled_texts: int = 0,
 ) -> int:
     """Return how many windows to decode at once: as many as fit into the device's memory.
 
     Larger batches read the weights less often. The whole memory counts, not what is free now: a
     run that is repeated must form the same batches.
+
+    Args:
+        model: what decodes.
+        beams: of each window.
+        assistant: drafts for the model.
+        sampled_texts: of each window, sampled together once it is decoded.
     """
     models = [model, assistant] if assistant is not None else [model]
-    window = sum(_cache_bytes(each, beams) for each in models)
+    window = sum(_cache_bytes(each, beams, sampled_texts) for each in models)
     if model.device.type != "cuda":
         return int(min(32, max(1, CPU_CACHE_BYTES // window)))
     window += sum(_encoder_bytes(each) for each in models)
@@ -82,15 +89,16 @@ def suitable_batch_size(
     return int(min(256, max(1, room // window)))
 
 
-def _cache_bytes(model: WhisperForConditionalGeneration, beams: int) -> int:
+def _cache_bytes(model: WhisperForConditionalGeneration, beams: int, sampled_texts: int = 0) -> int:
     """Return what the decoder keeps of a window: its keys and values, and the logits of a step."""
     config = model.config
     position = 2 * config.decoder_layers * config.d_model * model.dtype.itemsize
-    # Beams that change places are copied: then all of them are there twice.
-    rows = 1 if beams == 1 else 2 * beams
+    # Beams that change places are copied: then all of them are there twice. Sampled texts never do;
+    # one loop in a batch lets the rows of all have as many positions as there can be.
+    rows = max(1 if beams == 1 else 2 * beams, sampled_texts)
     logits = 4 * config.vocab_size * 4
     own = rows * config.max_target_positions
-    return int(position * (config.max_source_positions + own) + beams * logits)
+    return int(position * (config.max_source_positions + own) + max(beams, sampled_texts) * logits)
 
 
 def _encoder_bytes(model: WhisperForConditionalGeneration) -> int:

@@ -8,6 +8,7 @@ from tiny import make_model_folder
 from torch import distributed
 
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder
+from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.memory import (
     CPU_CACHE_BYTES,
@@ -15,6 +16,7 @@ from simpler_distil_whisper.model.memory import (
     out_of_memory,
     suitable_batch_size,
 )
+from simpler_distil_whisper.model.options import DecodingOptions, SampledTexts
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 
 # torch 2.6 has none: there it is a plain RuntimeError.
@@ -75,17 +77,42 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
     return load_whisper(read_model_folder(folder, None, "model"))
 
 
-@pytest.mark.parametrize("beams", [1, 2, 5])
-def test_what_a_window_takes_is_what_the_decoder_allocates(whisper: Whisper, beams: int) -> None:
+def allocated(whisper: Whisper, rows: int) -> tuple[int, int, int]:
+    """Bytes of tokens, encoder states and logits of a window with several rows of tokens."""
     config = whisper.model.config
     states = torch.zeros(1, config.max_source_positions, config.d_model)
     cache = CachedDecoder(whisper.model).start(states, config.max_target_positions, uneven=False)
-    if beams > 1:
-        cache.repeat(beams)
-    copies = cache.self_attention.nbytes if beams > 1 else 0  # of the beams that change places
-    logits = 4 * beams * config.vocab_size * 4
-    expected = cache.self_attention.nbytes + copies + cache.cross_attention.nbytes + logits
-    assert _cache_bytes(whisper.model, beams) == expected
+    if rows > 1:
+        cache.repeat(rows)
+    logits = 4 * rows * config.vocab_size * 4
+    return cache.self_attention.nbytes, cache.cross_attention.nbytes, logits
+
+
+@pytest.mark.parametrize("beams", [1, 2, 5])
+def test_what_a_window_takes_is_what_the_decoder_allocates(whisper: Whisper, beams: int) -> None:
+    tokens, states, logits = allocated(whisper, beams)
+    copies = tokens if beams > 1 else 0  # of the beams that change places
+    assert _cache_bytes(whisper.model, beams) == tokens + copies + states + logits
+
+
+@pytest.mark.parametrize("texts", [1, 2, 5])
+def test_sampled_texts_take_what_is_allocated_for_them_once(whisper: Whisper, texts: int) -> None:
+    assert _cache_bytes(whisper.model, 1, texts) == sum(allocated(whisper, texts))
+
+
+def test_of_beams_and_sampled_texts_those_count_that_take_more(whisper: Whisper) -> None:
+    (beams, states, _), (_, _, logits) = allocated(whisper, 4), allocated(whisper, 5)
+    assert _cache_bytes(whisper.model, 4, 5) == 2 * beams + states + logits
+    assert _cache_bytes(whisper.model, 2, 5) == _cache_bytes(whisper.model, 1, 5)
+
+
+def test_a_transcriber_has_room_for_its_sampled_texts(
+    whisper: Whisper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = _cache_bytes(whisper.model, 1, 5)
+    monkeypatch.setattr("simpler_distil_whisper.model.memory.CPU_CACHE_BYTES", 20 * window)
+    options = DecodingOptions(batch_size="auto")
+    assert Transcriber(whisper, options, sampled_texts=SampledTexts(count=5)).batch_size == 20
 
 
 def test_what_is_computed_besides_takes_its_share(
