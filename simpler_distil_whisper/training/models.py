@@ -189,8 +189,11 @@ class StudentWithLoss(nn.Module):
         return torch.cat(states)[torch.cat(rows).argsort()]
 
     def _decoder_states(self, input_ids: Tensor, encoder_states: Tensor) -> Tensor:
-        decoder = self.student.model.decoder
-        return last_states(decoder, input_ids, encoder_states.to(self.student.dtype))
+        dtype = self.student.dtype
+        # What comes back to an encoder that is trained is added up in float32.
+        if not encoder_states.requires_grad:
+            dtype = dtype_of_products(encoder_states.device, dtype)
+        return last_states(self.student.model.decoder, input_ids, encoder_states.to(dtype))
 
 
 class Teacher:
@@ -285,7 +288,7 @@ class Teacher:
             states = last_states(
                 self.model.model.decoder,
                 input_ids.to(self.device),
-                encoder_states.to(self.device, self.dtype),
+                encoder_states.to(self.device, dtype_of_products(self.device, self.dtype)),
             )
         return states.to(self.accelerator.device)
 
@@ -328,6 +331,18 @@ def computing_dtype(accelerator: Accelerator) -> torch.dtype:
     """Return the dtype of the products in the student's forward pass."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return autocast.get(accelerator.mixed_precision, torch.float32)
+
+
+def dtype_of_products(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of products with weights of a dtype: autocast's, where that is on.
+
+    Autocast would cast what is in another one at each of its uses, and keep every copy for the
+    gradients: two of the encoder states in each decoder layer.
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
 
 
 def last_states(decoder: nn.Module, input_ids: Tensor, encoder_states: Tensor) -> Tensor:

@@ -311,6 +311,33 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
     assert not teacher.model.training
 
 
+def test_encoder_states_are_cast_once_and_no_bit_is_another(
+    teacher: Teacher, student: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = StudentWithLoss(student, teacher.head, OBJECTIVE).eval()
+    freeze(student, Freeze(encoder=True, decoder=False, embed_positions=False))
+    batch = random_batch()
+    with torch.no_grad():
+        states = student.model.encoder(batch.input_features).last_hidden_state
+    given: list[torch.dtype] = []
+    results = []
+    for layer in student.model.decoder.layers:
+        for product in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
+            product.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].dtype))
+    for expected in (torch.bfloat16, torch.float32):
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = module(batch, states, torch.zeros(3, 9, states.shape[-1]))
+        module.zero_grad()
+        terms.loss.backward()
+        gradients = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+        results.append([*terms, *gradients])
+        assert set(given) == {expected}
+        given.clear()
+        monkeypatch.setattr(training_models, "dtype_of_products", lambda device, dtype: dtype)
+    assert len(results[0]) > 20
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_frozen_weights_are_cast_once_and_no_bit_is_another(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
