@@ -106,6 +106,22 @@ def test_dropout_and_autocast_compute_the_bits_of_transformers() -> None:
     assert all(torch.equal(*both) for both in zip(*pair, strict=True))
 
 
+def test_where_it_is_not_used_a_compiled_decoder_has_one_variant_for_all_lengths() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    attention = decoders()[1].float().layers[0].encoder_attn
+    step = torch.compile(attention, dynamic=True, backend=backend)
+    states = torch.randn(ROWS, POSITIONS, WIDTH)
+    for length in (2, POSITIONS + 1):  # only with the first one it would be cheaper
+        with torch.autocast("cpu", torch.bfloat16):
+            step(torch.randn(ROWS, length, WIDTH), states)
+    assert len(compiled) == 1
+
+
 def test_parameters_keep_their_names_and_values() -> None:
     theirs, ours = (decoder.state_dict() for decoder in decoders())
     assert list(theirs) == list(ours)
