@@ -85,7 +85,8 @@ def share_cores(model: nn.Module) -> None:
     Threads that wait for each other at every operation, on cores that are busy decoding audio, were
     measured to make a small model 20 times slower; beside a large one, decoding audio is nothing.
     The number of workers does not matter here: the number of threads decides the last bit of a sum,
-    and the number of workers must change no result. OMP_NUM_THREADS, if set, is obeyed instead.
+    and the number of workers must change no result. OMP_NUM_THREADS, if set, is obeyed instead:
+    whether by the user, or to 1 by torchrun for each of several processes, cannot be told apart.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return

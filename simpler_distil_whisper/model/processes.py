@@ -78,7 +78,7 @@ def make_accelerator(
         accelerator = Accelerator(
             mixed_precision="no" if precision == "float32" else precision,
             cpu=_several_on_cpu(),
-            # What is exchanged are the gradients themselves, not copies of them.
+            # Gradients become parts of what is exchanged: not kept twice, and not copied back.
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:  # of a precision that this build of torch has not
