@@ -3,15 +3,18 @@
     python -m benchmarks.gpu [--device cuda] [--stages tokens,loss] [--out gpu.json]
 
 Takes at most eight minutes. Each stage runs in a process of its own, which ends when its time is
-up; a stage that fails is noted, and the next one runs. The JSON file is written anew after each.
+up; what it had by then is kept. A stage that fails is noted, and the next one runs. The JSON file
+is written anew after each. Runs that have been looked at are deleted, since the disk may be small.
 With `--device cpu` all stages run at the size of a toy, to try them out.
 """
 
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -20,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,7 @@ from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.trainer import Trainer
 
 Result = dict[str, Any]
+Stage = Callable[["Setting"], Iterator[Result]]  # each part of the result as soon as it is there
 FRAMES, SIXTEEN_KHZ = 3000, 16_000
 OBJECTIVE = Objective(cross_entropy_weight=0.8, kl_weight=1.0, temperature=2.0)
 DECODINGS: dict[str, dict[str, Any]] = {
@@ -123,7 +127,7 @@ def on_cpu(folder: Path) -> Setting:
 # The stages
 
 
-def versions(setting: Setting) -> Result:
+def versions(setting: Setting) -> Iterator[Result]:
     """Versions, and which kernels of attention torch may choose."""
     facts: Result = {"machine": machine.machine_facts(setting.device, torch.get_num_threads())}
     cuda = torch.backends.cuda
@@ -138,10 +142,10 @@ def versions(setting: Setting) -> Result:
         properties = torch.cuda.get_device_properties(setting.device)
         facts["memory_gigabytes"] = round(properties.total_memory / 2**30, 1)
         facts["capability"] = [properties.major, properties.minor]
-    return facts
+    yield facts
 
 
-def models(setting: Setting) -> Result:
+def models(setting: Setting) -> Iterator[Result]:
     """Write the models and the clips of all other stages."""
     for name, shape in (("", setting.shape), ("compared-", setting.compared)):
         teacher, student = (setting.folder / f"{name}{role}" for role in ("teacher", "student"))
@@ -160,12 +164,11 @@ def models(setting: Setting) -> Result:
         rows.append({"id": str(number), "audio": name, "text": text, "language": "en"})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (setting.folder / "clips.jsonl").write_text(lines)
-    return {"clips": len(rows)}
+    yield {"clips": len(rows)}
 
 
-def tokens(setting: Setting) -> Result:
+def tokens(setting: Setting) -> Iterator[Result]:
     """Compare the tokens that the device and the CPU choose, in float32."""
-    result: Result = {}
     features = torch.randn(
         4, setting.compared.mels, FRAMES, generator=torch.Generator().manual_seed(0)
     )
@@ -176,11 +179,10 @@ def tokens(setting: Setting) -> Result:
             hypotheses = transcribe(features.to(device), ["en"] * 4, keys=range(4))
             texts.append([hypothesis.text for hypothesis in hypotheses])
         equal = [one == other for one, other in zip(*texts, strict=True)]
-        result[name] = {"equal": sum(equal), "of": len(equal)}
-    return result
+        yield {name: {"equal": sum(equal), "of": len(equal)}}
 
 
-def loss(setting: Setting) -> Result:
+def loss(setting: Setting) -> Iterator[Result]:
     """Compare the loss and its gradient with the formula in float64."""
     random = torch.Generator().manual_seed(0)
     width = setting.compared.width
@@ -199,58 +201,52 @@ def loss(setting: Setting) -> Result:
     own.loss.backward()  # type: ignore[no-untyped-call]
     assert own_states.grad is not None and exact_states.grad is not None
     difference = own_states.grad.cpu().double().flatten(0, 1) - exact_states.grad
-    return {
+    yield {
         "relative_error": abs(own.loss.item() / exact.loss.item() - 1),
         "relative_error_of_gradient": (difference.norm() / exact_states.grad.norm()).item(),
     }
 
 
-def precision(setting: Setting) -> Result:
-    """Train a few steps in each precision."""
-    return {
-        each: _metrics(_distil(setting, f"precision-{each}", precision=each))
-        for each in setting.precisions
-    }
+def precision(setting: Setting) -> Iterator[Result]:
+    """Train a small model for a few steps in each precision."""
+    for each in setting.precisions:
+        yield {each: _trained(setting, f"precision-{each}", "compared-", precision=each)}
 
 
-def resume(setting: Setting) -> Result:
-    """Stop a run by a signal, let it go on, and compare its losses with those of a whole run."""
-    whole = _metrics(_distil(setting, "whole"))
-    threading.Thread(
-        target=_stop_after_a_step, args=(setting.folder / "stopped",), daemon=True
-    ).start()
-    _distil(setting, "stopped", codes=(128 + signal.SIGTERM, 0))
-    steps_before = len(_metrics(setting.folder / "stopped"))
-    resumed = _metrics(_distil(setting, "stopped"))
+def resume(setting: Setting) -> Iterator[Result]:
+    """Stop a small run by a signal, let it go on, and compare its losses with a whole run's."""
+    whole = _trained(setting, "whole", "compared-")
+    stopped = setting.folder / "stopped"
+    threading.Thread(target=_stop_after_a_step, args=(stopped,), daemon=True).start()
+    _distil(setting, "stopped", "compared-", codes=(128 + signal.SIGTERM, 0))
+    yield {"steps_before_the_stop": len(_metrics(stopped))}
+    resumed = _trained(setting, "stopped", "compared-")
     losses = [[step["train/loss"] for step in steps] for steps in (whole, resumed)]
-    return {
-        "steps_before_the_stop": steps_before,
-        "largest_difference": max(abs(one - other) for one, other in zip(*losses, strict=True)),
-    }
+    yield {"largest_difference": max(abs(one - other) for one, other in zip(*losses, strict=True))}
 
 
-def out_of_memory(setting: Setting) -> Result:
+def out_of_memory(setting: Setting) -> Iterator[Result]:
     """Label with batches for which the memory that is allowed does not suffice."""
     if setting.device.type != "cuda":
-        return {"left_out": "the memory of a CPU is not limited by torch"}
+        yield {"left_out": "the memory of a CPU is not limited by torch"}
+        return
     weights = sum(path.stat().st_size for path in (setting.folder / "teacher").glob("*.safe*"))
     total = torch.cuda.get_device_properties(setting.device).total_memory
     torch.cuda.set_per_process_memory_fraction((1.7 * weights + 6e9) / total)
     folder = _label(setting, "memory", setting.workers[0], batch_size=setting.rows[-1], clips=200)
     rows = len((folder / "pseudo_labels.jsonl").read_text().splitlines())
-    return {"rows": rows, "rejected": (folder / "rejected.jsonl").read_text()[:2000]}
+    yield {"rows": rows, "rejected": (folder / "rejected.jsonl").read_text()[:2000]}
 
 
-def steps(setting: Setting) -> Result:
+def steps(setting: Setting) -> Iterator[Result]:
     """Time the encoder and one step of the decoder: until all is launched, and until it is done."""
     whisper = _load(setting, "teacher", setting.device)
-    result = {}
     for rows in setting.rows:
         features = torch.randn(rows, setting.shape.mels, FRAMES, device=setting.device)
         features = features.to(whisper.model.dtype)
         with torch.inference_mode():
             encode = functools.partial(whisper.encode, features)
-            result[f"{rows} rows"] = timed = {"encoder": _timed(setting, encode, 3)}
+            timed = {"encoder": _timed(setting, encode, 3)}
             decoders = {"decoder": CachedDecoder(whisper.model)}
             if setting.device.type == "cuda" and rows <= MOST_ROWS:
                 decoders["recorded"] = RecordingDecoder(whisper.model, rows)
@@ -260,29 +256,29 @@ def steps(setting: Setting) -> Result:
                 ids = torch.full((rows, 1), 300, device=setting.device)
                 decode = functools.partial(_decode, decoder, ids, cache)
                 timed[name] = _timed(setting, decode, 20)
-    return result
+        yield {f"{rows} rows": timed}
 
 
-def labelling(setting: Setting) -> Result:
+def labelling(setting: Setting) -> Iterator[Result]:
     """Label by several numbers of workers, then with a cache; the start of the run is counted."""
     runs: dict[str, Result] = {f"{n} workers": {"workers": n} for n in setting.workers}
+    cache = setting.folder / "labelling-cache"
     for way in ("filling", "cached"):
-        cache = setting.folder / "labelling-cache"
         runs[way] = {"workers": setting.workers[-1], "cache": cache, "clips": setting.clips // 4}
-    result = {}
     for name, options in runs.items():
         began = time.perf_counter()
         _label(setting, f"labelling {name}", **options)
         seconds = time.perf_counter() - began
         clips = options.get("clips", setting.clips)
-        result[name] = {"clips_per_second": round(clips / seconds, 2)}
-    return result
+        yield {name: {"clips_per_second": round(clips / seconds, 2)}}
+    shutil.rmtree(cache)
 
 
-def waiting(setting: Setting) -> Result:
+def waiting(setting: Setting) -> Iterator[Result]:
     """Train a few steps, in which every wait for the device is a warning; count them by place."""
     if setting.device.type != "cuda":
-        return {"left_out": "nothing waits for a CPU"}
+        yield {"left_out": "nothing waits for a CPU"}
+        return
     places: Counter[str] = Counter()
 
     def count(message: object, category: object, file: str, line: int, *_: object) -> None:
@@ -300,23 +296,23 @@ def waiting(setting: Setting) -> Result:
     with warnings.catch_warnings(), mock.patch.object(Trainer, "train_step", watched):
         warnings.simplefilter("always")
         warnings.showwarning = count
-        _distil(setting, "waiting")
-    return {"steps": setting.max_steps, "waits": dict(places.most_common())}
+        _trained(setting, "waiting")
+    yield {"steps": setting.max_steps, "waits": dict(places.most_common())}
 
 
-def training(setting: Setting) -> Result:
+def training(setting: Setting) -> Iterator[Result]:
     """Train with several micro-batches: without a cache, filling it, and reading it."""
-    result: Result = {}
     for size in setting.micro_batches:
-        cache = {"folder": str(setting.folder / f"cache-{size}")}
+        folder = setting.folder / f"cache-{size}"
+        cache = {"folder": str(folder)}
         for way, options in (("uncached", {}), ("filling", cache), ("cached", cache)):
             name = f"{way}-{size}"
             changes: Result = {"batch": {"micro_batch_size": size}, "teacher_cache": options}
-            result[name] = _metrics(_distil(setting, name, **changes))[-1]
-    return result
+            yield {name: _trained(setting, name, **changes)[-1]}
+        shutil.rmtree(folder)
 
 
-def profile(setting: Setting) -> Result:
+def profile(setting: Setting) -> Iterator[Result]:
     """Name the operations on which a decoded batch spends its time."""
     from torch.profiler import ProfilerActivity
 
@@ -334,10 +330,10 @@ def profile(setting: Setting) -> Result:
         machine.synchronize(setting.device)
     key = f"self_{setting.device.type}_time_total".replace("cuda", "device")
     table = profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)
-    return {"table": table.splitlines()}
+    yield {"table": table.splitlines()}
 
 
-STAGES: dict[Callable[[Setting], Result], int] = {  # seconds that each may take
+STAGES: dict[Stage, int] = {  # seconds that each may take
     versions: 20,
     models: 60,
     tokens: 45,
@@ -419,10 +415,21 @@ def _label(
     return _run(setting, run_pseudo_labelling, name, config, (0,))
 
 
-def _distil(setting: Setting, name: str, codes: tuple[int, ...] = (0,), **changes: Any) -> Path:
+def _trained(setting: Setting, name: str, models: str = "", **changes: Any) -> list[Result]:
+    """Train, and return the metrics of the steps; the folder, of gigabytes, is deleted."""
+    folder = _distil(setting, name, models, **changes)
+    metrics = _metrics(folder)
+    shutil.rmtree(folder)
+    return metrics
+
+
+def _distil(
+    setting: Setting, name: str, models: str, codes: tuple[int, ...] = (0,), **changes: Any
+) -> Path:
+    """Train; `models` is what the names of the teacher's and the student's folder begin with."""
     config = {
-        "teacher": {"path": str(setting.folder / "teacher")},
-        "student": {"path": str(setting.folder / "student")},
+        "teacher": {"path": str(setting.folder / f"{models}teacher")},
+        "student": {"path": str(setting.folder / f"{models}student")},
         "data": {
             "train_manifests": [str(setting.folder / "clips.jsonl")],
             "num_workers": setting.workers[-1],
@@ -485,32 +492,51 @@ def main() -> int:
     return int(any("failed" in result for result in results.values()))
 
 
-def _in_own_process(stage: Callable[[Setting], Result], setting: Setting, seconds: int) -> Result:
-    """Return the result of a stage, or why it failed, and the seconds that it took."""
+def _in_own_process(stage: Stage, setting: Setting, seconds: int) -> Result:
+    """Return what a stage had in its time, why it failed if it did, and the seconds it took."""
     context = multiprocessing.get_context("fork")  # nothing has used the GPU here
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(stage, setting, sender))
     began = time.perf_counter()
     process.start()
     sender.close()
-    result: Result = {"failed": f"not done within {seconds} s"}
-    if receiver.poll(seconds if setting.device.type == "cuda" else None):
-        try:
-            result = receiver.recv()
-        except EOFError:
-            result = {"failed": "its process has died"}
+    result: Result = {}
+    end = began + seconds if setting.device.type == "cuda" else math.inf
+    try:
+        while (part := _next_part(receiver, end)) is not None:
+            result |= part
+    except TimeoutError:
+        result["failed"] = f"not done within {seconds} s"
+    except EOFError:
+        result["failed"] = "its process has died"
     if process.is_alive() and process.pid and "failed" in result:
         os.killpg(process.pid, signal.SIGKILL)  # its workers too
     process.join()
     return {**result, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def _work(stage: Callable[[Setting], Result], setting: Setting, sender: Any) -> None:
+def _next_part(receiver: Any, end: float) -> Result | None:
+    """Return the next part of a stage's result; None: there is none.
+
+    Raises:
+        TimeoutError: it has not come before the end.
+        EOFError: the process has died.
+    """
+    left = None if end == math.inf else max(0.0, end - time.perf_counter())
+    if not receiver.poll(left):
+        raise TimeoutError
+    part: Result | None = receiver.recv()
+    return part
+
+
+def _work(stage: Stage, setting: Setting, sender: Any) -> None:
     os.setsid()
     try:
-        sender.send(stage(setting))
+        for part in stage(setting):
+            sender.send(part)
     except Exception:
         sender.send({"failed": traceback.format_exc()[-3000:]})
+    sender.send(None)
 
 
 if __name__ == "__main__":
