@@ -8,6 +8,7 @@ from simpler_distil_whisper.data.jsonl import Row, is_number
 
 NO_ERROR_RATE = "no error rate"
 ABOVE_MAXIMUM = "error rate above maximum"
+NO_SPEECH = "text where the reference has none"
 
 
 def why_dropped(
@@ -16,7 +17,7 @@ def why_dropped(
     """Return why the filter drops a row, as a kind to count and a reason; None if it stays.
 
     Args:
-        row: a labelled row.
+        row: a labelled row whose label is not empty.
         column: the key under which its error rate stands.
         maximum: the highest rate that stays; None keeps every row, even one without a rate.
         required: whether a row without a rate is dropped.
@@ -24,6 +25,9 @@ def why_dropped(
     if maximum is None:
         return None
     rate = row.get(column)
+    # Of no tokens there is no rate, but each token of the label is an error.
+    if rate is None and row.get("reference_tokens") == 0:
+        return NO_SPEECH, "the reference has no speech, but the label has text"
     if rate is None and not required:
         return None
     if rate is None:

@@ -3,7 +3,9 @@
 import pytest
 
 from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.error_rate import why_dropped
+from simpler_distil_whisper.labels.rows import error_rate, measure_label
 
 COLUMN = "cer/wer"
 
@@ -11,6 +13,26 @@ COLUMN = "cer/wer"
 @pytest.mark.parametrize("row", [{COLUMN: 0}, {COLUMN: 0.1}])
 def test_a_rate_up_to_the_maximum_stays(row: Row) -> None:
     assert why_dropped(row, COLUMN, 0.1) is None
+
+
+@pytest.mark.parametrize("row", [{}, {COLUMN: None, "reference_tokens": 3}])
+def test_a_row_without_a_rate_stays_where_none_is_required(row: Row) -> None:
+    assert why_dropped(row, COLUMN, 0.1, required=False) is None
+
+
+@pytest.mark.parametrize("reference", ["", " ", "[laughter]", "…"])
+@pytest.mark.parametrize("required", [True, False])
+def test_text_for_what_the_transcript_says_is_no_speech_is_dropped(
+    reference: str, required: bool
+) -> None:
+    scorer = Scorer(Metric())
+    label = "Thank you for watching."
+    row = measure_label(label, 5, 2.0, reference, scorer, "en")
+    row[COLUMN] = error_rate(reference, label, scorer, "en")
+    kind, reason = why_dropped(row, COLUMN, 0.1, required=required) or ("", "")
+    assert kind == "text where the reference has none"
+    assert reason == "the reference has no speech, but the label has text"
+    assert why_dropped(row, COLUMN, None) is None
 
 
 @pytest.mark.parametrize("row", [{}, {COLUMN: None}, {COLUMN: 7.5}])

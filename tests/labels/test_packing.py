@@ -92,6 +92,7 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
         label(id=5),
         label(id=6, text="\ufeff\u200d"),
         label(id=7, text="he\ufffdo"),
+        label(id=8, **{"cer/wer": None, "reference_tokens": 0}),
     ]
     planned = plan(tmp_path, rows)
     assert ids_in(tmp_path, planned) == [[0, 5]]
@@ -99,12 +100,13 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
     assert planned.left_out == {
         "error rate above pack.max_error_rate": 1,
         "no error rate": 1,
+        "text where the reference has none": 1,
         "no text": 2,
         "broken character": 1,
         "longer than a pack": 1,
     }
     everything = plan(tmp_path, rows, PackLimits(30.0, 444, None))
-    assert ids_in(tmp_path, everything) == [[0, 1, 2], [5]]
+    assert ids_in(tmp_path, everything) == [[0, 1, 2], [5, 8]]
 
 
 def test_a_label_that_the_teacher_doubts_enters_no_pack(tmp_path: Path) -> None:

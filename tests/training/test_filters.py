@@ -88,6 +88,12 @@ def test_a_transcript_cannot_hold_a_special_token(select: Select, token: str) ->
         ({}, {"max_error_rate": 0.1}, "no error rate", '"cer/wer" is empty'),
         ({"cer/wer": "0.1"}, {"max_error_rate": 0.1}, "no error rate", "is not a number: '0.1'"),
         ({"cer/wer": True}, {"max_error_rate": 1}, "no error rate", "is not a number: True"),
+        (
+            {"cer/wer": None, "reference_tokens": 0},
+            {"max_error_rate": 0.1},
+            "text where the reference has none",
+            "the reference has no speech",
+        ),
         ({"cer/wer": 0.1001}, {"max_error_rate": 0.1}, "error rate above maximum", "0.1001, above"),
         ({}, {"min_duration_seconds": 1.001}, "too short", "1.000 s, the minimum is 1.001 s"),
         ({}, {"max_duration_seconds": 0.999}, "too long", "1.000 s, the maximum is 0.999 s"),
