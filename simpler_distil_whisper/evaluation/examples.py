@@ -29,6 +29,7 @@ from simpler_distil_whisper.evaluation.tallies import SystemScores, length_group
 
 # In the page, unless more are listed: browsers stay quick with that many.
 MOST_UTTERANCES = 10_000
+LONGEST_EMBEDDED_SECONDS = 60.0  # an hour would be a page of many megabytes for each recording
 
 
 class ReportOptions(StrictModel):
@@ -44,8 +45,8 @@ class ReportOptions(StrictModel):
     )
     embed_audio: bool = Field(
         default=True,
-        description="Put the audio of the listed utterances into the page; others, and all with "
-        "false, are linked to their files.",
+        description="Put the audio of the listed utterances, if no longer than a minute, into the "
+        "page; other audio, and all with false, is linked to its file.",
     )
 
 
@@ -195,15 +196,15 @@ def _audio_source(clip: Clip | None, embed: bool, folder: Path) -> str | None:
     """Return what the page plays: the audio itself or a link as seen from its folder."""
     if clip is None:
         return None
-    return _embedded(clip) if embed else _link(clip, folder)
+    return (_embedded(clip) if embed else None) or _link(clip, folder)
 
 
 def _embedded(clip: Clip) -> str | None:
-    """Return the utterance's audio as MP3 in a data URI; None if it cannot be read or encoded."""
+    """Return the audio as MP3 in a data URI; None: too long, unreadable or not encodable."""
     content = io.BytesIO()
     try:
         # The encoder ends the whole process where samples are far beyond 1.
-        samples = np.clip(load_audio(*clip), -1.0, 1.0)
+        samples = load_audio(*clip, max_seconds=LONGEST_EMBEDDED_SECONDS).clip(-1.0, 1.0)
         soundfile.write(content, samples, SAMPLE_RATE, format="MP3")
     except (AudioError, MemoryError, *UNREADABLE_ERRORS):
         return None

@@ -399,6 +399,22 @@ def test_the_page_shows_the_same_utterances_whatever_order_the_files_have(tmp_pa
         assert sorted(cards) == ["7", "9"]
 
 
+def test_audio_of_more_than_a_minute_is_linked(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", np.zeros(61 * 16_000), 16_000)
+    rows: list[Row] = [
+        {**ROWS[0], "audio": "long.wav", "hypothesis": "quite another text"},
+        {**ROWS[1], "audio": "long.wav", "seconds": 60, "hypothesis": "quite another text"},
+    ]
+    path = write_rows(tmp_path / "one.jsonl", rows)
+    columns = {"audio": "audio", "duration_seconds": "seconds"}
+    report = {"html": True, "worst_utterances": 2, "embed_audio": True}
+    done = evaluate(tmp_path, config_for(tmp_path, path, columns=columns, report=report))
+    assert done.returncode == 0, done.stderr
+    page = page_data(tmp_path)["page"]
+    sources = re.findall(r'<audio controls preload="none" src="([^",]+)', page)
+    assert sorted(sources) == ["../long.wav", "data:audio/mpeg;base64"]
+
+
 def test_a_transcript_cannot_change_the_page(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     path = write_rows(tmp_path / "one.jsonl", [{**ROWS[0], "hypothesis": evil}, *ROWS[1:]])
