@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.audio import Clip
+from simpler_distil_whisper.data.jsonl import Row, seconds_in
 from simpler_distil_whisper.data.manifest import Manifest, Utterance
 from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER
 from simpler_distil_whisper.model.teacher_cache import audio_digest
@@ -50,7 +51,9 @@ def check_data(
     }
     if dev:
         counted["dev_rows_with_labels_for_references"] = check_references(dev, data.columns)
-        counted["train_rows_heard_in_dev"] = check_shared_audio(selection.examples, dev)
+        counted["train_rows_heard_in_dev"] = check_shared_audio(
+            selection.examples, dev, data.columns
+        )
     return counted
 
 
@@ -164,9 +167,10 @@ class Shared(NamedTuple):
     dev: str
 
 
-def check_shared_audio(examples: Sequence[Example], dev: Manifest) -> int:
+def check_shared_audio(examples: Sequence[Example], dev: Manifest, columns: TrainingColumns) -> int:
     """Return how many training rows share audio with dev; warn of them."""
-    shared = list(shared_audio([example.utterance for example in examples], dev.utterances))
+    train = [example.utterance for example in examples]
+    shared = list(shared_audio(train, dev.utterances, columns))
     if shared:
         log.warning(
             "%d training rows share audio with data.dev_manifest, so that its error rate tells "
@@ -177,22 +181,49 @@ def check_shared_audio(examples: Sequence[Example], dev: Manifest) -> int:
     return len(shared)
 
 
-def shared_audio(train: Sequence[Utterance], dev: Iterable[Utterance]) -> Iterator[Shared]:
-    """Yield each training row that shares some audio with a dev row: the same file or a copy."""
-    in_file: dict[str, list[Utterance]] = {}
+def shared_audio(
+    train: Sequence[Utterance], dev: Iterable[Utterance], columns: TrainingColumns
+) -> Iterator[Shared]:
+    """Yield each training row that shares some audio with a dev row: the same file or a copy.
+
+    Args:
+        train: the training rows.
+        dev: the dev rows.
+        columns: where the parts of packs tell what they are of.
+    """
+    in_file: dict[str, list[tuple[str, Clip]]] = {}
     for utterance in dev:
-        in_file.setdefault(os.path.realpath(utterance.audio), []).append(utterance)
-    files = {utterance.audio: os.path.realpath(utterance.audio) for utterance in train}
+        for clip in _clips(utterance, columns):
+            in_file.setdefault(os.path.realpath(clip.path), []).append((utterance.place, clip))
+    paths = {clip.path for utterance in train for clip in _clips(utterance, columns)}
+    files = {path: os.path.realpath(path) for path in paths}
     copies = _copies(set(files.values()) - in_file.keys(), in_file.keys())
+    files = {path: copies.get(file, file) for path, file in files.items()}
     for utterance in train:
-        file = files[utterance.audio]
-        for other in in_file.get(copies.get(file, file), ()):
-            if _seconds_shared(utterance, other) > SHARED_SECONDS:
-                yield Shared(utterance.place, other.place)
-                break
+        places = (
+            place
+            for clip in _clips(utterance, columns)
+            for place, other in in_file.get(files[clip.path], ())
+            if _seconds_shared(clip, other) > SHARED_SECONDS
+        )
+        if place := next(places, None):
+            yield Shared(utterance.place, place)
 
 
-def _seconds_shared(one: Utterance, other: Utterance) -> float:
+def _clips(utterance: Utterance, columns: TrainingColumns) -> Iterator[Clip]:
+    """Yield the audio of a row and, of a pack, that of its parts, which lies in other files."""
+    yield utterance.clip
+    if '"parts"' not in utterance.json:  # reading the rows would take longer than all the rest
+        return
+    parts = utterance.row.get("parts")
+    for part in parts if isinstance(parts, list) else ():
+        path = part.get(columns.audio) if isinstance(part, dict) else None
+        if isinstance(path, str):
+            start, duration = columns.start_seconds, columns.duration_seconds
+            yield Clip(Path(path), seconds_in(part, start) or 0.0, seconds_in(part, duration))
+
+
+def _seconds_shared(one: Clip, other: Clip) -> float:
     """Return how long two parts of a file overlap, below 0 if they do not."""
     parts = [(each.start_seconds, each.duration_seconds or math.inf) for each in (one, other)]
     end = min(start + duration for start, duration in parts)

@@ -152,7 +152,7 @@ def shared(tmp_path: Path, setting: Setting, train: dict[str, Any], dev: dict[st
     rows = [{"audio": str(folder / "1.wav")}, {"audio": str(folder / "2.wav")} | train]
     _, examples = assemble_with(tmp_path, [{"text": "a"} | row for row in rows], setting)
     path = write_rows(tmp_path / "dev.jsonl", [{"audio": str(folder / "3.wav")}, dev])
-    return check_shared_audio(examples, read(path))
+    return check_shared_audio(examples, read(path), TrainingColumns())
 
 
 def test_audio_in_train_and_dev(
@@ -166,6 +166,12 @@ def test_audio_in_train_and_dev(
     begin = {"duration_seconds": 0.4}
     rest = {"start_seconds": 0.4, "duration_seconds": 0.4}
     across = {"start_seconds": 0.2, "duration_seconds": 0.4}
+
+    def pack(*clips: Path, **part: float) -> dict[str, Any]:
+        return {"parts": [{"audio": str(other)}, *({"audio": str(one)} | part for one in clips)]}
+
+    first, fifth = (setting.train.parent / name for name in ("0.wav", "4.wav"))
+    unlike_ours = {"parts": ["x", {}, {"audio": 7}, {"audio": None, "start_seconds": "x"}]}
     for train, dev, expected in [
         ({}, {"audio": str(other)}, 0),
         ({}, {"audio": str(clip)}, 1),
@@ -176,6 +182,13 @@ def test_audio_in_train_and_dev(
         (begin, {"audio": str(copy)} | rest, 0),
         (begin, {"audio": str(copy)} | across, 1),
         (rest, {"audio": str(clip)}, 1),
+        (pack(fifth), {"audio": str(fifth)}, 1),
+        (pack(copy, fifth), {"audio": str(fifth)}, 1),
+        (pack(clip) | {"audio": str(first)}, {"audio": str(copy)}, 1),
+        (pack(fifth, **begin), {"audio": str(fifth)} | rest, 0),
+        (pack(fifth, **begin), {"audio": str(fifth)} | across, 1),
+        (pack(fifth), {"audio": str(other)} | pack(), 1),
+        (unlike_ours, {"audio": str(fifth)} | unlike_ours, 0),
     ]:
         caplog.clear()
         assert shared(tmp_path, setting, train, dev) == expected, (train, dev)
