@@ -275,11 +275,17 @@ def _count_lines(path: Path) -> int:
 
 
 def places_in(path: Path) -> set[str]:
-    """Return the places of all rows in a `rejected.jsonl`; none if there is no such file."""
-    if not path.exists():
-        return set()
-    with path.open("rb") as file:
-        return {json.loads(line)["place"] for line in file if line.endswith(b"\n")}
+    """Return the places of all rows in a `rejected.jsonl`; none if there is no such file.
+
+    A line that a kill or a full disk has torn is none.
+    """
+    places: set[str] = set()
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    places.add(json.loads(line)["place"])
+    return places
 
 
 def rejection_line(rejection: Rejection) -> str:

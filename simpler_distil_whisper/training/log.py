@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -213,8 +214,11 @@ class RejectionLog:
                 continue
             self._known.add(rejection.place)
             log.warning("not learnt from: %s: %s", rejection.place, rejection.reason)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(rejection_line(rejection))
+            with self._path.open("ab+") as file:
+                if file.tell():  # a full disk can have torn the last line
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read() == b"\n" else b"\n")
+                file.write(rejection_line(rejection).encode())
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from tiny import read_rows
 
-from simpler_distil_whisper.training.log import MetricsLog, draw_curves
+from simpler_distil_whisper.data.manifest import Rejection
+from simpler_distil_whisper.data.results import rejection_line
+from simpler_distil_whisper.training.log import MetricsLog, RejectionLog, draw_curves
 
 
 def test_the_log_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
@@ -70,3 +72,24 @@ def test_the_curves_are_drawn_from_whatever_is_there(tmp_path: Path) -> None:
         file.write('{"step": 80, "train/lo')  # a kill tears the last line
     draw_curves(tmp_path / "metrics.jsonl", picture)
     assert picture.read_bytes() != first
+
+
+def test_a_torn_line_of_rejections_stays_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    rejections = [Rejection(n, f"train.jsonl:{n}", "damaged 資料", {"n": n}) for n in range(4)]
+    lines = [rejection_line(rejection) for rejection in rejections]
+    whole = (lines[0] + lines[1]).encode()
+    torn = whole[: whole.rindex("料".encode()) + 1]  # within a character; the disk was full
+    path.write_bytes(torn)
+    RejectionLog(path).add(rejections[2:3])
+    RejectionLog(path).add(rejections)
+    content = torn + b"\n" + "".join([lines[2], lines[1], lines[3]]).encode()
+    assert path.read_bytes() == content
+
+
+def test_a_last_rejection_without_line_end_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    first, second = (Rejection(n, f"train.jsonl:{n}", "damaged", {}) for n in range(2))
+    path.write_text(rejection_line(first).strip(), encoding="utf-8")
+    RejectionLog(path).add([first, second])
+    assert [row["place"] for row in read_rows(path)] == [first.place, second.place]
