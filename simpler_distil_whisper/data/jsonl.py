@@ -58,11 +58,20 @@ def placed_lines(path: Path, key: str) -> Iterator[PlacedLine]:
 def own_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield the offset in bytes and the content of each row of a file in the output folder.
 
+    Rows written here may be longer than those that are read: escapes and new columns add to them.
+
     Raises:
         ConfigError: the file cannot be read.
     """
-    for _, offset, line in placed_lines(path, "output_dir"):
-        yield offset, json.loads(line)
+    offset = 0
+    try:
+        with open_regular_file(path) as file:
+            for line in file:
+                if not line.isspace():
+                    yield offset, json.loads(line)
+                offset += len(line)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {path} cannot be read: {error.strerror}") from None
 
 
 def row_at(file: BinaryIO, offset: int) -> Row:

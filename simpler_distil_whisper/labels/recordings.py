@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpler_distil_whisper.atomic import write_atomically, written_atomically
-from simpler_distil_whisper.data.jsonl import own_rows, placed_lines, row_at, to_line
+from simpler_distil_whisper.data.jsonl import own_rows, row_at, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.labels.cut_rows import RecordingCutter
 from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
@@ -135,9 +135,9 @@ def _merge(labels: Path, recordings: Sequence[_Recording]) -> None:
         written_atomically(labels) as kept,
         written_atomically(labels.with_name(REJECTED_SEGMENTS)) as rejected,
     ):
-        for _, offset, line in placed_lines(labels.with_name(RECORDINGS), "output_dir"):
+        for offset, row in own_rows(labels.with_name(RECORDINGS)):
             if offset not in cut:
-                kept.write(line + b"\n")
+                kept.write(to_line(row).encode())
                 continue
             content = json.loads(cut[offset].read_bytes())
             kept.writelines(to_line(row).encode() for row in content["rows"])

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tiny import write_rows, write_tone
 
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.results import rejection_line
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.quality import (
     LabelQuality,
@@ -164,6 +166,15 @@ def test_rejected_rows_by_kind_of_reason(tmp_path: Path) -> None:
         ("not JSON", 1, 1),
         ("too short", 1, 0),
     ]
+
+
+def test_a_rejected_line_that_is_longer_written_than_read_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_bytes(b"\0" * 6 * 2**20 + b"\n")  # six times as long, escaped
+    [rejection] = read_manifest(tmp_path / "m.jsonl", LabellingColumns()).rejections
+    path = tmp_path / "rejected.jsonl"
+    path.write_text(rejection_line(rejection) * 2, encoding="utf-8")
+    [kind] = summarize_rejected(path, COLUMNS, tmp_path).reasons
+    assert (kind.reason, kind.rows) == ("not JSON", 2)
 
 
 class Page(html.parser.HTMLParser):

@@ -106,6 +106,15 @@ def test_a_stopped_run_and_several_processes_write_the_same(
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_row_of_any_length_is_kept(tmp_path: Path) -> None:
+    long = SHORT | {"note": "\0" * 6 * 2**20}
+    folder = prepared(tmp_path / "out", long, recording())
+    cut(folder)
+    rows = read_rows(folder / "pseudo_labels.jsonl")
+    assert rows[0] == long
+    assert [row["id"] for row in rows[1:]] == ["call-part-0001", "call-part-0002"]
+
+
 def test_all_hours_are_accounted_for(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "out", recording(), SHORT, recording(origin_text="Nothing of it"))
     cut(folder, seconds=7.0)
