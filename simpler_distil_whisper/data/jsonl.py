@@ -20,6 +20,7 @@ PlacedLine = tuple[int, int, bytes]  # number, from 1, offset and bytes of a lin
 LONGEST_ROW = 2**25  # bytes
 LONGEST_TEXT = 1_000_000  # characters; tokenizers and alignments take memory by the length
 LONGEST_SECONDS = 1e9
+UNKNOWN = "unknown"  # in reports, the group of the rows that `category` gives no name
 DEEPEST = 100  # nested levels of a row; Python can neither copy nor pickle ten times as many
 
 
@@ -129,6 +130,16 @@ def check_text(value: object, column: str) -> None:
 def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether a value of a row is a number; `true`, an int in Python, is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def category(value: object) -> str | None:
+    """Return the name of the group of rows with this value of a column; None if it tells nothing.
+
+    Tables export a missing value as a blank one: such rows have nothing in common.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def quoted(value: object) -> str:

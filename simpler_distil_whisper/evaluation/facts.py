@@ -5,7 +5,6 @@ first system, the baseline.
 """
 
 import contextlib
-import json
 import math
 from array import array
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, audio_seconds
-from simpler_distil_whisper.data.jsonl import Row, seconds_in
+from simpler_distil_whisper.data.jsonl import UNKNOWN, Row, category, seconds_in
 from simpler_distil_whisper.data.row_checks import find_audio, named_channel
 from simpler_distil_whisper.evaluation.hypotheses import (
     ExaminedSystem,
@@ -58,8 +57,9 @@ class Facts:
     Attributes:
         positions: id -> number of the utterance, from 0.
         languages: the language of each utterance; None where the row has none.
-        groups: column -> the group of each utterance.
-        blocks: the block of each utterance, by which it is resampled; None without such a column.
+        groups: column -> the group of each utterance; None where the row has none.
+        blocks: the block of each utterance, by which it is resampled, None where the row has none;
+            None without such a column.
         seconds: length of each utterance; NaN where it is not known.
     """
 
@@ -80,7 +80,7 @@ class Facts:
 
     def group_values(self, position: int) -> dict[str, str]:
         """Return the group of an utterance in each column."""
-        return {column: values[position] or "unknown" for column, values in self.groups.items()}
+        return {column: values[position] or UNKNOWN for column, values in self.groups.items()}
 
 
 def read_facts(
@@ -109,10 +109,9 @@ def read_facts(
         language = row.get(columns.language) if columns.language else None
         facts.languages.append(language if isinstance(language, str) else None)
         for column, values in facts.groups.items():
-            values.append(_group_name(row.get(column)))
+            values.append(category(row.get(column)))
         if facts.blocks is not None and block_column:
-            block = row.get(block_column)
-            facts.blocks.append(None if block is None else _group_name(block))
+            facts.blocks.append(category(row.get(block_column)))
         facts.seconds.append(_seconds(row, columns, baseline.path.parent))
     return facts
 
@@ -137,11 +136,6 @@ def find_clip(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None
         seconds_in(row, columns.duration_seconds),
         named_channel(row, columns.channel) or MEAN,
     )
-
-
-def _group_name(value: object) -> str:
-    """Return the name of the group of rows with this value: "null" for rows without the column."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:

@@ -19,7 +19,7 @@ from pydantic import Field
 from simpler_distil_whisper.atomic import partial_path, written_atomically
 from simpler_distil_whisper.config import PositiveFloat, Ratio
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
-from simpler_distil_whisper.data.jsonl import Row, own_rows, row_at, to_line
+from simpler_distil_whisper.data.jsonl import Row, category, own_rows, row_at, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
 from simpler_distil_whisper.labels.evidence import (
@@ -362,7 +362,7 @@ def _tokens(row: Row) -> int:
 def _group(row: Row, columns: LabelColumns, group_by: Sequence[str]) -> str | None:
     """Return a key that is equal for rows that may be packed together; None: with no other row."""
     values = [row.get(column) for column in group_by]
-    if None in values:
+    if None in map(category, values):
         return None
     language = row.get(columns.language) if columns.language else None
     return json.dumps([language, row["error_unit"], row["error_language"], *values])

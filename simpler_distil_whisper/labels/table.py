@@ -4,7 +4,6 @@ Owns the limits beyond which a label looks like a failure. No sign needs a refer
 kept, so that a million rows fit into memory.
 """
 
-import json
 import math
 from array import array
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.data.jsonl import own_rows
+from simpler_distil_whisper.data.jsonl import UNKNOWN, category, own_rows
 from simpler_distil_whisper.evaluation.hallucination import (
     MAX_NO_SPEECH_PROBABILITY,
     MAX_REPETITION,
@@ -125,7 +124,7 @@ def failure_signs(table: LabelTable, language: str | None) -> dict[str, Flags]:
 
 
 def _group_number(known: dict[str, int], value: object) -> int:
-    name = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    name = category(value) or UNKNOWN
     if name not in known and len(known) >= MAX_GROUPS:
         name = OTHER_VALUES
     return known.setdefault(name, len(known))

@@ -70,9 +70,10 @@ def test_rows_hours_and_rates_by_hand(tmp_path: Path) -> None:
         labelled("a b c d", "a b c e", speaker="x"),  # 1 of 4
         labelled("a b", "z z z z z z", speaker="y", seconds=72.0, tokens=144),  # 6 of 2
         labelled(None, "a b", speaker=None),
+        labelled(None, "a b", speaker=" "),
     ]
     quality = asdict(summarize(tmp_path, rows, "speaker"))
-    assert (quality["rows"], quality["rows_with_error_rate"], quality["hours"]) == (4, 3, 0.05)
+    assert (quality["rows"], quality["rows_with_error_rate"], quality["hours"]) == (5, 3, 0.06)
     assert quality["error_rate"] == pytest.approx(7 / 10)
     kept = {step["max_error_rate"]: (step["rows"], step["hours"]) for step in quality["thresholds"]}
     assert len(kept) == 51
@@ -89,11 +90,11 @@ def test_rows_hours_and_rates_by_hand(tmp_path: Path) -> None:
     by_speaker = {group["value"]: group for group in quality["groups"]["speaker"]}
     assert by_speaker["x"]["error_rate"] == pytest.approx(1 / 8)
     assert by_speaker["y"]["error_rate"] == 3.0
-    assert by_speaker["null"]["error_rate"] is None
+    assert by_speaker["unknown"]["error_rate"] is None
     assert {name: group["rows"] for name, group in by_speaker.items()} == {
         "x": 2,
         "y": 1,
-        "null": 1,
+        "unknown": 2,
     }
     assert [row["line"] for row in quality["worst_rows"]] == [3, 2]
     assert quality["worst_rows"][1]["alignment"] == [

@@ -77,9 +77,15 @@ def test_rows_of_one_speaker_fill_a_window_in_order(tmp_path: Path) -> None:
         label(2, id=6, speaker=None),
         label(2, id=7, speaker=None),
         label(3, id=8),
+        label(2, id=9, speaker=""),
+        label(2, id=10, speaker=" "),
+        label(2, id=11, speaker=""),
     ]
     del rows[7]["speaker"]
-    assert ids_in(tmp_path, plan(tmp_path, rows)) == [[0, 2], [1], [3, 8], [4], [5], [6], [7]]
+    planned = plan(tmp_path, rows)
+    alone = [[5], [6], [7], [9], [10], [11]]
+    assert ids_in(tmp_path, planned) == [[0, 2], [1], [3, 8], [4], *alone]
+    assert planned.alone == 5
 
 
 def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
