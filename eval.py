@@ -125,7 +125,7 @@ def work(config: Config, systems: list[ExaminedSystem], run: Run) -> str:
         confidence=config.confidence,
         bootstrap_samples=config.bootstrap_samples,
         bootstrap_block_column=config.bootstrap_block_column,
-        blocks=facts.block_count,
+        blocks=facts.block_count(scores[systems[0].name].has_reference),
         seed=config.seed,
         utterances=len(facts.positions),
         systems={name: system.summary(resampling) for name, system in scores.items()},

@@ -69,10 +69,13 @@ class Facts:
     blocks: CategoryColumn | None
     seconds: "array[float]"
 
-    @property
-    def block_count(self) -> int | None:
-        """How many blocks are resampled; None without such a column."""
-        return None if self.blocks is None else len(np.unique(self.blocks.numbers()))
+    def block_count(self, has_reference: npt.NDArray[np.bool_]) -> int | None:
+        """Return how many blocks are resampled; None without such a column.
+
+        Args:
+            has_reference: bool [U]: which utterances have errors to count.
+        """
+        return None if self.blocks is None else len(np.unique(self.blocks.numbers()[has_reference]))
 
     def block(self, position: int) -> str | None:
         """Return the block of an utterance; None if it is resampled by itself."""

@@ -21,7 +21,7 @@ from simpler_distil_whisper.evaluation.intervals import Resampling, paired_diffe
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.evaluation.scoring import score_utterance
 from simpler_distil_whisper.evaluation.summary import ComparisonSummary
-from simpler_distil_whisper.evaluation.tallies import NO_REFERENCE, SystemScores, length_groups
+from simpler_distil_whisper.evaluation.tallies import SystemScores, length_groups
 from simpler_distil_whisper.run import Progress, Run
 
 
@@ -85,7 +85,7 @@ def compare_systems(
     """
     name, *others = scores
     baseline = scores[name]
-    has_reference = baseline.errors != NO_REFERENCE
+    has_reference = baseline.has_reference
     if not has_reference.any():
         return {}
     comparisons = {}

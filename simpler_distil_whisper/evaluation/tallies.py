@@ -196,6 +196,12 @@ class SystemScores:
             self._han.add(han, block)
             self._latin.add(latin, block)
 
+    @property
+    def has_reference(self) -> npt.NDArray[np.bool_]:
+        """Bool [U]: which utterances have a reference; the others have no errors to count."""
+        has_reference: npt.NDArray[np.bool_] = self.errors != NO_REFERENCE
+        return has_reference
+
     def summary(self, resampling: Resampling) -> SystemSummary:
         """Return this system's part of `summary.json`."""
         rates = self.normalized.rates(resampling)
@@ -228,7 +234,7 @@ class SystemScores:
         hypothesis_tokens = tokens + corpus.insertions - corpus.deletions
         return HallucinationSummary(
             utterances=len(self.errors),
-            without_reference=int((self.errors == NO_REFERENCE).sum()),
+            without_reference=int((~self.has_reference).sum()),
             insertion_rate=corpus.insertions / tokens if tokens else None,
             length_ratio=hypothesis_tokens / tokens if tokens else None,
             any=self._sign_count("any"),
@@ -241,8 +247,7 @@ class SystemScores:
         return SignCount(self.signs[sign], self.signs[sign] / len(self.errors))
 
     def _histogram(self) -> RateHistogram:
-        has_reference = self.errors != NO_REFERENCE
-        has_rate = has_reference & (self.tokens > 0)
+        has_rate = self.has_reference & (self.tokens > 0)
         rates = self.errors[has_rate] / self.tokens[has_rate]
         # numpy's bins hold their lower edge; with all signs turned they hold the upper one, so that
         # a rate of 1 is in the last bin.
@@ -252,7 +257,7 @@ class SystemScores:
             utterances=counts[::-1].tolist(),
             no_error=int((rates == 0).sum()),
             above=int((rates > 1).sum()),
-            no_rate=int((has_reference & (self.tokens == 0)).sum()),
+            no_rate=int((self.has_reference & (self.tokens == 0)).sum()),
         )
 
 

@@ -80,7 +80,7 @@ def _notes(name: str, system: SystemSummary, columns: Sequence[str]) -> Iterator
 
 
 def _block_notes(summary: Summary) -> Iterator[str]:
-    if summary.blocks is None:
+    if not summary.blocks:
         return
     yield (
         f"Intervals are drawn over {summary.blocks} blocks of utterances with the same "

@@ -258,6 +258,7 @@ def test_blocks_make_intervals_as_wide_as_the_speakers_differ(tmp_path: Path) ->
     for row in rows:
         wrong = int(row["speaker"][1:]) < 6
         row["hypothesis"] = row["text"].replace("one", "x") if wrong else row["text"]
+    rows.append(rows[0] | {"id": "silence", "text": None, "speaker": "nobody"})
     path = write_rows(tmp_path / "one.jsonl", rows)
     columns = {"id": "id", "reference": "text", "hypothesis": "hypothesis", "language": None}
     widths = []

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tiny import write_rows
 
 from simpler_distil_whisper.evaluation.facts import Facts, read_facts
@@ -29,3 +30,9 @@ def test_rows_without_a_speaker_are_one_group_and_no_block(tmp_path: Path) -> No
     assert groups == ["x", "unknown", "unknown", "unknown", "7", "x", '["語"]']
     blocks = [facts.block(position) for position in range(7)]
     assert blocks == ["x", None, None, None, "7", "x", '["語"]']
+
+
+def test_blocks_are_counted_where_there_is_something_to_count(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path, "x", "x", None, None, "y", "y", "z")
+    assert facts.block_count(np.ones(7, bool)) == 5
+    assert facts.block_count(np.array([1, 0, 1, 0, 0, 0, 1], bool)) == 3
