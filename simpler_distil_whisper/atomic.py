@@ -62,8 +62,14 @@ def remove_own(path: Path) -> None:
         ConfigError: somebody else's file or folder is there.
     """
     refuse_others(path)
-    if path.is_dir():
-        shutil.rmtree(path)
+    if not path.is_dir():
+        return
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARK:  # until the end, so that what a kill leaves is marked or empty
+            entry.unlink()
+    shutil.rmtree(path)
 
 
 def refuse_others(path: Path) -> None:

@@ -1,6 +1,9 @@
 """Folders that may be removed: those that are marked as made here, and no others."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,44 @@ def test_a_folder_left_by_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     remove_own(place)
     remove_own(place)
     assert not place.exists()
+
+
+def test_a_kill_while_a_folder_is_removed_leaves_one_that_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    place = tmp_path / ".writing"
+    for survived in range(30):
+        new_folder(place)
+        for name in range(10):
+            (place / f"{name}.bin").touch()
+        (place / "link").symlink_to(tmp_path)
+        (place / "parts" / "0").mkdir(parents=True)
+        (place / "parts" / "0" / "a.bin").touch()
+        left = survived
+
+        def until_killed(remove: Callable[..., None]) -> Callable[..., None]:
+            def removed(*arguments: Any, **options: Any) -> None:
+                nonlocal left
+                if not left:
+                    raise Killed
+                left -= 1
+                remove(*arguments, **options)
+
+            return removed
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "unlink", until_killed(os.unlink))
+            patched.setattr(os, "rmdir", until_killed(os.rmdir))
+            try:
+                remove_own(place)
+            except Killed:
+                continue
+        assert not place.exists()
+        return
+    pytest.fail("it is never removed")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link to a folder", "link to nowhere"])
