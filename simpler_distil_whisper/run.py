@@ -40,7 +40,7 @@ from simpler_distil_whisper.launch import (
     process_rank,
 )
 from simpler_distil_whisper.shards import SHARDS_FOLDER, Shard, Shards
-from simpler_distil_whisper.terminal import AboveTheProgressBar, LogFile, VisibleFormatter
+from simpler_distil_whisper.terminal import AboveTheProgressBar, LogFile, VisibleFormatter, show
 
 log = logging.getLogger("simpler_distil_whisper")
 
@@ -325,7 +325,7 @@ def run_script(
     _log_to_stderr()
     if "--help" in arguments or "-h" in arguments:
         usage = USAGE.format(command=command, keys=help_table(model))
-        print(f"{(purpose or '').strip()}\n\n{usage}")
+        show(f"{(purpose or '').strip()}\n\n{usage}\n")
         return 0
     if len(arguments) != 1:
         print(f"Usage: {command} CONFIG.json [--check], or --help", file=sys.stderr)

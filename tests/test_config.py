@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -287,6 +290,21 @@ def test_help_lists_every_key(name: str, run_script_afresh: RunScript) -> None:
         )
     assert module.__doc__.strip() in done.stdout
     assert "--check" in done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_shown_whatever_the_terminal_can_show(
+    name: str, run_script_afresh: RunScript
+) -> None:
+    done = run_script_afresh(name, None, "--help", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does
+    command = [sys.executable, REPOSITORY / f"{name}.py", "--help"]
+    gone = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (0, b"")
 
 
 def is_section(path: str, model: type[StrictModel]) -> bool:
