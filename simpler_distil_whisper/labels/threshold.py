@@ -114,7 +114,8 @@ def suggest_for_rows(rows: Iterable[Row], column: str) -> Suggestion:
     known = [[value if is_number(value) else math.nan for value in three] for three in values]
     rates, seconds, reference_tokens = np.array(known, float).reshape(-1, len(keys)).T
     hours = seconds / 3600 if (seconds > 0).all() else np.ones(len(seconds))
-    return suggest_threshold(rates, hours, np.nan_to_num(reference_tokens, nan=math.inf))
+    lengths = np.where(reference_tokens > 0, reference_tokens, math.inf)
+    return suggest_threshold(rates, hours, lengths)
 
 
 def _no_threshold(why: str) -> Suggestion:

@@ -93,3 +93,5 @@ def test_rows_without_what_labelling_writes_count_alike() -> None:
     suggestion = suggest_for_rows(rows, "cer/wer")
     assert (suggestion.max_error_rate, suggestion.one_slip) == (0.1, 0.0)
     assert suggest_for_rows(rows, "another").max_error_rate is None
+    nothing = labelled(rates, reference_tokens=0)  # of which there is no rate: it is unknown too
+    assert suggest_for_rows(nothing, "cer/wer").one_slip == 0.0
