@@ -111,11 +111,15 @@ class Scorer:
         """Return how another process makes the same scorer."""
         return Scorer, (self._metric,)
 
-    def unit(self, reference: str, hypothesis: str, language: str | None) -> Unit:
-        """Return the unit in which this pair of normalised texts is counted, never "auto"."""
+    def unit(self, reference: str | None, hypothesis: str, language: str | None) -> Unit:
+        """Return the unit in which this pair of normalised texts is counted, never "auto".
+
+        The hypothesis decides only where there is no reference, and so no error to count: else two
+        systems could be compared in two units.
+        """
         if self._unit != "auto":
             return self._unit
-        return unit_for(language, reference or hypothesis)
+        return unit_for(language, hypothesis if reference is None else reference)
 
     def count(self, reference: str, hypothesis: str, language: str | None = None) -> ErrorCounts:
         """Return the errors of a hypothesis; both texts are given before normalisation."""

@@ -89,7 +89,7 @@ def score_utterance(
     """
     normalized_reference = None if reference is None else scorer.normalize(reference, language)
     normalized = scorer.normalize(hypothesis, language)
-    unit = scorer.unit(normalized_reference or "", normalized, language)
+    unit = scorer.unit(normalized_reference, normalized, language)
     edits = align(normalized_reference or "", normalized, unit)
     counts: CountsByUnit = {}
     raw: CountsByUnit = {}

@@ -271,13 +271,13 @@ def measure_label(
         language: decides the unit; None: the script of the text decides.
     """
     normalized_label = scorer.normalize(label, language)
-    normalized_reference = scorer.normalize(reference or "", language)
+    normalized_reference = None if reference is None else scorer.normalize(reference, language)
     unit = scorer.unit(normalized_reference, normalized_label, language)
-    has_reference = reference is not None
+    counted = None if normalized_reference is None else len(tokens(normalized_reference, unit))
     return {
-        "error_unit": unit if has_reference else None,
+        "error_unit": None if reference is None else unit,
         "error_language": language,  # not the one that the model may have detected
-        "reference_tokens": len(tokens(normalized_reference, unit)) if has_reference else None,
+        "reference_tokens": counted,
         MEASURED_SECONDS: round(seconds, 6),
         "tokens_per_second": round(token_count / seconds, 4),
         "longest_repetition": longest_repetition(tokens(normalized_label, unit)),

@@ -161,7 +161,8 @@ def unit_for(language: str | None, text: str) -> Unit:
     whole sentence one wrong word.
 
     Args:
-        language: a name or code; if it is None or unknown to Whisper, the script of `text` decides.
+        language: a name or code; if it is None or unknown to Whisper, the script of `text` decides,
+            and where that has neither letters nor digits it is "character".
         text: the reference.
     """
     code = code_or_none(language) if language else None
@@ -169,8 +170,8 @@ def unit_for(language: str | None, text: str) -> Unit:
         return "character" if code in CHARACTER_LANGUAGES else "word"
     # A whole word counts as much as one character: an English brand name must not outweigh the
     # Chinese sentence around it.
-    unspaced = len(UNSPACED_CHARACTER.findall(text))
-    return "character" if unspaced and unspaced >= len(SPACED_WORD.findall(text)) else "word"
+    unspaced, words = len(UNSPACED_CHARACTER.findall(text)), len(SPACED_WORD.findall(text))
+    return "character" if unspaced >= words else "word"
 
 
 def longest_repetition(pieces: Sequence[str]) -> int:

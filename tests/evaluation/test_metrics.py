@@ -106,6 +106,8 @@ def test_the_scorer_compares_normalised_copies_in_the_unit_of_the_language() -> 
     assert scorer.count("I've 2 colours", "I have two colors", "de").errors == 4
     assert scorer.count("你好嗎？", "你 好", None) == ErrorCounts(hits=2, deletions=1)
     assert scorer.count("", "你好嗎", None) == ErrorCounts(insertions=3)
+    assert scorer.count("…", "by the way", None) == ErrorCounts(insertions=8)
+    assert scorer.count("", "by the way", "en") == ErrorCounts(insertions=3)
     words = Scorer(Metric(unit="word", normalization=TextNormalization(lowercase=False)))
     assert words.count("Hello 你好", "hello 你好", "zh") == ErrorCounts(1, 1)
 

@@ -108,7 +108,7 @@ def test_every_unit_keeps_all_but_the_whitespace(text: str) -> None:
         (None, "བཀྲ་ཤིས", "character"),
         (None, "\U00020000\U00020001", "character"),
         (None, "नमस्ते दुनिया", "word"),
-        (None, "", "word"),
+        (None, "", "character"),
         ("nan", "食飯", "character"),
         ("nan", "tsia̍h pn̄g", "word"),
     ],
