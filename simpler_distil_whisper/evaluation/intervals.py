@@ -160,6 +160,12 @@ def paired_difference(
     pairs = Counter(zip(differences.tolist(), reference_tokens.tolist(), strict=True))
     interval = ratio_interval(pairs, resampling)
     p_value, not_rejected = _randomisation_test(pairs, resampling)
+    # All signs are alike in two of 2**units tosses. Of too few units the test can reject nothing,
+    # whatever the tosses that were drawn seem to tell.
+    smallest = 2.0 ** (1 - (pairs.total() - pairs[0, 0]))
+    p_value = max(p_value, smallest)
+    if smallest >= 1 - resampling.confidence:
+        interval = None
     if interval:
         # The bootstrap's interval is too narrow where a few utterances make most of the difference.
         interval = min(interval[0], not_rejected[0]), max(interval[1], not_rejected[1])

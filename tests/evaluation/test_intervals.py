@@ -158,6 +158,16 @@ def test_where_no_difference_can_be_rejected_there_is_no_interval() -> None:
         assert (comparison.interval is not None) == known
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_of_five_utterances_no_seed_rejects_anything(seed: int) -> None:
+    errors, more = np.random.default_rng(seed).integers(0, 6, (2, 5))
+    tokens = np.array([9, 10, 11, 12, 13])
+    baseline, other, lengths = (np.append(each, 0) for each in (errors, errors + more + 1, tokens))
+    comparison = paired_difference(baseline, other, lengths, None, Resampling(seed=seed))
+    assert comparison.interval is None
+    assert comparison.p_value >= 2 / 32
+
+
 def test_turning_the_systems_round_turns_the_difference_round() -> None:
     random = np.random.default_rng(5)
     errors, other = random.integers(0, 5, (2, 200))
