@@ -81,7 +81,7 @@ def load_audio(
     """Return a file, or a part of it, as one channel at 16 kHz.
 
     Args:
-        path: any format that libsndfile or FFmpeg reads, at any rate, with any number of channels.
+        path: of any format that `decoders` reads, at any rate, with any number of channels.
         start_seconds: where the part begins.
         duration_seconds: length of the part; None: to the end of the file.
         channel: as in `Clip`. Where the mean would be silent, since two channels are in opposite

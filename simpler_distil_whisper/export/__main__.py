@@ -6,8 +6,8 @@ the same clips with the model itself and with each variant, in the program that 
 with its interval, how many texts are the same as the model's, speed. In `verification/` each has
 its `hypotheses.jsonl` and `speed.json`, which eval.py can compare with those of other systems.
 
-A folder is called `<variant>.unverified` until its clips have been compared. A float32 export whose
-texts differ from the model's keeps this name, and the run ends with exit code 3.
+A folder lies in `.writing` until its clips have been compared. A float32 export whose texts differ
+from the model's is then called `<variant>.unverified`, and the run ends with exit code 3.
 """
 
 import sys
