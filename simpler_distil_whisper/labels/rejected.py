@@ -3,13 +3,16 @@
 Owns these parts of `label_quality.json`; `quality` owns the rest, about the labels.
 """
 
+import contextlib
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds
 from simpler_distil_whisper.data.jsonl import Row, own_rows, seconds_in
+from simpler_distil_whisper.data.row_checks import find_audio
 from simpler_distil_whisper.labels.rows import PART, WHY_NO_REFERENCE, WINDOWS, LabelColumns
 
 
@@ -121,7 +124,8 @@ def summarize_rejected(path: Path, columns: LabelColumns, folder: Path) -> Rejec
 
 def _kind_of_reason(reason: str, audio: str) -> str:
     """Return what reasons of one kind have in common: no path, no numbers, no details."""
-    if audio:
+    if audio:  # whose letters a reason can have composed otherwise than the row
+        reason, audio = (unicodedata.normalize("NFC", text) for text in (reason, audio))
         reason = reason.partition(f"{audio}: ")[2] or reason
     beginning = re.split(r"[:;(\"\[]", reason, maxsplit=1)[0]
     return re.sub(r"\d+(\.\d+)?", "N", beginning).strip()
@@ -132,10 +136,8 @@ def _rejected_seconds(row: Row, audio: str, columns: LabelColumns, folder: Path)
     duration = seconds_in(row, columns.duration_seconds)
     if duration is not None:
         return duration
-    start = seconds_in(row, columns.start_seconds) or 0.0
-    for path in (folder / audio, Path(audio)):
-        try:
-            return audio_seconds(path, start)
-        except (AudioError, ValueError):  # a name that no file can have
-            continue
+    path = find_audio(audio, str(folder))
+    with contextlib.suppress(AudioError):
+        start = seconds_in(row, columns.start_seconds) or 0.0
+        return audio_seconds(Path(path), start) if path else None
     return None

@@ -140,12 +140,12 @@ def test_each_sign_without_references(
 
 
 def test_rejected_rows_by_kind_of_reason(tmp_path: Path) -> None:
-    write_tone(tmp_path / "long.wav", 3.6)
+    write_tone(tmp_path / "löng.wav", 3.6)
     write_tone(tmp_path / "longer.wav", 7.2)
     entries = [
         {"reason": f"{tmp_path}/{name}: too long: {seconds} s, the maximum is 1 s", "row": row}
         for name, seconds, row in [
-            ("long.wav", "3.600", {"audio": "long.wav"}),
+            ("löng.wav", "3.600", {"audio": "lo\u0308ng.wav"}),
             ("longer.wav", "7.200", {"audio": str(tmp_path / "longer.wav")}),
         ]
     ]
