@@ -249,16 +249,19 @@ class SystemScores:
     def _histogram(self) -> RateHistogram:
         has_rate = self.has_reference & (self.tokens > 0)
         rates = self.errors[has_rate] / self.tokens[has_rate]
-        # numpy's bins hold their lower edge; with all signs turned they hold the upper one, so that
-        # a rate of 1 is in the last bin.
-        counts, _ = np.histogram(-rates[rates > 0], -HISTOGRAM_EDGES[::-1])
         return RateHistogram(
             edges=HISTOGRAM_EDGES.tolist(),
-            utterances=counts[::-1].tolist(),
+            utterances=[int(members.sum()) for members in rate_bins(rates)],
             no_error=int((rates == 0).sum()),
             above=int((rates > 1).sum()),
             no_rate=int((self.has_reference & (self.tokens == 0)).sum()),
         )
+
+
+def rate_bins(rates: npt.NDArray[np.float64]) -> list[npt.NDArray[np.bool_]]:
+    """Return, for each bin of `HISTOGRAM_EDGES`, which rates are in it; its upper edge is."""
+    neighbours = zip(HISTOGRAM_EDGES[:-1], HISTOGRAM_EDGES[1:], strict=True)
+    return [(rates > low) & (rates <= high) for low, high in neighbours]
 
 
 def length_groups(seconds: float, reference_tokens: int) -> dict[str, str]:

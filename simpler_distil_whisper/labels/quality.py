@@ -15,6 +15,7 @@ from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.jsonl import row_at
 from simpler_distil_whisper.evaluation.metrics import Scorer, align
 from simpler_distil_whisper.evaluation.scoring import compact
+from simpler_distil_whisper.evaluation.tallies import HISTOGRAM_EDGES, rate_bins
 from simpler_distil_whisper.labels.rejected import Rejected, Segmentation
 from simpler_distil_whisper.labels.rows import LabelColumns
 from simpler_distil_whisper.labels.table import (
@@ -27,8 +28,7 @@ from simpler_distil_whisper.labels.table import (
 )
 from simpler_distil_whisper.labels.threshold import THRESHOLDS, Suggestion, suggest_threshold
 
-# Edges of the bins; those of the distributions also hold what is beyond the outer ones.
-ERROR_RATE_BINS = np.round(np.linspace(0, 1, 21), 2)
+# Edges of the bins, of which the outer ones also hold what is beyond them.
 DISTRIBUTION_BINS = {
     "average_log_probability": np.round(np.linspace(-2, 0, 21), 2),
     "no_speech_probability": np.round(np.linspace(0, 1, 21), 2),
@@ -281,17 +281,16 @@ def _corpus_rate(rates: Numbers, reference_tokens: Numbers) -> float | None:
 
 
 def _rate_histogram(rates: Numbers, hours: Numbers, threshold: float) -> ErrorRateHistogram:
-    neighbours = zip(ERROR_RATE_BINS[:-1], ERROR_RATE_BINS[1:], strict=True)
-    bins = [(rates > low) & (rates <= high) for low, high in neighbours]
+    bins = rate_bins(rates)
     amounts = [_amount(members, hours) for members in bins]
     kept = rates <= threshold
     return ErrorRateHistogram(
-        edges=ERROR_RATE_BINS.tolist(),
+        edges=HISTOGRAM_EDGES.tolist(),
         rows=[amount.rows for amount in amounts],
         hours=[amount.hours for amount in amounts],
         rows_kept=[int((members & kept).sum()) for members in bins],
         no_error=_amount(rates == 0, hours),
-        above=_amount(rates > ERROR_RATE_BINS[-1], hours),
+        above=_amount(rates > HISTOGRAM_EDGES[-1], hours),
     )
 
 
