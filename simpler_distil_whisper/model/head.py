@@ -1,4 +1,4 @@
-"""The product with the output head: from decoder states to the logits of all tokens."""
+"""The product with the output head: from decoder states to logits. And the dtype of products."""
 
 import torch
 from torch import Tensor
@@ -23,3 +23,15 @@ def multiply_by_head(
     if out is None or out.dtype == states.dtype:
         return torch.mm(states, head.T, out=out)
     return out.copy_(states @ head.T)
+
+
+def dtype_of_products(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of products with weights of a dtype: autocast's, where that is on.
+
+    Autocast would cast what is in another one at each of its uses, and keep every copy for the
+    gradients: two of the encoder states in each decoder layer.
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype

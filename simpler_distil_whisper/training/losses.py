@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from simpler_distil_whisper.model.head import multiply_by_head
+from simpler_distil_whisper.model.head import dtype_of_products, multiply_by_head
 from simpler_distil_whisper.training.options import Objective
 
 IGNORE_INDEX = -100  # what torch's cross-entropy skips
@@ -201,9 +201,7 @@ class _LossInChunks(torch.autograd.Function):
 
 def _in_dtype_of_product(states: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in the dtype of their product: autocast's, or else the head's."""
-    device = head.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else head.dtype
+    dtype = dtype_of_products(head.device, head.dtype)
     return states.to(dtype), head.to(dtype)
 
 

@@ -16,6 +16,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
+from simpler_distil_whisper.model.head import dtype_of_products
 from simpler_distil_whisper.model.options import TeacherCacheOptions
 from simpler_distil_whisper.model.teacher_cache import (
     DecoderStateCache,
@@ -331,18 +332,6 @@ def computing_dtype(accelerator: Accelerator) -> torch.dtype:
     """Return the dtype of the products in the student's forward pass."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return autocast.get(accelerator.mixed_precision, torch.float32)
-
-
-def dtype_of_products(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of products with weights of a dtype: autocast's, where that is on.
-
-    Autocast would cast what is in another one at each of its uses, and keep every copy for the
-    gradients: two of the encoder states in each decoder layer.
-    """
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return dtype
 
 
 def last_states(decoder: nn.Module, input_ids: Tensor, encoder_states: Tensor) -> Tensor:
