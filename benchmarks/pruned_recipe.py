@@ -103,7 +103,7 @@ STUDIES: dict[str, dict[str, Recipe]] = {
 class Clips:
     """Utterances, the encoder states of each in the cache, and the teacher's decoder states.
 
-    Behind those that it is given stand copies of them, one for each of their sampled texts.
+    Behind those that it is given stand, if asked for, copies of them, one for each sampled text.
 
     Attributes:
         count: how many it is given.
@@ -113,13 +113,17 @@ class Clips:
     """
 
     def __init__(
-        self, teacher: Whisper, cache: EncoderStateCache, utterances: Sequence[Utterance]
+        self,
+        teacher: Whisper,
+        cache: EncoderStateCache,
+        utterances: Sequence[Utterance],
+        with_sampled_texts: bool,
     ) -> None:
         """Encode what the cache lacks, and run the teacher's decoder along all labels."""
         self.teacher, self.cache, self.utterances = teacher, cache, list(utterances)
         self.count, self.samples = len(utterances), list[range]()
         for utterance in utterances:
-            texts = utterance.row.get("sampled_texts") or []
+            texts = (utterance.row.get("sampled_texts") or []) if with_sampled_texts else []
             first = len(self.utterances)
             self.utterances += [replace(utterance, text=text) for text in texts if text.strip()]
             self.samples.append(range(first, len(self.utterances)))
@@ -270,8 +274,11 @@ def main() -> None:
         options, folder, whisper.feature_extractor, model.dtype, model.device
     )
     assert cache is not None
+    with_sampled_texts = any(
+        recipe.sampled for study in args.studies for recipe in STUDIES[study].values()
+    )
     clips, dev = (
-        Clips(whisper, cache, read_manifest(path, Columns()).utterances)
+        Clips(whisper, cache, read_manifest(path, Columns()).utterances, with_sampled_texts)
         for path in (args.train, args.dev)
     )
     print("\n".join(f"- {line}" for line in machine.machine_facts(torch.device("cpu"), 1)))
