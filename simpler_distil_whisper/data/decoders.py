@@ -454,9 +454,9 @@ class _FfmpegSound:
             if frames:
                 self._ration.left = MOST_BYTES_BETWEEN
             for frame in frames:
-                pause = timeline.pause_before(frame)
-                if timeline.paused_seconds > LONGEST_SECONDS:
-                    raise DecodingError(f"its time stamps leave out {pause:.0f} s")
+                pause, paused = timeline.pause_before(frame), timeline.paused_seconds
+                if paused > LONGEST_SECONDS:
+                    raise DecodingError(f"its time stamps leave out {paused:.0f} s")
                 yield frame, pause
             self._lost_seconds = timeline.lost_seconds
 

@@ -38,8 +38,19 @@ FEATURE_RECIPE = 3
 FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
 
 
+class _CachedStates:
+    """What both kinds of cached states share: `missing`, which each describes."""
+
+    missing: dict[int, str | None]
+
+    def do_not_keep(self, row: int) -> None:
+        """Let the states of a row, if they are missing, be computed but not kept."""
+        if row in self.missing:
+            self.missing[row] = None
+
+
 @dataclass(frozen=True)
-class CachedEncoderStates:
+class CachedEncoderStates(_CachedStates):
     """The encoder states of a batch, as far as they are cached.
 
     Attributes:
@@ -59,11 +70,6 @@ class CachedEncoderStates:
             self.states[[place[row] for row in rows if row in place]],
             {new: self.missing[row] for new, row in enumerate(rows) if row in self.missing},
         )
-
-    def do_not_keep(self, row: int) -> None:
-        """Let the states of a row, if they are missing, be computed but not kept."""
-        if row in self.missing:
-            self.missing[row] = None
 
     def to(self, device: torch.device) -> "CachedEncoderStates":
         """Return the same on a device."""
@@ -203,7 +209,7 @@ class EncoderStateCache:
 
 
 @dataclass(frozen=True)
-class CachedDecoderStates:
+class CachedDecoderStates(_CachedStates):
     """The teacher's last decoder states of a batch, as far as they are cached.
 
     Attributes:
@@ -216,11 +222,6 @@ class CachedDecoderStates:
     padded: Tensor
     lengths: list[int]
     missing: dict[int, str | None]
-
-    def do_not_keep(self, row: int) -> None:
-        """Let the states of a row, if they are missing, be computed but not kept."""
-        if row in self.missing:
-            self.missing[row] = None
 
     def to(self, device: torch.device) -> "CachedDecoderStates":
         """Return the same on a device."""
