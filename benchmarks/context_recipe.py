@@ -147,7 +147,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         factor = learning_rate_factor("linear", step, WARMUP_STEPS, steps)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * factor * group["share"]
+            group["lr"] = recipe.learning_rate * factor * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad()
     return student

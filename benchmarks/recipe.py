@@ -381,7 +381,7 @@ class Distillation:
         self.groups: list[dict[str, Any]] = [
             {
                 "params": [weight for weight in part.parameters() if weight.requires_grad],
-                "share": share,
+                "lr_scale": share,
             }
             for part, share in parts
         ]
@@ -406,7 +406,7 @@ class Distillation:
             factor = learning_rate_factor("linear", step, recipe.warmup_steps, recipe.steps)
             unfrozen = step >= recipe.steps * (1 - recipe.unfrozen)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * factor * group["share"]
+                group["lr"] = recipe.learning_rate * factor * group["lr_scale"]
             for weight in self.groups[1]["params"]:
                 weight.requires_grad_(unfrozen)
             terms = self._terms(self.plan.step(step), unfrozen)

@@ -40,7 +40,7 @@ DRAWINGS: list[tuple[str, str, dict[str, str]]] = [
     ("Loss", "per token", {"train/kl": "KL (times T²)", "train/cross_entropy": "cross-entropy"}),
     (
         "Tokens whose likeliest is the teacher's too",
-        "lr_scale",
+        "share",
         {"train/agreement": "student in training"},
     ),
     ("Learning rate", "", {"train/learning_rate": "learning rate"}),

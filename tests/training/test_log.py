@@ -8,7 +8,7 @@ from tiny import read_rows
 
 from simpler_distil_whisper.data.manifest import Rejection
 from simpler_distil_whisper.data.results import rejection_line
-from simpler_distil_whisper.training.log import MetricsLog, RejectionLog, draw_curves
+from simpler_distil_whisper.training.log import DRAWINGS, MetricsLog, RejectionLog, draw_curves
 
 
 def test_the_log_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
@@ -93,3 +93,8 @@ def test_a_last_rejection_without_line_end_is_known(tmp_path: Path) -> None:
     path.write_text(rejection_line(first).strip(), encoding="utf-8")
     RejectionLog(path).add([first, second])
     assert [row["place"] for row in read_rows(path)] == [first.place, second.place]
+
+
+def test_the_curves_are_labelled_in_words_not_in_names_of_the_code() -> None:
+    for title, unit, legend in DRAWINGS:
+        assert "_" not in "".join([title, unit, *legend.values()])
