@@ -199,7 +199,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     whisper = load_whisper(folder)
     parameters = whisper.model.num_parameters()
     clips = clips_to_compare(prepared)
-    hypotheses = run.folder / "verification"
+    hypotheses, writing = run.folder / "verification", run.folder / ".writing"
 
     decoding = DecodingOptions(language=options.language, task=options.task)
     system = original_system(whisper, folder, decoding)
@@ -211,8 +211,9 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     for variant in config.variants:
         run.stop_if_asked()
         for left_over in places_of(variant, run):  # by a run of this config that did not finish
-            remove_own(left_over)
-        written = new_folder(run.folder / ".writing") / variant.name
+            if left_over.exists():  # a kill while it is removed leaves no half of it under its name
+                left_over.replace(new_folder(writing) / left_over.name)
+        written = new_folder(writing) / variant.name
         system = write(variant, whisper, folder, written, options.task)
         mark(written)
         exported = transcribe(variant.name, system, clips, languages, run)
@@ -224,7 +225,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         log.info("%s, run by %s: %s", variant.name, report.library, same)
         verified, unverified = places_of(variant, run)
         written.replace(unverified if report.verified is False else verified)
-        remove_own(run.folder / ".writing")
+        remove_own(writing)
     return conclude(config, prepared, clips, reports, run)
 
 
