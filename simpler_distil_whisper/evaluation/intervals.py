@@ -18,6 +18,7 @@ Floats = npt.NDArray[np.float64]
 ConfidenceInterval = tuple[float, float]
 
 FEWEST_UNITS = 5  # utterances or blocks; fewer tell too little about how they vary
+SMALLEST_ERROR = 0.2  # of a sample, as a share of the corpus's: see `ratio_interval`
 RESAMPLED_CELLS = 2_000_000  # numbers of 8 bytes held at a time
 
 
@@ -126,8 +127,11 @@ def ratio_interval(
 
     sums = np.concatenate(list(_draw_in_parts(draw, resampling.samples, len(distinct))))
     ratios, errors = _ratio_and_error(sums[sums[:, 1] > 0], units)
-    # A sample without variation has an error of 0 and would be infinitely far: hence the floor.
-    distances = (ratios - ratio) / np.maximum(errors, error / units**0.5)
+    # Where few utterances are wrong, many samples have none of them, and an error of 0: infinitely
+    # far, and by a floor that falls with the units the farther the more are right. With this one,
+    # of one wrong utterance the true number is up to 6; by Poisson's distribution, up to 5.6.
+    floor = error * max(units**-0.5, SMALLEST_ERROR)
+    distances = (ratios - ratio) / np.maximum(errors, floor)
     low, high = np.quantile(distances, [1 - tail, tail])
     return float(ratio - low * error), float(ratio - high * error)
 

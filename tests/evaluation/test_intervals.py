@@ -92,6 +92,22 @@ def test_one_wrong_utterance_can_be_several() -> None:
     assert low < 0.001 < 0.004 < high < 0.03
 
 
+@pytest.mark.parametrize(("wrong", "most"), [(1, 7), (2, 14), (3, 21), (4, 14)])
+def test_few_wrong_utterances_are_few_however_many_are_right(wrong: int, most: int) -> None:
+    """By Poisson's distribution, up to 5.6, 7.2, 8.8 and 10.2 may have been expected."""
+    for right in (100, 400, 10_000):
+        counts = Counter({ErrorCounts(9, 1): wrong, ErrorCounts(10): right - wrong})
+        _, high = bootstrap_interval(counts) or (0, 0)
+        assert 2 * wrong < high * 10 * right < most
+    differences = np.zeros(10_000, np.int64)
+    differences[:wrong] = 1
+    comparison = paired_difference(
+        np.zeros_like(differences), differences, np.full_like(differences, 10)
+    )
+    if comparison.interval:
+        assert comparison.interval[1] < 1.1 * most / 100_000
+
+
 def test_interval_of_20_000_different_utterances_takes_less_than_100_megabytes() -> None:
     random = np.random.default_rng(0)
     counts = [ErrorCounts(*map(int, random.integers(0, 10**6, 4))) for _ in range(20_000)]
