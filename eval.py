@@ -48,7 +48,7 @@ class Config(StrictModel):
     )
     hallucination: HallucinationOptions = HallucinationOptions()
     confidence: float = Field(
-        default=0.95, gt=0, lt=1, description="Share of the bootstrap samples inside an interval."
+        default=0.95, gt=0, lt=1, description="How often an interval should hold the true rate."
     )
     bootstrap_samples: int = Field(
         default=1000,

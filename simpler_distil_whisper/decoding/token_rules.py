@@ -42,8 +42,9 @@ class TokenRules:
         """Rule out, in place, what cannot follow; the same rules as openai/whisper's decoder.
 
         Timestamps come in pairs, the end of one segment and the start of the next; they do not
-        decrease, and a segment takes time. The first token is a timestamp. If the timestamps
-        together are more probable than any single text token, the next token is a timestamp.
+        decrease, and a segment takes time. The first token is a timestamp, up to the one that the
+        generation config names. If the timestamps together are more probable than any single text
+        token, the next token is a timestamp.
 
         Args:
             logits: float32 [R, V]: or log-probabilities; `bias` is added already.

@@ -272,7 +272,10 @@ def _rounded(value: float) -> float:
 
 
 def _corpus_rate(rates: Numbers, reference_tokens: Numbers) -> float | None:
-    """Return all errors over all reference tokens; the counts behind a rate are whole numbers."""
+    """Return all errors over all reference tokens; the counts behind a rate are whole numbers.
+
+    Rows whose reference is empty have no rate, and what their labels invent is not counted.
+    """
     known = ~np.isnan(rates)
     if not known.any():
         return None

@@ -215,10 +215,11 @@ def _piece(unit: _Unit, segments: Sequence[SegmentSpan], pauses: _Pauses, limits
         return Piece(start, end, unit.segments, NO_SPEECH)
     start = pauses.times[unit.before][1] - min(PADDING_SECONDS, pauses.length(unit.before) / 2)
     end = pauses.times[unit.after][0] + min(PADDING_SECONDS, pauses.length(unit.after) / 2)
-    if end - start > limits.seconds:
-        reason = NO_PAUSE_WITHIN if len(unit.segments) > 1 else SEGMENT_TOO_LONG
-        return Piece(start, end, unit.segments, reason)
-    return Piece(start, end, unit.segments)
+    tokens = sum(segments[number].tokens for number in unit.segments)
+    if end - start <= limits.seconds and tokens <= limits.tokens:
+        return Piece(start, end, unit.segments)
+    reason = NO_PAUSE_WITHIN if len(unit.segments) > 1 else SEGMENT_TOO_LONG
+    return Piece(start, end, unit.segments, reason)
 
 
 def _text_goes_on(unit: _Unit, following: _Unit | None, segments: Sequence[SegmentSpan]) -> bool:

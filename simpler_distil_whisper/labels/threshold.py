@@ -32,7 +32,7 @@ class Suggestion:
         max_error_rate: the threshold; None: no row speaks for one, and the other numbers are None.
         rows: how many rows it keeps.
         hours: how many hours it keeps.
-        share_of_hours: the same, as a share of all hours.
+        share_of_hours: the same, as a share of all hours, those of rows without a rate too.
         knee: where the curve of hours bends.
         usual: the teacher's usual error rate: half of the hours have a lower one.
         one_slip: error rate of one wrong token in a reference of median length, rounded up.
@@ -65,17 +65,14 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
     """
     known = ~np.isnan(rates)
     if not known.any():
-        return _no_threshold(
+        why = (
             "No row has an error rate, because none has a reference. What is left to judge the "
             "labels by are the signs that need none."
         )
+        return Suggestion(None, None, None, None, None, None, None, [why])
     kept = np.array([hours[rates <= threshold].sum() for threshold in THRESHOLDS])
-    if not kept[-1]:
-        return _no_threshold(
-            "Every error rate is above 0.50. Such labels and references do not belong together: "
-            "look whether language, script and columns are what they should be."
-        )
-    above_the_line = np.round(kept / kept[-1] - THRESHOLDS / THRESHOLDS[-1], 9)
+    # Where it keeps nothing at all, there is no knee, and twice the usual rate is above 0.50.
+    above_the_line = np.round(kept / (kept[-1] or 1) - THRESHOLDS / THRESHOLDS[-1], 9)
     knee = float(THRESHOLDS[above_the_line.argmax()])
     length = float(np.median(reference_tokens[known]))
     slip = math.ceil(round(100 / length, 6)) / 100
@@ -118,10 +115,6 @@ def suggest_for_rows(rows: Iterable[Row], column: str) -> Suggestion:
     return suggest_threshold(rates, hours, lengths)
 
 
-def _no_threshold(why: str) -> Suggestion:
-    return Suggestion(None, None, None, None, None, None, None, [why])
-
-
 def _usual_rate(rates: Numbers, hours: Numbers) -> float:
     """Return the median of error rates, weighted by hours."""
     order = np.argsort(rates)
@@ -147,7 +140,7 @@ def _why_this(
         yield (
             f"Raised to {threshold:.2f}: this teacher usually has an error rate of {usual:.2f} "
             "(half of the hours have a higher one). Its student needs hours more than labels "
-            "without errors, so only what is more than twice as wrong is left out."
+            "without errors, so only labels that are twice as wrong, or half wrong, are left out."
         )
     elif threshold > LOWEST_FLOOR:
         yield (
@@ -164,7 +157,13 @@ def _why_this(
 def _what_it_leaves(threshold: float, rates: Numbers, hours: Numbers) -> Iterator[str]:
     """Yield what a threshold keeps and leaves out, one sentence or two each."""
     known, beyond = ~np.isnan(rates), rates > threshold
-    share = hours[rates <= threshold].sum() / hours.sum()
+    share = hours[rates <= threshold].sum() / hours[known].sum()
+    if not share:
+        yield (
+            "Every error rate is above it. Such labels and references do not belong together: "
+            "look whether language, script and columns are what they should be."
+        )
+        return
     if beyond.any():
         yield (
             f"Beyond it are {beyond.sum()} of {known.sum()} rows: their median error rate is "
@@ -177,6 +176,6 @@ def _what_it_leaves(threshold: float, rates: Numbers, hours: Numbers) -> Iterato
         yield f"Only {known.sum()} rows have an error rate: look at them one by one."
     if share < 0.5:
         yield (
-            f"It keeps only {share:.0%} of all hours: before you train, look at the worst rows. "
+            f"It keeps only {share:.0%} of their hours: before you train, look at the worst rows. "
             "Teacher and references may differ in script, language or how numbers are written."
         )

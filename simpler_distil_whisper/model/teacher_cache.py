@@ -278,7 +278,7 @@ class DecoderStateCache:
 
         Args:
             utterances: whose audio the teacher is given.
-            views: as in `EncoderStateCache.name`.
+            views: as in `EncoderStateCache.entry_name`.
             sequences: the decoder's input tokens, without padding.
         """
         cached: dict[int, Tensor] = {}

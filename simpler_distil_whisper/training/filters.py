@@ -4,6 +4,7 @@ Owns the filters of the `data` section and their report of rows and hours for ea
 """
 
 import contextlib
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -247,6 +248,8 @@ class ExampleFilter:
         if is_blank(text):
             raise Dropped("no label", f'"{columns.text}" is empty')
         required = self.data.max_error_rate != "auto"
+        if max_error_rate is None and not required:
+            max_error_rate = math.inf  # text where the reference has no speech is dropped even so
         if dropped := why_dropped(row, columns.error_rate, max_error_rate, required=required):
             raise Dropped(*dropped)
         if by_teacher:

@@ -17,7 +17,7 @@ import torch
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.launch import is_main_process
-from simpler_distil_whisper.run import Interrupted, log
+from simpler_distil_whisper.run import DataError, Interrupted, log
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.optimizer import learning_rate_factor
 from simpler_distil_whisper.training.trainer import Trainer
@@ -116,11 +116,16 @@ def range_test(
 ) -> float:
     """Compare learning rates in short runs; return the one with which the loss comes lowest.
 
+    Of equal losses the lower rate is better: above it all may have diverged.
+
     Args:
         runs: from the student's weights.
         steps: what is trained on.
         picture: a PNG of the losses; a JSON file of the same name is written beside it.
         configured: is tried too, and if it is far from the best one, that is logged.
+
+    Raises:
+        DataError: the loss is finite at none.
     """
     log.info("comparing learning rates, in runs of %d steps each:", STEPS)
 
@@ -130,7 +135,12 @@ def range_test(
         return run
 
     tried = search(run_at)
-    best = min(tried, key=lambda run: run.reached)
+    best = min(tried, key=lambda run: (run.reached, run.rate))
+    if math.isinf(best.reached):
+        raise DataError(
+            f"the loss is not finite at any learning rate from {best.rate:.3g} on: look at labels, "
+            'audio and student, or use precision "float32"'
+        )
     if configured is not None:
         if configured not in [run.rate for run in tried]:
             tried.append(run_at(configured))
@@ -145,7 +155,7 @@ def search(run_at: Callable[[float], ShortRun]) -> list[ShortRun]:
     """Return the runs at learning rates around the best one, in the order in which they were made.
 
     Downhill from `FIRST`, in strides that become shorter: the loss falls towards the best rate
-    from both sides. Of equal losses the lower rate is better: above it all may have diverged.
+    from both sides. Of equal losses it goes to the lower rate.
     """
     tried: dict[int, ShortRun] = {}
 

@@ -68,6 +68,11 @@ def test_no_cut_inside_a_segment_however_long_its_pauses() -> None:
     assert shown(pieces) == [(0.0, 12.0, [0], SEGMENT_TOO_LONG)]
 
 
+def test_no_row_has_more_tokens_than_the_limit() -> None:
+    pieces = cut([(0.0, 2.0), (6.0, 8.0)], [(0.0, 2.0), (6.0, 8.0)], 12.0, Limits(10.0, 4))
+    assert [piece.reason for piece in pieces] == [SEGMENT_TOO_LONG] * 2
+
+
 def test_a_long_pause_is_left_out() -> None:
     pieces = cut([(0.0, 2.0), (6.0, 8.0)], [(0.0, 2.0), (6.0, 8.0)], 12.0)
     assert shown(pieces) == [(0.0, 2.2, [0], None), (5.8, 8.2, [1], None)]

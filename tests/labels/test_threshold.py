@@ -64,11 +64,21 @@ def test_the_reasoning_names_the_numbers() -> None:
     assert "keeps only 20%" in " ".join(suggest([0.0] * 40 + [0.9] * 160).reasoning)
 
 
-@pytest.mark.parametrize("rates", [[], [math.nan] * 3, [0.6, 2.0]])
+@pytest.mark.parametrize("rates", [[], [math.nan] * 3])
 def test_no_threshold_is_made_up(rates: list[float]) -> None:
     suggestion = suggest(rates)
     assert suggestion.max_error_rate is None
     assert suggestion.reasoning
+
+
+def test_labels_and_references_that_do_not_belong_together_are_left_out_and_named() -> None:
+    suggestion = suggest([0.6, 2.0, math.nan])
+    assert (suggestion.max_error_rate, suggestion.rows) == (0.5, 0)
+    assert "do not belong together" in " ".join(suggestion.reasoning)
+
+
+def test_rows_without_a_reference_are_no_loss_of_the_threshold() -> None:
+    assert "keeps only" not in " ".join(suggest([0.0] * 120 + [math.nan] * 1000).reasoning)
 
 
 def labelled(rates: list[float | None], **fields: float) -> list[Row]:

@@ -286,6 +286,23 @@ def test_auto_drops_no_row_where_none_has_a_reference(
     assert "none has a reference" in caplog.text
 
 
+def test_auto_drops_labels_of_which_none_belongs_to_its_reference(
+    select: Select, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = [0.9] * 20 + [None]
+    rows = [row(reference_tokens=7, audio_seconds=2.0, **{"cer/wer": rate}) for rate in rates]
+    with caplog.at_level("INFO"):
+        selection = select(*rows, max_error_rate="auto")
+    assert (selection.max_error_rate, len(selection.examples)) == (0.5, 1)
+    assert "do not belong together" in caplog.text
+
+
+def test_auto_drops_text_where_every_reference_is_empty(select: Select) -> None:
+    silence = row(reference_tokens=0, **{"cer/wer": None})
+    selection = select(silence, row(), max_error_rate="auto")
+    assert (selection.max_error_rate, len(selection.examples)) == (None, 1)
+
+
 def test_seconds_are_those_of_the_part(select: Select) -> None:
     (example,) = select(row(start_seconds=0.25, duration_seconds=0.5)).examples
     assert example.seconds == 0.5

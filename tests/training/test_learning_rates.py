@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import run_distillation
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.run import Interrupted, Run
+from simpler_distil_whisper.run import DataError, Interrupted, Run
 from simpler_distil_whisper.training import learning_rates
 from simpler_distil_whisper.training.learning_rates import (
     FIRST,
@@ -64,6 +64,16 @@ def test_the_search_ends_where_no_rate_learns() -> None:
     """The loss rises with the rate, as where labels and audio do not belong together."""
     tried = search(lambda rate: ShortRun(rate, [rate]))
     assert min(run.rate for run in tried) == FIRST * 2.0**learning_rates.LOWEST
+
+
+def test_no_rate_is_chosen_where_every_rate_diverges(
+    tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _, steps, _ = assemble(write_config(tmp_path / "run", setting))
+    runs = ShortRuns(trainer)
+    monkeypatch.setattr(runs, "run", lambda steps, rate: ShortRun(rate, [math.nan]))
+    with pytest.raises(DataError, match=r"not finite at any learning rate from 9\.77e-07 on"):
+        range_test(runs, steps, tmp_path / "curve.png")
 
 
 @pytest.mark.slow
