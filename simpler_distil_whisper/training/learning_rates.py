@@ -5,7 +5,6 @@ the steps before as on the rate: a handful of short runs takes as long, and comp
 how low the loss comes in so many steps. Nothing is timed, so the same run chooses the same rate.
 """
 
-import io
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from simpler_distil_whisper.atomic import write_atomically
+from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.run import DataError, Interrupted, log
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
@@ -224,8 +223,9 @@ def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: fl
         axes.set(yscale="log")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(picture) as file:
+        figure.savefig(file, format="png", dpi=120)
     numbers = {
         "lowest_loss_at": best,
         "configured": configured,
@@ -238,8 +238,6 @@ def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: fl
             for run in tried
         ],
     }
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(picture, buffer.getvalue())
     beside = picture.with_suffix(".json")
     write_atomically(beside, json.dumps(numbers, indent=2).encode())
     log.info("%s and %s: the losses", picture, beside.name)

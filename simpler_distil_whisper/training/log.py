@@ -4,7 +4,6 @@ Owns what is written there; the numbers come from the trainer.
 """
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from simpler_distil_whisper.atomic import write_atomically
+from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Rejection
 from simpler_distil_whisper.data.results import places_in, rejection_line
@@ -241,9 +240,8 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         grid = figure.subplots(2, 2, gridspec_kw=MARGINS)
         for axes, drawing in zip(grid.flat, DRAWINGS, strict=True):
             _draw(axes, rows, *drawing)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(picture, buffer.getvalue())
+        with written_atomically(picture) as file:
+            figure.savefig(file, format="png", dpi=120)
 
 
 def _draw(axes: "Axes", rows: Sequence[Row], title: str, unit: str, names: dict[str, str]) -> None:
