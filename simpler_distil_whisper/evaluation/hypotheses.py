@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple, cast
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -149,8 +149,8 @@ def _measured(value: object) -> float | None:
     """
     if value is None:
         return None
-    if type(value) in (int, float) and 0 <= (number := cast(float, value)) < MOST_OF_ANYTHING:
-        return number
+    if is_number(value) and 0 <= value < MOST_OF_ANYTHING:
+        return value
     raise RowError(f"{quoted(value)} is not a number that can be measured")
 
 
