@@ -7,7 +7,7 @@ It reads no files and knows nothing of intervals.
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jiwer
@@ -65,10 +65,6 @@ class ErrorCounts:
         sum, where the other utterances' tokens are the denominator.
         """
         return self.errors / self.reference_tokens if self.reference_tokens else None
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the four counts by name."""
-        return asdict(self)
 
 
 class _AsTokens(jiwer.AbstractTransform):

@@ -5,7 +5,7 @@ Owns what is counted of a pair of texts. It adds nothing up and reads no files.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.evaluation.hallucination import KnownPhrases, signs_in
@@ -60,7 +60,7 @@ class ScoredUtterance:
         return {
             "unit": self.unit,
             "rate": self.chosen.rate,
-            **{unit: counts.as_dict() for unit, counts in self.counts.items()},
+            **{unit: asdict(counts) for unit, counts in self.counts.items()},
             "alignment": compact(self.edits, self.unit),
             "signs": self.signs,
         }

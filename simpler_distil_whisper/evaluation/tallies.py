@@ -78,7 +78,7 @@ class Tally:
             rate=counts.rate,
             low=low,
             high=high,
-            **counts.as_dict(),
+            **asdict(counts),
             reference_tokens=counts.reference_tokens,
             utterances=self.utterances,
         )

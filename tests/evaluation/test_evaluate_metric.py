@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,6 @@ def test_evaluate_gives_the_same_numbers_without_network_and_files(tmp_path: Pat
 def expected(counts: ErrorCounts) -> dict[str, float | int | None]:
     return {
         "error_rate": counts.rate,
-        **counts.as_dict(),
+        **asdict(counts),
         "reference_tokens": counts.reference_tokens,
     }

@@ -106,7 +106,7 @@ def test_rows_nobody_has_transcribed_are_not_scored(tmp_path: Path, setting: Set
         row |= {"text": "a pseudo label", "origin_text": None}
     rows[2]["origin_text"] = hypotheses[2] + "??"
     score = score_student(tmp_path / "run", setting, write_rows(tmp_path / "dev.jsonl", rows))
-    assert total(score.counts["en"]).as_dict()["deletions"] == 2
+    assert total(score.counts["en"]).deletions == 2
     assert total(score.counts["en"]).reference_tokens == len(hypotheses[2]) + 2
     rows[2]["origin_text"] = None
     with pytest.raises(DataError, match="nothing can be scored"):
@@ -131,7 +131,7 @@ def test_no_training_filter_touches_dev(tmp_path: Path, setting: Setting) -> Non
         data__max_label_tokens=30,
     )
     assert strict.counts == free.counts
-    assert total(free.counts["en"]).as_dict()["deletions"] == len(rows)
+    assert total(free.counts["en"]).deletions == len(rows)
 
 
 def test_only_the_first_utterances_if_asked(tmp_path: Path, setting: Setting) -> None:
