@@ -51,8 +51,9 @@ def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Example]":
         ConfigError: the manifest cannot be read, or the teacher has no token for the language.
         DataError: no row can be used.
     """
-    from simpler_distil_whisper.training.filters import Dropped, example_filter
+    from simpler_distil_whisper.training.filters import example_filter
     from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
+    from simpler_distil_whisper.training.tokens import Dropped
 
     teacher.check_language_and_task(options.language, options.task, "layer_scoring")
     assert options.manifest is not None

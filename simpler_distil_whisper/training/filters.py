@@ -27,10 +27,10 @@ from simpler_distil_whisper.run import DataError, Progress, log
 from simpler_distil_whisper.text.normalization import is_blank
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.tokens import (
+    Dropped,
     Example,
     LabelSegment,
     LabelTokenizer,
-    UnusableText,
     learnt_text,
 )
 
@@ -41,15 +41,6 @@ WITH_SAMPLED_TEXTS = "with sampled texts"
 SAMPLED_TEXTS_LEFT_OUT = "without some of their sampled texts, which cannot be learnt"
 WITHOUT_END = "learnt without an end token, since they were cut off"
 CLEANED = "without their control characters and other characters that are no speech"
-
-
-class Dropped(Exception):
-    """An utterance is not trained on: `kind` for the report, the message for rejected.jsonl."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        """Keep the kind; the reason is the exception's message."""
-        super().__init__(reason)
-        self.kind = kind
 
 
 class Selection(NamedTuple):
@@ -255,7 +246,7 @@ class ExampleFilter:
         if by_teacher:
             self._check_evidence(row)
         self._check_length(seconds)
-        label = self._tokens_of(text, "label")
+        label = self.label_tokenizer(text)
         if len(label) > self.max_label_tokens:
             limit = self.max_label_tokens
             raise Dropped("label too long", f"label of {len(label)} tokens, the maximum is {limit}")
@@ -293,12 +284,6 @@ class ExampleFilter:
             kind, _, _ = str(error).partition(":")
             raise Dropped(kind, str(error)) from None
 
-    def _tokens_of(self, text: str, what: str) -> "array[int]":
-        try:
-            return self.label_tokenizer(text, what)
-        except UnusableText as error:
-            raise Dropped(error.kind, str(error)) from None
-
     def _previous(self, utterance: Utterance) -> Sequence[int]:
         """Return the tokens of the previous text, as far back as a decoder is given them."""
         column = self.data.columns.previous_text
@@ -308,7 +293,7 @@ class ExampleFilter:
         if text is None or is_blank(text):
             return ()
         # As in openai/whisper: half of the positions, <|startofprev|> included, is for the past.
-        return self._tokens_of(text, "previous text")[-(self.max_positions // 2 - 1) :]
+        return self.label_tokenizer(text, "previous text")[-(self.max_positions // 2 - 1) :]
 
     def _sampled(self, utterance: Utterance, prompt: Sequence[int]) -> "tuple[array[int], ...]":
         """Return the sampled texts that can be learnt, each with prompt and end token."""
@@ -319,7 +304,7 @@ class ExampleFilter:
         sampled = []
         texts = texts if isinstance(texts, list) else [texts]
         for text in texts:
-            with contextlib.suppress(UnusableText):
+            with contextlib.suppress(Dropped):
                 tokens = self.label_tokenizer(text) if isinstance(text, str) else ()
                 if 0 < len(tokens) <= self.max_label_tokens and not is_blank(learnt_text(text)):
                     sampled.append(array("i", [*prompt, *tokens, self.tokens.end]))
@@ -342,9 +327,10 @@ class ExampleFilter:
             return ()
         segments = self._segments(utterance)
         texts = [learnt_text(each.text, complete) for each in segments]
+        tokens = [self.label_tokenizer(text, "segment") for text in texts]
         timed = tuple(
-            LabelSegment(each.start_seconds, each.end_seconds, self._tokens_of(text, "segment"))
-            for each, text in zip(segments, texts, strict=True)
+            LabelSegment(each.start_seconds, each.end_seconds, own)
+            for each, own in zip(segments, tokens, strict=True)
         )
         positions = prompt_length + sum(len(each.tokens) + 2 for each in timed)
         if not segments:

@@ -1,7 +1,7 @@
 """Labels -> what the decoder is given and learns to predict, as token ids.
 
-Owns the order of the tokens: previous text, prompt, label with or without timestamps, end token. It
-reads no audio and drops no rows.
+Owns the order of the tokens: previous text, prompt, label with or without timestamps, end token.
+Also which texts have no tokens that could be learnt. It reads no audio.
 """
 
 import re
@@ -25,14 +25,11 @@ from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.plan import Drawn, Visit, draw
 
 
-class UnusableText(ValueError):
-    """A text holds what cannot be learnt.
-
-    Attributes:
-        kind: what that is, the same words for all such texts.
-    """
+class Dropped(Exception):
+    """What is not to be learnt: `kind` for the report, the message for rejected.jsonl."""
 
     def __init__(self, kind: str, reason: str) -> None:
+        """Keep the kind; the reason is the exception's message."""
         super().__init__(reason)
         self.kind = kind
 
@@ -92,13 +89,11 @@ class LabelTokenizer:
                 bytes are missing.
 
         Raises:
-            UnusableText: it holds such a character, or special tokens such as `<|endoftext|>`.
+            Dropped: it holds such a character, or special tokens such as `<|endoftext|>`.
         """
         learnt = learnt_text(text)
         if BROKEN_CHARACTER in learnt and what != "previous text":
-            raise UnusableText(
-                f"broken character in {what}", f"the {what} holds U+FFFD: {learnt!r}"
-            )
+            raise Dropped(f"broken character in {what}", f"the {what} holds U+FFFD: {learnt!r}")
         ids = array("i", self.tokenizer(learnt, add_special_tokens=False).input_ids)
         special = self.tokenizer.convert_ids_to_tokens(sorted(self._special.intersection(ids)))
         # Also those that this tokenizer lacks, or that a joiner keeps it from seeing.
@@ -106,7 +101,7 @@ class LabelTokenizer:
             if name not in special and not is_added_word(name, special=False):
                 special.append(name)
         if special:
-            raise UnusableText(
+            raise Dropped(
                 f"special token in {what}",
                 f"the {what} holds {', '.join(special)}, which is no speech",
             )

@@ -32,7 +32,7 @@ from simpler_distil_whisper.text.normalization import (
     make_normalizer,
 )
 from simpler_distil_whisper.text.numerals import with_digits
-from simpler_distil_whisper.training.tokens import LabelTokenizer, UnusableText, learnt_text
+from simpler_distil_whisper.training.tokens import Dropped, LabelTokenizer, learnt_text
 
 SECONDS_FOR_ONE = 5.0  # of processor time
 LANGUAGES = (None, "zh", "zh-TW", "yue", "ja", "ko", "en", "de", "th", "ar", "klingon", "")
@@ -144,7 +144,7 @@ def check_label(tokenizer: LabelTokenizer, text: str, seed: int) -> None:
     """Tokens are those of the text and no others; commands and broken characters are refused."""
     try:
         ids = tokenizer(text)
-    except UnusableText as error:
+    except Dropped as error:
         learnt = learnt_text(text)
         if BROKEN_CHARACTER in learnt:
             assert "the label holds U+FFFD" in str(error), seed
