@@ -103,9 +103,9 @@ def prepare(config: Config) -> Prepared:
     dev = None
     if data.dev_manifest:
         dev = read(data.dev_manifest, config.validation.max_utterances)
-    from simpler_distil_whisper.training.filters import select_examples
+    from simpler_distil_whisper.training.filters import example_filter
 
-    selection = select_examples(manifests, data, student).check(data.max_bad_fraction)
+    selection = example_filter(data, student).select(manifests).check(data.max_bad_fraction)
     every_steps, epoch_size = config.validation.every_steps, selection.epoch_size
     length = run_length(config.schedule, config.batch, every_steps, epoch_size)
     return Prepared(teacher, student, selection, dev, length)

@@ -95,17 +95,6 @@ class _Segment(BaseModel):
 _SEGMENTS = TypeAdapter(list[_Segment])
 
 
-def select_examples(
-    manifests: Sequence[Manifest], data: TrainingData, student: ModelFolder
-) -> Selection:
-    """Return the examples of all manifests that a student can learn from.
-
-    Raises:
-        ConfigError: the model lacks a token that the config needs.
-    """
-    return example_filter(data, student).select(manifests)
-
-
 def example_filter(data: TrainingData, model: ModelFolder) -> "ExampleFilter":
     """Return the filter of what a model can be given.
 
