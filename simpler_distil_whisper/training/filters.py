@@ -15,7 +15,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds, check_length
 from simpler_distil_whisper.data.jsonl import Row
-from simpler_distil_whisper.data.manifest import Manifest, Rejection, Utterance, first_reasons
+from simpler_distil_whisper.data.manifest import (
+    Manifest,
+    Rejection,
+    Utterance,
+    first_reasons,
+    reject,
+)
 from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.files import read_files
 from simpler_distil_whisper.labels.error_rate import why_dropped
@@ -164,9 +170,7 @@ class ExampleFilter:
                 kind = "kept"
             except Dropped as dropped:
                 kind = dropped.kind
-                rejections.append(
-                    Rejection(utterance.number, utterance.place, str(dropped), utterance.row)
-                )
+                rejections.append(reject(utterance, str(dropped)))
             hours.setdefault(kind, []).append(seconds / 3600)
         report = {
             kind: {"rows": len(each), "hours": round(sum(each), 4)}
