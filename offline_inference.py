@@ -32,6 +32,7 @@ from simpler_distil_whisper.decoding.speed import (
     write_speed,
 )
 from simpler_distil_whisper.decoding.subtitles import SubtitleFormat, write_subtitles
+from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import (
     AssistantOptions,
@@ -41,7 +42,7 @@ from simpler_distil_whisper.model.options import (
 from simpler_distil_whisper.run import Run, run_script
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    import torch
 
 HYPOTHESES = "hypotheses.jsonl"
 
@@ -124,14 +125,14 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     from simpler_distil_whisper.decoding.transcription import end_of_shard
     from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
 
-    state = join_processes()
+    device = join_processes()
     results = RowResults(run.folder, HYPOTHESES, run.shards)
-    report = transcribe_rows(config, prepared, state, results, run)
+    report = transcribe_rows(config, prepared, device, results, run)
     if closing_words := end_of_shard(run):
         return closing_words
     _, _, manifest = prepared
     written, rejected = results.finish(manifest.rejections, wait_for_everyone)
-    if state.is_main_process:
+    if is_main_process():
         if run.shards:
             report = speed_of_shards(run.shards.folders, report)
             write_speed(run.folder, report, {})
@@ -145,7 +146,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
 
 
 def transcribe_rows(
-    config: Config, prepared: Prepared, state: "PartialState", results: RowResults, run: Run
+    config: Config, prepared: Prepared, device: "torch.device", results: RowResults, run: Run
 ) -> SpeedReport:
     """Transcribe what has no results yet, write how fast that was, and return it."""
     from simpler_distil_whisper.decoding.loading import load_transcriber, speed_report
@@ -154,7 +155,7 @@ def transcribe_rows(
 
     folder, assistant_folder, manifest = prepared
     transcriber = load_transcriber(
-        folder, assistant_folder, config.model, config.decoding, config.seed, state, run
+        folder, assistant_folder, config.model, config.decoding, config.seed, device, run
     )
     speed = Speed()
     for done in transcribe_manifest(transcriber, manifest, config.data, results, run):
@@ -169,7 +170,7 @@ def transcribe_rows(
     report = speed_report(speed, transcriber, folder.weight_bytes)
     drafts = transcriber.assistant.report() if transcriber.assistant else {}
     speed_file = run.own_folder / SPEED
-    if state.is_main_process and (report.utterances or not speed_file.exists()):
+    if is_main_process() and (report.utterances or not speed_file.exists()):
         write_speed(run.own_folder, report, drafts)
     return report
 

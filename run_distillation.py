@@ -190,7 +190,6 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         audio_context=config.audio_context,
         seed=config.seed,
         caches=models.caches,
-        accelerator=models.accelerator,
     )
     facts = facts_of(config, teacher, student, selection, length, models.precision)
     trainer = Trainer(

@@ -24,6 +24,7 @@ from simpler_distil_whisper.labels.quality_page import assess_labels
 from simpler_distil_whisper.labels.recordings import RECORDINGS, cut_recordings
 from simpler_distil_whisper.labels.rows import LabelColumns, Labeller, LabellingData, OutputColumns
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
+from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import (
     CacheOptions,
@@ -35,7 +36,7 @@ from simpler_distil_whisper.run import Run, log, run_script
 from simpler_distil_whisper.text.chinese import Script
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    import torch
 
 Prepared = tuple[ModelFolder, Manifest]
 
@@ -105,13 +106,13 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     from simpler_distil_whisper.model.processes import join_processes, wait_for_everyone
 
     folder, manifest = prepared
-    state = join_processes()
+    device = join_processes()
     scorer = Scorer(config.metric)
     columns = config.label_columns
     labels = run.folder / "pseudo_labels.jsonl"
     labelled = run.folder / RECORDINGS if config.segmentation.enabled else labels
     results = RowResults(run.folder, labelled.name, run.shards)
-    label_rows(config, prepared, state, results, run)
+    label_rows(config, prepared, device, results, run)
     if closing_words := end_of_shard(run):
         return closing_words
     kept, rejected = results.finish(manifest.rejections, wait_for_everyone)
@@ -125,7 +126,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
         summary += cut_recordings(
             labels, columns, config.segmentation, folder, scorer, run, **shared
         )
-    if state.is_main_process:
+    if is_main_process():
         assess_labels(labels, columns, config.quality, scorer, config.data.manifest.parent)
         if config.decoding.long_form != "reject" and not config.segmentation.enabled:
             log.info(
@@ -140,7 +141,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
 
 
 def label_rows(
-    config: Config, prepared: Prepared, state: "PartialState", results: RowResults, run: Run
+    config: Config, prepared: Prepared, device: "torch.device", results: RowResults, run: Run
 ) -> None:
     """Let the teacher transcribe what has no results yet, and measure the labels."""
     from simpler_distil_whisper.data.workers import map_behind
@@ -151,7 +152,7 @@ def label_rows(
 
     folder, manifest = prepared
     caching = config.teacher_cache.folder is not None
-    teacher = load_for_decoding(folder, config.teacher, state, run, for_training=caching)
+    teacher = load_for_decoding(folder, config.teacher, device, run, for_training=caching)
     transcriber = Transcriber(
         teacher,
         config.decoding,

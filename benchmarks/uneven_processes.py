@@ -19,6 +19,7 @@ import numpy as np
 
 from simpler_distil_whisper.data.manifest import Utterance, read_manifest
 from simpler_distil_whisper.data.options import Columns, DataLimits
+from simpler_distil_whisper.launch import is_main_process, process_rank
 
 PROCESSES, SLOW_RANK, SLOWNESS, BATCHES, SIZE = 4, 1, 4.0, 200, 4
 
@@ -38,17 +39,17 @@ def work(folder: Path, seconds: float) -> None:
         wait_for_everyone,
     )
 
-    state = join_processes()
+    join_processes()
     rows = read_manifest(folder / "manifest.jsonl", Columns()).utterances
     sums, done = SharedSums(), np.zeros(len(rows), dtype=bool)
     wait_for_everyone()
     started, count = time.perf_counter(), 0
     for _ in map_ahead(batch_size, own_batches(rows, SIZE, done, DataLimits(), sums), 1):
-        time.sleep(seconds * (SLOWNESS if state.process_index == SLOW_RANK else 1.0))
+        time.sleep(seconds * (SLOWNESS if process_rank() == SLOW_RANK else 1.0))
         count += 1
     sums.add("batches of all", count)
     wait_for_everyone()
-    if state.is_main_process:
+    if is_main_process():
         whole = time.perf_counter() - started
         total = sums.add("batches of all", 0)
         ideal = total * seconds / (PROCESSES - 1 + 1 / SLOWNESS)
@@ -56,7 +57,7 @@ def work(folder: Path, seconds: float) -> None:
             f"{total} batches: {whole:.1f} s, {whole / ideal:.2f} times {ideal:.1f} s", flush=True
         )
     wait_for_everyone()
-    print(f"process {state.process_index}: {count} batches", flush=True)
+    print(f"process {process_rank()}: {count} batches", flush=True)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ Owns what "auto" chooses for decoding, and the log's account of it.
 """
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 
@@ -28,7 +27,7 @@ from simpler_distil_whisper.run import Run, log
 def load_for_decoding(
     folder: ModelFolder,
     options: ModelOptions,
-    state: PartialState,
+    device: torch.device,
     run: Run,
     for_training: bool = False,
 ) -> Whisper:
@@ -37,17 +36,17 @@ def load_for_decoding(
     Args:
         folder: of the model.
         options: its section of the config.
-        state: of this process.
+        device: of this process.
         run: whose facts are noted.
         for_training: its encoder states are kept for training.
     """
     quieten_libraries()
-    dtype = decoding_dtype(options.dtype, state.device, stored_dtype(folder), for_training)
-    whisper = load_whisper(folder, dtype, options.attention, state.device)
+    dtype = decoding_dtype(options.dtype, device, stored_dtype(folder), for_training)
+    whisper = load_whisper(folder, dtype, options.attention, device)
     share_cores(whisper.model)
     keep_freed_memory()
     chosen = {
-        "device": str(state.device),
+        "device": str(device),
         "dtype": str(whisper.model.dtype).removeprefix("torch."),
         "attention": whisper.model.config._attn_implementation,
         "torch_threads": torch.get_num_threads(),
@@ -63,7 +62,7 @@ def load_transcriber(
     model: ModelOptions,
     decoding: InferenceDecodingOptions,
     seed: int,
-    state: PartialState,
+    device: torch.device,
     run: Run,
 ) -> Transcriber:
     """Return a transcriber, with its assistant if there is one, that has been warmed up.
@@ -71,11 +70,11 @@ def load_transcriber(
     Raises:
         ConfigError: the model or its assistant cannot be loaded or does not suit the options.
     """
-    whisper = load_for_decoding(folder, model, state, run)
+    whisper = load_for_decoding(folder, model, device, run)
     assistant = None
     if assistant_folder:
         dtype = whisper.model.dtype  # also where "auto" decodes in another dtype than it trains in
-        student = load_whisper(assistant_folder, dtype, model.attention, state.device)
+        student = load_whisper(assistant_folder, dtype, model.attention, device)
         assistant = Assistant(student, whisper)
     transcriber = Transcriber(
         whisper,

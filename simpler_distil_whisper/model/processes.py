@@ -32,8 +32,8 @@ FOR_THE_START = datetime.timedelta(minutes=10)
 NOT_JOINED = "accelerate has not joined all processes"
 
 
-def join_processes() -> PartialState:
-    """Return this process's device and its connection to the others, if several were launched.
+def join_processes() -> torch.device:
+    """Connect this process to the others, if several were launched, and return its device.
 
     Raises:
         ConfigError: the processes do not reach one another, or two share a GPU.
@@ -47,7 +47,8 @@ def join_processes() -> PartialState:
     _check_connections(state.device)
     _prefer_kernels_without_plans()
     _let_float32_be_float32()
-    return state
+    device: torch.device = state.device
+    return device
 
 
 def make_accelerator(

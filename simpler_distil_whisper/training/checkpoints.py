@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from simpler_distil_whisper.atomic import new_folder, refuse_others, write_atomically
 from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.run import DataError
 
 OWN_NAME = re.compile(r"step-\d{8,}")
@@ -71,7 +72,7 @@ class Checkpoints:
         """
         place = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{place.name}.tmp"
-        if self.accelerator.is_main_process:
+        if is_main_process():
             if not _is_whole(place):
                 refuse_others(place)
             new_folder(partial)
@@ -85,7 +86,7 @@ class Checkpoints:
                 "room, and run the same command again to continue"
             ) from None
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if is_main_process():
             text = json.dumps(dataclasses.asdict(state), indent=2)
             write_atomically(partial / "trainer_state.json", text.encode())
             shutil.rmtree(place, ignore_errors=True)

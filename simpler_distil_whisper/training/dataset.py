@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
@@ -24,6 +23,7 @@ from simpler_distil_whisper.data.decoders import TOLERANCE_SECONDS
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Rejection, reject
 from simpler_distil_whisper.data.workers import load_ahead
+from simpler_distil_whisper.launch import process_count, process_rank
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.devices import moved
 from simpler_distil_whisper.model.teacher_cache import (
@@ -299,7 +299,6 @@ class TrainingSteps:
         audio_context: AudioContextOptions,
         seed: int,
         caches: StateCaches,
-        accelerator: Accelerator,
     ) -> None:
         """Plan the steps; nothing is read yet."""
         positions = student.model.config.max_target_positions
@@ -320,7 +319,6 @@ class TrainingSteps:
             seed,
         )
         self.micro_batch_size, self.workers = batch.micro_batch_size, data.workers
-        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
 
     @property
     def digest(self) -> str:
@@ -333,7 +331,8 @@ class TrainingSteps:
     def since(self, step: int) -> Iterator[tuple[TrainingBatch, ...]]:
         """Yield this process's micro-batches of each step from `step` on, counted from 0."""
         steps = range(step, self.length.max_steps)
-        own = MicroBatches(self.plan, steps, self.micro_batch_size, self.rank, self.processes)
+        size, rank, processes = self.micro_batch_size, process_rank(), process_count()
+        own = MicroBatches(self.plan, steps, size, rank, processes)
         dataset = TrainingDataset(
             own, self.visit_tokens, self.views, self.extractor, self.caches, self.contexts
         )

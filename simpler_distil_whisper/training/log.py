@@ -19,6 +19,7 @@ from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Rejection
 from simpler_distil_whisper.data.results import places_in, rejection_line
+from simpler_distil_whisper.launch import process_count
 from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms
@@ -138,7 +139,7 @@ class RunningMeans:
         terms = torch.stack([none, *self._terms]).cpu().double().sum(0)
         own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
         # One process alone skips this: its device may lack float64.
-        if self.accelerator.num_processes > 1:
+        if process_count() > 1:
             own = self.accelerator.reduce(own.to(self.accelerator.device)).cpu()
         return own
 

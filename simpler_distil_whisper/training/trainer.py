@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.launch import is_main_process, process_count
 from simpler_distil_whisper.model.devices import share_cores
 from simpler_distil_whisper.model.memory import out_of_memory
 from simpler_distil_whisper.model.whisper import save_whisper
@@ -88,8 +89,9 @@ class Trainer:
         self.state = self.checkpoints.restore_last(digest)
         if self.state.step:
             log.info("continuing after step %d", self.state.step)
-        main = accelerator.is_main_process
-        self.metrics = MetricsLog(run.folder, self.state.step, tensorboard, main)
+        self.metrics = MetricsLog(
+            run.folder, self.state.step, tensorboard, enabled=is_main_process()
+        )
         self.rejections = RejectionLog(run.folder / "rejected.jsonl")
         self.means = RunningMeans(accelerator, models.objective.uses_teacher, self.state.unlogged)
         self._record_setup()
@@ -119,7 +121,7 @@ class Trainer:
             ConfigError: memory does not suffice.
         """
         with self.advise_when_out_of_memory():
-            module, process_count = self.models.module, self.accelerator.num_processes
+            module = self.models.module
             tokens, stop = self._tokens_and_stop(micro_batches)
             module.train()
             for number, batch in enumerate(micro_batches, 1):
@@ -129,7 +131,7 @@ class Trainer:
                     terms = self.models.loss_terms(batch.to(self.accelerator.device))
                     # The processes' gradients are averaged, but every token of the step is to
                     # count alike: multiply back to a sum and divide once by all tokens.
-                    self.accelerator.backward(terms.loss * process_count / tokens)
+                    self.accelerator.backward(terms.loss * process_count() / tokens)
                 self.means.add(terms, batch)
                 self.rejections.add(batch.rejections)
             norm = self.accelerator.clip_grad_norm_(module.parameters(), self.max_grad_norm)
@@ -144,7 +146,7 @@ class Trainer:
     def _tokens_and_stop(self, micro_batches: Iterable[TrainingBatch]) -> tuple[int, bool]:
         """Return the label tokens of a step in all processes, and whether any is asked to stop."""
         own = sum(batch.label_tokens for batch in micro_batches)
-        if self.accelerator.num_processes == 1:  # the device need not be waited for
+        if process_count() == 1:  # the device need not be waited for
             return max(own, 1), self.run.asked_to_stop
         counts = torch.tensor([own, int(self.run.asked_to_stop)])
         tokens, stop = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
@@ -218,14 +220,14 @@ class Trainer:
 
     def save_student(self, name: str) -> None:
         """Write the student as it is as a complete model folder, with its card."""
-        if self.accelerator.is_main_process:
+        if is_main_process():
             student, folder = self.models.student, self.run.folder / name
             documents = self.card.documents(self.state.step, self.state.learning_rate)
             save_whisper(student.model, student.processor_folder, folder, documents)
 
     def draw_curves(self) -> None:
         """Draw the log so far as `training_curves.png`."""
-        if self.accelerator.is_main_process:
+        if is_main_process():
             folder = self.run.folder
             draw_curves(folder / "metrics.jsonl", folder / "training_curves.png")
 
@@ -237,7 +239,7 @@ class Trainer:
         (torch 2.13).
         """
         self._report_caches()
-        if self.accelerator.num_processes > 1:
+        if process_count() > 1:
             self.models.module = self.accelerator.unwrap_model(self.models.module)
             self.accelerator.free_memory()
             gc.collect()

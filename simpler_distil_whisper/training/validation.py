@@ -17,6 +17,7 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.decoding.transcription import transcribe_batch
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
+from simpler_distil_whisper.launch import process_count, process_rank
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
@@ -119,7 +120,7 @@ class Validation:
         """Return the error counts of a model; call it in every process."""
         transcriber = Transcriber(whisper, self.decoding, audio_context=self._context_of(whisper))
         batches = list(in_batches(self.utterances, smallest_of_all(transcriber.batch_size)))
-        own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        own = batches[process_rank() :: process_count()]
         read = SpeechReader(whisper.feature_extractor, self.limits, self.cache)
         counted: list[tuple[str, ErrorCounts]] = []
         examples: list[tuple[str, str]] = []

@@ -315,12 +315,12 @@ def test_an_assistant_computes_in_the_dtype_of_its_model(
         read_model_folder(make_model_folder(tmp_path / str(seed), seed=seed), None, "model")
         for seed in (1, 2)
     ]
-    state, run = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(note=lambda **_: None)
+    device, run = torch.device("cpu"), SimpleNamespace(note=lambda **_: None)
     options = (
         ModelOptions(path=folders[0].path),
         InferenceDecodingOptions(batch_size=1, max_new_tokens=5),
     )
-    transcriber = loading.load_transcriber(*folders, *options, 0, state, run)  # type: ignore[arg-type]
+    transcriber = loading.load_transcriber(*folders, *options, 0, device, run)  # type: ignore[arg-type]
     assert transcriber.assistant is not None and transcriber.assistant.own_encoder
     assert transcriber.assistant.student.model.dtype == torch.bfloat16
 
