@@ -182,11 +182,12 @@ def subtitle_rows(config: Config, run: Run) -> None:
         DataError: audio that was transcribed cannot be read any more.
     """
     columns = config.data.columns
-    names = (columns.audio, columns.start_seconds, columns.duration_seconds, columns.channel)
+    names = columns.start_seconds, columns.duration_seconds, columns.channel
 
     def seconds_of(row: Row) -> float:
-        with still_readable(row[columns.audio], "transcribed"):
-            return audio_seconds(*clip_of(row, *names))
+        path = row[columns.audio]
+        with still_readable(path, "transcribed"):
+            return audio_seconds(*clip_of(row, path, *names))
 
     write_subtitles(
         run.folder / HYPOTHESES,

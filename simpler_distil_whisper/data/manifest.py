@@ -56,19 +56,22 @@ def still_readable(audio: str, when: str) -> Iterator[None]:
         ) from None
 
 
-def clip_of(row: Row, audio: str, *others: str | None) -> Clip:
-    """Return the audio of a row that was written here, whose path holds as it stands.
+def clip_of(
+    row: Row, path: str, start: str | None, duration: str | None, channel: str | None
+) -> Clip:
+    """Return the audio of a row that is in a file, or in a part of it.
 
     Args:
         row: of labels or hypotheses.
-        audio: the column of the path.
-        others: those of start, duration and channel; None: no such column.
+        path: of the file.
+        start: the column that says where the part begins; None: no such column.
+        duration: that of its length.
+        channel: that of the channel.
     """
-    start, duration, channel = others
     return Clip(
-        Path(row[audio]),
-        (row.get(start) if start else None) or 0.0,
-        row.get(duration) if duration else None,
+        Path(path),
+        seconds_in(row, start) or 0.0,
+        seconds_in(row, duration),
         named_channel(row, channel) or MEAN,
     )
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, audio_seconds
+from simpler_distil_whisper.data.audio import AudioError, Clip, audio_seconds
 from simpler_distil_whisper.data.jsonl import UNKNOWN, Row, category, seconds_in
-from simpler_distil_whisper.data.row_checks import find_audio, named_channel
+from simpler_distil_whisper.data.manifest import clip_of
+from simpler_distil_whisper.data.row_checks import find_audio
 from simpler_distil_whisper.evaluation.hypotheses import (
     ExaminedSystem,
     HypothesisColumns,
@@ -132,13 +133,7 @@ def find_clip(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None
     path = find_audio(name, str(folder)) if isinstance(name, str) else None
     if path is None:
         return None
-    start = seconds_in(row, columns.start_seconds) or 0.0
-    return Clip(
-        Path(path),
-        start,
-        seconds_in(row, columns.duration_seconds),
-        named_channel(row, columns.channel) or MEAN,
-    )
+    return clip_of(row, path, columns.start_seconds, columns.duration_seconds, columns.channel)
 
 
 def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:

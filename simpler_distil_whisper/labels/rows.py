@@ -141,7 +141,8 @@ class LabelColumns:
 
     def clip(self, row: Row) -> Clip:
         """Return the file, or part of a file, that holds the audio of a labelled row."""
-        return clip_of(row, self.audio, self.start_seconds, self.duration_seconds, self.channel)
+        columns = self.start_seconds, self.duration_seconds, self.channel
+        return clip_of(row, row[self.audio], *columns)
 
     def load(self, row: Row) -> npt.NDArray[np.float32]:
         """Return the audio of a labelled row, float32 [S].

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simpler_distil_whisper.data.audio import Clip
-from simpler_distil_whisper.data.jsonl import Row, seconds_in
-from simpler_distil_whisper.data.manifest import Manifest, Utterance
+from simpler_distil_whisper.data.jsonl import Row
+from simpler_distil_whisper.data.manifest import Manifest, Utterance, clip_of
 from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER
 from simpler_distil_whisper.model.teacher_cache import audio_digest
 from simpler_distil_whisper.model.whisper import Whisper
@@ -219,8 +219,8 @@ def _clips(utterance: Utterance, columns: TrainingColumns) -> Iterator[Clip]:
     for part in parts if isinstance(parts, list) else ():
         path = part.get(columns.audio) if isinstance(part, dict) else None
         if isinstance(path, str):
-            start, duration = columns.start_seconds, columns.duration_seconds
-            yield Clip(Path(path), seconds_in(part, start) or 0.0, seconds_in(part, duration))
+            names = columns.start_seconds, columns.duration_seconds, columns.channel
+            yield clip_of(part, path, *names)
 
 
 def _seconds_shared(one: Clip, other: Clip) -> float:
