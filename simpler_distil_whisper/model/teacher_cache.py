@@ -88,18 +88,43 @@ def joined_states(parts: Sequence[CachedEncoderStates]) -> CachedEncoderStates |
     return CachedEncoderStates(torch.cat([part.states for part in parts]), missing)
 
 
-class EncoderStateCache:
-    """The encoder states of one teacher.
+class _StateCache:
+    """States of one kind of one teacher: a group in a store.
 
     A run with a cache always uses states in the cache's dtype, cached or just computed. A CPU
-    encodes every row alone: its results depend neither on the other rows of a batch nor on the
-    hits. A GPU, whose last bits vary anyway, encodes all missing rows at once.
+    computes every row alone: its results depend neither on the other rows of a batch nor on the
+    hits. A GPU, whose last bits vary anyway, computes all missing rows at once.
 
     Attributes:
         dtype: of the states.
         hits: rows whose states `complete` has taken from the cache.
-        misses: rows that it has encoded.
+        misses: rows whose states were computed.
     """
+
+    def __init__(
+        self,
+        kind: str,
+        store: TensorStore,
+        dtype: torch.dtype,
+        teacher: ModelFolder,
+        facts: dict[str, object],
+    ) -> None:
+        """Derive the group's name from the facts on which the states depend."""
+        self.store = store
+        self.dtype = dtype
+        self.hits = self.misses = 0
+        self._writer = BackgroundWriter(store)
+        facts = {**facts, "dtype": str(dtype)}
+        self.group = f"{kind}/{_digest(facts)}"
+        store.write_about(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+
+    def finish(self) -> None:
+        """Return once everything that `complete` has computed is on disk, or cannot be."""
+        self._writer.finish()
+
+
+class EncoderStateCache(_StateCache):
+    """The encoder states of one teacher."""
 
     def __init__(
         self,
@@ -108,7 +133,7 @@ class EncoderStateCache:
         teacher: ModelFolder,
         extractor: WhisperFeatureExtractor,
     ) -> None:
-        """Derive the name of the group of states in the store that belong to this teacher.
+        """Find the states in the store that belong to this teacher.
 
         Args:
             store: where the states are kept.
@@ -116,18 +141,12 @@ class EncoderStateCache:
             teacher: whose encoder computes them.
             extractor: what makes the encoder's input.
         """
-        self.store = store
-        self.dtype = dtype
-        self.hits = self.misses = 0
-        self._writer = BackgroundWriter(store)
         self.shape = (teacher.config["max_source_positions"], teacher.config["d_model"])
         facts = {
             "encoder_weights": digest_of_weights(teacher.path, "encoder."),
             **_encoder_facts(teacher, extractor),
-            "dtype": str(dtype),
         }
-        self.group = f"encoder_states/{_digest(facts)}"
-        store.write_about(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+        super().__init__("encoder_states", store, dtype, teacher, facts)
 
     def entry_name(self, utterance: Utterance, view: str | None = "") -> str | None:
         """Return the name of the states of one view of an utterance.
@@ -203,10 +222,6 @@ class EncoderStateCache:
         copied.record(torch.cuda.current_stream(states.device))
         self._writer.keep(names, [*copy], after=copied.synchronize)
 
-    def finish(self) -> None:
-        """Return once everything that `complete` has computed is on disk, or cannot be."""
-        self._writer.finish()
-
 
 @dataclass(frozen=True)
 class CachedDecoderStates(_CachedStates):
@@ -228,16 +243,10 @@ class CachedDecoderStates(_CachedStates):
         return replace(self, padded=moved(self.padded, device))
 
 
-class DecoderStateCache:
+class DecoderStateCache(_StateCache):
     """The last decoder states of one teacher, from which its output head computes the logits.
 
-    They take a hundredth of the space of the logits and lose nothing. As with encoder states, a CPU
-    computes every missing row alone, a GPU all of a batch at once.
-
-    Attributes:
-        dtype: of the states.
-        hits: rows whose states were taken from the cache.
-        misses: rows whose states the teacher has computed.
+    They take a hundredth of the space of the logits and lose nothing.
     """
 
     def __init__(
@@ -248,25 +257,19 @@ class DecoderStateCache:
         extractor: WhisperFeatureExtractor,
         numerics: str,
     ) -> None:
-        """Derive the name of the group of states, as an `EncoderStateCache` does.
+        """Find the states in the store, as an `EncoderStateCache` does.
 
-        The name also depends on `numerics`: the dtypes and devices of the computation, on which
-        the last bits depend.
+        Which they are also depends on `numerics`: the dtypes and devices of the computation, on
+        which the last bits depend.
         """
-        self.store = store
-        self.dtype = dtype
-        self.hits = self.misses = 0
-        self._writer = BackgroundWriter(store)
         self.width: int = teacher.config["d_model"]
         facts = {
             "weights": digest_of_weights(teacher.path),
             **_encoder_facts(teacher, extractor),
             "decoder": {name: teacher.config.get(name) for name in DECODER_SETTINGS},
             "computing": numerics,
-            "dtype": str(dtype),
         }
-        self.group = f"decoder_states/{_digest(facts)}"
-        store.write_about(self.group, {"teacher": str(teacher.path.resolve()), **facts})
+        super().__init__("decoder_states", store, dtype, teacher, facts)
 
     def look_up(
         self,
@@ -333,10 +336,6 @@ class DecoderStateCache:
             own = [copy[: lengths[row]] for row, copy in copies]
             self._writer.keep([*new.values()], own, wait=on_cpu)
         return states
-
-    def finish(self) -> None:
-        """Return once everything that `complete` has computed is on disk, or cannot be."""
-        self._writer.finish()
 
 
 def open_store(options: CacheOptions) -> TensorStore | None:
