@@ -42,6 +42,14 @@ def wer_oracle() -> Path:
     return folder_named_by("SDW_WER_ORACLE")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> None:
+    """Let torch use one thread, so that sums are the same to the last bit."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def run_script(tmp_path: Path) -> RunScript:
     """Run a script of the repository, by name, in the test's folder.

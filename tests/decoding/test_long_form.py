@@ -30,10 +30,7 @@ DEMO = REPOSITORY / "demo_data"
 LIMIT = 24
 LANGUAGES = ["zh", "en", "ja"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

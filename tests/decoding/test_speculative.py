@@ -28,10 +28,7 @@ LANGUAGES = ["zh", "en", "ja", "zh", "en", "ja", "zh", "en"]
 PREVIOUS = [[], [1, 2, 3], list(range(50, 150)) * 3, [7], [], [9] * 60, [5, 6], [8] * 30]
 DEMO = REPOSITORY / "demo_data"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loaded(path: Path) -> Whisper:

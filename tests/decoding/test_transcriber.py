@@ -22,10 +22,7 @@ from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 UTTERANCES = 8
 ADDED = ["浴室", "Kubernetes", "Müller", "<|speaker|>"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

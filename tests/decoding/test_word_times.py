@@ -49,10 +49,7 @@ TEXTS = [
     ("ko", " 안녕하세요. 반갑습니다!"),
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("language", "text"), TEXTS)

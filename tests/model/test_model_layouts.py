@@ -60,10 +60,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain(folder: Path, **layout: Any) -> Path:

@@ -23,10 +23,7 @@ from simpler_distil_whisper.run import DataError, Run
 
 Model = WhisperForConditionalGeneration
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

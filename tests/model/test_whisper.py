@@ -15,10 +15,7 @@ from simpler_distil_whisper.model.whisper import Whisper, copy_processor, load_w
 
 LANGUAGES = ["en", "zh"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -35,10 +35,7 @@ OBJECTIVE = make_objective(0.8, 1.3, 2.0)
 VOCABULARY = 23
 LEARNING = ("student_states", "student_head")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def position_terms(

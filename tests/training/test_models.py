@@ -29,10 +29,7 @@ from simpler_distil_whisper.training.options import Freeze, Objective, TeacherOp
 Model = WhisperForConditionalGeneration
 OBJECTIVE = Objective(cross_entropy_weight=1.0, kl_weight=1.0, temperature=2.0)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
