@@ -1,4 +1,4 @@
-# `make demo` distils a small Whisper with the five shipped configs; `make check` is what CI runs.
+# `make demo` distils a small Whisper with the five shipped configs; `make check` is what CI runs first.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -191,7 +191,9 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         seed=config.seed,
         caches=models.caches,
     )
-    facts = facts_of(config, teacher, student, selection, length, models.precision)
+    views = steps.views.count
+    facts = facts_of(config, teacher, student, selection, length, models.precision, views)
+    run.note(steps=length._asdict(), views=views)
     trainer = Trainer(
         run,
         steps.digest,

@@ -34,15 +34,17 @@ that read them; `--help` of a script shows the same table.
 - Paths are relative to the working directory. Audio paths inside a manifest are tried from the
   manifest's folder first.
 - Ratios go from 0 to 1. Units end a name: `_seconds`, `_steps`, `_gigabytes`.
-- What `null` does stands with each key. `"auto"` is chosen from device, model, data or labels, and
-  the log says what.
+- What `null` does stands with each key; it switches a section off that has a key `enabled`. `"auto"`
+  is chosen from device, model, data or labels: what, stands in the log or in `run_info.json`.
 - An unknown, misspelt, duplicate, missing or ill-typed key ends a script with exit code 2, with
   every problem in one message. Keys of earlier projects are answered with the new name.
 - A default is not always the value in the shipped file, so a key that is left out can change the
-  recipe. The shipped values are the recommended ones, but for paths, batch sizes and how often
-  something is logged and saved: those suit the demo. They differ in `sampled_texts.count`,
-  `data.sampled_text_probability`, `data.max_error_rate`, `objective.cross_entropy_weight`,
-  `freeze.embed_tokens`, `augmentation` and, for inference, `decoding.temperatures`.
+  recipe. The shipped values are the recommended ones, but for paths, the columns and rows that
+  `eval.json` and `export.json` name, batch sizes and how often something is logged and saved: those
+  suit the demo. They differ in `student.decoder_layers` (left out, nothing is pruned),
+  `sampled_texts.count`, `data.sampled_text_probability`, `data.max_error_rate`,
+  `objective.cross_entropy_weight`, `freeze.embed_tokens`, `augmentation` and, for inference,
+  `decoding.temperatures`.
 """
 ENTRY = re.compile(r"  (?P<key>\S+)\n      (?P<type>.*?), (?:required|default (?=(?P<rest>.*)))")
 

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -33,9 +40,11 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 BatchSize = Annotated[int, Field(gt=0, le=4096)]
 
-# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> the keys here.
+# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> the keys here, some with
+# a hint. But for those of some sections, another script may have them in another section.
+ONLY_THERE = ("teacher.", "student.", "columns.")
 RENAMED_KEYS = {
-    "asr_results_path": 'hypotheses": [{"name": ..., "path": ...}]',
+    "asr_results_path": 'hypotheses (a list of {"name": ..., "path": ...})',
     "audio_duration_col": "columns.duration_seconds",
     "audio_path_col": "columns.audio",
     "common": "data.language",
@@ -67,8 +76,8 @@ RENAMED_KEYS = {
     "output_text_col": "output_columns.hypothesis",
     "overwrite_output_dir": "resume",
     "per_device_train_batch_size": "batch.micro_batch_size",
-    "processor_name_or_path": "teacher.processor",
-    "processor_path_or_name": "teacher.processor",
+    "processor_name_or_path": "model.processor",
+    "processor_path_or_name": "model.processor",
     "resume_from_checkpoint": "resume",
     "save_dir": "output_dir",
     "student_model_decoder_layers": "student.decoder_layers",
@@ -82,7 +91,7 @@ RENAMED_KEYS = {
     "teacher_model_path_or_name": "teacher.path",
     "text_col": "columns.text",
     "text_norm": "metric.normalization",
-    "train": "optimizer, schedule and batch",
+    "train": "optimizer (and schedule, and batch)",
     "train_jsonl_path": "data.train_manifests (a list)",
     "wer_threshold": "data.max_error_rate (a ratio: 10 % is 0.1)",
 }
@@ -97,9 +106,17 @@ class ConfigError(Exception):
 
 
 class StrictModel(BaseModel):
-    """A config section: immutable, no unknown keys, no silent type conversion."""
+    """A config section: immutable, no unknown keys, no silent type conversion.
+
+    Null switches a section off that has a key `enabled`, which is false by default.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_off(cls, value: object) -> object:
+        return {} if value is None and "enabled" in cls.model_fields else value
 
     @field_validator("*")
     @classmethod
@@ -239,10 +256,7 @@ def _suggest(path: str, model: type[StrictModel]) -> str:
     if why := REMOVED_KEYS.get(path):
         return f": it is gone, {why}: delete the key"
     if new := RENAMED_KEYS.get(name):
-        # In this script's config, the same key can be in another section.
-        whole = [key for key in valid if f".{key}".endswith(f".{new}")]
-        last = [key for key in valid if key.rpartition(".")[2] == new.rpartition(".")[2]]
-        return f': it is now "{min(whole or last or [new], key=len)}"'
+        return f": it is now {_where_now(*new.split(' ', 1), valid=valid)}"
     siblings = {key.rpartition(".")[2]: key for key in valid if key.rpartition(".")[0] == section}
     if near := difflib.get_close_matches(name, siblings, n=1):
         return f'. Did you mean "{near[0]}"?'
@@ -250,6 +264,17 @@ def _suggest(path: str, model: type[StrictModel]) -> str:
     if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
         return f'. Did you mean "{elsewhere[near[0]]}"?'
     return f". Valid here: {', '.join(siblings)}" if siblings else ""
+
+
+def _where_now(new: str, hint: str = "", *, valid: list[str]) -> str:
+    """Return the places of a renamed key in this script's config, which can be other sections."""
+    found = [key for key in valid if f".{key}".endswith(f".{new}")]
+    if not found and not new.startswith(ONLY_THERE):
+        found = [key for key in valid if key.rpartition(".")[2] == new.rpartition(".")[2]]
+    depth = min((key.count(".") for key in found), default=0)
+    keys = [f'"{key}"' for key in found if key.count(".") == depth]
+    places = " or ".join(keys) or f'"{new}" of another script'
+    return f"{places} {hint}".rstrip()
 
 
 def _section_of(annotation: object) -> type[StrictModel] | None:

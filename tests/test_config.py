@@ -113,7 +113,10 @@ def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
         ({"limits": {"zzz": 1}}, "limits.zzz: unknown key. Valid here: min_seconds, threshold"),
         ({"systems": [{"name": "a", "path": "b", "pth": "c"}]}, "systems.0.pth: unknown key. Did"),
         ({"output_path": "x"}, 'output_path: unknown key: it is now "output_dir"'),
-        ({"limits": {"lang": 1}}, 'limits.lang: unknown key: it is now "decoding.language"'),
+        (
+            {"limits": {"lang": 1}},
+            'limits.lang: unknown key: it is now "decoding.language" of another script',
+        ),
         ({"output_dir": 3}, "output_dir: Input should be a valid string, found 3"),
         ({"output_dir": None}, "output_dir: Input should be a valid string, found null"),
         ({"count": "8"}, 'count: Input should be a valid integer, found "8"'),
@@ -329,10 +332,14 @@ def test_problems_end_a_script_with_exit_code_2(
     assert done.returncode == 2
     assert done.stdout == ""
     path = tmp_path / "config.json"
-    section = "layer_scoring" if name == "create_student_model" else "data"
+    place = {
+        "create_student_model": '"layer_scoring.manifest"',
+        "run_distillation": '"data.manifest" of another script',
+        "eval": '"data.manifest" of another script',
+    }.get(name, '"data.manifest"')
     assert done.stderr.splitlines() == [
         f'{path}: output_dri: unknown key. Did you mean "output_dir"?',
-        f'{path}: data_path: unknown key: it is now "{section}.manifest"',
+        f"{path}: data_path: unknown key: it is now {place}",
     ]
     assert not output.exists()
 
@@ -371,10 +378,53 @@ def test_a_retired_key_is_answered_with_the_whole_new_name(tmp_path: Path) -> No
     with pytest.raises(ConfigError) as caught:
         load_config(path, run_distillation.Config)
     assert str(caught.value).splitlines() == [
-        f'{path}: min_pseudo_label_metric: unknown key: it is now "data.max_error_rate (it always '
-        'was a maximum)"',
+        f'{path}: min_pseudo_label_metric: unknown key: it is now "data.max_error_rate" (it always '
+        "was a maximum)",
         f'{path}: text_col: unknown key: it is now "data.columns.text"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("script", "old", "new"),
+    [
+        ("run_distillation", "model_name_or_path", '"teacher.path" or "student.path"'),
+        ("run_pseudo_labelling", "model_name_or_path", '"teacher.path"'),
+        ("offline_inference", "processor_path_or_name", '"model.processor"'),
+        ("run_pseudo_labelling", "student_model_path", '"student.path" of another script'),
+        ("eval", "metric_col", '"columns.error_rate" of another script'),
+        ("eval", "asr_results_path", '"hypotheses" (a list of {"name": ..., "path": ...})'),
+    ],
+)
+def test_a_retired_key_has_the_place_that_the_script_gives_it(
+    tmp_path: Path, script: str, old: str, new: str
+) -> None:
+    config = json.loads((REPOSITORY / f"{script}.json").read_text(encoding="utf-8"))
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**config, old: "x"}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, importlib.import_module(script).Config)
+    assert str(caught.value) == f"{path}: {old}: unknown key: it is now {new}"
+
+
+@pytest.mark.parametrize(
+    ("script", "section"),
+    [("run_distillation", "audio_context"), ("offline_inference", "decoding.voice_activity")],
+)
+def test_a_section_that_can_be_switched_off_can_be_null(
+    tmp_path: Path, script: str, section: str
+) -> None:
+    config = json.loads((REPOSITORY / f"{script}.json").read_text(encoding="utf-8"))
+    *parents, name = section.split(".")
+    keys = config
+    for parent in parents:
+        keys = keys[parent]
+    keys[name] = None
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(config))
+    loaded: Any = load_config(path, importlib.import_module(script).Config)
+    for part in section.split("."):
+        loaded = getattr(loaded, part)
+    assert loaded.enabled is False
 
 
 def test_early_stopping_without_dev_rows_is_refused(tmp_path: Path) -> None:

@@ -104,7 +104,10 @@ class RowCheck:
     def _check_new_fields(self, row: Row) -> None:
         if not self.new_fields.isdisjoint(row):
             names = sorted(self.new_fields.intersection(row))
-            raise RowError(f"has {names} already: rename them, or choose other output_columns")
+            raise RowError(
+                f"has {names} already, which the run would write: rename them, or name other "
+                "output_columns where these come from there"
+            )
 
     def _channels(self, row: Row, path: str) -> list[int]:
         """Return the channels, from 0, of which rows are made; `UNSET`: the row stays as it is.

@@ -103,7 +103,9 @@ def _chosen_context(
     if choice == "auto":
         context = whisper.audio_context
         if assistant is not None and assistant.student.audio_context != context:
-            context = None  # the two would be given different parts of the window
+            # The two would be given different parts of the window.
+            log.info("audio context: none, since model and assistant were not trained for the same")
+            context = None
     elif choice != "full":
         context = AudioContext(choice)
     if context:

@@ -351,7 +351,7 @@ def _warn_of_halving(batch_size: int) -> None:
     """Warn, once for each size."""
     log.warning(
         "A batch of %d did not fit into the memory: it is decoded in halves, and so are later "
-        "ones; a smaller decoding.batch_size would save the attempt.",
+        "ones; a smaller decoding.batch_size, in a new output_dir, would save the attempt.",
         batch_size,
     )
 

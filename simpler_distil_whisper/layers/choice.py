@@ -153,7 +153,7 @@ def _make_scorer(
     scorer = LayerScorer(whisper, tuple(encoder_layers), labelled, stop_if_asked, cache)
     if cache:
         cache.finish()
-        log.info("teacher cache, encoder states: %d of %d found", scorer.hits, len(labelled))
+        log.info("teacher cache, encoder states: %d of %d hits", scorer.hits, len(labelled))
     for rejection in scorer.rejections:
         log.warning("not scored on: %s: %s", rejection.place, rejection.reason)
     return scorer

@@ -33,6 +33,7 @@ from simpler_distil_whisper.model.teacher_cache import (
     EncoderStateCache,
 )
 from simpler_distil_whisper.model.whisper import Whisper
+from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.augment import View, Views
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, label_places_of
 from simpler_distil_whisper.training.options import (
@@ -306,6 +307,8 @@ class TrainingSteps:
         self.visit_tokens = VisitTokens(examples, data, student.tokens, positions, seed)
         hours = sum(example.seconds for example in examples) / 3600
         self.views = Views(augmentation, hours, student.window_seconds, seed)
+        count = self.views.count
+        log.info("views of each clip: %s", "a new one at each use" if count is None else count)
         self.extractor = student.feature_extractor
         self.contexts = None
         if audio_context.enabled:

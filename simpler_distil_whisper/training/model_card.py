@@ -24,7 +24,7 @@ from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.plan import RunLength
 
 SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
-RECIPE = ("objective", "freeze", "audio_context", "optimizer", "augmentation", "seed")
+RECIPE = ("objective", "freeze", "audio_context", "optimizer", "seed")
 FILTERS = (
     *EvidenceLimits.model_fields,
     "incomplete_labels",
@@ -84,8 +84,9 @@ def facts_of(
     selection: Selection,
     length: RunLength,
     precision: str,
+    views: int | None,
 ) -> dict[str, Any]:
-    """Return what is known of a run before its first step."""
+    """Return what is known of a run before its first step, with what "auto" has come to."""
     settings = config.model_dump(mode="json")
     languages = Counter(
         code_or_none(example.utterance.language or "") or "unknown"
@@ -111,6 +112,7 @@ def facts_of(
         },
         "recipe": {
             **{name: settings[name] for name in RECIPE},
+            "augmentation": {**settings["augmentation"], "views": views},
             "schedule": {
                 "kind": settings["schedule"]["kind"],
                 "warmup_steps": length.warmup_steps,

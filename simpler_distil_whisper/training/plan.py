@@ -69,11 +69,12 @@ def run_length(
         validate_every = min(math.ceil(max_steps / AUTO_VALIDATIONS), MOST_STEPS_BETWEEN)
     every = validate_every or max(1, round(epoch_size / step_size))
     log.info(
-        "%d steps of %d utterances, %.1f epochs, %d steps of warm-up",
+        "%d steps of %d utterances, %.1f epochs, %d steps of warm-up, dev scored every %d",
         max_steps,
         step_size,
         max_steps * step_size / epoch_size,
         warmup_steps,
+        every,
     )
     return RunLength(step_size, max_steps, warmup_steps, every)
 

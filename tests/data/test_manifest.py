@@ -124,7 +124,10 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({**GOOD, "language": 7}, '"language" is not a string: 7'),
     ({**GOOD, "language": "taigi"}, 'use "zh"'),
     ({**GOOD, "language": "yue"}, 'the model has no token for the language "yue"'),
-    ({**GOOD, "hypothesis": ""}, "has ['hypothesis'] already: rename them"),
+    (
+        {**GOOD, "hypothesis": ""},
+        "has ['hypothesis'] already, which the run would write: rename them",
+    ),
 ]
 
 
