@@ -15,13 +15,10 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
-
-from tqdm import tqdm
 
 from simpler_distil_whisper.atomic import IN_THE_WAY, partial_path, write_atomically
 from simpler_distil_whisper.config import (
@@ -40,7 +37,7 @@ from simpler_distil_whisper.launch import (
     process_rank,
 )
 from simpler_distil_whisper.shards import SHARDS_FOLDER, Shard, Shards
-from simpler_distil_whisper.terminal import AboveTheProgressBar, LogFile, VisibleFormatter, show
+from simpler_distil_whisper.terminal import log_to_file, log_to_stderr, show
 
 log = logging.getLogger("simpler_distil_whisper")
 
@@ -68,7 +65,6 @@ HARMLESS_KEYS = {
     "teacher_cache.max_gigabytes",
     "check.learning_rate_range_test",
 }
-SECONDS_BETWEEN_LINES = 30.0  # of progress in the log, where stderr is no terminal
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGEST_INFO = 2**24  # bytes of `run_info.json`
 STOP_SIGNALS = [
@@ -78,7 +74,6 @@ ANOTHER_RUN = "another run is at work in {}; end it, or wait until it has ended"
 PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
 
 Prepared = TypeVar("Prepared")
-Item = TypeVar("Item")
 
 
 class DataError(Exception):
@@ -322,7 +317,7 @@ def run_script(
     """
     command = command or f"python {name}.py"
     arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
-    _log_to_stderr()
+    log_to_stderr(log, logging.INFO if is_main_process() else logging.WARNING)
     if "--help" in arguments or "-h" in arguments:
         usage = USAGE.format(command=command, keys=help_table(model))
         show(f"{(purpose or '').strip()}\n\n{usage}\n")
@@ -344,7 +339,7 @@ def run_script(
                 log.info("%s: all checked, nothing done.", path)
                 return 0
             run = Run(name, path, config, overwrite=overwrite)
-            stack.enter_context(_log_to_file(run.log_file))
+            stack.enter_context(log_to_file(log, run.log_file))
             _do_work(run, work, config, prepared)
             return 0
         except (Exception, KeyboardInterrupt) as error:
@@ -437,73 +432,6 @@ def _close(run: Run | None, outcome: str) -> None:
     if run:
         with contextlib.suppress(OSError):  # a full disk cannot take this either
             run.close(outcome)
-
-
-class Progress:
-    """Progress of long work, with the time left: a bar on a terminal, otherwise lines in the log.
-
-    Use it in a `with` block and call `advance`, or loop `over` the items. Only the main process
-    shows anything.
-    """
-
-    def __init__(self, what: str, unit: str, total: int, done: int = 0) -> None:
-        """Start at `done` of `total`, where an earlier run has stopped."""
-        self.what, self.unit, self.total, self.done = what, unit, total, done
-        self._done_before = done
-        self._started = self._shown = time.monotonic()
-        hidden = not (is_main_process() and sys.stderr.isatty())
-        self._bar = tqdm(desc=what, unit=f" {unit}", total=total, initial=done, disable=hidden)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):  # the terminal has gone
-            self._bar.close()
-
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items; each counts as done when the loop asks for the next."""
-        with self:
-            for item in items:
-                yield item
-                self.advance()
-
-    def advance(self, count: int = 1) -> None:
-        """Count `count` more units as done."""
-        self.done += count
-        with contextlib.suppress(OSError):
-            self._bar.update(count)
-        now = time.monotonic()
-        if self._bar.disable and is_main_process() and now - self._shown >= SECONDS_BETWEEN_LINES:
-            self._shown = now
-            each = (now - self._started) / (self.done - self._done_before)
-            left = datetime.timedelta(seconds=round(each * (self.total - self.done)))
-            where = f"{self.done} of {self.total} {self.unit}"
-            log.info("%s: %s, about %s left", self.what, where, left)
-
-
-def _log_to_stderr() -> None:
-    handler = AboveTheProgressBar()
-    handler.setFormatter(VisibleFormatter("%(message)s"))
-    log.handlers = [handler]
-    log.propagate = False
-    log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
-
-
-@contextlib.contextmanager
-def _log_to_file(file: TextIO | None) -> Iterator[None]:
-    if file is None:
-        yield
-        return
-    handler = LogFile(file)
-    handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        with contextlib.suppress(OSError):  # of a full disk; only now does the lock end
-            file.close()
 
 
 def _info_in(path: Path) -> dict[str, Any]:

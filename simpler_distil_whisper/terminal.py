@@ -1,7 +1,8 @@
 """What reaches the terminal and the log: text in which nothing can act on the terminal.
 
 Texts, names and paths come from others' files. Sent as they are, escape sequences in them could
-clear the screen, and marks of direction could show one path as another. Files keep them.
+clear the screen, and marks of direction could show one path as another. Files keep them. Owns where
+a logger's records go, and in which form.
 """
 
 import contextlib
@@ -9,6 +10,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -60,3 +63,29 @@ class LogFile(logging.StreamHandler):  # type: ignore[type-arg]
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Leave the record out."""
+
+
+def log_to_stderr(log: logging.Logger, level: int) -> None:
+    """Let a logger write what is at least of this level to stderr, and nothing anywhere else."""
+    handler = AboveTheProgressBar()
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(level)
+
+
+@contextlib.contextmanager
+def log_to_file(log: logging.Logger, file: TextIO | None) -> Iterator[None]:
+    """Let a logger write to a file as well, which is closed at the end; None: to none."""
+    if file is None:
+        yield
+        return
+    handler = LogFile(file)
+    handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):  # of a full disk; only now does its lock end
+            file.close()

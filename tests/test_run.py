@@ -705,16 +705,3 @@ def test_a_real_script_refuses_what_is_not_there(run_script: RunScript, tmp_path
     assert done.returncode == 2
     assert "teacher.path: no such folder: nowhere" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_where_there_is_no_terminal_progress_and_time_left_are_logged(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(run_module.log, "info", lambda text, *words: lines.append(text % words))
-    assert list(run_module.Progress("labelling", "rows", 12, done=9).over("abc")) == [*"abc"]
-    assert [line.split(", about")[0] for line in lines] == [
-        f"labelling: {done} of 12 rows" for done in (10, 11, 12)
-    ]
-    assert lines[-1].endswith("about 0:00:00 left")

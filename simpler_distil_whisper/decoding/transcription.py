@@ -39,7 +39,8 @@ from simpler_distil_whisper.launch import is_main_process, process_count, proces
 from simpler_distil_whisper.model.memory import Room, out_of_memory
 from simpler_distil_whisper.model.processes import SharedSums, smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
-from simpler_distil_whisper.run import DataError, Progress, Run, log
+from simpler_distil_whisper.progress import Progress
+from simpler_distil_whisper.run import DataError, Run, log
 from simpler_distil_whisper.shards import WHOLE, Shard
 
 BATCHES_OF_A_GROUP = 64  # whose rows are sorted by length together

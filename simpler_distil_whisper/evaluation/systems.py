@@ -22,7 +22,8 @@ from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.evaluation.scoring import score_utterance
 from simpler_distil_whisper.evaluation.summary import ComparisonSummary
 from simpler_distil_whisper.evaluation.tallies import SystemScores, length_groups
-from simpler_distil_whisper.run import Progress, Run
+from simpler_distil_whisper.progress import Progress
+from simpler_distil_whisper.run import Run
 
 
 def score_system(

@@ -20,7 +20,8 @@ from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.decoding.speed import Speed, write_speed
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Scorer, total
-from simpler_distil_whisper.run import Progress, Run
+from simpler_distil_whisper.progress import Progress
+from simpler_distil_whisper.run import Run
 
 HYPOTHESIS = "hypothesis"  # the column, as offline inference calls it
 SHORTEST_SECONDS = 0.1

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from simpler_distil_whisper.launch import process_count, process_rank
-from simpler_distil_whisper.run import Progress, Run
+from simpler_distil_whisper.progress import Progress
+from simpler_distil_whisper.run import Run
 
 FILES_IN_A_FOLDER = 1000
 

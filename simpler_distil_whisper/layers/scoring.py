@@ -27,7 +27,8 @@ from simpler_distil_whisper.layers.search import Layers, LayerScore
 from simpler_distil_whisper.model.memory import suitable_batch_size
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.model.whisper import Whisper
-from simpler_distil_whisper.run import DataError, Progress
+from simpler_distil_whisper.progress import Progress
+from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
 from simpler_distil_whisper.training.models import last_states
 from simpler_distil_whisper.training.options import ONLY_KL

@@ -29,7 +29,8 @@ from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER, INCOMPLETE,
 from simpler_distil_whisper.labels.threshold import suggest_for_rows
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
-from simpler_distil_whisper.run import DataError, Progress, log
+from simpler_distil_whisper.progress import Progress
+from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.normalization import is_blank
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.tokens import (

@@ -244,7 +244,7 @@ def test_a_check_neither_fills_a_cache_nor_loads_a_teacher_that_none_needs(
 
 def exit_code_of_check(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr("simpler_distil_whisper.run._log_to_stderr", lambda: None)
+    monkeypatch.setattr("simpler_distil_whisper.run.log_to_stderr", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["run_distillation.py", str(path), "--check"])
     parts = (run_distillation.prepare, run_distillation.work)
     return run.run_script(
