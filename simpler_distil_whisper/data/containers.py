@@ -1,18 +1,31 @@
 """What the structure of an audio file tells and libsndfile does not check.
 
 Files that were joined, cut off, or written by a recorder that never came to write the size. Owns
-the walk over chunks (WAV, RF64, W64, AIFF, CAF), pages (Ogg), frames (MP3) and headers (AU). It
-decodes nothing.
+the walk over chunks (WAV, RF64, W64, AIFF, CAF), pages (Ogg), boxes (MP4) and headers (AU), and how
+recordings begin; the frames of MP3 and AAC are for `frames`. It decodes nothing.
 """
 
-import errno
-import itertools
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
+from simpler_distil_whisper.data.byte_search import (
+    SEARCHED_BYTES,
+    end_of_content,
+    positions_of,
+    read_at,
+)
+from simpler_distil_whisper.data.frames import (
+    FRAME_HEADER_BYTES,
+    adts_frame,
+    after_id3,
+    counted_bytes,
+    frames_begin,
+    frames_of,
+    mp3_frame,
+)
 from simpler_distil_whisper.data.pauses import OGG_HEADER, OPUS_BYTES, OpusPages
 
 FEW_BYTES = 512  # behind the audio; nobody misses them
@@ -23,13 +36,8 @@ UNKNOWN_SIZE = 2**31 - 2**16
 UNKNOWN_LONG_SIZE = 2**62  # where lengths have 64 bits
 IN_DS64 = 2**32 - 1  # the length of an RF64's audio, which stands in its chunk "ds64"
 OGG_FIRST_PAGE = 2
-BLOCK_BYTES = 2**20  # searched at once
-SEARCHED_BYTES = 2**27  # at most, where a structure does not tell its end
 FLAC_BUFFER_BYTES = 2**14  # read ahead by a decoder, and more
 TAG_BYTES = 2**16  # behind an MP3, and before another recording
-ZERO_BYTES = 2**24  # so many at the end are left out, unless a header counts them
-MOST_ZERO_BYTES = 2**32  # looked through, where the file system does not tell of them
-CHAINED_FRAMES = 4  # by which frames are told from other bytes
 UNDERSTATED = "its header counts less than it holds, all of which is used"
 ZEROS = "the zeros at its end, which its header does not count, are left out"
 SEVERAL_CHUNKS = "it has several chunks of audio, of which only the first one is used"
@@ -57,21 +65,6 @@ SIGNATURES = {
     b"wvpk": rb"wvpk.{4}[\x02-\x10]\x04.{6}\x00{4}",  # the block of its first sample
 }
 SIGNATURE_BYTES = 32
-
-# Of MPEG audio, layer III: kilobits per second by index; those of MPEG 1, then of 2 and 2.5.
-MP3_BITRATES = (
-    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-)
-FRAME_HEADER_BYTES = 7
-ADTS_RATES = (  # of AAC, by index
-    *(96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050),
-    *(16_000, 12_000, 11_025, 8_000, 7_350),
-)
-MP3_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
-
-# Reads the header of a frame: its length in bytes and in seconds; None: it is none.
-FrameOf = Callable[[bytes], tuple[int, float] | None]
 
 
 class Chunks(NamedTuple):
@@ -176,13 +169,13 @@ def read_structures(file: BinaryIO, *, thorough: bool) -> list[Structure]:
 
 def _read_structure(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Structure:
     """Return the structure of the recording that begins there."""
-    start = _after_id3(file, begin)
-    beginning = _read(file, start, 12)
+    start = after_id3(file, begin)
+    beginning = read_at(file, start, 12)
     if beginning[:4] in CHUNKS:
         return _read_chunks(file, start, size, thorough=thorough)
     if beginning[:4] in AU_LAYOUTS:
         return _read_au(file, start, size, thorough=thorough)
-    size = max(begin, _end_of_content(file, size))
+    size = max(begin, end_of_content(file, size))
     if beginning[:4] == b"OggS":
         return _read_pages(file, start, size)
     if beginning[4:8] == BOX_NAME:
@@ -197,25 +190,6 @@ def _read_structure(file: BinaryIO, begin: int, size: int, *, thorough: bool) ->
     return _searched(file, begin, begin + 12, size, tuple(SIGNATURES) if thorough else ())
 
 
-def _read(file: BinaryIO, offset: int, count: int) -> bytes:
-    file.seek(offset)
-    return file.read(count)
-
-
-def _positions(file: BinaryIO, pattern: bytes, start: int, end: int) -> Iterator[int]:
-    """Yield where a pattern begins in a part of a file."""
-    overlap = len(pattern) - 1
-    while start < end:
-        block = _read(file, start, min(BLOCK_BYTES, end + overlap - start))
-        if len(block) <= overlap:
-            return
-        place = block.find(pattern)
-        while place >= 0:
-            yield start + place
-            place = block.find(pattern, place + 1)
-        start += len(block) - overlap
-
-
 def _next_recording(
     file: BinaryIO, start: int, end: int, names: Iterable[bytes] = SIGNATURES
 ) -> int | None:
@@ -224,8 +198,8 @@ def _next_recording(
     for name in names:
         before = 4 if name == BOX_NAME else 0
         last = end if first is None else first
-        for position in _positions(file, name, start + before, last + before):
-            content = _read(file, position - before, SIGNATURE_BYTES)
+        for position in positions_of(file, name, start + before, last + before):
+            content = read_at(file, position - before, SIGNATURE_BYTES)
             if re.match(SIGNATURES[name], content, re.DOTALL):
                 first = position - before
                 break
@@ -234,10 +208,10 @@ def _next_recording(
 
 def _begins(file: BinaryIO, position: int) -> bool:
     """Return whether a recording begins there."""
-    start = _after_id3(file, position)
+    start = after_id3(file, position)
     if _next_recording(file, start, start + 1) == start:
         return True
-    return any(_is_chain(file, start, kind) for kind in (_mp3_frame, _adts_frame))
+    return frames_begin(file, start)
 
 
 def recording_behind(file: BinaryIO, position: int) -> int | None:
@@ -245,7 +219,7 @@ def recording_behind(file: BinaryIO, position: int) -> int | None:
     start = max(1, position - FLAC_BUFFER_BYTES)
     if following := _next_recording(file, start, start + SEARCHED_BYTES):
         return following
-    places = _positions(file, b"\xff", start, position + TAG_BYTES)
+    places = positions_of(file, b"\xff", start, position + TAG_BYTES)
     return next((place for place in places if _begins(file, place)), None)
 
 
@@ -264,39 +238,9 @@ def _ended(file: BinaryIO, begin: int, end: int, size: int) -> Structure:
     return Structure(begin, end, end) if follows else Structure(begin, size)
 
 
-def _end_of_written(file: BinaryIO, size: int) -> int:
-    """Return where the last hole of a sparse file begins, if it reaches to the end."""
-    if not hasattr(os, "SEEK_HOLE"):
-        return size
-    descriptor, end = file.fileno(), 0
-    position = os.lseek(descriptor, 0, os.SEEK_CUR)
-    try:
-        while end < size:
-            end = os.lseek(descriptor, end, os.SEEK_HOLE)
-            if end < size:
-                end = os.lseek(descriptor, end, os.SEEK_DATA)
-    except OSError as error:
-        return end if error.errno == errno.ENXIO else size  # no data behind the hole
-    finally:
-        os.lseek(descriptor, position, os.SEEK_SET)
-    return size
-
-
-def _end_of_content(file: BinaryIO, size: int) -> int:
-    """Return where a file ends without the zeros at its end, if these are very many."""
-    written = end = _end_of_written(file, size)
-    while end > 0 and written - end < MOST_ZERO_BYTES:
-        block = _read(file, max(0, end - BLOCK_BYTES), min(end, BLOCK_BYTES))
-        if rest := block.rstrip(b"\0"):
-            end -= len(block) - len(rest)
-            break
-        end -= len(block)
-    return end if size - end > ZERO_BYTES else size
-
-
 def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Structure:
     """Return the structure of a file of chunks."""
-    kind = CHUNKS[_read(file, begin, 4)]
+    kind = CHUNKS[read_at(file, begin, 4)]
     header = kind.header
     position, long_length = begin + kind.head, (IN_DS64, 0)
     audio: tuple[int, _Length] | None = None
@@ -304,13 +248,13 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
     for _ in range(MOST_CHUNKS):
         if audio and _begins(file, position):
             return Structure(begin, position, position, remark=remark)
-        content = _read(file, position, header.size)
+        content = read_at(file, position, header.size)
         if len(content) < header.size:
             break
         name, length = header.unpack(content)
         start, length = position + header.size, max(length - kind.counted, 0)
         if name == b"ds64":
-            long_length = int.from_bytes(_read(file, start + 8, 8), "little"), start + 8
+            long_length = int.from_bytes(read_at(file, start + 8, 8), "little"), start + 8
         elif name == kind.audio and not audio:
             # Of each kind, the length stands at the end of the header.
             layout = struct.Struct(header.format[0] + header.format[-1])
@@ -344,17 +288,17 @@ def _miscounted(
         size: of the file.
         thorough: as in `read_structures`.
     """
-    magic = _read(file, begin, 4)
+    magic = read_at(file, begin, 4)
     names = [name for name in SIGNATURES if name.startswith(magic)] if thorough else []
     is_known = length.bytes_ < length.unknown
-    searched_end = min(_end_of_content(file, size), start + SEARCHED_BYTES)
+    searched_end = min(end_of_content(file, size), start + SEARCHED_BYTES)
     following = _next_recording(file, start, searched_end, names)
     end = following or size
     if is_known and length.bytes_ > end - start:
         shortage = length.bytes_ / (end - start) if end > start else 1.0
         return Structure(begin, end, following, shortage=shortage)
     counted_end = start + length.bytes_ if is_known else start
-    content_end = max(counted_end, _end_of_content(file, end))
+    content_end = max(counted_end, end_of_content(file, end))
     remark = ZEROS if content_end < end else UNDERSTATED if is_known else None
     patch = length.patch(content_end - start)
     return Structure(begin, content_end, following, patch, remark)
@@ -362,7 +306,7 @@ def _miscounted(
 
 def _next_chunk(file: BinaryIO, end: int, alignment: int) -> int:
     """Return where the chunk after one that ends there begins."""
-    is_there = _is_name(_read(file, end, 4)) or _begins(file, end)
+    is_there = _is_name(read_at(file, end, 4)) or _begins(file, end)
     return end if is_there else end + -end % alignment
 
 
@@ -372,7 +316,7 @@ def _is_name(name: bytes) -> bool:
 
 def _read_au(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Structure:
     """Return the structure of an AU file, which has one header and its audio."""
-    content = _read(file, begin, 16).ljust(16, b"\0")
+    content = read_at(file, begin, 16).ljust(16, b"\0")
     layout = AU_LAYOUTS[content[:4]]
     _, offset, count, _ = struct.unpack(layout, content)
     start = begin + max(offset, AU_HEADER_BYTES)
@@ -387,11 +331,11 @@ def _read_pages(file: BinaryIO, begin: int, size: int) -> Structure:
     """Return the structure of an Ogg stream; another one that is chained to it follows it."""
     position, among_first, opus = begin, True, OpusPages()
     while position < size:
-        page = _read(file, position, OGG_HEADER.size + 255 + OPUS_BYTES)
+        page = read_at(file, position, OGG_HEADER.size + 255 + OPUS_BYTES)
         if page[:4] != b"OggS":
             if _begins(file, position):
                 return Structure(begin, position, position)
-            position = next(_positions(file, b"OggS", position + 1, size), size)
+            position = next(positions_of(file, b"OggS", position + 1, size), size)
             continue
         if len(page) < OGG_HEADER.size:
             position = size + 1
@@ -410,7 +354,7 @@ def _read_boxes(file: BinaryIO, begin: int, size: int) -> Structure:
     """Return the structure of an MP4, whose boxes begin with their length and their name."""
     position = begin
     for _ in range(MOST_CHUNKS):
-        head = _read(file, position, 16)
+        head = read_at(file, position, 16)
         length = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
         if len(head) < 8 or length < 8 or (position > begin and _begins(file, position)):
             break
@@ -422,7 +366,7 @@ def _read_ebml(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Stru
     """Return the structure of a Matroska or WebM, which is a header and a segment."""
     position = begin
     for _ in range(2):
-        head = _read(file, position, 12)
+        head = read_at(file, position, 12)
         if len(head) < 12 or not head[4]:
             break
         width = 9 - head[4].bit_length()
@@ -437,17 +381,17 @@ def _read_ebml(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Stru
 
 def _read_frames(file: BinaryIO, begin: int, size: int) -> Structure:
     """Return the structure of an MP3 or AAC: frames, and tags before, between or behind them."""
-    start = _after_id3(file, begin)
-    frame_of = _adts_frame if _adts_frame(_read(file, start, FRAME_HEADER_BYTES)) else _mp3_frame
+    start = after_id3(file, begin)
+    frame_of = adts_frame if adts_frame(read_at(file, start, FRAME_HEADER_BYTES)) else mp3_frame
     plain = Structure(begin, size)
-    first = next(_frames(file, start, size, frame_of), None)
+    first = next(frames_of(file, start, size, frame_of), None)
     if first is None:
         return plain
-    counted = None if frame_of is _adts_frame else _counted_bytes(_read(file, first[0], 256))
+    counted = None if frame_of is adts_frame else counted_bytes(read_at(file, first[0], 256))
     if counted and abs(counted - (size - first[0])) < FEW_BYTES:
         return plain
     total, end = 0.0, first[0]
-    for position, length, seconds in _frames(file, first[0], size, frame_of):
+    for position, length, seconds in frames_of(file, first[0], size, frame_of):
         if following := _joint(file, end, position):
             break
         if counted is None or position > first[0]:  # the header's own frame is no audio
@@ -461,7 +405,7 @@ def _read_frames(file: BinaryIO, begin: int, size: int) -> Structure:
         begin,
         following or size,
         following,
-        frame_seconds=total if frame_of is _mp3_frame else None,
+        frame_seconds=total if frame_of is mp3_frame else None,
         frames_promised=counted is not None,
     )
 
@@ -475,79 +419,5 @@ def _joint(file: BinaryIO, end: int, position: int) -> int | None:
         return None
     if following := _next_recording(file, end, min(position, end + TAG_BYTES)):
         return following
-    has_header = _counted_bytes(_read(file, position, 48)) is not None
+    has_header = counted_bytes(read_at(file, position, 48)) is not None
     return end if has_header or (position > end + FEW_BYTES and _begins(file, end)) else None
-
-
-def _after_id3(file: BinaryIO, position: int) -> int:
-    head = _read(file, position, 10)
-    if head[:3] != b"ID3" or len(head) < 10:
-        return position
-    shifted = (byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-    return position + 10 + sum(shifted)
-
-
-def _counted_bytes(frame: bytes) -> int | None:
-    """Return how many bytes the header in an MP3's first frame counts; 0: not told, None: none."""
-    place = max(frame.find(b"Xing"), frame.find(b"Info"))
-    if place < 0:
-        return 0 if b"VBRI" in frame else None
-    flags = frame[place + 7]
-    if flags & 3 != 3:
-        return 0
-    return int.from_bytes(frame[place + 12 : place + 16], "big")
-
-
-def _chain(file: BinaryIO, position: int, frame_of: FrameOf) -> Iterator[tuple[int, int, float]]:
-    """Yield offset, length in bytes and in seconds of frames, one directly behind the other."""
-    while frame := frame_of(_read(file, position, FRAME_HEADER_BYTES)):
-        yield position, *frame
-        position += frame[0]
-
-
-def _is_chain(
-    file: BinaryIO, position: int, frame_of: FrameOf, frames: int = CHAINED_FRAMES
-) -> bool:
-    return len(list(itertools.islice(_chain(file, position, frame_of), frames))) == frames
-
-
-def _frames(
-    file: BinaryIO, position: int, size: int, frame_of: FrameOf
-) -> Iterator[tuple[int, int, float]]:
-    """Yield the frames of a file as `_chain` does; what is no frame is skipped."""
-    while True:
-        for frame in _chain(file, position, frame_of):
-            yield frame
-            position = frame[0] + frame[1]
-        position = _after_id3(file, position)
-        for place in _positions(file, b"\xff", position, min(size, position + SEARCHED_BYTES)):
-            if _is_chain(file, place, frame_of, 2):
-                position = place
-                break
-        else:
-            return
-
-
-def _mp3_frame(header: bytes) -> tuple[int, float] | None:
-    """Return a frame's length in bytes and in seconds; None if this is no header of layer III."""
-    if len(header) < 4:
-        return None
-    version, bitrate, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
-    if header[0] != 255 or header[1] & 0xE6 != 0xE2 or version == 1 or rate == 3:
-        return None
-    if not 0 < bitrate < 15:
-        return None
-    hertz, samples = MP3_RATES[version][rate], 1152 if version == 3 else 576
-    kilobits = MP3_BITRATES[0 if version == 3 else 1][bitrate]
-    return samples * kilobits * 125 // hertz + (header[2] >> 1 & 1), samples / hertz
-
-
-def _adts_frame(header: bytes) -> tuple[int, float] | None:
-    """Return a frame's length in bytes and in seconds; None if this is no header of AAC."""
-    if len(header) < FRAME_HEADER_BYTES or header[0] != 255 or header[1] & 0xF6 != 0xF0:
-        return None
-    rate = header[2] >> 2 & 15
-    length = (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
-    if rate >= len(ADTS_RATES) or length < FRAME_HEADER_BYTES:
-        return None
-    return length, 1024 / ADTS_RATES[rate]
