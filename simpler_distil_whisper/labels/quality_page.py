@@ -10,7 +10,8 @@ from pathlib import Path
 
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.evaluation.metrics import Scorer
-from simpler_distil_whisper.labels.quality import LabelQuality, QualityOptions, summarize_labels
+from simpler_distil_whisper.labels.quality import QualityOptions, summarize_labels
+from simpler_distil_whisper.labels.quality_summary import LabelQuality
 from simpler_distil_whisper.labels.recordings import RECORDINGS, REJECTED_SEGMENTS
 from simpler_distil_whisper.labels.rejected import (
     Segmentation,

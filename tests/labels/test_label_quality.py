@@ -13,12 +13,9 @@ from tiny import write_rows, write_tone
 from simpler_distil_whisper.data.manifest import read_manifest
 from simpler_distil_whisper.data.results import rejection_line
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
-from simpler_distil_whisper.labels.quality import (
-    LabelQuality,
-    QualityOptions,
-    summarize_labels,
-)
+from simpler_distil_whisper.labels.quality import QualityOptions, summarize_labels
 from simpler_distil_whisper.labels.quality_page import write_label_quality
+from simpler_distil_whisper.labels.quality_summary import LabelQuality
 from simpler_distil_whisper.labels.rejected import Rejected, summarize_rejected
 from simpler_distil_whisper.labels.rows import (
     LabelColumns,
