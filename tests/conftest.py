@@ -1,4 +1,4 @@
-"""Fixtures of several test files: folders of outside data, and scripts run as a user runs them."""
+"""Fixtures of several test files: outside data, a model, states of this process, scripts as run."""
 
 import json
 import os
@@ -48,6 +48,28 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A window of 2 s; 96 to 224 tokens, other words and timestamps for different audio."""
+    from tiny import make_model_folder
+
+    from simpler_distil_whisper.model.folder import read_model_folder
+    from simpler_distil_whisper.model.whisper import load_whisper
+
+    path = make_model_folder(
+        tmp_path_factory.mktemp("model"), languages=["en", "zh", "ja"], talkative=True, seed=53
+    )
+    return load_whisper(read_model_folder(path, None, "model"))
+
+
+@pytest.fixture
+def no_remarks_yet() -> None:
+    """A process logs only so many remarks; a test with this is one that has logged none."""
+    from simpler_distil_whisper.data import audio
+
+    audio._log_once.cache_clear()
 
 
 @pytest.fixture

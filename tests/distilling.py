@@ -148,5 +148,20 @@ def logged(folder: Path, name: str) -> list[Any]:
     return [row[name] for row in read_rows(folder / "metrics.jsonl") if name in row]
 
 
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what depends on the machine: the speed."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """Both runs have learnt, logged and rejected the same, to the last bit."""
+    for name in ("final", "best"):
+        assert largest_difference(weights_in(folder / name), weights_in(expected / name)) == 0
+    assert logged_rows(folder) == logged_rows(expected)
+    rejected = [(run / "rejected.jsonl").read_text() for run in (folder, expected)]
+    assert rejected[0] == rejected[1]
+
+
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

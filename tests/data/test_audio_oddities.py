@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from simpler_distil_whisper.data import audio
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds, load_audio
 from simpler_distil_whisper.data.decoders import open_sound
 from simpler_distil_whisper.data.manifest import read_manifest
@@ -25,11 +24,7 @@ from simpler_distil_whisper.data.options import Columns
 
 RATE = 16_000
 
-
-@pytest.fixture(autouse=True)
-def no_remarks_yet() -> None:
-    """A process logs only so many remarks; each test is one that has logged none."""
-    audio._log_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("no_remarks_yet")
 
 
 def sound(seconds: float = 2.0, pitch: float = 300.0) -> np.ndarray:

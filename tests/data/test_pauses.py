@@ -8,7 +8,6 @@ import av
 import numpy as np
 import pytest
 
-from simpler_distil_whisper.data import audio
 from simpler_distil_whisper.data.audio import AudioError, audio_seconds, load_audio
 
 RATE = 16_000
@@ -16,11 +15,7 @@ CODEC_RATE = 48_000
 LOW, HIGH, SILENT = 400, 1000, 0  # Hz, of the tone before and after the pause
 LIVE = {"live": "1"}  # a WebM without a duration, as a browser writes it
 
-
-@pytest.fixture(autouse=True)
-def no_remarks_yet() -> None:
-    """A process logs only so many remarks; each test is one that has logged none."""
-    audio._log_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("no_remarks_yet")
 
 
 def recording(

@@ -33,15 +33,6 @@ LANGUAGES = ["zh", "en", "ja"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
-    """A window of 2 s, and different words and timestamps for different audio."""
-    path = make_model_folder(
-        tmp_path_factory.mktemp("model"), languages=["en", "zh", "ja"], talkative=True, seed=53
-    )
-    return load_whisper(read_model_folder(path, None, "model"))
-
-
 def recording(seconds: float, seed: int) -> np.ndarray:
     """Noisy tones of different lengths and pauses."""
     random = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_corpus, make_model_folder, read_rows
+from tiny import make_corpus, read_rows
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,22 +20,13 @@ from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyVal
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.decoding.recorded_steps import RecordingDecoder, Step, fastest_decoder
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
-from simpler_distil_whisper.model.whisper import Whisper, load_whisper
+from simpler_distil_whisper.model.whisper import Whisper
 
 UTTERANCES = 8
 LANGUAGES = ["zh", "en", "ja", "zh", "en", "ja", "zh", "en"]
 
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
-    """A model that gives 96 to 224 tokens, other ones for each utterance."""
-    torch.set_num_threads(1)
-    path = make_model_folder(
-        tmp_path_factory.mktemp("model"), seed=53, languages=["en", "zh", "ja"], talkative=True
-    )
-    return load_whisper(read_model_folder(path, None, "model"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

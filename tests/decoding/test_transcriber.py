@@ -25,12 +25,6 @@ ADDED = ["浴室", "Kubernetes", "Müller", "<|speaker|>"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
-    """A model that gives 96 to 224 tokens, other ones for each utterance."""
-    return multilingual(tmp_path_factory.mktemp("model"), seed=53)
-
-
 def multilingual(folder: Path, **layout: object) -> Whisper:
     path = make_model_folder(folder, languages=["en", "zh", "ja"], talkative=True, **layout)
     return load_whisper(read_model_folder(path, None, "model"))

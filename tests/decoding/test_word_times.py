@@ -202,14 +202,6 @@ def test_pauses_are_no_part_of_words() -> None:
 
 
 @pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> Whisper:
-    path = make_model_folder(
-        tmp_path_factory.mktemp("model"), languages=["en", "zh", "ja"], talkative=True, seed=53
-    )
-    return load_whisper(read_model_folder(path, None, "model"))
-
-
-@pytest.fixture(scope="module")
 def waveforms(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
     folder = tmp_path_factory.mktemp("corpus")
     return [load_audio(folder / row["audio"]) for row in read_rows(make_corpus(folder, 4))]

@@ -18,6 +18,7 @@ from conftest import REPOSITORY
 from distilling import (
     Setting,
     assemble,
+    assert_same_run,
     distil,
     largest_difference,
     load_model,
@@ -442,17 +443,6 @@ def long_run(output: Path, setting: Setting, **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory: pytest.TempPathFactory, dropout_setting: Setting) -> Path:
     return distil(long_run(tmp_path_factory.mktemp("runs") / "whole", dropout_setting))
-
-
-def without_speed(folder: Path) -> list[dict[str, object]]:
-    rows = read_rows(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
-
-
-def assert_same_run(folder: Path, expected: Path) -> None:
-    for name in ("final", "best"):
-        assert largest_difference(weights_in(folder / name), weights_in(expected / name)) == 0
-    assert without_speed(folder) == without_speed(expected)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import pytest
 import scripts
 import soundfile
 from conftest import REPOSITORY
-from distilling import Setting, largest_difference, make_setting, weights_in, write_config
+from distilling import Setting, assert_same_run, make_setting, write_config
 from tiny import read_rows, write_rows
 
 STEPS, CLIPS = 8, 10
@@ -91,19 +91,6 @@ def finish(path: Path, largest_file: int | None = None) -> tuple[int | None, str
     process = start(path, largest_file)
     process.join(timeout=300)
     return process.exitcode, path.with_name("stderr.txt").read_text()
-
-
-def logged_rows(folder: Path) -> list[dict[str, Any]]:
-    rows = read_rows(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
-
-
-def assert_same_run(folder: Path, expected: Path) -> None:
-    for name in ("final", "best"):
-        assert largest_difference(weights_in(folder / name), weights_in(expected / name)) == 0
-    assert logged_rows(folder) == logged_rows(expected)
-    rejected = [(run / "rejected.jsonl").read_text() for run in (folder, expected)]
-    assert rejected[0] == rejected[1]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["without_cache", "with_cache"])
