@@ -77,9 +77,6 @@ def map_ahead(
         workers: how many processes; with 0 the function runs in this process, without recovery.
         prefetch: how many items each worker has in hand.
     """
-    if workers == 0:
-        yield from map(function, items)
-        return
     remaining = iter(items)
     in_hand: deque[Item] = deque()
 
