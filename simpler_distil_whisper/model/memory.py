@@ -8,25 +8,25 @@ from transformers import WhisperForConditionalGeneration
 
 CPU_CACHE_BYTES = 2 * 2**30  # for the decoder's keys and values
 # What errors say, in lower case, where memory has run out, and who says so.
-OUT_OF_MEMORY = {
-    "out of memory": "torch's allocators of GPUs, CUDA itself, and NCCL where it quotes CUDA",
-    "cuda_error_out_of_memory": "CUDA's driver",
-    "cudaerrormemoryallocation": "CUDA's runtime",
-    "can't allocate memory": "torch's allocator on CPUs",
-    "not enough memory": "the same, on Windows",
-    "bad_alloc": "libraries in C++",
-    "cublas_status_alloc_failed": "cuBLAS",
-    "cublas_status_not_initialized": "cuBLAS, where the rest does not hold its workspace",
-    "cudnn_status_alloc_failed": "cuDNN",
-    "cudnn_status_internal_error_device_allocation_failed": "cuDNN 9",
-    "cudnn_status_internal_error_host_allocation_failed": "cuDNN 9",
-    "cudnn_status_not_initialized": "cuDNN, where the rest does not hold its handle",
-    "cudnn_status_not_supported": "cuDNN, of a convolution without room for its workspace",
-    "unable to find an engine": "torch, of the same convolution",
-    "failed to cuda calloc": "NCCL",
-    "failed to cuda host alloc": "NCCL",
-    "failed to malloc": "NCCL",
-}
+OUT_OF_MEMORY = (
+    "out of memory",  # torch's allocators of GPUs, CUDA itself, and NCCL where it quotes CUDA
+    "cuda_error_out_of_memory",  # CUDA's driver
+    "cudaerrormemoryallocation",  # CUDA's runtime
+    "can't allocate memory",  # torch's allocator on CPUs
+    "not enough memory",  # the same, on Windows
+    "bad_alloc",  # libraries in C++
+    "cublas_status_alloc_failed",  # cuBLAS
+    "cublas_status_not_initialized",  # cuBLAS, where the rest does not hold its workspace
+    "cudnn_status_alloc_failed",  # cuDNN
+    "cudnn_status_internal_error_device_allocation_failed",  # cuDNN 9
+    "cudnn_status_internal_error_host_allocation_failed",  # cuDNN 9
+    "cudnn_status_not_initialized",  # cuDNN, where the rest does not hold its handle
+    "cudnn_status_not_supported",  # cuDNN, of a convolution without room for its workspace
+    "unable to find an engine",  # torch, of the same convolution
+    "failed to cuda calloc",  # NCCL
+    "failed to cuda host alloc",  # NCCL
+    "failed to malloc",  # NCCL
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
