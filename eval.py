@@ -135,12 +135,14 @@ def work(config: Config, systems: list[ExaminedSystem], run: Run) -> str:
     write_atomically(run.folder / "summary.json", f"{content}\n".encode())
     table = text_table(summary, config.group_by)
     write_atomically(run.folder / "report.txt", table.encode())
+    page_path = run.folder / "report.html"
+    page_path.unlink(missing_ok=True)  # of an earlier run, whose numbers may be others
     if config.report.html:
         scored = run.folder / "utterances.jsonl"
         listing = list_utterances(systems, scores, facts, columns, scored, config.report)
         speeds = {system.name: system.read_speed() for system in systems}
         page = report_page(summary, listing, speeds)
-        write_atomically(run.folder / "report.html", page.encode())
+        write_atomically(page_path, page.encode())
     show(table)
     page_note = "report.html to look at, " if config.report.html else ""
     return (

@@ -267,7 +267,8 @@ def check(config: Config, prepared: Prepared) -> None:
         trainer, steps = assemble(rehearsal, prepared, run)
         rate, picture = config.optimizer.learning_rate, None
         if rate == "auto" or config.check.learning_rate_range_test:
-            picture = config.output_dir.with_name(f"{config.output_dir.name}.learning_rate.png")
+            output_dir = config.output_dir.resolve()  # which has a name, also if it is "."
+            picture = output_dir.with_name(f"{output_dir.name}.learning_rate.png")
         try:
             check_thoroughly(trainer, steps, prepared.selection, prepared.dev, rate, picture)
         finally:

@@ -34,8 +34,9 @@ that read them; `--help` of a script shows the same table.
 - Paths are relative to the working directory. Audio paths inside a manifest are tried from the
   manifest's folder first.
 - Ratios go from 0 to 1. Units end a name: `_seconds`, `_steps`, `_gigabytes`.
-- What `null` does stands with each key; it switches a section off that has a key `enabled`. `"auto"`
-  is chosen from device, model, data or labels: what, stands in the log or in `run_info.json`.
+- What `null` does stands with each key; it switches a section off that has a key `enabled`.
+  `"auto"` is chosen from device, model, data or labels: what, stands in the log or in
+  `run_info.json`.
 - An unknown, misspelt, duplicate, missing or ill-typed key ends a script with exit code 2, with
   every problem in one message. Keys of earlier projects are answered with the new name.
 - A default is not always the value in the shipped file, so a key that is left out can change the

@@ -40,8 +40,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 BatchSize = Annotated[int, Field(gt=0, le=4096)]
 
-# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> the keys here, some with
-# a hint. But for those of some sections, another script may have them in another section.
+# Keys of innerNULL/simpler-distil-whisper and huggingface/distil-whisper -> the keys here, some
+# with a hint. But for those of some sections, another script may have them in another section.
 ONLY_THERE = ("teacher.", "student.", "columns.")
 RENAMED_KEYS = {
     "asr_results_path": 'hypotheses (a list of {"name": ..., "path": ...})',

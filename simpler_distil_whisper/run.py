@@ -37,7 +37,12 @@ from simpler_distil_whisper.launch import (
     process_rank,
 )
 from simpler_distil_whisper.shards import SHARDS_FOLDER, Shard, Shards
-from simpler_distil_whisper.terminal import log_to_file, log_to_stderr, show
+from simpler_distil_whisper.terminal import (
+    log_to_file,
+    log_to_stderr,
+    open_closed_streams,
+    show,
+)
 
 log = logging.getLogger("simpler_distil_whisper")
 
@@ -153,7 +158,7 @@ class Run:
             "script": self.name,
             "outcome": "running",
             "resumed": self.resumed and not self._overwrite,
-            "command": [Path(sys.executable).name, *sys.argv],
+            "command": [Path(sys.executable).name, *map(_in_utf8, sys.argv)],
             "started": _now(),
             "ended": None,
             "processes": process_count(),
@@ -317,6 +322,7 @@ def run_script(
     """
     command = command or f"python {name}.py"
     arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
+    open_closed_streams()
     log_to_stderr(log, logging.INFO if is_main_process() else logging.WARNING)
     if "--help" in arguments or "-h" in arguments:
         usage = USAGE.format(command=command, keys=help_table(model))
@@ -471,6 +477,11 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
+
+
+def _in_utf8(argument: str) -> str:
+    """Return an argument of the command line, whose bytes need not be UTF-8, with escapes."""
+    return argument.encode(errors="backslashreplace").decode()
 
 
 def _now() -> str:

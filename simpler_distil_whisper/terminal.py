@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
@@ -27,6 +28,16 @@ def visible(text: str) -> str:
 def visible_in_line(text: str) -> str:
     """Return a text for one line or one cell of a table: also tabs and line ends are shown."""
     return visible(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def open_closed_streams() -> None:
+    """Let what a parent has closed lead nowhere: the next file that is opened would take its place.
+
+    Python has None where stdin, stdout or stderr was closed when it started.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def show(text: str) -> None:

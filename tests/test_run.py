@@ -99,6 +99,18 @@ def test_a_run_leaves_its_results_log_and_facts(
     assert facts["git_commit"] is None or len(facts["git_commit"].removesuffix("-dirty")) == 40
 
 
+def test_the_name_of_a_config_need_not_be_utf8(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(write_words) == 0
+    name = os.fsdecode(b"conf\xff.json")
+    shutil.copy("x.json", name)
+    shutil.rmtree("out")
+    monkeypatch.setattr(sys, "argv", ["x.py", name])
+    assert run_script("x", "What it does.", Config, lambda config: "prepared", write_words) == 0
+    assert info()["command"][-1] == "conf\\udcff.json"
+
+
 def test_the_config_is_copied_byte_for_byte_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

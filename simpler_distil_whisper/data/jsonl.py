@@ -21,6 +21,7 @@ LONGEST_ROW = 2**25  # bytes
 LONGEST_TEXT = 1_000_000  # characters; tokenizers and alignments take memory by the length
 LONGEST_SECONDS = 1e9
 UNKNOWN = "unknown"  # in reports, the group of the rows that `category` gives no name
+MOST_DIGITS = 300  # of a whole number, which can then be a float too
 DEEPEST = 100  # nested levels of a row; Python can neither copy nor pickle ten times as many
 
 
@@ -162,9 +163,17 @@ def _finite(number: str) -> float:
     return value
 
 
+def _whole(number: str) -> int:
+    if len(number) > MOST_DIGITS:
+        raise RowError(f"not JSON: a number of more than {MOST_DIGITS} digits: {number:.20}")
+    return int(number)
+
+
 # What Python can read but not write again would end a run when it writes a result. Hence `_finite`,
 # and in `parse_row` the encoding of rows with escapes, which alone can hold half a character.
-_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_object, parse_float=_finite, parse_int=_whole, parse_constant=_finite
+)
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 

@@ -44,7 +44,7 @@ class DataLimits(StrictModel):
         "unless decoding.long_form takes it.",
     )
     max_utterances: PositiveInt | None = Field(
-        None, description="Take only the first rows, at most this many."
+        None, description="Take only the first rows, at most this many, of each manifest."
     )
     max_bad_fraction: Ratio = Field(
         0.1, description="End with exit code 3 when a larger share of the rows is unusable."

@@ -143,7 +143,7 @@ def srt(cues: Sequence[Cue]) -> str:
     """Return the content of an SRT file; the arrow of its times, in a text, is one of one dash."""
     return "\n".join(
         f"{number}\n{_time(cue.start, ',')} --> {_time(cue.end, ',')}\n"
-        + "".join(line.replace("-->", "->") + "\n" for line in cue.lines)
+        + "".join(re.sub("-{2,}>", "->", line) + "\n" for line in cue.lines)
         for number, cue in enumerate(cues, 1)
     )
 

@@ -112,6 +112,7 @@ class ExaminedSystem:
     Attributes:
         name: of the system.
         path: of its file.
+        version: size and time of the file.
         lines: id -> line number of each row that can be compared.
         rejected: the other rows.
         columns: every column that some row has.
@@ -119,6 +120,7 @@ class ExaminedSystem:
 
     name: str
     path: Path
+    version: tuple[int, int]
     lines: dict[str, int] = field(default_factory=dict)
     rejected: list[RejectedRow] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
@@ -186,11 +188,17 @@ def match_systems(
 
 
 def usable_rows(system: ExaminedSystem) -> Iterator[tuple[str, Row]]:
-    """Yield id and row of each utterance to score, in the order of the file."""
+    """Yield id and row of each utterance to score, in the order of the file.
+
+    Raises:
+        DataError: it is no longer the file that was examined.
+    """
     ids = {line: utterance_id for utterance_id, line in system.lines.items()}
     for line, _, content in placed_lines(system.path, "hypotheses"):
         if line in ids:
             yield ids[line], parse_row(content)
+    if _version_of(system.path) != system.version:
+        raise DataError(f"{system.path} has changed while it was read: run the same command again")
 
 
 def read_reference(row: Row, columns: HypothesisColumns) -> str | None:
@@ -204,6 +212,15 @@ def read_reference(row: Row, columns: HypothesisColumns) -> str | None:
     return _read_text(row, columns.reference)
 
 
+def _version_of(path: Path) -> tuple[int, int]:
+    """Return what changes with a file; zeros if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
 def _examine(
     hypotheses: Hypotheses, columns: HypothesisColumns, references: dict[str, int]
 ) -> ExaminedSystem:
@@ -214,7 +231,7 @@ def _examine(
         columns: which column holds what.
         references: id -> hash of the reference in earlier systems; those of this one are added.
     """
-    system = ExaminedSystem(hypotheses.name, hypotheses.path)
+    system = ExaminedSystem(hypotheses.name, hypotheses.path, _version_of(hypotheses.path))
     for line, _, content in placed_lines(system.path, "hypotheses"):
         utterance_id = None
         try:

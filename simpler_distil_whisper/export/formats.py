@@ -9,12 +9,14 @@ import importlib.metadata
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers.decoders import ByteLevel
 from torch import Tensor
@@ -39,6 +41,7 @@ from simpler_distil_whisper.model.whisper import (
     load_tokenizer,
     special_tokens,
 )
+from simpler_distil_whisper.run import DataError
 
 OTHER_NAMES = {("<|nocaptions|>", "<|nospeech|>")}  # of tokens in Hugging Face's early folders
 
@@ -216,13 +219,23 @@ def _bare_ctranslate2(whisper: Whisper, target: Path, task: Task) -> System:
 
 
 def write_openai(whisper: Whisper, quantization: Dtype, target: Path) -> None:
-    """Write `model.pt`, which `whisper.load_model` takes, and the same as `model.safetensors`."""
+    """Write `model.pt`, which `whisper.load_model` takes, and the same as `model.safetensors`.
+
+    Raises:
+        DataError: they cannot be written.
+    """
     dtype = torch_dtype(quantization, torch.device("cpu"))
     weights, dims = openai_weights(whisper), openai_dimensions(whisper)
     named = {name: value.to(dtype).contiguous() for name, value in weights.items()}
     target.mkdir()
-    torch.save({"dims": dims, "model_state_dict": named}, target / "model.pt")
-    save_file(named, target / "model.safetensors", metadata={"dims": json.dumps(dims)})
+    try:
+        torch.save({"dims": dims, "model_state_dict": named}, target / "model.pt")
+        save_file(named, target / "model.safetensors", metadata={"dims": json.dumps(dims)})
+    except (RuntimeError, SafetensorError) as error:  # no OSError, also where the disk is full
+        raise DataError(
+            f"{target} cannot be written: {error}: make room, and run the same command again"
+        ) from None
+    shutil.copymode(target / "model.pt", target / "model.safetensors")
 
 
 def openai_dimensions(whisper: Whisper) -> dict[str, int]:

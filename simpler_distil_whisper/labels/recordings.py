@@ -6,6 +6,7 @@ Owns the files. What stands in a row is up to `cut_rows`, where a recording is c
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +116,14 @@ def _cut_own(
 
 def _long_recordings(path: Path) -> list[_Recording]:
     """Return those recordings of a file that were decoded window by window."""
-    recordings, names = list[_Recording](), set[str]()
+    recordings, names, copies = list[_Recording](), set[str](), Counter[str]()
     for offset, row in own_rows(path):
         if WINDOWS not in row:
             continue
-        name, copies = row[RECORDING], 1
+        name = row[RECORDING]
         while name in names:
-            copies += 1
-            name = f"{row[RECORDING]}-{copies}"
+            copies[row[RECORDING]] += 1
+            name = f"{row[RECORDING]}-{copies[row[RECORDING]] + 1}"
         names.add(name)
         recordings.append(_Recording(len(recordings), offset, name))
     return recordings

@@ -98,6 +98,7 @@ class ConfigSettings(TokenSettings):
     tie_word_embeddings: bool = True
     torch_dtype: str | None = None
     dtype: str | None = None
+    transformers_weights: None = None  # it would load these instead of the weights looked at here
 
 
 class GenerationSettings(TokenSettings):

@@ -20,6 +20,7 @@ from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import Utterance
+from simpler_distil_whisper.files import open_regular_file
 from simpler_distil_whisper.model.devices import moved, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import CacheOptions
@@ -425,7 +426,7 @@ def audio_digest(path: Path) -> str:
 @functools.lru_cache(maxsize=2**14)
 def _digest_of_file(path: Path, size: int, modified: int) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

@@ -50,7 +50,7 @@ class TensorStore:
         self._remove_unfinished_files()
 
     def read(self, name: str) -> Tensor | None:
-        """Return a tensor exactly as it was written; None if it is missing or damaged."""
+        """Return a tensor exactly as it was written; None if it is missing, damaged or private."""
         path = self._path(name)
         try:
             with safe_open(path, "pt") as file:
@@ -59,6 +59,9 @@ class TensorStore:
                     return tensor
             problem = "its checksum is not that of its content"
         except FileNotFoundError:
+            return None
+        except PermissionError as error:
+            self._stop_adding(f"cannot be read ({error})")
             return None
         except (SafetensorError, OSError, ValueError) as error:
             problem = str(error)
@@ -99,10 +102,14 @@ class TensorStore:
     def write_about(self, group: str, facts: dict[str, object]) -> None:
         """Write `about.json` into a group's folder, which tells people what its tensors are."""
         path = self.folder / group / "about.json"
-        if not path.exists():
+        if path.exists():
+            return
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._temporary_file(json.dumps(facts, indent=2).encode()) as temporary:
                 temporary.replace(path)
+        except OSError as error:  # somebody else's folder, for example
+            self._stop_adding(f"cannot be written ({error})")
 
     def _path(self, name: str) -> Path:
         group, _, key = name.rpartition("/")

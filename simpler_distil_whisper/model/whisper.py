@@ -414,6 +414,8 @@ def save_whisper(
         raise DataError(
             f"{folder} cannot be written: {error}: make room, and run the same command again"
         ) from None
+    for weights in partial.glob("*.safetensors"):
+        shutil.copymode(partial / MARK, weights)  # which safetensors lets nobody else read
     copy_processor(processor_folder, partial)
     for name, content in documents.items():
         (partial / name).write_bytes(content)

@@ -130,7 +130,7 @@ function update() {
 }
 
 function fillFilters() {
-  const sizes = {}; // column -> group -> number of utterances
+  const sizes = Object.create(null); // column -> group -> number of utterances
   for (const utterance of all)
     for (const [column, group] of Object.entries(utterance.groups)) {
       sizes[column] = sizes[column] || new Map();

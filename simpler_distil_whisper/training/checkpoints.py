@@ -89,6 +89,8 @@ class Checkpoints:
         if is_main_process():
             text = json.dumps(dataclasses.asdict(state), indent=2)
             write_atomically(partial / "trainer_state.json", text.encode())
+            for weights in partial.glob("*.safetensors"):
+                shutil.copymode(partial / "trainer_state.json", weights)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
             for old in self._all()[: -self.keep_last]:

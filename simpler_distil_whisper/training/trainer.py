@@ -301,7 +301,7 @@ class Trainer:
                 f"in less of it: batch.micro_batch_size below {batch.micro_batch_size}, with "
                 "batch.gradient_accumulation_steps as much above "
                 f"{batch.gradient_accumulation_steps}; or activation_checkpointing true. In a new "
-                'output_dir: precision "bf16", a teacher_cache.folder (with all in it no teacher is '
-                "loaded), or another teacher.device. While dev is scored: "
+                'output_dir: precision "bf16", a teacher_cache.folder (with all in it no teacher '
+                "is loaded), or another teacher.device. While dev is scored: "
                 "validation.decoding.batch_size"
             ) from None

@@ -83,6 +83,8 @@ def test_a_segment_without_words_is_one_cue_of_short_lines() -> None:
 def test_a_text_never_breaks_a_cue_in_two() -> None:
     [cue] = cues_of([segment(" One\n\n2\r\n\u2028three", 0.0, 1.0), segment(" \n", 1.0, 2.0)])
     assert cue.lines == ("One 2 three",)
+    arrows = srt(cues_of([segment("a --> b ---> c", 0.0, 1.0)]))
+    assert arrows.count("-->") == 1, "that of the times"
 
 
 times = st.floats(0, 100, allow_nan=False)

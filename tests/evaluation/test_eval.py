@@ -110,6 +110,24 @@ def test_the_table_is_printed_and_written(tmp_path: Path) -> None:
     assert str(tmp_path / "out") in done.stderr
 
 
+def test_a_page_that_is_not_wanted_does_not_stay(tmp_path: Path) -> None:
+    paths = [write_rows(tmp_path / "one.jsonl", ROWS)]
+    page = tmp_path / "out" / "report.html"
+    for html in (True, False):
+        done = evaluate(tmp_path, config_for(tmp_path, *paths, report={**NO_PAGE, "html": html}))
+        assert done.returncode == 0, done.stderr
+        assert page.exists() == html
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(tmp_path: Path, closed: str) -> None:
+    config = config_for(tmp_path, write_rows(tmp_path / "one.jsonl", ROWS))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    command = f"{sys.executable} {REPOSITORY / 'eval.py'} config.json {closed}"
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
+    assert summary_in(tmp_path)["utterances"] == 4
+
+
 def test_a_second_run_replaces_the_results_with_identical_ones(tmp_path: Path) -> None:
     config = config_for(tmp_path, write_rows(tmp_path / "one.jsonl", [*ROWS, "{"]))
     names = ["summary.json", "utterances.jsonl", "rejected.jsonl", "report.txt", "eval.json"]

@@ -11,7 +11,9 @@ from simpler_distil_whisper.evaluation.hypotheses import (
     HypothesisColumns,
     SystemSpeed,
     match_systems,
+    usable_rows,
 )
+from simpler_distil_whisper.run import DataError
 
 
 def test_only_the_systems_that_lack_an_utterance_are_named(tmp_path: Path) -> None:
@@ -30,11 +32,21 @@ def test_only_the_systems_that_lack_an_utterance_are_named(tmp_path: Path) -> No
     ]
 
 
+def test_a_file_that_changes_under_an_evaluation_is_noticed(tmp_path: Path) -> None:
+    rows = [{"id": letter, "text": letter, "hypothesis": letter} for letter in "ab"]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    [system] = match_systems([Hypotheses(name="a", path=path)], HypothesisColumns(), {})
+    assert [utterance_id for utterance_id, _ in usable_rows(system)] == ["a", "b"]
+    write_rows(path, rows[::-1])
+    with pytest.raises(DataError, match="has changed while it was read"):
+        list(usable_rows(system))
+
+
 @pytest.mark.parametrize(
     "content", ['{"rtfx": "fast"}', '{"rtfx": [1]}', '{"parameters": true}', "[]", "{", "[" * 9999]
 )
 def test_a_speed_that_cannot_be_read_costs_no_evaluation(tmp_path: Path, content: str) -> None:
-    system = ExaminedSystem("a", tmp_path / "hypotheses.jsonl")
+    system = ExaminedSystem("a", tmp_path / "hypotheses.jsonl", (0, 0))
     (tmp_path / "speed.json").write_text(content, encoding="utf-8")
     assert system.read_speed() is None
     (tmp_path / "speed.json").write_text('{"rtfx": 2, "more": "x"}', encoding="utf-8")

@@ -47,6 +47,12 @@ def read(folder: Path, processor: Path | None = None) -> ModelFolder:
     return read_model_folder(folder, processor, "teacher")
 
 
+def test_weights_that_are_not_looked_at_are_refused(make: Make) -> None:
+    folder = make(config__json={"transformers_weights": "other.safetensors"})
+    with pytest.raises(ConfigError, match=r"config\.json: transformers_weights"):
+        read(folder)
+
+
 def test_a_window_of_thirty_seconds(whole: Path) -> None:
     folder = read(whole)
     assert folder.window_seconds == 30.0

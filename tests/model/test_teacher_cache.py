@@ -127,6 +127,12 @@ def test_a_cpu_decodes_for_training_in_the_dtype_of_training(
     assert chosen == getattr(torch, dtype)
 
 
+def test_a_pipe_is_no_audio_to_wait_for(teacher: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+    cache = open_cache(teacher, tmp_path / "cache")
+    assert cache.entry_name(part(tmp_path / "a.wav")) is None
+
+
 def test_audio_is_known_by_its_content(teacher: Path, tmp_path: Path) -> None:
     cache = open_cache(teacher, tmp_path / "cache")
     clip = write_tone(tmp_path / "a.wav", seed=1)

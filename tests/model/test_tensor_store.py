@@ -14,6 +14,7 @@ import pytest
 import torch
 from stored import bytes_in, entries_in, some_tensor
 
+from simpler_distil_whisper.model import tensor_store
 from simpler_distil_whisper.model.tensor_store import BackgroundWriter, TensorStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,6 +119,23 @@ def test_a_disk_that_takes_nothing_more_ends_no_run(
     assert caplog.text.count("cannot be written") == 1
     assert store.read("kind/group/ab") is not None
     assert store.read("kind/group/ef") is None
+
+
+def test_what_another_user_keeps_private_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TensorStore(tmp_path, ENOUGH)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", "kind/group")
+
+    monkeypatch.setattr(tensor_store, "safe_open", refuse)  # root may read everything
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert store.read("kind/group/ab") is None
+        assert store.read("kind/group/cd") is None
+        store.write_about("kind/group", {"teacher": "t"})
+    assert caplog.text.count("Permission denied") == 1
 
 
 def write_many(folder: Path, max_bytes: int, first: int) -> None:

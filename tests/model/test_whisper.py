@@ -96,6 +96,8 @@ def test_saving_and_loading_changes_no_weight(tmp_path: Path, folder: Path) -> N
         assert torch.equal(weight, weights[name])
     assert after.tokens == before.tokens
     assert (copy / "layer_map.json").exists(), "what else is in the folder stays"
+    modes = {path.stat().st_mode for path in copy.iterdir()}
+    assert len(modes) == 1, "who may read one file may read the weights"
 
 
 @pytest.mark.parametrize("moved", [0, 1, 4])
