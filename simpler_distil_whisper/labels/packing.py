@@ -21,12 +21,13 @@ from simpler_distil_whisper.config import PositiveFloat, Ratio
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.jsonl import Row, category, own_rows, row_at, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer
-from simpler_distil_whisper.labels.error_rate import ABOVE_MAXIMUM, why_dropped
-from simpler_distil_whisper.labels.evidence import (
+from simpler_distil_whisper.labels.filters import (
+    ABOVE_MAXIMUM,
     BROKEN_CHARACTER,
     INCOMPLETE,
     EvidenceLimits,
     is_cut_off,
+    why_dropped_by_error_rate,
 )
 from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
 from simpler_distil_whisper.labels.rows import LabelColumns
@@ -342,12 +343,12 @@ def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | 
         return "no text"
     if BROKEN_CHARACTER in label:  # for which training would drop the whole pack
         return "broken character"
-    if dropped := why_dropped(row, columns.error_rate, limits.error_rate):
+    if dropped := why_dropped_by_error_rate(row, columns.error_rate, limits.error_rate):
         kind, _ = dropped
         return "error rate above pack.max_error_rate" if kind == ABOVE_MAXIMUM else kind
     if is_cut_off(row):
         return INCOMPLETE
-    if doubt := limits.evidence.why_dropped(row):
+    if doubt := limits.evidence.why_dropped_by_evidence(row):
         return doubt[0]
     if row["audio_seconds"] > limits.seconds + ROUNDING_SECONDS:
         return "longer than a pack"

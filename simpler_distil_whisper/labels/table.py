@@ -18,7 +18,7 @@ from simpler_distil_whisper.evaluation.hallucination import (
     MAX_NO_SPEECH_PROBABILITY,
     MAX_REPETITION,
 )
-from simpler_distil_whisper.labels.evidence import (
+from simpler_distil_whisper.labels.filters import (
     MAX_COMPRESSION_RATIO,
     MIN_AVERAGE_LOG_PROBABILITY,
     is_cut_off,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from simpler_distil_whisper.data.audio import Clip
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Manifest, Utterance, clip_of
-from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER
+from simpler_distil_whisper.labels.filters import BROKEN_CHARACTER
 from simpler_distil_whisper.model.teacher_cache import audio_digest
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log

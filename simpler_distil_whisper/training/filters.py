@@ -24,8 +24,12 @@ from simpler_distil_whisper.data.manifest import (
 )
 from simpler_distil_whisper.decoding.batches import in_batches
 from simpler_distil_whisper.files import read_files
-from simpler_distil_whisper.labels.error_rate import why_dropped
-from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER, INCOMPLETE, is_cut_off
+from simpler_distil_whisper.labels.filters import (
+    BROKEN_CHARACTER,
+    INCOMPLETE,
+    is_cut_off,
+    why_dropped_by_error_rate,
+)
 from simpler_distil_whisper.labels.threshold import suggest_for_rows
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
@@ -235,7 +239,9 @@ class ExampleFilter:
         required = self.data.max_error_rate != "auto"
         if max_error_rate is None and not required:
             max_error_rate = math.inf  # text where the reference has no speech is dropped even so
-        if dropped := why_dropped(row, columns.error_rate, max_error_rate, required=required):
+        if dropped := why_dropped_by_error_rate(
+            row, columns.error_rate, max_error_rate, required=required
+        ):
             raise Dropped(*dropped)
         if by_teacher:
             self._check_evidence(row)
@@ -268,7 +274,7 @@ class ExampleFilter:
                 "the label was cut off: label with more decoding.max_new_tokens, or set "
                 "data.incomplete_labels to without_end",
             )
-        if dropped := self.data.why_dropped(row):
+        if dropped := self.data.why_dropped_by_evidence(row):
             raise Dropped(*dropped)
 
     def _check_length(self, seconds: float) -> None:

@@ -13,7 +13,7 @@ from simpler_distil_whisper import __version__
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.data.jsonl import LONGEST_ROW, Row
 from simpler_distil_whisper.files import read_regular_file
-from simpler_distil_whisper.labels.evidence import EvidenceLimits
+from simpler_distil_whisper.labels.filters import EvidenceLimits
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.weights import parameter_count
 from simpler_distil_whisper.pages import render

@@ -20,7 +20,7 @@ from simpler_distil_whisper.config import (
 )
 from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.evaluation.metrics import Metric
-from simpler_distil_whisper.labels.evidence import EvidenceLimits
+from simpler_distil_whisper.labels.filters import EvidenceLimits
 from simpler_distil_whisper.model.options import (
     Attention,
     DecodingBatch,

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import WhisperTokenizer
 
 from simpler_distil_whisper.data.manifest import Utterance
-from simpler_distil_whisper.labels.evidence import BROKEN_CHARACTER
+from simpler_distil_whisper.labels.filters import BROKEN_CHARACTER
 from simpler_distil_whisper.model.settings import is_added_word
 from simpler_distil_whisper.model.whisper import TIME_STEP, SpecialTokens
 from simpler_distil_whisper.text.normalization import INVISIBLE

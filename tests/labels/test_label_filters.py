@@ -4,7 +4,7 @@ import pytest
 
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
-from simpler_distil_whisper.labels.error_rate import why_dropped
+from simpler_distil_whisper.labels.filters import why_dropped_by_error_rate
 from simpler_distil_whisper.labels.rows import error_rate, measure_label
 
 COLUMN = "cer/wer"
@@ -12,12 +12,12 @@ COLUMN = "cer/wer"
 
 @pytest.mark.parametrize("row", [{COLUMN: 0}, {COLUMN: 0.1}])
 def test_a_rate_up_to_the_maximum_stays(row: Row) -> None:
-    assert why_dropped(row, COLUMN, 0.1) is None
+    assert why_dropped_by_error_rate(row, COLUMN, 0.1) is None
 
 
 @pytest.mark.parametrize("row", [{}, {COLUMN: None, "reference_tokens": 3}])
 def test_a_row_without_a_rate_stays_where_none_is_required(row: Row) -> None:
-    assert why_dropped(row, COLUMN, 0.1, required=False) is None
+    assert why_dropped_by_error_rate(row, COLUMN, 0.1, required=False) is None
 
 
 @pytest.mark.parametrize("reference", ["", " ", "[laughter]", "…"])
@@ -29,15 +29,15 @@ def test_text_for_what_the_transcript_says_is_no_speech_is_dropped(
     label = "Thank you for watching."
     row = measure_label(label, 5, 2.0, reference, scorer, "en")
     row[COLUMN] = error_rate(reference, label, scorer, "en")
-    kind, reason = why_dropped(row, COLUMN, 0.1, required=required) or ("", "")
+    kind, reason = why_dropped_by_error_rate(row, COLUMN, 0.1, required=required) or ("", "")
     assert kind == "text where the reference has none"
     assert reason == "the reference has no speech, but the label has text"
-    assert why_dropped(row, COLUMN, None) is None
+    assert why_dropped_by_error_rate(row, COLUMN, None) is None
 
 
 @pytest.mark.parametrize("row", [{}, {COLUMN: None}, {COLUMN: 7.5}])
 def test_without_a_maximum_every_row_stays(row: Row) -> None:
-    assert why_dropped(row, COLUMN, None) is None
+    assert why_dropped_by_error_rate(row, COLUMN, None) is None
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_without_a_maximum_every_row_stays(row: Row) -> None:
     ],
 )
 def test_a_dropped_row_has_a_kind_and_a_reason(row: Row, kind: str, reason: str) -> None:
-    assert why_dropped(row, COLUMN, 0.1) == (kind, reason)
+    assert why_dropped_by_error_rate(row, COLUMN, 0.1) == (kind, reason)

@@ -1,7 +1,8 @@
-"""The filters by evidence: which pseudo-labels the teacher itself gives reason to doubt.
+"""The filters of labels: which of them are not learnt from, by error rate or by evidence.
 
-Owns the limits and the decision for one labelled row, which needs no reference. The evidence is
-written by run_pseudo_labelling.py; what is done with a row that is dropped is up to the stage.
+Owns the limits of what the teacher itself tells of a label, and the decision for one labelled row,
+for packs and for training alike. The error rate and the evidence are written by
+run_pseudo_labelling.py; what is done with a row that is dropped is up to the stage.
 """
 
 from pydantic import Field
@@ -14,9 +15,40 @@ from simpler_distil_whisper.evaluation.hallucination import MAX_NO_SPEECH_PROBAB
 MAX_COMPRESSION_RATIO = 2.4
 MIN_AVERAGE_LOG_PROBABILITY = -1.0
 
+NO_ERROR_RATE = "no error rate"
+ABOVE_MAXIMUM = "error rate above maximum"
+NO_SPEECH = "text where the reference has none"
 UNUSABLE_EVIDENCE = "unusable evidence"
 INCOMPLETE = "incomplete label"
 BROKEN_CHARACTER = "\ufffd"  # in the text of tokens that are only some of a character's bytes
+
+
+def why_dropped_by_error_rate(
+    row: Row, column: str, maximum: float | None, *, required: bool = True
+) -> tuple[str, str] | None:
+    """Return why its error rate drops a row, as a kind to count and a reason; None: it stays.
+
+    Args:
+        row: a labelled row whose label is not empty.
+        column: the key under which its error rate stands.
+        maximum: the highest rate that stays; None keeps every row, even one without a rate.
+        required: whether a row without a rate is dropped.
+    """
+    if maximum is None:
+        return None
+    rate = row.get(column)
+    # Of no tokens there is no rate, but each token of the label is an error.
+    if rate is None and row.get("reference_tokens") == 0:
+        return NO_SPEECH, "the reference has no speech, but the label has text"
+    if rate is None and not required:
+        return None
+    if rate is None:
+        return NO_ERROR_RATE, f'"{column}" is empty, so max_error_rate cannot hold'
+    if not is_number(rate):
+        return NO_ERROR_RATE, f'"{column}" is not a number: {rate!r}'
+    if rate > maximum:
+        return ABOVE_MAXIMUM, f'"{column}" is {rate}, above {maximum:g}'
+    return None
 
 
 class EvidenceLimits(StrictModel):
@@ -38,8 +70,8 @@ class EvidenceLimits(StrictModel):
         "used; null: all are.",
     )
 
-    def why_dropped(self, row: Row) -> tuple[str, str] | None:
-        """Return why a labelled row is dropped, as a kind to count and a reason; None: it stays."""
+    def why_dropped_by_evidence(self, row: Row) -> tuple[str, str] | None:
+        """Return why the evidence drops a row, as a kind to count and a reason; None: it stays."""
         for column, limit, sign, kind in (
             ("compression_ratio", self.max_compression_ratio, 1, "a loop"),
             ("average_log_probability", self.min_average_log_probability, -1, "improbable label"),
