@@ -10,7 +10,7 @@ the good labels, as many to a row as fit into the model's window.
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
@@ -118,13 +118,10 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
     kept, rejected = results.finish(manifest.rejections, wait_for_everyone)
 
     summary = f"{labelled}: {kept} rows; {run.folder / 'rejected.jsonl'}: {rejected} rows.\n"
-    shared: dict[str, Any] = {
-        "workers": config.data.workers,
-        "wait_for_everyone": wait_for_everyone,
-    }
+    workers = config.data.workers
     if config.segmentation.enabled:
         summary += cut_recordings(
-            labels, columns, config.segmentation, folder, scorer, run, **shared
+            labels, columns, config.segmentation, folder, scorer, run, workers=workers
         )
     if is_main_process():
         assess_labels(labels, columns, config.quality, scorer, config.data.manifest.parent)
@@ -133,7 +130,7 @@ def work(config: Config, prepared: Prepared, run: Run) -> str:
                 "Only with segmentation can rows longer than the model's window be learnt from."
             )
     if config.pack.enabled:
-        summary += pack_labels(labels, columns, config.pack, folder, scorer, run, **shared)
+        summary += pack_labels(labels, columns, config.pack, folder, scorer, run, workers=workers)
     return (
         f"{summary}Look at {run.folder / 'label_quality.html'}.\n"
         "Next: python create_student_model.py create_student_model.json"

@@ -7,7 +7,7 @@ A student that learns from full windows does not learn that speech ends after a 
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,6 @@ def pack_labels(
     run: Run,
     *,
     workers: int,
-    wait_for_everyone: Callable[[], None],
 ) -> str:
     """Write `packed_labels.jsonl` and its audio; return a sentence that accounts for all labels.
 
@@ -164,12 +163,13 @@ def pack_labels(
         scorer: the one that has counted the error rates.
         run: asked whether to stop.
         workers: threads that write audio.
-        wait_for_everyone: returns once all processes have called it.
 
     Raises:
         DataError: the audio of a part cannot be read any more.
         Interrupted: a stop signal came.
     """
+    from simpler_distil_whisper.model.processes import wait_for_everyone
+
     shared = options.shared_columns(columns)
     plan = plan_packs(labels, columns, shared, options.limits(teacher))
     write_audio(labels, plan, columns, workers, run)

@@ -7,7 +7,7 @@ Owns the files. What stands in a row is up to `cut_rows`, where a recording is c
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,6 @@ def cut_recordings(
     run: Run,
     *,
     workers: int,
-    wait_for_everyone: Callable[[], None],
 ) -> str:
     """Write the labelled manifest: the rows of `recordings.jsonl`, the long ones cut into rows.
 
@@ -72,12 +71,13 @@ def cut_recordings(
         scorer: the one that has counted the error rates.
         run: asked whether to stop.
         workers: threads that cut.
-        wait_for_everyone: returns once all processes have called it.
 
     Raises:
         DataError: the audio of a recording cannot be read any more, or no row is left.
         Interrupted: a stop signal came.
     """
+    from simpler_distil_whisper.model.processes import wait_for_everyone
+
     recordings = _long_recordings(labels.with_name(RECORDINGS))
     if not labels.exists():
         limits = options.limits(teacher)

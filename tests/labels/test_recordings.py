@@ -15,6 +15,7 @@ from simpler_distil_whisper.labels.quality_page import assess_labels
 from simpler_distil_whisper.labels.recordings import cut_recordings
 from simpler_distil_whisper.labels.rows import LabelColumns, LabellingColumns, OutputColumns
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
+from simpler_distil_whisper.model import processes
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.run import DataError, Interrupted
 
@@ -61,7 +62,6 @@ def cut(folder: Path, after: float = float("inf"), seconds: float = 8.0) -> None
         SCORER,
         Stop(after),  # type: ignore[arg-type]
         workers=1,
-        wait_for_everyone=lambda: None,
     )
 
 
@@ -97,6 +97,7 @@ def test_a_stopped_run_and_several_processes_write_the_same(
             cut(stopped, after)
         assert not (stopped / "pseudo_labels.jsonl").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "wait_for_everyone", lambda: None)
     (stopped / "segmentation/mine.txt").touch()
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
