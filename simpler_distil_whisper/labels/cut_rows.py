@@ -25,10 +25,11 @@ from simpler_distil_whisper.labels.rows import (
     WHY_NO_REFERENCE,
     WINDOWS,
     LabelColumns,
+    RowLimits,
     error_rate,
     measure_label,
 )
-from simpler_distil_whisper.labels.segmentation import Limits, Piece, SegmentSpan, cut_at_pauses
+from simpler_distil_whisper.labels.segmentation import Piece, SegmentSpan, cut_at_pauses
 from simpler_distil_whisper.text.languages import join_texts
 
 # Of the text before a row: more than the 223 tokens that a decoder can be given of it.
@@ -76,7 +77,7 @@ class RecordingCutter:
     """
 
     columns: LabelColumns
-    limits: Limits
+    limits: RowLimits
     min_silence_seconds: float
     scorer: Scorer
 

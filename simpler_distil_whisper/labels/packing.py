@@ -30,7 +30,7 @@ from simpler_distil_whisper.labels.filters import (
     why_dropped_by_error_rate,
 )
 from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
-from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.labels.rows import LabelColumns, RowLimits, row_limits
 from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.run import Run
@@ -69,32 +69,6 @@ class PackOptions(EvidenceLimits):
             return self.group_by
         return [columns.speaker] if columns.speaker else []
 
-    def limits(self, teacher: ModelFolder) -> "PackLimits":
-        """Return what a pack may hold."""
-        return PackLimits(
-            seconds=self.max_seconds or teacher.window_seconds,
-            tokens=teacher.label_tokens,
-            error_rate=self.max_error_rate,
-            evidence=self,
-        )
-
-
-@dataclass(frozen=True)
-class PackLimits:
-    """What a pack may hold, so that run_distillation.py refuses none.
-
-    Attributes:
-        seconds: of audio.
-        tokens: of text, with two timestamps for each part.
-        error_rate: the highest of a part; None: every part is taken, even without an error rate.
-        evidence: what the teacher's evidence must be; a part that was cut off is never taken.
-    """
-
-    seconds: float
-    tokens: int
-    error_rate: float | None
-    evidence: EvidenceLimits = EvidenceLimits()
-
 
 @dataclass
 class _OpenPack:
@@ -104,7 +78,7 @@ class _OpenPack:
     seconds: float = 0.0
     tokens: int = 0
 
-    def has_room_for(self, row: Row, limits: PackLimits) -> bool:
+    def has_room_for(self, row: Row, limits: RowLimits) -> bool:
         seconds, tokens = self.seconds + row["audio_seconds"], self.tokens + _tokens(row)
         return seconds <= limits.seconds + ROUNDING_SECONDS and tokens <= limits.tokens
 
@@ -171,27 +145,25 @@ def pack_labels(
     from simpler_distil_whisper.model.processes import wait_for_everyone
 
     shared = options.shared_columns(columns)
-    plan = plan_packs(labels, columns, shared, options.limits(teacher))
+    plan = plan_packs(labels, columns, options, row_limits(options.max_seconds, teacher))
     write_audio(labels, plan, columns, workers, run)
     wait_for_everyone()
     if is_main_process():
-        if columns.language:
-            shared = [columns.language, *shared]
-        write_packs(labels, plan, columns, shared, scorer)
+        language = [columns.language] if columns.language else []
+        write_packs(labels, plan, columns, language + shared, scorer)
     reasons = "".join(f", {rows} left out ({why})" for why, rows in plan.left_out.items())
     packed = labels.with_name(PACKED_LABELS)
     counts = f"{packed}: {len(plan)} packs of {len(plan.offsets)} labels{reasons}.\n"
     if not plan.alone:
         return counts
-    names = ", ".join(options.shared_columns(columns))
     return counts + (
-        f"{plan.alone} labels are packs of their own, since their rows lack {names}: "
+        f"{plan.alone} labels are packs of their own, since their rows lack {', '.join(shared)}: "
         "pack.group_by names the columns whose values the parts of a pack share.\n"
     )
 
 
 def plan_packs(
-    labels: Path, columns: LabelColumns, group_by: Sequence[str], limits: PackLimits
+    labels: Path, columns: LabelColumns, options: PackOptions, limits: RowLimits
 ) -> PackPlan:
     """Return which rows form which pack; within a group they stay in the manifest's order.
 
@@ -200,17 +172,18 @@ def plan_packs(
     Args:
         labels: the labelled manifest.
         columns: which key of a row holds what.
-        group_by: columns whose values the parts of a pack share; they always share the language.
+        options: which labels are packed, and what the parts of a pack share besides the language.
         limits: what a pack may hold.
     """
+    shared = options.shared_columns(columns)
     offsets, packs, left_out = array("q"), array("q"), Counter[str]()
     open_packs: dict[str | None, _OpenPack] = {}
     count = alone = 0
     for offset, row in own_rows(labels):
-        if reason := _why_left_out(row, columns, limits):
+        if reason := _why_left_out(row, columns, options, limits):
             left_out[reason] += 1
             continue
-        group = _group(row, columns, group_by)
+        group = _group(row, columns, shared)
         pack = open_packs.get(group)
         if pack is None or not pack.has_room_for(row, limits):
             pack = _OpenPack(count)
@@ -337,18 +310,20 @@ def write_audio(
     )
 
 
-def _why_left_out(row: Row, columns: LabelColumns, limits: PackLimits) -> str | None:
+def _why_left_out(
+    row: Row, columns: LabelColumns, options: PackOptions, limits: RowLimits
+) -> str | None:
     label = row[columns.label]
     if is_blank(label):
         return "no text"
     if BROKEN_CHARACTER in label:  # for which training would drop the whole pack
         return "broken character"
-    if dropped := why_dropped_by_error_rate(row, columns.error_rate, limits.error_rate):
+    if dropped := why_dropped_by_error_rate(row, columns.error_rate, options.max_error_rate):
         kind, _ = dropped
         return "error rate above pack.max_error_rate" if kind == ABOVE_MAXIMUM else kind
     if is_cut_off(row):
         return INCOMPLETE
-    if doubt := limits.evidence.why_dropped_by_evidence(row):
+    if doubt := options.why_dropped_by_evidence(row):
         return doubt[0]
     if row["audio_seconds"] > limits.seconds + ROUNDING_SECONDS:
         return "longer than a pack"
@@ -360,9 +335,9 @@ def _tokens(row: Row) -> int:
     return round(float(row["tokens_per_second"]) * float(row["audio_seconds"])) + 2
 
 
-def _group(row: Row, columns: LabelColumns, group_by: Sequence[str]) -> str | None:
+def _group(row: Row, columns: LabelColumns, shared: Sequence[str]) -> str | None:
     """Return a key that is equal for rows that may be packed together; None: with no other row."""
-    values = [row.get(column) for column in group_by]
+    values = [row.get(column) for column in shared]
     if None in map(category, values):
         return None
     language = row.get(columns.language) if columns.language else None

@@ -16,7 +16,7 @@ from simpler_distil_whisper.data.jsonl import own_rows, row_at, to_line
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.labels.cut_rows import RecordingCutter
 from simpler_distil_whisper.labels.numbered_files import numbered_file, write_own_files
-from simpler_distil_whisper.labels.rows import RECORDING, WINDOWS, LabelColumns
+from simpler_distil_whisper.labels.rows import RECORDING, WINDOWS, LabelColumns, row_limits
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
 from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder
@@ -80,7 +80,7 @@ def cut_recordings(
 
     recordings = _long_recordings(labels.with_name(RECORDINGS))
     if not labels.exists():
-        limits = options.limits(teacher)
+        limits = row_limits(options.max_seconds, teacher)
         cutter = RecordingCutter(columns, limits, options.min_silence_seconds, scorer)
         _cut_own(recordings, labels, cutter, run, max(workers, 1))
         wait_for_everyone()

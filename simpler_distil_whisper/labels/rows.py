@@ -1,7 +1,8 @@
 """The labelled row: its columns, and how it is made of a row of the manifest and a hypothesis.
 
-Owns the names of the columns, with the sections of run_pseudo_labelling.json that choose them, and
-what is measured of a single label. What all labels amount to is in `quality`.
+Owns the names of the columns, with the sections of run_pseudo_labelling.json that choose them, what
+is measured of a single label, and how much a row may hold. What all labels amount to is in
+`quality`.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from simpler_distil_whisper.data.manifest import (
 )
 from simpler_distil_whisper.data.options import Columns, ManifestData
 from simpler_distil_whisper.evaluation.metrics import Scorer
+from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
@@ -86,6 +88,24 @@ class OutputColumns(StrictModel):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two columns would share the name {', '.join(twice)}")
         return self
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """What a row cut from a recording, or a pack, may hold, so that training refuses none.
+
+    Attributes:
+        seconds: of audio.
+        tokens: of text and timestamps.
+    """
+
+    seconds: float
+    tokens: int
+
+
+def row_limits(max_seconds: float | None, teacher: ModelFolder) -> RowLimits:
+    """Return the limits of a teacher's window and decoder; `max_seconds`, unless None, is lower."""
+    return RowLimits(max_seconds or teacher.window_seconds, teacher.label_tokens)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from simpler_distil_whisper.config import NonNegativeFloat, PositiveFloat, StrictModel
 from simpler_distil_whisper.data.options import Columns
-from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.labels.rows import RowLimits
 from simpler_distil_whisper.model.options import DecodingOptions
 
 TOLERANCE_SECONDS = 0.3  # by which the times of segments miss the pauses of the audio
@@ -42,10 +42,6 @@ class SegmentationOptions(StrictModel):
         0.2, description="Shortest pause in the audio at which a recording is cut."
     )
 
-    def limits(self, teacher: ModelFolder) -> "Limits":
-        """Return what a row may hold."""
-        return Limits(self.max_seconds or teacher.window_seconds, teacher.label_tokens)
-
     def check(self, decoding: DecodingOptions, columns: Columns) -> None:
         """Raise ValueError if recordings cannot be cut with the other sections as they are."""
         if not self.enabled:
@@ -62,19 +58,6 @@ class SegmentationOptions(StrictModel):
                 "segmentation needs names in data.columns.start_seconds and duration_seconds, "
                 "under which its rows say where they are in the file"
             )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a row may hold, so that run_distillation.py refuses none.
-
-    Attributes:
-        seconds: of audio.
-        tokens: of text and timestamps.
-    """
-
-    seconds: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +109,7 @@ def cut_at_pauses(
     segments: Sequence[SegmentSpan],
     speech: Sequence[tuple[float, float]],
     seconds: float,
-    limits: Limits,
+    limits: RowLimits,
     min_silence: float,
 ) -> list[Piece]:
     """Return the pieces of a recording in order; what is in none of them holds no speech.
@@ -206,7 +189,9 @@ def _units(segments: Sequence[SegmentSpan], pauses: _Pauses) -> Iterator[_Unit]:
     yield _Unit(range(first, len(segments)), before, pauses.near(segments[-1].end))
 
 
-def _piece(unit: _Unit, segments: Sequence[SegmentSpan], pauses: _Pauses, limits: Limits) -> Piece:
+def _piece(
+    unit: _Unit, segments: Sequence[SegmentSpan], pauses: _Pauses, limits: RowLimits
+) -> Piece:
     """Return the piece of one unit, with some of the silence around it."""
     start, end = segments[unit.segments[0]].start, segments[unit.segments[-1]].end
     if unit.before is None or unit.after is None:
@@ -234,7 +219,7 @@ def _text_goes_on(unit: _Unit, following: _Unit | None, segments: Sequence[Segme
 
 
 def _joined(
-    left: Piece, right: Piece, pause: float, segments: Sequence[SegmentSpan], limits: Limits
+    left: Piece, right: Piece, pause: float, segments: Sequence[SegmentSpan], limits: RowLimits
 ) -> Piece | None:
     """Return two neighbouring pieces as one; None if they do not fit into a row."""
     piece = Piece(left.start, right.end, range(left.segments.start, right.segments.stop))

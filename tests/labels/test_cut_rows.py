@@ -13,8 +13,12 @@ from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.decoding.hypothesis import compression_ratio
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.cut_rows import CutRecording, RecordingCutter
-from simpler_distil_whisper.labels.rows import LabelColumns, LabellingColumns, OutputColumns
-from simpler_distil_whisper.labels.segmentation import Limits
+from simpler_distil_whisper.labels.rows import (
+    LabelColumns,
+    LabellingColumns,
+    OutputColumns,
+    RowLimits,
+)
 
 DEMO = REPOSITORY / "demo_data/audio/long-en.opus"
 # As the demo's teacher writes the beginning.
@@ -74,7 +78,7 @@ def cut(seconds: float = 8.0, row: dict[str, Any] | None = None, **options: Any)
         with_unconverted=True,
         with_windows=True,
     )
-    cutter = RecordingCutter(columns, Limits(seconds, 444), 0.1, Scorer(Metric()))
+    cutter = RecordingCutter(columns, RowLimits(seconds, 444), 0.1, Scorer(Metric()))
     return cutter(row or recording(), options.get("name", "call"))
 
 

@@ -24,21 +24,25 @@ from tiny import (
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.packing import (
-    PackLimits,
     PackOptions,
     PackPlan,
     packed_row,
     plan_packs,
     write_audio,
 )
-from simpler_distil_whisper.labels.rows import LabelColumns, LabellingColumns, OutputColumns
+from simpler_distil_whisper.labels.rows import (
+    LabelColumns,
+    LabellingColumns,
+    OutputColumns,
+    RowLimits,
+)
 from simpler_distil_whisper.run import DataError
 
 COLUMNS = LabelColumns.from_config(
     LabellingColumns(), OutputColumns(), with_segments=True, with_unconverted=False
 )
 SCORER = Scorer(Metric())
-LIMITS = PackLimits(seconds=30.0, tokens=444, error_rate=0.1)
+LIMITS = RowLimits(seconds=30.0, tokens=444)
 
 
 def label(seconds: float = 10.0, **fields: object) -> dict[str, Any]:
@@ -57,8 +61,14 @@ def label(seconds: float = 10.0, **fields: object) -> dict[str, Any]:
     }
 
 
-def plan(folder: Path, rows: list[dict[str, Any]], limits: PackLimits = LIMITS) -> PackPlan:
-    return plan_packs(write_rows(folder / "labels.jsonl", rows), COLUMNS, ["speaker"], limits)
+def plan(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    limits: RowLimits = LIMITS,
+    **options: float | list[str] | None,
+) -> PackPlan:
+    labels = write_rows(folder / "labels.jsonl", rows)
+    return plan_packs(labels, COLUMNS, PackOptions(**options), limits)
 
 
 def ids_in(folder: Path, packs: PackPlan) -> list[list[Any]]:
@@ -111,7 +121,7 @@ def test_a_bad_label_enters_no_pack_and_is_counted(tmp_path: Path) -> None:
         "broken character": 1,
         "longer than a pack": 1,
     }
-    everything = plan(tmp_path, rows, PackLimits(30.0, 444, None))
+    everything = plan(tmp_path, rows, max_error_rate=None)
     assert ids_in(tmp_path, everything) == [[0, 1, 2], [5, 8]]
 
 
@@ -131,18 +141,21 @@ def test_a_label_that_the_teacher_doubts_enters_no_pack(tmp_path: Path) -> None:
         "no speech": 1,
         "incomplete label": 1,
     }
-    options = PackOptions(
+    everything = plan(
+        tmp_path,
+        rows,
+        RowLimits(60.0, 444),
+        max_error_rate=None,
         max_compression_ratio=None,
         min_average_log_probability=None,
         max_no_speech_probability=None,
     )
-    everything = plan(tmp_path, rows, PackLimits(60.0, 444, None, options))
     assert ids_in(tmp_path, everything) == [[0, 1, 2, 4]]
 
 
 def test_a_pack_is_not_too_long_for_the_decoder(tmp_path: Path) -> None:
     rows = [label(2, id=number, tokens_per_second=10.0) for number in range(5)]  # 20 + 2 tokens
-    planned = plan(tmp_path, rows, PackLimits(30.0, 44, 0.1))
+    planned = plan(tmp_path, rows, RowLimits(30.0, 44))
     assert ids_in(tmp_path, planned) == [[0, 1], [2, 3], [4]]
 
 
@@ -224,9 +237,8 @@ def test_the_row_of_a_pack_by_hand() -> None:
 def test_packs_of_one_recording_have_audio_of_their_own(tmp_path: Path) -> None:
     rows = [label(channel=side, id=n, turn="q") for n, side in enumerate(["left", "left", "right"])]
     rows += [label(channel=None, id=3, turn="q")]
-    write_rows(tmp_path / "labels.jsonl", rows)
     group_by = ["audio", "channel", "turn"]
-    packs = plan_packs(tmp_path / "labels.jsonl", COLUMNS, group_by, LIMITS)
+    packs = plan(tmp_path, rows, group_by=group_by)
     assert ids_in(tmp_path, packs) == [[0, 1], [2], [3]]
     assert packs.alone == 1
     row = packed_row(packs.parts(tmp_path / "labels.jsonl", 0), 0, COLUMNS, group_by, SCORER)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpler_distil_whisper.data.options import Columns
+from simpler_distil_whisper.labels.rows import RowLimits
 from simpler_distil_whisper.labels.segmentation import (
     NO_PAUSE,
     NO_PAUSE_WITHIN,
@@ -16,7 +17,6 @@ from simpler_distil_whisper.labels.segmentation import (
     SEGMENT_TOO_LONG,
     TEXT_GOES_ON,
     TOLERANCE_SECONDS,
-    Limits,
     Piece,
     SegmentationOptions,
     SegmentSpan,
@@ -24,14 +24,14 @@ from simpler_distil_whisper.labels.segmentation import (
 )
 from simpler_distil_whisper.model.options import DecodingOptions
 
-LIMITS = Limits(seconds=10.0, tokens=40)
+LIMITS = RowLimits(seconds=10.0, tokens=40)
 
 
 def cut(
     segments: list[tuple[float, float]],
     speech: list[tuple[float, float]],
     seconds: float,
-    limits: Limits = LIMITS,
+    limits: RowLimits = LIMITS,
     tokens: int = 5,
 ) -> list[Piece]:
     timed = [SegmentSpan(start, end, tokens) for start, end in segments]
@@ -47,7 +47,7 @@ def test_neighbours_are_joined_up_to_the_limit_and_cut_in_the_pause() -> None:
     # The teacher's times are those of its windows: a little late, and without the silence.
     pieces = cut([(0.0, 4.2), (4.2, 9.1), (9.1, 15.0)], speech, 15.0)
     assert shown(pieces) == [(0.3, 9.15, [0, 1], None), (9.15, 14.2, [2], None)]
-    few_tokens = cut([(0.0, 4.2), (4.2, 9.1), (9.1, 15.0)], speech, 15.0, Limits(10.0, 9))
+    few_tokens = cut([(0.0, 4.2), (4.2, 9.1), (9.1, 15.0)], speech, 15.0, RowLimits(10.0, 9))
     assert [list(piece.segments) for piece in few_tokens] == [[0], [1], [2]]
 
 
@@ -69,7 +69,7 @@ def test_no_cut_inside_a_segment_however_long_its_pauses() -> None:
 
 
 def test_no_row_has_more_tokens_than_the_limit() -> None:
-    pieces = cut([(0.0, 2.0), (6.0, 8.0)], [(0.0, 2.0), (6.0, 8.0)], 12.0, Limits(10.0, 4))
+    pieces = cut([(0.0, 2.0), (6.0, 8.0)], [(0.0, 2.0), (6.0, 8.0)], 12.0, RowLimits(10.0, 4))
     assert [piece.reason for piece in pieces] == [SEGMENT_TOO_LONG] * 2
 
 
