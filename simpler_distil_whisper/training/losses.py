@@ -24,8 +24,11 @@ IGNORE_INDEX = -100  # what torch's cross-entropy skips
 CHUNK_TOKENS, CHUNK_TOKENS_ON_GPU = 128, 2048
 
 
-class TokenTerms(NamedTuple):
+class LossTerms(NamedTuple):
     """Sums over some tokens, scalars.
+
+    Sums, not means: added over micro-batches and processes and divided once by the tokens of the
+    optimizer step, they weigh every token alike however the step was divided.
 
     Attributes:
         loss: the weighted sum of the terms.
@@ -33,20 +36,7 @@ class TokenTerms(NamedTuple):
         kl: T² KL without its weight; 0 without a teacher.
         agreement: tokens for which student and teacher have the same likeliest token; 0 without a
             teacher.
-    """
-
-    loss: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
-    agreement: Tensor
-
-
-class LossTerms(NamedTuple):
-    """`TokenTerms` over the real tokens of a micro-batch, and their number.
-
-    Sums, not means: added over micro-batches and processes and divided once by the tokens of the
-    optimizer step, they weigh every token alike however the step was divided. Only the loss has a
-    gradient.
+        tokens: how many there are.
     """
 
     loss: Tensor
@@ -58,7 +48,7 @@ class LossTerms(NamedTuple):
 
 def token_terms(
     logits: Tensor, teacher_log_probs: Tensor | None, labels: Tensor, objective: Objective
-) -> TokenTerms:
+) -> LossTerms:
     """Return the loss of Gandhi et al. 2023, section 4.1, summed over some tokens.
 
     cross_entropy = sum -log p_S(label)
@@ -82,7 +72,7 @@ def token_terms(
         same = likeliest == teacher_log_probs.amax(-1, keepdim=True)
         agreement = same.sum().to(kl.dtype)
     loss = objective.cross_entropy_weight * cross_entropy + objective.kl_weight * kl
-    return TokenTerms(loss, cross_entropy, kl, agreement)
+    return LossTerms(loss, cross_entropy, kl, agreement, loss.new_full((), len(labels)))
 
 
 def distillation_loss(
@@ -94,7 +84,7 @@ def distillation_loss(
     objective: Objective,
     label_places: Tensor | None = None,
 ) -> LossTerms:
-    """Return the terms of the loss over the tokens that have a label.
+    """Return the terms of the loss over the tokens that have a label; only the loss has a gradient.
 
     The products with the heads are in autocast's dtype, without autocast in the heads' own; the
     softmaxes and the sum that is the head's gradient in float32, since the tail of 51,866
@@ -113,7 +103,7 @@ def distillation_loss(
     """
     if label_places is None:
         label_places = label_places_of(labels)
-    loss, cross_entropy, kl, agreement = _LossInChunks.apply(  # type: ignore[no-untyped-call]
+    terms = _LossInChunks.apply(  # type: ignore[no-untyped-call]
         student_states.flatten(0, 1),
         # Without gradients it must be detached: needs_input_grad of a trained head stays true.
         student_head if torch.is_grad_enabled() else student_head.detach(),
@@ -123,7 +113,7 @@ def distillation_loss(
         label_places,
         objective,
     )
-    return LossTerms(loss, cross_entropy, kl, agreement, (labels != IGNORE_INDEX).sum())
+    return LossTerms(*terms)
 
 
 def label_places_of(labels: Tensor) -> Tensor:
@@ -145,7 +135,7 @@ class _LossInChunks(torch.autograd.Function):
         label_places: Tensor,
         objective: Objective,
     ) -> tuple[Tensor, ...]:
-        """Return loss, cross-entropy, KL and agreement of the positions that have a label.
+        """Return the terms of the positions that have a label, in the order of `LossTerms`.
 
         States are float [B x L, D], labels int64 [B x L], label_places int64 [P].
         """
@@ -157,7 +147,7 @@ class _LossInChunks(torch.autograd.Function):
         needs_states, needs_head = ctx.needs_input_grad[:2]
         grad_states = torch.zeros_like(states, dtype=sum_dtype) if needs_states else None
         grad_head = torch.zeros_like(head, dtype=sum_dtype) if needs_head else None
-        sums = torch.zeros(4, dtype=sum_dtype, device=head.device)
+        sums = torch.zeros(5, dtype=sum_dtype, device=head.device)
         # Allocated once: allocating and freeing for each chunk leaves holes in a CPU's memory.
         chunk_tokens = CHUNK_TOKENS_ON_GPU if head.is_cuda else CHUNK_TOKENS
         size = min(chunk_tokens, len(labels)), len(head)
@@ -183,9 +173,9 @@ class _LossInChunks(torch.autograd.Function):
                 _add_product(grad_head, grad_logits.T, chunk)
         ctx.save_for_backward(grad_states, grad_head)
         ctx.dtypes = student_states.dtype, student_head.dtype
-        loss, cross_entropy, kl, agreement = sums
-        ctx.mark_non_differentiable(cross_entropy, kl, agreement)
-        return loss, cross_entropy, kl, agreement
+        loss, *others = sums
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     @once_differentiable
@@ -211,7 +201,7 @@ def _terms_and_gradient(
     labels: Tensor,
     objective: Objective,
     buffers: Sequence[Tensor],
-) -> tuple[TokenTerms, Tensor]:
+) -> tuple[LossTerms, Tensor]:
     """Return `token_terms`, and float [C, V]: the gradient of their loss, in one of `buffers`.
 
     By hand and in place: autograd over `token_terms` takes 7 to 25 % longer on a CPU, and twice the
@@ -235,9 +225,10 @@ def _terms_and_gradient(
     gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
     gradient *= objective.cross_entropy_weight
     loss = objective.cross_entropy_weight * cross_entropy
+    tokens = loss.new_full((), len(labels))
     if teacher_log_probs is None:
         none = cross_entropy.new_zeros(())
-        return TokenTerms(loss, cross_entropy, none, none), gradient
+        return LossTerms(loss, cross_entropy, none, none, tokens), gradient
     likeliest = teacher_log_probs.gather(1, logits.argmax(-1, keepdim=True))
     same = likeliest == teacher_log_probs.amax(-1, keepdim=True)  # faster than a second argmax
     torch.log_softmax(logits.div_(temperature), -1, out=log_q)
@@ -245,7 +236,7 @@ def _terms_and_gradient(
     kl = temperature**2 * teacher_log_probs.sub_(log_q).mul_(p).sum()
     gradient.add_(log_q.exp_().sub_(p), alpha=objective.kl_weight * temperature)
     loss = loss + objective.kl_weight * kl
-    return TokenTerms(loss, cross_entropy, kl, same.sum().to(kl.dtype)), gradient
+    return LossTerms(loss, cross_entropy, kl, same.sum().to(kl.dtype), tokens), gradient
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
