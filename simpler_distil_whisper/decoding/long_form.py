@@ -8,7 +8,7 @@ of a recording up to `data/features.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ from simpler_distil_whisper.decoding.hypothesis import (
     WindowEvidence,
     without_speech,
 )
+from simpler_distil_whisper.decoding.timed_segments import (
+    between_timestamps,
+    cut_at_timestamps,
+)
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION, FRAMES_PER_SECOND
+from simpler_distil_whisper.model.folder_check import FRAMES_PER_SECOND
 from simpler_distil_whisper.text.languages import join_texts
 
 MAX_CONTEXT_TEMPERATURE = 0.5  # openai/whisper: text sampled at a higher one is no good context
@@ -243,11 +247,12 @@ def _aligned(
         states: float [B, E, D]: their encoder states.
         texts: tokens of each.
     """
+    assert transcriber.aligner is not None, "no times of words are requested"
     size = _window_frames(transcriber)
     languages = [recording.language or "en" for recording, _ in windows]
     frames = [min(size, recording.frames - start) for recording, start in windows]
     seconds = [count / FRAMES_PER_SECOND for count in frames]
-    timed = transcriber.align(states, languages, texts, seconds)
+    timed = transcriber.aligner(states, languages, texts, seconds)
     return [
         [token.shifted(start / FRAMES_PER_SECOND) for token in tokens]
         for (_, start), tokens in zip(windows, timed, strict=True)
@@ -288,40 +293,6 @@ def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hyp
     too_hot = hypothesis.temperature > MAX_CONTEXT_TEMPERATURE
     if too_hot or not transcriber.options.condition_on_previous_text:
         recording.context = []
-
-
-def cut_at_timestamps(
-    ids: Sequence[int], times: range, frames: int
-) -> tuple[list[SegmentTokens], int]:
-    """Return the segments of a window, and after how many frames the next window begins.
-
-    The rules are openai/whisper's. Two timestamps in a row end one segment and begin the next: the
-    text after the last such pair may not be whole, and is decoded again from there. But if the text
-    ends in a single timestamp, nothing follows in this window, and a text without pairs cannot be
-    cut: then the next window begins where this one ends. Timestamps count the encoder's positions.
-
-    Args:
-        ids: tokens with timestamps.
-        times: the tokens of 0.00 s, 0.02 s and so on.
-        frames: of the window, as far as the recording goes.
-    """
-    is_time = [id in times for id in ids]
-    ends = [place for place in range(1, len(ids)) if is_time[place - 1] and is_time[place]]
-    if not ends:
-        positions = [id - times.start for id in ids if id in times]
-        end = positions[-1] * FRAMES_PER_POSITION if positions else 0
-        return [SegmentTokens(0, end or frames, tuple(ids))], frames
-    nothing_follows = is_time[-2:] == [False, True]
-    if nothing_follows:
-        ends.append(len(ids))
-    segments = []
-    for begin, end in pairwise([0, *ends]):
-        start = (ids[begin] - times.start) * FRAMES_PER_POSITION
-        stop = (ids[end - 1] - times.start) * FRAMES_PER_POSITION
-        segments.append(SegmentTokens(start, stop, tuple(ids[begin:end])))
-    # After a segment that ends at 0, which the timestamp rules forbid, the loop would never end.
-    advance = frames if nothing_follows else segments[-1].end or frames
-    return segments, advance
 
 
 def _transcribe_chunks(transcriber: Transcriber, recordings: list[_Recording]) -> None:
@@ -383,29 +354,6 @@ def _chunk(
     return Chunk(start, end, hypothesis, segments)
 
 
-def between_timestamps(ids: Sequence[int], times: range, frames: int) -> list[SegmentTokens]:
-    """Return the segments between timestamps, without the timestamps.
-
-    Args:
-        ids: tokens.
-        times: the tokens of 0.00 s, 0.02 s and so on.
-        frames: of the window, at whose ends segments begin and end that have no timestamps.
-    """
-    segments, text_ids, start = [], list[int](), 0
-    for id in ids:
-        if id not in times:
-            text_ids.append(id)
-            continue
-        now = (id - times.start) * FRAMES_PER_POSITION
-        if text_ids:
-            segments.append(SegmentTokens(start, now, tuple(text_ids)))
-            text_ids = []
-        start = now
-    if text_ids:
-        segments.append(SegmentTokens(start, max(start, frames), tuple(text_ids)))
-    return segments
-
-
 def _whole(transcriber: Transcriber, recording: _Recording) -> Hypothesis:
     """Return the hypothesis of a recording, as `transcribe_long` describes it."""
     if not recording.parts:
@@ -457,7 +405,7 @@ def _segments(
         timed.append((Segment(start, end, transcriber.text_of(segment.ids)), segment.timed))
     if not transcriber.aligner:
         return [segment for segment, _ in timed]
-    return transcriber.segments_with_words(timed, recording.language or "en")
+    return transcriber.aligner.segments_with_words(timed, recording.language or "en")
 
 
 def _frame(seconds: float) -> int:

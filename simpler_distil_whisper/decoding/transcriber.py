@@ -15,12 +15,7 @@ from torch import Tensor, nn
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
-from simpler_distil_whisper.decoding.hypothesis import (
-    Hypothesis,
-    Segment,
-    TimedToken,
-    compression_ratio,
-)
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, compression_ratio
 from simpler_distil_whisper.decoding.recorded_steps import fastest_decoder
 from simpler_distil_whisper.decoding.search import (
     PromptedBatch,
@@ -30,13 +25,14 @@ from simpler_distil_whisper.decoding.search import (
     read_prompts,
 )
 from simpler_distil_whisper.decoding.speculative import Assistant, DraftCounts
+from simpler_distil_whisper.decoding.timed_segments import segments_of
 from simpler_distil_whisper.decoding.token_rules import TokenRules
-from simpler_distil_whisper.decoding.word_times import TokenAligner, segments_with_words
+from simpler_distil_whisper.decoding.word_times import TokenAligner
 from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.model.memory import Room, suitable_batch_size
 from simpler_distil_whisper.model.options import DecodingOptions, SampledTexts
-from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
+from simpler_distil_whisper.model.whisper import Whisper
 
 NO_SAMPLED_TEXTS = SampledTexts()
 SAMPLED_TEXT = 10_000  # in the seed, where for a hypothesis the number of the attempt stands
@@ -242,44 +238,6 @@ class Transcriber:
         return [hypotheses[row] for row in range(len(codes))]
 
     @torch.inference_mode()
-    def align(
-        self,
-        states: Tensor,
-        languages: Sequence[str],
-        texts: Sequence[Sequence[int]],
-        seconds: Sequence[float],
-    ) -> list[list[TimedToken]]:
-        """Return the tokens of some texts with their times, as `TokenAligner` gives them.
-
-        Args:
-            states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
-            languages: the code of each text.
-            texts: tokens; those that are no text are left out.
-            seconds: how much of the states is audio.
-        """
-        assert self.aligner is not None, "no times of words are requested"
-        own_states, _ = self._split(states)
-        return self.aligner(own_states, languages, list(map(self._text_ids, texts)), seconds)
-
-    def with_words(
-        self, states: Tensor, hypotheses: Sequence[Hypothesis], seconds: Sequence[float]
-    ) -> list[Hypothesis]:
-        """Return hypotheses about whole utterances, their segments with words.
-
-        Args:
-            states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
-            hypotheses: what was decoded from them.
-            seconds: the length of each utterance.
-        """
-        languages = [hypothesis.language for hypothesis in hypotheses]
-        texts = [hypothesis.token_ids for hypothesis in hypotheses]
-        timed = self.align(states, languages, texts, seconds)
-        return [
-            replace(hypothesis, segments=tuple(self._segments_with_words(hypothesis, tokens, end)))
-            for hypothesis, tokens, end in zip(hypotheses, timed, seconds, strict=True)
-        ]
-
-    @torch.inference_mode()
     def with_sampled_texts(
         self, states: Tensor, hypotheses: Sequence[Hypothesis], keys: Sequence[int]
     ) -> list[Hypothesis]:
@@ -320,23 +278,6 @@ class Transcriber:
             )
             for hypothesis in hypotheses
         ]
-
-    def _segments_with_words(
-        self, hypothesis: Hypothesis, tokens: Sequence[TimedToken], end: float
-    ) -> list[Segment]:
-        segments = self._timed_ids(hypothesis.token_ids)
-        if not segments and tokens:
-            segments = [(Segment(0.0, end, hypothesis.text), [token.id for token in tokens])]
-        rest = iter(tokens)
-        timed = [(segment, list(islice(rest, len(ids)))) for segment, ids in segments]
-        return self.segments_with_words(timed, hypothesis.language)
-
-    def segments_with_words(
-        self, timed: Sequence[tuple[Segment, Sequence[TimedToken]]], language: str
-    ) -> list[Segment]:
-        """Return the segments of an utterance with words, made of the tokens of each segment."""
-        written = "en" if self.options.task == "translate" else language
-        return segments_with_words(timed, written, self.text_of)
 
     def warm_up(self) -> None:
         """Transcribe silence, so that no measured time includes the costs of a start.
@@ -453,7 +394,7 @@ class Transcriber:
             text=text,
             language=language,
             token_ids=tuple(result.ids),
-            segments=tuple(self.segments_of(result.ids)),
+            segments=tuple(segments_of(result.ids, self.whisper)),
             average_log_probability=result.log_probability / (len(result.ids) + result.complete),
             no_speech_probability=no_speech,
             compression_ratio=compression_ratio(text),
@@ -464,32 +405,6 @@ class Transcriber:
     def text_of(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without timestamps."""
         return self.whisper.text_of(ids)
-
-    def _text_ids(self, ids: Sequence[int]) -> list[int]:
-        return [id for id in ids if self.whisper.tokens.is_text(id)]
-
-    def segments_of(self, ids: Sequence[int]) -> list[Segment]:
-        """Return the texts between timestamps."""
-        return [segment for segment, _ in self._timed_ids(ids)]
-
-    def _timed_ids(self, ids: Sequence[int]) -> list[tuple[Segment, list[int]]]:
-        """Return the texts between timestamps, each with its tokens."""
-        segments, text_ids = [], list[int]()
-        start: float | None = None
-        for id in ids:
-            if self.whisper.tokens.is_text(id):
-                text_ids.append(id)
-                continue
-            seconds = (id - self.whisper.tokens.timestamps.start) * TIME_STEP
-            if start is not None and text_ids:
-                segment = Segment(round(start, 2), round(seconds, 2), self.text_of(text_ids))
-                segments.append((segment, text_ids))
-                text_ids, start = [], None
-            else:
-                start = seconds
-        if start is not None and text_ids:
-            segments.append((Segment(round(start, 2), None, self.text_of(text_ids)), text_ids))
-        return segments
 
 
 def _check_options(whisper: Whisper, options: DecodingOptions, assistant: Assistant | None) -> None:

@@ -34,6 +34,7 @@ from simpler_distil_whisper.decoding.batches import (
 )
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, without_speech
 from simpler_distil_whisper.decoding.long_form import transcribe_long
+from simpler_distil_whisper.decoding.timed_segments import with_words
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.launch import is_main_process, process_count, process_rank
 from simpler_distil_whisper.model.memory import Room, out_of_memory
@@ -273,7 +274,7 @@ def _transcribe_short(
     if transcriber.sampled_texts.count:
         hypotheses = transcriber.with_sampled_texts(states, hypotheses, keys)
     if transcriber.aligner:
-        return transcriber.with_words(states, hypotheses, seconds)
+        return with_words(transcriber.aligner, states, hypotheses, seconds)
     return hypotheses
 
 

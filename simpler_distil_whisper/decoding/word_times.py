@@ -4,7 +4,7 @@ The method is that of openai/whisper (`timing.py`): some heads of a Whisper's cr
 to the audio of the token that comes next. The finished tokens are read once more in a single pass;
 the cheapest path through the attention of these heads gives each token its time, and words get
 those of their tokens. Owns that pass and the rules by which times of words are put right. Which
-tokens are aligned, and with which audio, is up to `transcriber.py` and `long_form.py`.
+tokens are aligned, and with which audio, is up to `timed_segments.py` and `long_form.py`.
 
 Letters of shapes besides those in `data/features.py`: U texts, P positions of their audio.
 """
@@ -64,6 +64,7 @@ class TokenAligner:
         self.task = task
         self.heads = alignment_heads(whisper.model)
 
+    @torch.inference_mode()
     def __call__(
         self,
         states: Tensor,
@@ -74,12 +75,15 @@ class TokenAligner:
         """Return the tokens of each text with times from the beginning of its encoder states.
 
         Args:
-            states: float [U, E, D]: encoder states.
+            states: float [U, E, D] or [U, E, D + D']: encoder states, as `Transcriber.encode`
+                returns them.
             languages: the code of each text.
-            texts: tokens of text, without timestamps.
+            texts: tokens; those that are no text are left out.
             seconds: how much of the states is audio; the rest is padding.
         """
         tokens, positions = self.whisper.tokens, self.decoder.decoder.max_target_positions
+        states = states[..., : self.decoder.width]  # behind them are an assistant's own
+        texts = [list(filter(tokens.is_text, text)) for text in texts]
         prompts = [tokens.prompt(language, self.task) for language in languages]
         rows = [
             torch.tensor([*prompt, *text, tokens.end][:positions])
@@ -109,6 +113,13 @@ class TokenAligner:
                 ]
             )
         return timed
+
+    def segments_with_words(
+        self, timed: Sequence[tuple[Segment, Sequence[TimedToken]]], language: str
+    ) -> list[Segment]:
+        """Return the segments of an utterance with words, made of the tokens of each segment."""
+        written = "en" if self.task == "translate" else language
+        return segments_with_words(timed, written, self.whisper.text_of)
 
     def _attention(
         self, queries: dict[int, Tensor], cache: KeyValueCache, row: int, tokens: int, audio: int

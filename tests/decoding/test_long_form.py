@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import SIXTEEN_KHZ, make_model_folder, read_rows
 from torch import Tensor
 from torch.nn import functional
@@ -19,7 +17,7 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import long_log_mel
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
-from simpler_distil_whisper.decoding.long_form import cut_at_timestamps, transcribe_long
+from simpler_distil_whisper.decoding.long_form import transcribe_long
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.model.folder import read_model_folder
@@ -267,44 +265,6 @@ def test_silent_windows_are_left_out(whisper: Whisper, features: list[Tensor]) -
     )[0]
     assert whole.text == hypotheses[0].text
     assert whole.no_speech_probability == pytest.approx(probabilities[0], rel=1e-4)
-
-
-A, B, C = 1, 2, 3  # words; times are 100, 101, ...
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected", "advance"),
-    [
-        # pairs: whole segments, and the rest is decoded again
-        ([100, A, 110, 110, B, 130, 130, C], [(0, 20, 3), (20, 60, 3)], 60),
-        ([105, A, 110, 112, B, 130, 131], [(10, 20, 3), (24, 60, 3)], 60),
-        # a single timestamp at the end: nothing follows it in this window
-        ([100, A, 110, 110, B, 130], [(0, 20, 3), (20, 60, 3)], 200),
-        ([100, A, 130], [(0, 60, 3)], 200),
-        # no pair: one segment, as long as the window if there is no time
-        ([100, A, B, C], [(0, 200, 4)], 200),
-        ([103, A, B], [(0, 6, 3)], 200),
-        ([100], [(0, 200, 1)], 200),
-        ([], [(0, 200, 0)], 200),
-        # no time passes, and yet it goes on
-        ([100, A, 100, 100, B], [(0, 0, 3)], 200),
-    ],
-)
-def test_where_a_window_is_cut(ids: list[int], expected: list[tuple], advance: int) -> None:
-    segments, after = cut_at_timestamps(ids, range(100, 300), 200)
-    assert [(s.start, s.end, len(s.ids)) for s in segments] == expected
-    assert after == advance
-    flat = [id for segment in segments for id in segment.ids]
-    assert flat == ids[: len(flat)]
-
-
-@given(st.lists(st.integers(90, 120), max_size=12), st.integers(1, 200))
-def test_every_window_goes_on(ids: list[int], frames: int) -> None:
-    ids = [100, *ids]
-    for place in range(1, len(ids)):  # timestamps do not decrease
-        if ids[place] >= 100:
-            ids[place] = max(ids[place], *(id for id in ids[:place]))
-    assert cut_at_timestamps(ids, range(100, 300), frames)[1] > 0
 
 
 def test_the_evidence_is_that_of_the_windows(whisper: Whisper, features: list[Tensor]) -> None:

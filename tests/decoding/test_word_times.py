@@ -17,6 +17,7 @@ from tiny import SIXTEEN_KHZ, add_words, make_corpus, make_model_folder, read_ro
 
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
+from simpler_distil_whisper.decoding import timed_segments
 from simpler_distil_whisper.decoding.hypothesis import (
     Hypothesis,
     Segment,
@@ -137,7 +138,7 @@ def test_times_are_those_of_openai_whisper(
     theirs_of = [tokenizer.get_tokenizer(True, language=code) for code in languages]
     texts = [each.encode(text) for each, (_, text) in zip(theirs_of, TEXTS, strict=True)]
     states = transcriber.encode(features.float())
-    timed = transcriber.align(states, languages, texts, seconds)
+    timed = transcriber.aligner(states, languages, texts, seconds)
     for row, ids in enumerate(texts):
         text_of = theirs_of[row].decode
         begins = [place for place, id in enumerate(ids) if place > 5 and text_of([id])[0] == " "]
@@ -213,7 +214,8 @@ def with_words(
     transcriber = Transcriber(whisper, DecodingOptions(**options), word_timestamps=True)
     states = transcriber.encode(log_mel(waveforms, whisper.feature_extractor))
     hypotheses = transcriber.from_encoder_states(states, ["en"] * len(waveforms))
-    return transcriber.with_words(states, hypotheses, [len(w) / SIXTEEN_KHZ for w in waveforms])
+    seconds = [len(waveform) / SIXTEEN_KHZ for waveform in waveforms]
+    return timed_segments.with_words(transcriber.aligner, states, hypotheses, seconds)
 
 
 def long_with_words(
@@ -295,7 +297,7 @@ def test_a_text_that_fills_all_positions_has_times(
     transcriber = Transcriber(whisper, DecodingOptions(), word_timestamps=True)
     states = transcriber.encode(log_mel(waveforms[:2], whisper.feature_extractor))
     texts = [[65] * 444, []]
-    full, empty = transcriber.align(states, ["en", "zh"], texts, [0.4, 0.02])
+    full, empty = transcriber.aligner(states, ["en", "zh"], texts, [0.4, 0.02])
     assert len(full) == 444 and empty == []
     assert full[-1].end <= 0.4
 

@@ -19,6 +19,7 @@ from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel, long_log_mel
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, TimedWord
 from simpler_distil_whisper.decoding.long_form import transcribe_long
+from simpler_distil_whisper.decoding.timed_segments import with_words
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export.formats import write_openai
 from simpler_distil_whisper.model.folder import read_model_folder
@@ -216,7 +217,8 @@ def short_form(transcriber: Transcriber, clip: Clip) -> Hypothesis:
     features = log_mel([clip.waveform], transcriber.whisper.feature_extractor)
     states = transcriber.encode(features)
     hypotheses = transcriber.from_encoder_states(states, [clip.language])
-    [hypothesis] = transcriber.with_words(states, hypotheses, [len(clip.waveform) / SIXTEEN_KHZ])
+    seconds = [len(clip.waveform) / SIXTEEN_KHZ]
+    [hypothesis] = with_words(transcriber.aligner, states, hypotheses, seconds)
     return hypothesis
 
 
