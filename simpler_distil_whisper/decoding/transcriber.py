@@ -5,7 +5,7 @@ the tokens, and `long_form.py` cuts longer audio into windows. It reads and writ
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -37,6 +37,35 @@ from simpler_distil_whisper.model.whisper import Whisper
 NO_SAMPLED_TEXTS = SampledTexts()
 SAMPLED_TEXT = 10_000  # in the seed, where for a hypothesis the number of the attempt stands
 TOKENS_TO_SPARE = 8  # of a sampled text, above twice the tokens of the hypothesis
+
+
+@dataclass(frozen=True)
+class _Utterances:
+    """What is decoded together.
+
+    Attributes:
+        codes: of their languages; None of English models.
+        prompts: the tokens before each text.
+        keys: a number for each, from which its random numbers are made.
+        assistant_states: float [B, E, D']: their encoder states for the assistant.
+        timestamps: whether to decode with timestamps.
+    """
+
+    codes: Sequence[str | None]
+    prompts: list[list[int]]
+    keys: Sequence[int]
+    assistant_states: Tensor
+    timestamps: bool
+
+    def only(self, rows: list[int]) -> "_Utterances":
+        """Return some of them."""
+        return replace(
+            self,
+            codes=[self.codes[row] for row in rows],
+            prompts=[self.prompts[row] for row in rows],
+            keys=[self.keys[row] for row in rows],
+            assistant_states=self.assistant_states[rows],
+        )
 
 
 class Transcriber:
@@ -214,28 +243,25 @@ class Transcriber:
             for tokens, code in zip(previous, codes, strict=True)
         ]
         keys = keys or [0] * len(codes)
-        rows = list(range(len(codes)))
-        hypotheses: dict[int, Hypothesis] = {}
-        for attempt, temperature in enumerate(self.options.temperatures):
-            if attempt:
-                rows = [row for row in rows if self._fails(hypotheses[row])]
-                if not rows:
-                    break
-                del cache  # else two would have to fit into the memory
-                cache = self.decoder.start(states[rows], self.positions, uneven=uneven)
-            results, no_speech = self._search(
-                cache,
-                [prompts[row] for row in rows],
-                [keys[row] for row in rows],
-                attempt,
-                timestamps,
-                assistant_states[rows],
-            )
-            for row, result, probability in zip(rows, results, no_speech, strict=True):
-                hypotheses[row] = self._hypothesis(
-                    result, codes[row] or "en", probability, temperature
-                )
-        return [hypotheses[row] for row in range(len(codes))]
+        utterances = _Utterances(codes, prompts, keys, assistant_states, timestamps)
+        hypotheses = self._search(cache, utterances, 0)
+        del cache  # else two would have to fit into the memory
+        self._decode_again(hypotheses, states, utterances, uneven)
+        return hypotheses
+
+    def _decode_again(
+        self, hypotheses: list[Hypothesis], states: Tensor, utterances: _Utterances, uneven: bool
+    ) -> None:
+        """Replace hypotheses that fail by those of the next temperatures."""
+        for attempt in range(1, len(self.options.temperatures)):
+            rows = [row for row, hypothesis in enumerate(hypotheses) if self._fails(hypothesis)]
+            if not rows:
+                return
+            cache = self.decoder.start(states[rows], self.positions, uneven=uneven)
+            again = self._search(cache, utterances.only(rows), attempt)
+            del cache
+            for row, hypothesis in zip(rows, again, strict=True):
+                hypotheses[row] = hypothesis
 
     @torch.inference_mode()
     def with_sampled_texts(
@@ -322,15 +348,10 @@ class Transcriber:
         return [before, *previous[-(self.positions // 2 - 1) :]]
 
     def _search(
-        self,
-        cache: KeyValueCache,
-        prompts: list[list[int]],
-        keys: list[int],
-        attempt: int,
-        timestamps: bool,
-        assistant_states: Tensor,
-    ) -> tuple[list[SearchResult], list[float | None]]:
-        """Return the tokens and the no-speech probability of each utterance."""
+        self, cache: KeyValueCache, utterances: _Utterances, attempt: int
+    ) -> list[Hypothesis]:
+        """Return one hypothesis per utterance, at the temperature of an attempt."""
+        prompts = utterances.prompts
         states = read_prompts(self.decoder, cache, prompts)
         device = states.device
         rows = torch.arange(len(prompts), device=device)
@@ -340,17 +361,21 @@ class Transcriber:
         starts = [prompt.index(self.whisper.tokens.start) for prompt in prompts]
         no_speech = self._no_speech(states[rows, torch.tensor(starts, device=device)])
         temperature, beams = self.options.temperatures[attempt], self.options.num_beams
-        decoder, rules = self.decoder, self._rules[timestamps]
+        decoder, rules = self.decoder, self._rules[utterances.timestamps]
         if temperature > 0:
-            randoms = self._randoms([(attempt, key) for key in keys], limits)
+            randoms = self._randoms([(attempt, key) for key in utterances.keys], limits)
             results = greedy_or_sampled(decoder, rules, batch, temperature, randoms)
         elif beams > 1:
             results = beam_search(decoder, rules, batch, beams)
         elif self.assistant is not None:
-            results = self.assistant.speculate(decoder, rules, batch, assistant_states, prompts)
+            encoded = utterances.assistant_states
+            results = self.assistant.speculate(decoder, rules, batch, encoded, prompts)
         else:
             results = greedy_or_sampled(decoder, rules, batch)
-        return results, no_speech
+        return [
+            self._hypothesis(result, code or "en", probability, temperature)
+            for result, code, probability in zip(results, utterances.codes, no_speech, strict=True)
+        ]
 
     def _randoms(self, streams: Sequence[tuple[int, ...]], limits: Tensor) -> Tensor:
         """Return float32 [R, longest limit]: numbers from 0 to 1, a stream for each row."""
