@@ -121,15 +121,9 @@ class Transcriber:
         self.sampled_texts = sampled_texts
         self.batch_size = self._batch_size()
         self.room = Room(self.batch_size)
-        recordable = options.num_beams == 1 and assistant is None and audio_context is None
-        self.decoder = (
-            fastest_decoder(whisper.model, self.batch_size)
-            if record_steps and recordable
-            else CachedDecoder(whisper.model)
-        )
+        self.decoder = self._decoder(record_steps)
         # Recorded steps have one row for each utterance, not one for each of its sampled texts.
-        recorded = type(self.decoder) is not CachedDecoder
-        apart = sampled_texts.count > 0 and recorded
+        apart = sampled_texts.count > 0 and type(self.decoder) is not CachedDecoder
         self._sampling_decoder = CachedDecoder(whisper.model) if apart else self.decoder
         self.aligner = (
             TokenAligner(whisper, self.decoder, options.task) if word_timestamps else None
@@ -142,6 +136,14 @@ class Transcriber:
         return suitable_batch_size(
             self.whisper.model, self.options.num_beams, student, self.sampled_texts.count
         )
+
+    def _decoder(self, record_steps: bool) -> CachedDecoder:
+        recordable = (
+            self.options.num_beams == 1 and self.assistant is None and self.audio_context is None
+        )
+        if record_steps and recordable:
+            return fastest_decoder(self.whisper.model, self.batch_size)
+        return CachedDecoder(self.whisper.model)
 
     def __call__(
         self, features: Tensor, languages: Sequence[str | None], keys: Sequence[int] | None = None
