@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
@@ -106,17 +99,9 @@ class ConfigError(Exception):
 
 
 class StrictModel(BaseModel):
-    """A config section: immutable, no unknown keys, no silent type conversion.
-
-    Null switches a section off that has a key `enabled`, which is false by default.
-    """
+    """A config section: immutable, no unknown keys, no silent type conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_off(cls, value: object) -> object:
-        return {} if value is None and "enabled" in cls.model_fields else value
 
     @field_validator("*")
     @classmethod
@@ -168,7 +153,8 @@ def load_config(path: Path, model: type[Config]) -> Config:
         raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
     problems = [f'"{shortened(key)}": this key stands twice in one object' for key in duplicates]
     try:
-        config = model.model_validate_json(json.dumps(tree) if _drop_unused(tree) else text)
+        changed = [_drop_unused(tree), _switch_off_what_is_null(tree, model)]
+        config = model.model_validate_json(json.dumps(tree) if any(changed) else text)
     except ValidationError as error:
         problems += [_explain(details, model) for details in error.errors()[:MOST_PROBLEMS]]
     if problems:
@@ -187,6 +173,24 @@ def _drop_unused(tree: object) -> bool:
             del keys[name]
             dropped = True
     return dropped
+
+
+def _switch_off_what_is_null(tree: object, model: type[StrictModel]) -> bool:
+    """Put the defaults in the place of a null section that has a key `enabled`, false by default.
+
+    Returns:
+        Whether there was one.
+    """
+    changed = False
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is None or not isinstance(tree, dict) or name not in tree:
+            continue
+        if tree[name] is None and "enabled" in section.model_fields:
+            tree[name], changed = {}, True
+        else:
+            changed |= _switch_off_what_is_null(tree[name], section)
+    return changed
 
 
 def defaults_used(config: StrictModel, prefix: str = "") -> list[str]:

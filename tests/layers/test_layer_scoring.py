@@ -384,8 +384,8 @@ def test_states_that_the_cache_has_are_not_computed_again(
         assert cached["layers"] == computed["layers"]
         assert cached["kl"] == pytest.approx(computed["kl"], abs=2e-6)
     # A student that keeps a part of the encoder needs states of its own.
-    assert (": 0 of 9 found" in caplog.text) == (encoder_layers is None)
-    assert (": 9 of 9 found" in caplog.text) == (encoder_layers is None)
+    assert (": 0 of 9 hits" in caplog.text) == (encoder_layers is None)
+    assert (": 9 of 9 hits" in caplog.text) == (encoder_layers is None)
 
 
 def test_a_search_can_be_stopped_at_every_set(teacher: Whisper, labelled: list[Example]) -> None:
