@@ -103,8 +103,8 @@ def make_normalizer(options: TextNormalization) -> Callable[[str, str | None], s
     if options.chinese_script is not None:
         in_own_script = make_normalizer(options.model_copy(update={"chinese_script": None}))
     own = _own_steps(options)
-    english = [_with_plain_signs, *_conversions_alone(options), _whisper_english]
-    basic = [_with_plain_signs, *_conversions_alone(options), _whisper_basic]
+    before = [_with_plain_signs, *_conversions_alone(options), _without_unclosed_brackets]
+    english, basic = [*before, _whisper_english], [*before, _whisper_basic]
     fillers = _filler_pattern(options)
 
     def normalize(text: str, language: str | None = None) -> str:
@@ -206,6 +206,17 @@ def _with_plain_signs(text: str) -> str:
     return PERIODS.sub(" ", INVISIBLE.sub("", text).translate(PLAIN_SIGNS))
 
 
+def _without_unclosed_brackets(text: str) -> str:
+    """Return a text whose brackets without an end are other signs, which are left out as they are.
+
+    For each of them, Whisper's normalisers would look through all of the text behind it.
+    """
+    for opening, closing in (("<[", ">]"), ("(", ")")):
+        end = 1 + max(map(text.rfind, closing))
+        text = text[:end] + text[end:].translate(dict.fromkeys(map(ord, opening), "~"))
+    return text
+
+
 def _whisper_english(text: str) -> str:
     english, basic = _whisper_normalizers()
     try:
@@ -260,7 +271,7 @@ def _without_punctuation(text: str) -> str:
     text = DIGIT_GROUP_COMMA.sub("", text.translate(PUNCTUATION_TO_SPACE))
     stray = _stray_signs()
     removed = 1
-    while removed:  # removing one sign can leave the next one without its word
+    while removed:  # removing one sign can leave the one before without its word
         text, removed = stray.subn(" ", text)
     return text
 
@@ -270,8 +281,9 @@ def _stray_signs() -> re.Pattern[str]:
     """Return a pattern of apostrophes, decimal signs and combining marks that belong to no word."""
     marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
     letter = rf"[^\s'{DECIMAL_SIGNS}{UNSPACED}]"
-    return re.compile(
+    first = (
         rf"(?<!{letter})'|'(?!{letter})"
         rf"|(?<!\d)[{DECIMAL_SIGNS}]|[{DECIMAL_SIGNS}](?!\d)"
-        rf"|(?<!\S)[{marks}]+"
+        rf"|(?<!\S)[{marks}]"
     )
+    return re.compile(rf"(?:{first})['{DECIMAL_SIGNS}{marks}]*")  # what follows has no word either

@@ -216,6 +216,14 @@ def test_an_ellipsis_is_three_periods_also_beside_numbers(whisper: Any, text: st
         assert "." not in normalize(text, language)
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_signs_without_end_take_no_hours(language: str) -> None:
+    """Each of them once had all of the others looked at."""
+    normalize = make_normalizer(TextNormalization())
+    for signs in ("'\u0316", "[", "<", "(", ".\u0316", "a(["):
+        assert normalize(signs * 100_000 + " yes", language).split()[-1] == "yes"
+
+
 def test_a_number_that_python_cannot_read_ends_no_run() -> None:
     assert make_normalizer(TextNormalization())("Call 9" + "9" * 5000, "en")[:6] == "call 9"
 
