@@ -4,6 +4,7 @@ Owns which labels may be packed, which of them go together, and the rows and fil
 A student that learns from full windows does not learn that speech ends after a few words.
 """
 
+import io
 import json
 from array import array
 from collections import Counter
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import soundfile
 from pydantic import Field
 
-from simpler_distil_whisper.atomic import partial_path, written_atomically
+from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.config import PositiveFloat, Ratio
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.jsonl import Row, category, own_rows, row_at, to_line
@@ -295,9 +296,9 @@ def write_audio(
     def write(number: int, path: Path) -> None:
         """Write the audio of all parts, one after the other, as 16 kHz mono FLAC."""
         waveform = np.concatenate([columns.load(part) for part in plan.parts(labels, number)])
-        partial = partial_path(path)
-        soundfile.write(partial, waveform, SAMPLE_RATE, "PCM_16", format="FLAC")
-        partial.replace(path)
+        content = io.BytesIO()  # of a full disk, libsndfile does not always tell
+        soundfile.write(content, waveform, SAMPLE_RATE, "PCM_16", format="FLAC")
+        write_atomically(path, content.getvalue())
 
     write_own_files(
         len(plan),
