@@ -221,7 +221,7 @@ def test_signs_without_end_take_no_hours(language: str) -> None:
     """Each of them once had all of the others looked at."""
     normalize = make_normalizer(TextNormalization())
     for signs in ("'\u0316", "[", "<", "(", ".\u0316", "a(["):
-        assert normalize(signs * 100_000 + " yes", language).split()[-1] == "yes"
+        assert normalize(signs * 10_000 + " yes", language).split()[-1] == "yes"
 
 
 def test_a_number_that_python_cannot_read_ends_no_run() -> None:
