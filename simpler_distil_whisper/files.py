@@ -113,6 +113,15 @@ def read_regular_file(path: str | os.PathLike[str], largest: int) -> bytes:
     return content
 
 
+def version_of(path: Path) -> tuple[int, int] | None:
+    """Return what changes with a file's content: its size and time; None if there is none."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # no file can have the name
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def lock(file: IO[Any]) -> bool:
     """Return whether this process alone now holds a file that it writes, until it ends.
 

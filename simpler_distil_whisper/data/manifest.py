@@ -34,7 +34,7 @@ from simpler_distil_whisper.data.row_checks import (
     named_channel,
     row_language,
 )
-from simpler_distil_whisper.files import open_regular_file
+from simpler_distil_whisper.files import open_regular_file, version_of
 from simpler_distil_whisper.run import DataError, log
 
 # On a network, to ask whether a file exists takes a millisecond: many are asked for at once, in
@@ -162,7 +162,7 @@ class Utterances(Sequence[Utterance]):
         self._offsets = array("q")
         self._channels = array("b")
         self._bases = array("b")
-        self._version = self._version_now()
+        self._version = version_of(self.path)
 
     def append(self, number: int, line: int, offset: int, channel: int, base: int) -> None:
         """Add a row by the number of its line, from 1, its offset in bytes, and the rest."""
@@ -197,7 +197,7 @@ class Utterances(Sequence[Utterance]):
 
     def check_unchanged(self) -> None:
         """Raise DataError if the manifest is no longer the file that was checked."""
-        if self._version_now() != self._version:
+        if version_of(self.path) != self._version:
             raise DataError(f"{self.path} has changed while this run reads it: start the run again")
 
     def _read(self, indices: Iterable[int]) -> Iterator[Utterance]:
@@ -214,13 +214,6 @@ class Utterances(Sequence[Utterance]):
                 audio = audio_path(row[self.columns.audio], folder, self._bases[index])
                 number, place = self.numbers[index], f"{self.path}:{self._lines[index]}"
                 yield _utterance(row, line, number, place, audio, self.columns)
-
-    def _version_now(self) -> tuple[int, int] | None:
-        try:
-            status = self.path.stat()
-        except (OSError, ValueError):  # no file can have the name
-            return None
-        return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from simpler_distil_whisper.data.jsonl import (
     placed_lines,
     quoted,
 )
-from simpler_distil_whisper.files import read_regular_file
+from simpler_distil_whisper.files import read_regular_file, version_of
 from simpler_distil_whisper.run import DataError, log
 
 Name = Annotated[str, Field(min_length=1)]
@@ -112,7 +112,7 @@ class ExaminedSystem:
     Attributes:
         name: of the system.
         path: of its file.
-        version: size and time of the file.
+        version: of its file, as `version_of` returns it.
         lines: id -> line number of each row that can be compared.
         rejected: the other rows.
         columns: every column that some row has.
@@ -120,7 +120,7 @@ class ExaminedSystem:
 
     name: str
     path: Path
-    version: tuple[int, int]
+    version: tuple[int, int] | None
     lines: dict[str, int] = field(default_factory=dict)
     rejected: list[RejectedRow] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
@@ -197,7 +197,7 @@ def usable_rows(system: ExaminedSystem) -> Iterator[tuple[str, Row]]:
     for line, _, content in placed_lines(system.path, "hypotheses"):
         if line in ids:
             yield ids[line], parse_row(content)
-    if _version_of(system.path) != system.version:
+    if version_of(system.path) != system.version:
         raise DataError(f"{system.path} has changed while it was read: run the same command again")
 
 
@@ -212,15 +212,6 @@ def read_reference(row: Row, columns: HypothesisColumns) -> str | None:
     return _read_text(row, columns.reference)
 
 
-def _version_of(path: Path) -> tuple[int, int]:
-    """Return what changes with a file; zeros if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
-
-
 def _examine(
     hypotheses: Hypotheses, columns: HypothesisColumns, references: dict[str, int]
 ) -> ExaminedSystem:
@@ -231,7 +222,7 @@ def _examine(
         columns: which column holds what.
         references: id -> hash of the reference in earlier systems; those of this one are added.
     """
-    system = ExaminedSystem(hypotheses.name, hypotheses.path, _version_of(hypotheses.path))
+    system = ExaminedSystem(hypotheses.name, hypotheses.path, version_of(hypotheses.path))
     for line, _, content in placed_lines(system.path, "hypotheses"):
         utterance_id = None
         try:
