@@ -167,7 +167,7 @@ def transcribe_rows(
         ]
         results.append(rows)
     wait_for_everyone()
-    report = speed_report(speed, transcriber, folder.weight_bytes)
+    report = speed_report(speed, transcriber, folder)
     drafts = transcriber.assistant.report() if transcriber.assistant else {}
     speed_file = run.own_folder / SPEED
     if is_main_process() and (report.utterances or not speed_file.exists()):

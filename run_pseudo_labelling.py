@@ -29,8 +29,8 @@ from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import (
     CacheOptions,
     DecodingOptions,
-    ModelOptions,
     SampledTexts,
+    TeacherModelOptions,
 )
 from simpler_distil_whisper.run import Run, log, run_script
 from simpler_distil_whisper.text.chinese import Script
@@ -44,7 +44,7 @@ Prepared = tuple[ModelFolder, Manifest]
 class Config(RunOptions):
     """run_pseudo_labelling.json."""
 
-    teacher: ModelOptions
+    teacher: TeacherModelOptions
     data: LabellingData
     decoding: DecodingOptions = DecodingOptions()
     sampled_texts: SampledTexts = SampledTexts()

@@ -42,13 +42,13 @@ from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
-from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.options import DecodingDtype, DecodingOptions
 from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries
 
 BATCH_SIZE = 16
 ROWS_OF_A_LENGTH = 2
 ALONE = "the clip alone"
-SHORT = f"this decoder float32, {ALONE}"
+SHORT = f"this decoder {{}}, {ALONE}"
 BARE = f"bare matrix products float32, {ALONE}"
 CPU = torch.device("cpu")
 
@@ -129,9 +129,10 @@ def _contestants(
         batches: what is decoded.
         kinds: of the systems; empty: all.
     """
-    transcriber = _transcriber(options)
+    transcribers = {dtype: _transcriber(options, dtype) for dtype in ("float32", "int8")}
     runs: dict[str, Callable[[], list[list[int]]]] = {
-        f"student: {SHORT}": functools.partial(_decode_short, transcriber, batches)
+        f"student: {SHORT.format(dtype)}": functools.partial(_decode_short, transcriber, batches)
+        for dtype, transcriber in transcribers.items()
     }
     for role, folder in (("student", options.student), ("teacher", options.teacher)):
         for system in _padding_systems(kinds):
@@ -142,7 +143,7 @@ def _contestants(
                 continue
             runs[f"{role}: {system.name}"] = functools.partial(_decode_as_given, decode, batches)
             if role == "student" and system.kind == CTRANSLATE2:
-                groups = _by_positions(batches, transcriber)
+                groups = _by_positions(batches, transcribers["float32"])
                 name = f"{role}: {system.name}, {ALONE}"
                 runs[name] = functools.partial(_decode_as_given, decode, groups)
     count = sum(len(batch.seconds) for batch in batches)
@@ -153,9 +154,9 @@ def _contestants(
     return contestants
 
 
-def _transcriber(options: argparse.Namespace) -> Transcriber:
+def _transcriber(options: argparse.Namespace, dtype: DecodingDtype) -> Transcriber:
     folder = read_model_folder(options.student, None, "student")
-    whisper = load_whisper(folder, "float32", "auto", CPU)
+    whisper = load_whisper(folder, dtype, "auto", CPU)
     decoding = DecodingOptions(batch_size=BATCH_SIZE)
     return Transcriber(whisper, decoding, audio_context=whisper.audio_context)
 

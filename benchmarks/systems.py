@@ -22,7 +22,7 @@ from benchmarks.machine import computes_in_bfloat16
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export.formats import openai_name
 from simpler_distil_whisper.model.folder import read_model_folder
-from simpler_distil_whisper.model.options import Attention, DecodingOptions, Dtype
+from simpler_distil_whisper.model.options import Attention, DecodingDtype, DecodingOptions, Dtype
 from simpler_distil_whisper.model.whisper import (
     Whisper,
     load_tokenizer,
@@ -100,7 +100,7 @@ def all_systems(device: torch.device, batch_sizes: Sequence[int]) -> Iterator[Sy
             yield _hugging_face(dtype, "sdpa", size)
         if device.type == "cpu":
             yield _hugging_face(dtype, "eager", largest)
-    for dtype in dtypes:
+    for dtype in (*dtypes, "int8") if device.type == "cpu" else dtypes:
         for size in sizes:
             yield System(OURS, "", dtype, size, functools.partial(_load_ours, dtype, size))
     for compute_type in compute_types:
@@ -118,14 +118,14 @@ def _hugging_face(dtype: Dtype, attention: Attention, size: int) -> System:
 
 
 @functools.lru_cache(maxsize=8)
-def _whisper(model: Model, dtype: Dtype, attention: Attention) -> Whisper:
+def _whisper(model: Model, dtype: DecodingDtype, attention: Attention) -> Whisper:
     if dtype == "bfloat16" and not computes_in_bfloat16(model.device):
         raise Unavailable("the CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16)")
     folder = read_model_folder(model.folder, None, "model")
     return load_whisper(folder, dtype, attention, model.device)
 
 
-def _load_ours(dtype: Dtype, size: int, model: Model) -> Decode:
+def _load_ours(dtype: DecodingDtype, size: int, model: Model) -> Decode:
     options = DecodingOptions(batch_size=size, max_new_tokens=model.max_new_tokens)
     transcriber = Transcriber(_whisper(model, dtype, "auto"), options)
 

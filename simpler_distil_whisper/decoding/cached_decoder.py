@@ -7,8 +7,10 @@ allocated at the start, and rows that have ended are dropped. Tokens are chosen 
 Letters of shapes besides those in `data/features.py`: U utterances, K beams of each, R = U * K.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ from torch.nn import functional
 from transformers import WhisperForConditionalGeneration
 
 from simpler_distil_whisper.model.head import multiply_by_head
+from simpler_distil_whisper.model.int8 import Int8Linear
 
+Product: TypeAlias = Callable[[Tensor], Tensor]
 QUERIES, KEYS_VALUES = "q_proj", ("k_proj", "v_proj")  # transformers' names
 
 
@@ -126,9 +130,7 @@ class CachedDecoder:
         self.explicit_attention = (
             config._attn_implementation == "eager" or model.device.type == "cpu"
         )
-        # In float32 on a GPU, where it costs little: 16 bits round the differences of logits away.
-        head = model.proj_out.weight.detach()
-        self._head = head.float() if model.device.type == "cuda" else head
+        self._head = _head(model)
         self._layers: list[Any] = list(self.decoder.layers)
         with torch.no_grad():
             self._self_projections = [
@@ -154,10 +156,10 @@ class CachedDecoder:
             padding_mask = states.new_zeros(count, 1, 1, positions)
             padding_mask.masked_fill_(padding[:, None, None], -torch.inf)
         shape = (count, positions, 2, self.heads, self.head_width)
-        first = functional.linear(states, *self._cross_projections[0])
+        first = self._cross_projections[0](states)
         cross = first.new_empty(len(self._layers), 2, count, self.heads, positions, self.head_width)
-        for layer, (weight, bias) in enumerate(self._cross_projections):
-            projected = first if layer == 0 else functional.linear(states, weight, bias)
+        for layer, project in enumerate(self._cross_projections):
+            projected = first if layer == 0 else project(states)
             cross[layer] = projected.view(shape).permute(2, 0, 3, 1, 4)
         tokens = cross.new_empty(len(self._layers), 2, count, self.heads, capacity, self.head_width)
         if uneven:  # What a shorter row has not written is multiplied by its attention of zero.
@@ -203,20 +205,19 @@ class CachedDecoder:
             states: float [..., D]: decoder states.
             bias: float [V]: added; minus infinity for tokens that are ruled out.
         """
-        flat = states.flatten(0, -2).to(self._head.dtype)
-        # Autocast, in which a student in training is scored, would round them all the same.
-        with torch.autocast(flat.device.type, enabled=False):
-            logits = multiply_by_head(flat, self._head).float()
+        # Autocast, in which a student in training is scored, would round them.
+        with torch.autocast(states.device.type, enabled=False):
+            logits = self._head(states.flatten(0, -2)).float()
         if bias is not None:
             logits += bias
-        return logits.view(*states.shape[:-1], len(self._head))
+        return logits.view(*states.shape[:-1], -1)
 
     def _project_and_append(
         self, number: int, normed: Tensor, positions: Tensor, cache: KeyValueCache
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries of the new tokens, and the keys and values of all tokens."""
         rows, count, _ = normed.shape
-        fused = functional.linear(normed, *self._self_projections[number])
+        fused = self._self_projections[number](normed)
         new = fused.view(rows, count, 3, self.heads, self.head_width)
         queries, new_keys, new_values = new.unbind(2)
         keys, values = cache.self_attention[number]
@@ -251,12 +252,25 @@ class CachedDecoder:
         return torch.matmul(scores.softmax(-1), values)
 
 
-def _fused(attention: nn.Module, *names: str) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of several projections of the same input, as one."""
+def _fused(attention: nn.Module, *names: str) -> Product:
+    """Return the product with several projections of the same input, as one."""
     projections = [getattr(attention, name) for name in names]
+    if isinstance(projections[0], Int8Linear):
+        return Int8Linear.joined(projections)
     # Whisper's keys have no bias.
     biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in projections]
-    return torch.cat([p.weight for p in projections]), torch.cat(biases)
+    weight = torch.cat([p.weight for p in projections])
+    return functools.partial(functional.linear, weight=weight, bias=torch.cat(biases))
+
+
+def _head(model: WhisperForConditionalGeneration) -> Product:
+    """Return what makes [N, V] logits of [N, D] decoder states."""
+    if isinstance(model.proj_out, Int8Linear):
+        return model.proj_out
+    # In float32 on a GPU, where it costs little: 16 bits round the differences of logits away.
+    head = model.proj_out.weight.detach()
+    head = head.float() if model.device.type == "cuda" else head
+    return lambda states: multiply_by_head(states.to(head.dtype), head)
 
 
 def _joined(heads: Tensor) -> Tensor:

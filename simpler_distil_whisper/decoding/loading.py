@@ -16,10 +16,11 @@ from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.memory import out_of_memory, peak_memory_megabytes
 from simpler_distil_whisper.model.options import (
     AudioContextChoice,
+    DecodingDtype,
     InferenceDecodingOptions,
     ModelOptions,
 )
-from simpler_distil_whisper.model.weights import stored_dtype
+from simpler_distil_whisper.model.weights import parameter_count, stored_dtype
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.run import Run, log
 
@@ -41,13 +42,15 @@ def load_for_decoding(
         for_training: its encoder states are kept for training.
     """
     quieten_libraries()
-    dtype = decoding_dtype(options.dtype, device, stored_dtype(folder), for_training)
+    dtype: DecodingDtype | torch.dtype = options.dtype
+    if options.dtype != "int8":
+        dtype = decoding_dtype(options.dtype, device, stored_dtype(folder), for_training)
     whisper = load_whisper(folder, dtype, options.attention, device)
     share_cores(whisper.model)
     keep_freed_memory()
     chosen = {
         "device": str(device),
-        "dtype": str(whisper.model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "attention": whisper.model.config._attn_implementation,
         "torch_threads": torch.get_num_threads(),
     }
@@ -73,7 +76,8 @@ def load_transcriber(
     whisper = load_for_decoding(folder, model, device, run)
     assistant = None
     if assistant_folder:
-        dtype = whisper.model.dtype  # also where "auto" decodes in another dtype than it trains in
+        # The model's own, also where "auto" decodes in another dtype than it trains in.
+        dtype = model.dtype if model.dtype == "int8" else whisper.model.dtype
         student = load_whisper(assistant_folder, dtype, model.attention, device)
         assistant = Assistant(student, whisper)
     transcriber = Transcriber(
@@ -113,14 +117,13 @@ def _chosen_context(
     return context
 
 
-def speed_report(speed: Speed, transcriber: Transcriber, model_bytes: int) -> SpeedReport:
+def speed_report(speed: Speed, transcriber: Transcriber, folder: ModelFolder) -> SpeedReport:
     """Return the speed of all processes together; call it in every one of them."""
     processes: list[Speed] = gather_object([speed])
-    model = transcriber.whisper.model
     return speed_side_by_side(processes).report(
         batch_size=transcriber.batch_size,
         processes=len(processes),
-        parameters=model.num_parameters(),
-        peak_memory_megabytes=peak_memory_megabytes(model.device),
-        model_bytes=model_bytes,
+        parameters=parameter_count(folder),
+        peak_memory_megabytes=peak_memory_megabytes(transcriber.whisper.model.device),
+        model_bytes=folder.weight_bytes,
     )

@@ -35,7 +35,8 @@ from simpler_distil_whisper.model.audio_context import AudioContext, stated_cont
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
-from simpler_distil_whisper.model.options import Attention, Dtype, Task
+from simpler_distil_whisper.model.int8 import round_linear_layers
+from simpler_distil_whisper.model.options import Attention, DecodingDtype, Task
 from simpler_distil_whisper.model.settings import is_added_word
 from simpler_distil_whisper.model.weights import read_tensor, tensors_in
 from simpler_distil_whisper.run import DataError, log
@@ -198,19 +199,19 @@ def run_encoder_on_part(encoder: Any, features: Tensor) -> Tensor:
 
 def load_whisper(
     folder: ModelFolder,
-    dtype: Dtype | torch.dtype = "float32",
+    dtype: DecodingDtype | torch.dtype = "float32",
     attention: Attention = "auto",
     device: torch.device | str = "cpu",
 ) -> Whisper:
     """Return the model of a folder in evaluation mode, whatever dtype its weights have on disk.
 
     Raises:
-        ConfigError: a file cannot be loaded, weights are not finite, or the attention
-            implementation is not installed.
+        ConfigError: a file cannot be loaded, weights are not finite, the attention implementation
+            is not installed, or there are no products of 8 bits here.
     """
-    device = torch.device(device)
+    device, rounded = torch.device(device), dtype == "int8"
     if isinstance(dtype, str):
-        dtype = torch_dtype(dtype, device)
+        dtype = torch.float32 if dtype == "int8" else torch_dtype(dtype, device)
     # Without `dtype`, transformers 5 keeps the file's: float16 weights would train in float16.
     with _blamed_on(folder.path):
         model, report = WhisperForConditionalGeneration.from_pretrained(
@@ -230,7 +231,10 @@ def load_whisper(
         extractor = WhisperFeatureExtractor.from_pretrained(folder.processor, local_files_only=True)
     tokens = special_tokens(tokenizer, folder)
     model.generation_config = completed_generation_config(model, tokens)
-    return Whisper(model.to(device).eval(), tokenizer, extractor, tokens, folder.processor)
+    model.to(device).eval()
+    if rounded:
+        round_linear_layers(model)
+    return Whisper(model, tokenizer, extractor, tokens, folder.processor)
 
 
 def load_tokenizer(folder: ModelFolder) -> WhisperTokenizer:

@@ -25,8 +25,8 @@ from simpler_distil_whisper.model.options import (
     Attention,
     DecodingBatch,
     FolderOptions,
-    ModelOptions,
     Task,
+    TeacherModelOptions,
     whisper_code,
 )
 
@@ -106,7 +106,7 @@ class TrainingData(DataLimits, EvidenceLimits):
         return self
 
 
-class TeacherOptions(ModelOptions):
+class TeacherOptions(TeacherModelOptions):
     """The model that teaches; it is not loaded while the cache holds all its states."""
 
     attention: Attention = Field(
