@@ -95,8 +95,12 @@ def round_linear_layers(model: WhisperForConditionalGeneration) -> None:
         ConfigError: torch has no such products on the model's device.
     """
     engines = torch.backends.quantized.supported_engines
-    known = hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
-    if model.device.type != "cpu" or ENGINE not in engines or not known:
+    known = (
+        ENGINE in engines
+        and hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
+        and hasattr(torch, "quantize_per_channel")
+    )
+    if model.device.type != "cpu" or not known:
         raise ConfigError(
             f'model.dtype: "int8" needs an x86 CPU, and a torch that has {ENGINE}; here is torch '
             f'{torch.__version__} with {", ".join(engines)}, on {model.device}: set it to "auto"'
