@@ -23,12 +23,8 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export.formats import openai_name
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import Attention, DecodingDtype, DecodingOptions, Dtype
-from simpler_distil_whisper.model.whisper import (
-    Whisper,
-    load_tokenizer,
-    load_whisper,
-    special_tokens,
-)
+from simpler_distil_whisper.model.special_tokens import special_tokens
+from simpler_distil_whisper.model.whisper import Whisper, load_tokenizer, load_whisper
 
 OURS, HUGGING_FACE = "this decoder", "HF generate"
 CTRANSLATE2, OPENAI = "CTranslate2", "openai-whisper"

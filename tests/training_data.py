@@ -8,7 +8,7 @@ from tiny import make_tokenizer, write_rows, write_tone
 
 from simpler_distil_whisper.data.manifest import read_manifest
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.model.whisper import SpecialTokens, special_tokens
+from simpler_distil_whisper.model.special_tokens import SpecialTokens, special_tokens
 from simpler_distil_whisper.training.filters import ExampleFilter, Selection
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.plan import Visit

@@ -15,7 +15,8 @@ from simpler_distil_whisper.decoding.chunks import SegmentTokens
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment, TimedToken
 from simpler_distil_whisper.decoding.word_times import TokenAligner
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
-from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
+from simpler_distil_whisper.model.special_tokens import TIME_STEP
+from simpler_distil_whisper.model.whisper import Whisper
 
 
 def segments_of(ids: Sequence[int], whisper: Whisper) -> list[Segment]:

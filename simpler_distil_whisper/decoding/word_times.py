@@ -33,7 +33,8 @@ from simpler_distil_whisper.decoding.hypothesis import (
     TimedWord,
 )
 from simpler_distil_whisper.model.options import Task
-from simpler_distil_whisper.model.whisper import TIME_STEP, Whisper
+from simpler_distil_whisper.model.special_tokens import TIME_STEP
+from simpler_distil_whisper.model.whisper import Whisper
 
 MEDIAN_WIDTH = 7  # positions over which attention is smoothed
 # Languages that openai/whisper cuts at every character, since spaces separate no words there.
@@ -166,9 +167,9 @@ def alignment_heads(model: WhisperForConditionalGeneration) -> dict[int, list[in
     """Return the heads of each decoder layer whose attention follows the audio.
 
     The generation config names them; `model/pruning.py` renumbers those of layers that are kept,
-    and `model/whisper.py` leaves out those that a model does not have. Where none is left, all
-    heads of the upper half of the layers are taken, as openai/whisper does for a model that it does
-    not know.
+    and `model/generation_config.py` leaves out those that a model does not have. Where none is
+    left, all heads of the upper half of the layers are taken, as openai/whisper does for a model
+    that it does not know.
     """
     chosen = defaultdict[int, list[int]](list)
     for layer, head in getattr(model.generation_config, "alignment_heads", None) or []:

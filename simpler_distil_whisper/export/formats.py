@@ -35,12 +35,8 @@ from simpler_distil_whisper.export.verification import System, TranscribeBatch, 
 from simpler_distil_whisper.model.devices import torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import DecodingOptions, Dtype, Task
-from simpler_distil_whisper.model.whisper import (
-    Whisper,
-    copy_processor,
-    load_tokenizer,
-    special_tokens,
-)
+from simpler_distil_whisper.model.special_tokens import special_tokens
+from simpler_distil_whisper.model.whisper import Whisper, copy_processor, load_tokenizer
 from simpler_distil_whisper.run import DataError
 
 OTHER_NAMES = {("<|nocaptions|>", "<|nospeech|>")}  # of tokens in Hugging Face's early folders

@@ -1,12 +1,11 @@
 """Loading, completing and saving Whisper model folders.
 
-Owns the quirks of folders in transformers' format: dtypes, generation configs, special tokens, the
-files that make a folder complete. It does not decode; the quirks of the model's layers are dealt
-with where these are run, in `decoding/cached_decoder.py` and `layers/scoring.py`.
+Owns the quirks of folders in transformers' format: dtypes, tokenizers, the files that make a folder
+complete. It does not decode; the quirks of the model's layers are dealt with where these are run,
+in `decoding/cached_decoder.py` and `layers/scoring.py`.
 """
 
 import contextlib
-import copy
 import itertools
 import logging
 import os
@@ -23,7 +22,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
-    GenerationConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     WhisperTokenizer,
@@ -35,12 +33,12 @@ from simpler_distil_whisper.model.audio_context import AudioContext, stated_cont
 from simpler_distil_whisper.model.devices import encoder_batch_size, suitable_attention, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
+from simpler_distil_whisper.model.generation_config import completed_generation_config
 from simpler_distil_whisper.model.int8 import round_linear_layers
-from simpler_distil_whisper.model.options import Attention, DecodingDtype, Task
-from simpler_distil_whisper.model.settings import is_added_word
+from simpler_distil_whisper.model.options import Attention, DecodingDtype
+from simpler_distil_whisper.model.special_tokens import SpecialTokens, special_tokens
 from simpler_distil_whisper.model.weights import read_tensor, tensors_in
-from simpler_distil_whisper.run import DataError, log
-from simpler_distil_whisper.text.languages import WHISPER_LANGUAGES
+from simpler_distil_whisper.run import DataError
 
 # Files besides weights and configs that make a folder usable, in any version of transformers and in
 # CTranslate2. They are copied byte for byte, since no version of transformers writes all of them.
@@ -55,58 +53,6 @@ PROCESSOR_FILES = (
     "special_tokens_map.json",
     "normalizer.json",
 )
-TIME_STEP = 0.02  # seconds from one timestamp to the next
-SETTINGS_OF_SAMPLING = (
-    *("temperature", "top_k", "top_p", "top_h", "min_p"),
-    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
-)
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The ids of special tokens, looked up by name, since they differ between models.
-
-    Attributes:
-        languages: code such as "zh" -> id; empty for an English-only model.
-        no_speech: `<|nospeech|>`; None where the tokenizer has none.
-        previous: `<|startofprev|>`, which precedes the previous text; None where there is none.
-        timestamps: ids of `<|0.00|>`, `<|0.02|>`, ... up to the window's length.
-        control: all ids that are never text, except `end`.
-        added: id -> text of the words that people have added to the vocabulary, such as names. They
-            stand behind the timestamps, and are text like any other.
-    """
-
-    start: int
-    end: int
-    no_timestamps: int
-    transcribe: int | None
-    translate: int | None
-    no_speech: int | None
-    previous: int | None
-    timestamps: range
-    languages: dict[str, int]
-    control: tuple[int, ...]
-    added: dict[int, str]
-
-    def is_text(self, id: int) -> bool:
-        """Return whether a token is a part of the text, neither special nor a timestamp."""
-        return id < self.end or id in self.added
-
-    def prompt(self, language: str | None, task: Task, timestamps: bool = False) -> list[int]:
-        """Return the ids that precede the text: `<|startoftranscript|>`, language, task, ...
-
-        Raises:
-            ConfigError: the model has no token for the language or the task.
-        """
-        last = [] if timestamps else [self.no_timestamps]
-        if not self.languages:
-            if language not in (None, "en") or task == "translate":
-                raise ConfigError(f"an English-only model cannot {task} {language}")
-            return [self.start, *last]
-        task_id = self.transcribe if task == "transcribe" else self.translate
-        if language not in self.languages or task_id is None:
-            raise ConfigError(f'the model has no token to {task} "{language}"')
-        return [self.start, self.languages[language], task_id, *last]
 
 
 @dataclass(frozen=True)
@@ -282,115 +228,6 @@ def _check_finite(model: WhisperForConditionalGeneration, folder: ModelFolder) -
         else:
             remedy = "the file is damaged, or the training that wrote it has diverged"
         raise ConfigError(f"{folder.path}: the weights {name} are not finite: {remedy}")
-
-
-def special_tokens(tokenizer: WhisperTokenizer, folder: ModelFolder) -> SpecialTokens:
-    """Return the ids of a tokenizer's special tokens.
-
-    Raises:
-        ConfigError: a token is missing without which no Whisper can be run.
-    """
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    try:
-        start = vocabulary["<|startoftranscript|>"]
-        end = vocabulary["<|endoftext|>"]
-        no_timestamps = vocabulary["<|notimestamps|>"]
-    except KeyError as error:
-        raise ConfigError(f"{folder.processor}: the tokenizer has no token {error}") from None
-    every_language = {code: vocabulary.get(f"<|{code}|>") for code in WHISPER_LANGUAGES}
-    # After <|notimestamps|> come the timestamps, what people have added and, in some, padding.
-    added = _added_words(tokenizer, end)
-    times = range(no_timestamps + 1, no_timestamps + 2 + round(folder.window_seconds / TIME_STEP))
-    # Words that were added to a tokenizer without timestamps have the ids of timestamps.
-    lacks_times = times.stop > folder.config["vocab_size"] or not added.keys().isdisjoint(times)
-    return SpecialTokens(
-        start=start,
-        end=end,
-        no_timestamps=no_timestamps,
-        transcribe=vocabulary.get("<|transcribe|>"),
-        translate=vocabulary.get("<|translate|>"),
-        no_speech=vocabulary.get("<|nospeech|>", vocabulary.get("<|nocaptions|>")),
-        previous=vocabulary.get("<|startofprev|>"),
-        timestamps=range(0) if lacks_times else times,
-        languages={
-            code: id
-            for code, id in every_language.items()
-            if id is not None and code in folder.languages
-        },
-        control=tuple(id for id in range(end + 1, folder.config["vocab_size"]) if id not in added),
-        added=added,
-    )
-
-
-def _added_words(tokenizer: WhisperTokenizer, end: int) -> dict[int, str]:
-    """Return id -> text of the tokens behind `end` that are no special tokens of any kind."""
-    return {
-        id: token.content
-        for id, token in tokenizer.added_tokens_decoder.items()
-        if id > end and is_added_word(token.content, token.special)
-    }
-
-
-def completed_generation_config(
-    model: WhisperForConditionalGeneration, tokens: SpecialTokens
-) -> GenerationConfig:
-    """Return a copy of the model's generation config, complete and without forced ids.
-
-    A folder without `generation_config.json`, or one saved by an early version, lacks the ids by
-    which `generate(language=...)` works. Forced ids, which old checkpoints have, would silently
-    override the requested language.
-    """
-    config: GenerationConfig = copy.deepcopy(model.generation_config)
-    config._from_model_config = False  # else transformers drops these additions when it reloads
-    config.forced_decoder_ids = None
-    if hasattr(model.config, "forced_decoder_ids"):
-        model.config.forced_decoder_ids = None
-    for name in ("suppress_tokens", "begin_suppress_tokens"):
-        if getattr(config, name, None) is None:
-            setattr(config, name, getattr(model.config, name, None))
-    _keep_existing_heads(config, model)
-    _drop_unused_settings(config)
-    if config.max_length is None:  # else transformers stops after 20 tokens
-        config.max_length = model.config.max_target_positions
-    config.decoder_start_token_id = tokens.start
-    config.prev_sot_token_id = tokens.previous
-    config.no_timestamps_token_id = tokens.no_timestamps
-    config.is_multilingual = bool(tokens.languages)
-    if tokens.languages:
-        config.lang_to_id = {f"<|{code}|>": id for code, id in tokens.languages.items()}
-        tasks = {"transcribe": tokens.transcribe, "translate": tokens.translate}
-        config.task_to_id = {task: id for task, id in tasks.items() if id is not None}
-    return config
-
-
-def _drop_unused_settings(config: GenerationConfig) -> None:
-    """Drop settings of sampling where nothing is sampled, and the like: of no effect in `generate`.
-
-    transformers reads such a config, but refuses to write it.
-    """
-    unused: tuple[str, ...] = ()
-    if config.do_sample is not True:
-        unused += SETTINGS_OF_SAMPLING
-    if config.num_beams in (None, 1):
-        unused += ("early_stopping", "length_penalty")
-    if config.return_dict_in_generate is not True:
-        unused += ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
-    for name in unused:
-        setattr(config, name, None)
-
-
-def _keep_existing_heads(config: GenerationConfig, model: WhisperForConditionalGeneration) -> None:
-    """Drop alignment heads that the model lacks: students were published with their teacher's."""
-    stated = getattr(config, "alignment_heads", None)
-    if not stated:
-        return
-    layers, heads = model.config.decoder_layers, model.config.decoder_attention_heads
-    kept = [[layer, head] for layer, head in stated if layer < layers and head < heads]
-    if len(kept) < len(stated):
-        log.warning(
-            "alignment_heads: %d of %d are not in this model", len(stated) - len(kept), len(stated)
-        )
-        config.alignment_heads = kept or None
 
 
 def save_whisper(

@@ -32,7 +32,8 @@ from simpler_distil_whisper.labels.filters import (
 )
 from simpler_distil_whisper.labels.threshold import suggest_for_rows
 from simpler_distil_whisper.model.folder import ModelFolder
-from simpler_distil_whisper.model.whisper import load_tokenizer, special_tokens
+from simpler_distil_whisper.model.special_tokens import special_tokens
+from simpler_distil_whisper.model.whisper import load_tokenizer
 from simpler_distil_whisper.progress import Progress
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.normalization import is_blank

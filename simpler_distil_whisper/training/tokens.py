@@ -17,7 +17,7 @@ from transformers import WhisperTokenizer
 from simpler_distil_whisper.data.manifest import Utterance
 from simpler_distil_whisper.labels.filters import BROKEN_CHARACTER
 from simpler_distil_whisper.model.settings import is_added_word
-from simpler_distil_whisper.model.whisper import TIME_STEP, SpecialTokens
+from simpler_distil_whisper.model.special_tokens import TIME_STEP, SpecialTokens
 from simpler_distil_whisper.text.normalization import INVISIBLE
 from simpler_distil_whisper.training.augment import View
 from simpler_distil_whisper.training.losses import IGNORE_INDEX
