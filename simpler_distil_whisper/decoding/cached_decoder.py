@@ -210,7 +210,7 @@ class CachedDecoder:
             logits = self._head(states.flatten(0, -2)).float()
         if bias is not None:
             logits += bias
-        return logits.view(*states.shape[:-1], -1)
+        return logits.view(*states.shape[:-1], logits.shape[-1])
 
     def _project_and_append(
         self, number: int, normed: Tensor, positions: Tensor, cache: KeyValueCache

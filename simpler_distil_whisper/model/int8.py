@@ -85,7 +85,7 @@ class Int8Linear(nn.Module):
             torch.addcmul(-first, flat, 1 / step), 1.0, 0, self._packed
         )
         outputs = torch.addcmul(self.bias, first * step, self._sums).addcmul_(products, step)
-        return outputs.view(*inputs.shape[:-1], -1)
+        return outputs.view(*inputs.shape[:-1], len(self.bias))
 
 
 def round_linear_layers(model: WhisperForConditionalGeneration) -> None:
