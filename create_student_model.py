@@ -21,7 +21,8 @@ from simpler_distil_whisper.layers.search import describe_search
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import CacheOptions, FolderOptions
 from simpler_distil_whisper.model.pruning import chosen_layers, prune_whisper
-from simpler_distil_whisper.run import DataError, Run, log, run_script
+from simpler_distil_whisper.run import DataError, Run, log
+from simpler_distil_whisper.script import run_script
 
 if TYPE_CHECKING:
     from simpler_distil_whisper.training.tokens import Example

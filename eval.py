@@ -32,7 +32,8 @@ from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.evaluation.summary import Summary
 from simpler_distil_whisper.evaluation.systems import compare_systems, score_system
 from simpler_distil_whisper.evaluation.text_report import text_table
-from simpler_distil_whisper.run import Run, log, run_script
+from simpler_distil_whisper.run import Run, log
+from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.terminal import show
 
 

@@ -39,7 +39,8 @@ from simpler_distil_whisper.model.options import (
     InferenceDecodingOptions,
     ModelOptions,
 )
-from simpler_distil_whisper.run import Run, run_script
+from simpler_distil_whisper.run import Run
+from simpler_distil_whisper.script import run_script
 
 if TYPE_CHECKING:
     import torch

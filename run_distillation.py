@@ -20,7 +20,9 @@ from simpler_distil_whisper.launch import is_main_process, process_count
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import TeacherCacheOptions
 from simpler_distil_whisper.progress import Progress
-from simpler_distil_whisper.run import Interrupted, Run, log, run_script
+from simpler_distil_whisper.run import Run, log
+from simpler_distil_whisper.script import run_script
+from simpler_distil_whisper.stopping import Interrupted
 from simpler_distil_whisper.training import options
 from simpler_distil_whisper.training.plan import RunLength, run_length
 

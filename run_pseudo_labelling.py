@@ -32,7 +32,8 @@ from simpler_distil_whisper.model.options import (
     SampledTexts,
     TeacherModelOptions,
 )
-from simpler_distil_whisper.run import Run, log, run_script
+from simpler_distil_whisper.run import Run, log
+from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.text.chinese import Script
 
 if TYPE_CHECKING:

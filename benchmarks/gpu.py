@@ -49,7 +49,7 @@ from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.processes import join_processes
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, save_whisper
-from simpler_distil_whisper.run import run_script
+from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.losses import distillation_loss, token_terms
 from simpler_distil_whisper.training.options import Objective

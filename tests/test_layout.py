@@ -20,8 +20,8 @@ SCRIPTS = [
     "eval",
 ]
 # In reading order: what stands in a place imports only from places before it, or from its own.
-PLACES = "__init__ files terminal config atomic shards text pages launch run progress data model"
-PLACES += " evaluation decoding labels training layers export"
+PLACES = "__init__ files terminal config atomic shards text pages launch stopping run script"
+PLACES += " progress data model evaluation decoding labels training layers export"
 # These are of use to anyone: they know nothing of ours but how a config section is declared.
 PURE = {
     "files": set(),
@@ -30,6 +30,7 @@ PURE = {
     "atomic": {"config"},
     "shards": {"config"},
     "launch": {"config"},
+    "stopping": set(),
     "training/losses": {"model/head", "training/options"},
     "data/pauses": set(),
     "data/byte_search": set(),

@@ -19,7 +19,8 @@ from simpler_distil_whisper import run as run_module
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.config import ConfigError, NonNegativeInt, StrictModel
 from simpler_distil_whisper.launch import check_launch
-from simpler_distil_whisper.run import DataError, Run, run_script
+from simpler_distil_whisper.run import DataError, Run
+from simpler_distil_whisper.script import run_script
 
 
 class Data(StrictModel):
@@ -476,7 +477,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
 from simpler_distil_whisper.config import StrictModel
-from simpler_distil_whisper.run import run_script
+from simpler_distil_whisper.script import run_script
 
 class Config(StrictModel):
     output_dir: Path

@@ -43,7 +43,8 @@ from simpler_distil_whisper.export.targets import (
 from simpler_distil_whisper.launch import is_main_process
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions, FolderOptions, Task, whisper_code
-from simpler_distil_whisper.run import DataError, Run, log, run_script
+from simpler_distil_whisper.run import DataError, Run, log
+from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.terminal import show
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 
 from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.launch import is_main_process
-from simpler_distil_whisper.run import DataError, Interrupted, log
+from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.stopping import Interrupted
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.optimizer import learning_rate_factor
 from simpler_distil_whisper.training.trainer import Trainer

@@ -31,7 +31,7 @@ from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
-from simpler_distil_whisper.run import run_script
+from simpler_distil_whisper.script import run_script
 
 DEMO = REPOSITORY / "demo_data"
 CLIPS = 6

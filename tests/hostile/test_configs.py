@@ -14,7 +14,7 @@ from conftest import REPOSITORY, RunScript
 from tiny import make_corpus, make_model_folder, write_rows
 
 from simpler_distil_whisper.config import ConfigError, StrictModel, load_config
-from simpler_distil_whisper.run import run_script as run_in_process
+from simpler_distil_whisper.script import run_script as run_in_process
 
 MODULES = {
     "run_pseudo_labelling": "run_pseudo_labelling",

@@ -23,7 +23,7 @@ from simpler_distil_whisper.data.jsonl import RowError, parse_row
 from simpler_distil_whisper.decoding.subtitles import FileNames, cues_of, srt, vtt
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer, align, count_edits
 from simpler_distil_whisper.labels.filters import BROKEN_CHARACTER
-from simpler_distil_whisper.run import run_script
+from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.terminal import VisibleFormatter, visible_in_line
 from simpler_distil_whisper.text.languages import join_texts, tokens
 from simpler_distil_whisper.text.normalization import (

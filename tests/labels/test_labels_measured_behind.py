@@ -13,7 +13,8 @@ from tiny import make_corpus, make_model_folder, read_rows
 import run_pseudo_labelling
 from simpler_distil_whisper.config import load_config
 from simpler_distil_whisper.data import workers
-from simpler_distil_whisper.run import Interrupted, Run
+from simpler_distil_whisper.run import Run
+from simpler_distil_whisper.stopping import Interrupted
 
 map_behind = workers.map_behind
 

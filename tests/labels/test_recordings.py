@@ -17,7 +17,8 @@ from simpler_distil_whisper.labels.rows import LabelColumns, LabellingColumns, O
 from simpler_distil_whisper.labels.segmentation import SegmentationOptions
 from simpler_distil_whisper.model import processes
 from simpler_distil_whisper.model.folder import read_model_folder
-from simpler_distil_whisper.run import DataError, Interrupted
+from simpler_distil_whisper.run import DataError
+from simpler_distil_whisper.stopping import Interrupted
 
 COLUMNS = LabelColumns.from_config(
     LabellingColumns(),

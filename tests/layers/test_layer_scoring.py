@@ -26,7 +26,8 @@ from simpler_distil_whisper.layers.search import search_layers
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
-from simpler_distil_whisper.run import DataError, Interrupted, Run
+from simpler_distil_whisper.run import DataError, Run
+from simpler_distil_whisper.stopping import Interrupted
 from simpler_distil_whisper.training.tokens import Example
 
 SETS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (0, 1, 3), (0, 1, 2, 3)]

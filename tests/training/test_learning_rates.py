@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import run_distillation
 from simpler_distil_whisper.config import load_config
-from simpler_distil_whisper.run import DataError, Interrupted, Run
+from simpler_distil_whisper.run import DataError, Run
+from simpler_distil_whisper.stopping import Interrupted
 from simpler_distil_whisper.training import learning_rates
 from simpler_distil_whisper.training.learning_rates import (
     FIRST,

@@ -28,9 +28,9 @@ from distilling import (
 from tiny import read_rows, write_rows, write_tone
 
 import run_distillation
-from simpler_distil_whisper import run
 from simpler_distil_whisper.config import ConfigError, load_config
-from simpler_distil_whisper.run import Interrupted
+from simpler_distil_whisper.script import run_script
+from simpler_distil_whisper.stopping import Interrupted
 from simpler_distil_whisper.training import preflight
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
 from simpler_distil_whisper.training.learning_rates import ShortRuns
@@ -244,10 +244,10 @@ def test_a_check_neither_fills_a_cache_nor_loads_a_teacher_that_none_needs(
 
 def exit_code_of_check(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr("simpler_distil_whisper.run.log_to_stderr", lambda *_: None)
+    monkeypatch.setattr("simpler_distil_whisper.script.log_to_stderr", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["run_distillation.py", str(path), "--check"])
     parts = (run_distillation.prepare, run_distillation.work)
-    return run.run_script(
+    return run_script(
         "run_distillation", "", run_distillation.Config, *parts, check=run_distillation.check
     )
 

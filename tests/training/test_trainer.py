@@ -42,7 +42,8 @@ from simpler_distil_whisper.labels.rows import (
     LabellingColumns,
     OutputColumns,
 )
-from simpler_distil_whisper.run import DataError, Interrupted
+from simpler_distil_whisper.run import DataError
+from simpler_distil_whisper.stopping import Interrupted
 from simpler_distil_whisper.training.optimizer import learning_rate_factor
 from simpler_distil_whisper.training.options import ScheduleKind
 from simpler_distil_whisper.training.trainer import Trainer

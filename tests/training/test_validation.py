@@ -28,7 +28,8 @@ from simpler_distil_whisper.evaluation.metrics import total
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import load_whisper
-from simpler_distil_whisper.run import DataError, Interrupted
+from simpler_distil_whisper.run import DataError
+from simpler_distil_whisper.stopping import Interrupted
 
 PLAIN = {
     "unit": "character",
