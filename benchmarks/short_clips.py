@@ -258,16 +258,21 @@ def _floor(short: Contestant, folder: Path, seconds: float) -> Contestant:
 
 
 def _draw(lengths: Sequence[float], costs: dict[str, list[float]], path: Path) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.add_subplot()
+    engines: list[str] = []
     for name, each in costs.items():
-        alone = ALONE in name
-        dashes = "--" if name.startswith("teacher") else ":" if BARE in name else "-"
-        axes.plot(lengths, each, dashes, marker="o", linewidth=2.5 if alone else 1.2, label=name)
+        role, _, system = name.partition(": ")
+        engine = system.removesuffix(f", {ALONE}").removesuffix(f", batch {BATCH_SIZE}")
+        engines += [engine] if engine not in engines else []
+        style = "--" if role == "teacher" else ":" if BARE in name else "-"
+        style += f"C{engines.index(engine)}"
+        width = 2.5 if ALONE in name else 1.2
+        axes.plot(lengths, each, style, marker="o", linewidth=width, label=name)
     axes.set(xlabel="seconds of audio", ylabel="milliseconds of processor time", ylim=(0, None))
     axes.set_title("What a clip costs by its length")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
