@@ -48,7 +48,6 @@ from simpler_distil_whisper.model.whisper import load_whisper, quieten_libraries
 BATCH_SIZE = 16
 ROWS_OF_A_LENGTH = 2
 ALONE = "the clip alone"
-SHORT = f"this decoder {{}}, {ALONE}"
 BARE = f"bare matrix products float32, {ALONE}"
 CPU = torch.device("cpu")
 
@@ -131,7 +130,7 @@ def _contestants(
     """
     transcribers = {dtype: _transcriber(options, dtype) for dtype in ("float32", "int8")}
     runs: dict[str, Callable[[], list[list[int]]]] = {
-        f"student: {SHORT.format(dtype)}": functools.partial(_decode_short, transcriber, batches)
+        f"student: {OURS} {dtype}, {ALONE}": functools.partial(_decode_short, transcriber, batches)
         for dtype, transcriber in transcribers.items()
     }
     for role, folder in (("student", options.student), ("teacher", options.teacher)):

@@ -20,7 +20,7 @@ from simpler_distil_whisper.data.speech_activity import SpeechOptions
 from simpler_distil_whisper.text.languages import whisper_language
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DecodingDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+DecodingDtype = Literal[Dtype, "int8"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Task = Literal["transcribe", "translate"]
 
@@ -39,7 +39,7 @@ class FolderOptions(StrictModel):
     )
 
 
-DTYPE = (
+AUTO_DTYPE = (
     "auto: on a GPU bfloat16, or float16 where it lacks that or where float16 weights are decoded; "
     "on a CPU float32, or bfloat16 to decode where it computes in it."
 )
@@ -50,8 +50,8 @@ class ModelOptions(FolderOptions):
 
     dtype: DecodingDtype = Field(
         "auto",
-        description=f"{DTYPE} int8: products in whole numbers of 8 bits, on a CPU alone; faster, "
-        "and nearly the same texts.",
+        description=f"{AUTO_DTYPE} int8: products in whole numbers of 8 bits, on a CPU alone; "
+        "faster, and nearly the same texts.",
     )
     attention: Attention = Field(
         "auto", description="Attention implementation; auto: sdpa, in bfloat16 on CPUs eager."
@@ -61,7 +61,7 @@ class ModelOptions(FolderOptions):
 class TeacherModelOptions(ModelOptions):
     """A Whisper whose predictions are learnt, so never rounded to 8 bits."""
 
-    dtype: Dtype = Field("auto", description=DTYPE)
+    dtype: Dtype = Field("auto", description=AUTO_DTYPE)
 
 
 class AssistantOptions(StrictModel):
