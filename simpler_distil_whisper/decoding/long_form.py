@@ -24,6 +24,7 @@ from simpler_distil_whisper.decoding.chunks import (
     merged,
     words_of,
 )
+from simpler_distil_whisper.decoding.fallback import is_silence
 from simpler_distil_whisper.decoding.hypothesis import (
     Hypothesis,
     Segment,
@@ -273,7 +274,7 @@ def _with_tokens(
 def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hypothesis) -> None:
     """Add the part of the window at `seek`, and seek to the beginning of the next one."""
     frames = min(_window_frames(transcriber), recording.frames - recording.seek)
-    if transcriber.is_silence(hypothesis):
+    if is_silence(hypothesis, transcriber.options):
         recording.parts.append(Part(hypothesis, [], complete=True))
         recording.seek += frames
         return
@@ -341,7 +342,7 @@ def _chunk(
     requested.
     """
     end = min(start + _window_frames(transcriber), recording.frames)
-    if hypothesis is None or transcriber.is_silence(hypothesis):
+    if hypothesis is None or is_silence(hypothesis, transcriber.options):
         return Chunk(start, end, hypothesis or _no_text(recording), [])
     times = transcriber.whisper.tokens.timestamps
     timed = between_timestamps(hypothesis.token_ids, times, end - start)

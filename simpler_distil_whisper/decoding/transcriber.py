@@ -1,9 +1,11 @@
 """Encoder states -> hypotheses with their evidence, for audio up to the model's window.
 
-Owns the prompts, the language detection and the fallback to higher temperatures; `search.py` finds
-the tokens, and `long_form.py` cuts longer audio into windows. It reads and writes no files.
+Owns the prompts, the language detection and the attempts at higher temperatures. `search.py` finds
+the tokens, `fallback.py` says whether they will do, and `long_form.py` cuts longer audio into
+windows. It reads and writes no files.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
+from simpler_distil_whisper.decoding.fallback import fails, quality_of
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, compression_ratio
 from simpler_distil_whisper.decoding.recorded_steps import fastest_decoder
 from simpler_distil_whisper.decoding.search import (
@@ -220,7 +223,8 @@ class Transcriber:
         """Return one hypothesis per utterance.
 
         A hypothesis that looks like a loop or a guess is sampled again at the next of the options'
-        temperatures.
+        temperatures, as in openai/whisper. Where all fail, the best of them is returned; there it
+        is the last, the one with the most chance in it.
 
         Args:
             states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
@@ -254,16 +258,17 @@ class Transcriber:
     def _decode_again(
         self, hypotheses: list[Hypothesis], states: Tensor, utterances: _Utterances, uneven: bool
     ) -> None:
-        """Replace hypotheses that fail by those of the next temperatures."""
+        """Replace hypotheses that fail by better ones of the next temperatures."""
+        quality = functools.partial(quality_of, options=self.options)
         for attempt in range(1, len(self.options.temperatures)):
-            rows = [row for row, hypothesis in enumerate(hypotheses) if self._fails(hypothesis)]
+            rows = [row for row, each in enumerate(hypotheses) if fails(each, self.options)]
             if not rows:
                 return
             cache = self.decoder.start(states[rows], self.positions, uneven=uneven)
             again = self._search(cache, utterances.only(rows), attempt)
             del cache
             for row, hypothesis in zip(rows, again, strict=True):
-                hypotheses[row] = hypothesis
+                hypotheses[row] = max(hypotheses[row], hypothesis, key=quality)
 
     @torch.inference_mode()
     def with_sampled_texts(
@@ -393,25 +398,6 @@ class Transcriber:
         logits = self.decoder.logits(start_states)
         probabilities: list[float | None] = logits.softmax(-1)[:, token].tolist()
         return probabilities
-
-    def _fails(self, hypothesis: Hypothesis) -> bool:
-        """Return whether to sample it again: a loop, or improbable although there is speech."""
-        improbable = self._is_improbable(hypothesis)
-        if improbable and self.is_silence(hypothesis):
-            return False
-        limit = self.options.compression_ratio_threshold
-        return improbable or (limit is not None and hypothesis.compression_ratio > limit)
-
-    def is_silence(self, hypothesis: Hypothesis) -> bool:
-        """Return whether there is no speech: that is probable, and the text is improbable."""
-        limit, probability = self.options.no_speech_threshold, hypothesis.no_speech_probability
-        if limit is None or probability is None or probability <= limit:
-            return False
-        return self.options.log_probability_threshold is None or self._is_improbable(hypothesis)
-
-    def _is_improbable(self, hypothesis: Hypothesis) -> bool:
-        limit = self.options.log_probability_threshold
-        return limit is not None and hypothesis.average_log_probability < limit
 
     def _hypothesis(
         self, result: SearchResult, language: str, no_speech: float | None, temperature: float

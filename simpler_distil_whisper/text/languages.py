@@ -95,6 +95,7 @@ SPACED_WORD = re.compile(rf"[^\W_{UNSPACED}]+")
 NEVER_SPACED = re.compile(rf"[{HAN_AND_KANA}{OTHER_UNSPACED}]")
 
 LONGEST_NGRAM = 100  # tokens; loops of longer pieces are not looked for
+MAX_REPETITION = 10  # tokens; what people repeat is shorter
 
 
 def is_hokkien(name: str) -> bool:

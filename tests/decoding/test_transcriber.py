@@ -195,42 +195,45 @@ def test_cold_samples_are_the_most_probable_text(whisper: Whisper, features: Ten
 
 def test_only_what_fails_is_sampled_again(whisper: Whisper, features: Tensor) -> None:
     languages, keys = ["zh"] * UTTERANCES, list(range(UTTERANCES))
-    greedy = transcribe(whisper, features, languages, max_new_tokens=40)
-    threshold = sorted(h.average_log_probability for h in greedy)[UTTERANCES // 2]
-    options = {
-        "temperatures": [0.0, 0.5, 1.0],
-        "log_probability_threshold": threshold,
-        "compression_ratio_threshold": None,
-        "no_speech_threshold": None,
-        "max_new_tokens": 40,
-    }
-    hypotheses = Transcriber(whisper, DecodingOptions(**options))(features, languages, keys)
-    for before, after in zip(greedy, hypotheses, strict=True):
-        if before.average_log_probability >= threshold:
+    thresholds = {"compression_ratio_threshold": None, "repetition_threshold": None}
+    thresholds |= {"no_speech_threshold": None, "max_new_tokens": 40}
+
+    def decode(temperatures: list[float], **options: object) -> list[Hypothesis]:
+        options = thresholds | {"temperatures": temperatures} | options
+        return Transcriber(whisper, DecodingOptions(**options))(features, languages, keys)
+
+    first = decode([0.5])
+    threshold = max(h.average_log_probability for h in first)
+    both = decode([0.5, 0.6], log_probability_threshold=threshold)
+    chosen = [h.temperature for h in both]
+    for before, after in zip(first, both, strict=True):
+        if after.temperature == 0.5:
             assert after == before
         else:
-            assert after.temperature > 0 and after.text != before.text
-    assert {h.temperature for h in hypotheses} >= {0.0, 1.0}
+            assert threshold > before.average_log_probability < after.average_log_probability
+    assert 0 < chosen.count(0.6) < UTTERANCES - 1, "some that fail are better than the next"
+    # What all attempts fail with has the most probable of them; a hot one is mostly chance.
+    assert decode([0.5, 0.6, 2.0], log_probability_threshold=threshold) == both
     # What is probably silence is left as it is.
-    options["no_speech_threshold"] = 0.0
-    assert Transcriber(whisper, DecodingOptions(**options))(features, languages, keys) == greedy
+    silence = {"no_speech_threshold": 0.0, "log_probability_threshold": threshold}
+    assert decode([0.5, 0.6], **silence) == first
 
 
 def test_loops_are_sampled_again(whisper: Whisper, features: Tensor) -> None:
     languages = ["zh"] * UTTERANCES
-    ratios = [h.compression_ratio for h in transcribe(whisper, features, languages)]
+    options = {"log_probability_threshold": None, "temperatures": [0.0, 0.9]}
+    greedy = transcribe(whisper, features, languages)
+    ratios = [h.compression_ratio for h in greedy]
     limit = sorted(set(ratios))[-2]
-    hypotheses = transcribe(
-        whisper,
-        features,
-        languages,
-        temperatures=[0.0, 0.9],
-        compression_ratio_threshold=limit,
-        log_probability_threshold=None,
-    )
-    again = [h.temperature > 0 for h in hypotheses]
-    assert again == [ratio > limit for ratio in ratios]
-    assert any(again) and not all(again)
+    options |= {"compression_ratio_threshold": limit, "repetition_threshold": None}
+    hypotheses = transcribe(whisper, features, languages, **options)
+    failed = [ratio > limit for ratio in ratios]
+    assert any(failed) and not all(failed)
+    for before, after, again in zip(greedy, hypotheses, failed, strict=True):
+        if again:
+            assert after.compression_ratio < before.compression_ratio
+        else:
+            assert after == before
 
 
 def test_segments_are_the_text_in_order(whisper: Whisper, features: Tensor) -> None:

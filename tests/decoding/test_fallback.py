@@ -1,0 +1,89 @@
+"""Whether a hypothesis will do, and which of two is the better."""
+
+import pytest
+
+from simpler_distil_whisper.decoding.fallback import fails, is_loop, is_silence, quality_of
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, compression_ratio
+from simpler_distil_whisper.model.options import DecodingOptions
+
+SHIPPED = DecodingOptions()
+WORDS = "the cat sat on a mat and saw two dogs"
+
+
+def hypothesis(
+    text: str = WORDS, language: str = "en", log_probability: float = -0.2, no_speech: float = 0.0
+) -> Hypothesis:
+    return Hypothesis(
+        text=text,
+        language=language,
+        token_ids=(),
+        segments=(),
+        average_log_probability=log_probability,
+        no_speech_probability=no_speech,
+        compression_ratio=compression_ratio(text),
+        temperature=0.0,
+        complete=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "loop"),
+    [
+        ("很" * 10, "zh", False),
+        ("很" * 11, "zh", True),
+        ("他说 公司董事董事董事董事董事董事。", "zh", True),  # 12 of 17 characters
+        ("no " * 10, "en", False),  # 30 characters, but counted in words
+        ("no " * 11, "en", True),
+        ("one two three four " * 2, "en", False),
+        ("one two three four " * 3, "en", True),
+        ("", "en", False),
+    ],
+)
+def test_a_repetition_of_more_than_ten_is_a_loop(text: str, language: str, loop: bool) -> None:
+    options = DecodingOptions(compression_ratio_threshold=None)
+    assert is_loop(hypothesis(text, language), options) == loop
+    never = DecodingOptions(compression_ratio_threshold=None, repetition_threshold=None)
+    assert not is_loop(hypothesis(text, language), never)
+
+
+def test_compression_shows_no_loop_of_a_short_text() -> None:
+    short = hypothesis("目使為恒學士" + "時" * 12, "zh")
+    assert short.compression_ratio < 2.4 and is_loop(short, SHIPPED)
+    assert not is_loop(short, DecodingOptions(repetition_threshold=None))
+
+
+def test_compression_shows_a_loop_with_variations() -> None:
+    varied = hypothesis(" ".join(f"and then {number} times" for number in range(40)))
+    assert varied.compression_ratio > 2.4 and is_loop(varied, SHIPPED)
+    assert not is_loop(varied, DecodingOptions(compression_ratio_threshold=None))
+
+
+@pytest.mark.parametrize(
+    ("log_probability", "no_speech", "silence", "failed"),
+    [
+        (-0.9, 0.0, False, False),
+        (-1.1, 0.0, False, True),
+        (-1.1, 0.7, True, False),
+        (-0.9, 0.7, False, False),
+    ],
+)
+def test_improbable_text_fails_unless_it_is_silence_but_a_loop_always(
+    log_probability: float, no_speech: float, silence: bool, failed: bool
+) -> None:
+    guess = hypothesis(log_probability=log_probability, no_speech=no_speech)
+    assert (is_silence(guess, SHIPPED), fails(guess, SHIPPED)) == (silence, failed)
+    loop = hypothesis("no " * 20, log_probability=log_probability, no_speech=no_speech)
+    assert fails(loop, SHIPPED)
+
+
+def test_the_better_of_two() -> None:
+    best_first = [
+        hypothesis(log_probability=-0.5),
+        hypothesis(log_probability=-0.9),
+        hypothesis(log_probability=-1.2),  # a guess
+        hypothesis(log_probability=-3.0),
+        hypothesis("no " * 20, log_probability=-0.1),  # a loop, however probable
+        hypothesis("no " * 200, log_probability=-0.01),
+    ]
+    values = [quality_of(each, SHIPPED) for each in best_first]
+    assert values == sorted(values, reverse=True) and len(set(values)) == len(values)
