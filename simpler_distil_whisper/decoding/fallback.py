@@ -28,23 +28,34 @@ def is_loop(hypothesis: Hypothesis, options: DecodingOptions) -> bool:
     openai/whisper goes by compression alone, which shows long loops. The text of a few seconds
     hardly compresses even if half of it is one word, so its longest repetition is looked at too.
     """
-    ratio, length = options.compression_ratio_threshold, options.repetition_threshold
-    if ratio is not None and hypothesis.compression_ratio > ratio:
-        return True
-    unit = unit_for(hypothesis.language, hypothesis.text)
-    return length is not None and longest_repetition(tokens(hypothesis.text, unit)) > length
+    limit = options.compression_ratio_threshold
+    compresses = limit is not None and hypothesis.compression_ratio > limit
+    return compresses or repeats_too_much(hypothesis.text, hypothesis.language, options)
+
+
+def repeats_too_much(
+    text: str, language: str, options: DecodingOptions, *, unfinished: bool = False
+) -> bool:
+    """Return whether a repetition in a text is too long.
+
+    If it is `unfinished`, what follows may still change its last word or character. More text makes
+    no repetition shorter, so what repeats too much will do so at its end too.
+    """
+    if options.repetition_threshold is None:
+        return False
+    pieces = tokens(text, unit_for(language, text))
+    return longest_repetition(pieces[:-1] if unfinished else pieces) > options.repetition_threshold
 
 
 def quality_of(hypothesis: Hypothesis, options: DecodingOptions) -> tuple[bool, bool, float]:
     """Return what is greater for the better of two hypotheses of the same audio.
 
-    One that will do is better than one that fails, and a guess better than a loop. Of two guesses
-    the more probable one is the better, of two loops the one that repeats less: the longer a loop
-    is, the more probable is its next token.
+    One that will do is better than one that fails, and a guess better than a loop; of two guesses
+    the more probable one is. Loops are all equal: the more of it, the more probable is each token.
     """
     loop = is_loop(hypothesis, options)
-    rest = -hypothesis.compression_ratio if loop else hypothesis.average_log_probability
-    return not fails(hypothesis, options), not loop, rest
+    probability = 0.0 if loop else hypothesis.average_log_probability
+    return not fails(hypothesis, options), not loop, probability
 
 
 def _is_improbable(hypothesis: Hypothesis, options: DecodingOptions) -> bool:

@@ -6,8 +6,9 @@ utterances that have ended leave the batch. Which tokens are allowed is up to `t
 Letters of shapes as in `cached_decoder.py`, and P prompt tokens, C candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +22,12 @@ from simpler_distil_whisper.decoding.token_rules import TokenRules
 
 # How often a GPU is asked which rows have ended: each time the CPU waits for it.
 STEPS_BETWEEN_CHECKS = 8
+STEPS_BETWEEN_LOOKS = 32  # at the text so far, whether it is in a loop
 IMPOSSIBLE = -1e9  # transformers' score of what is no candidate; finite, so that sums stay so
+
+
+# Whether the tokens of a row so far repeat themselves, so that no more of them are of use.
+InLoop: TypeAlias = Callable[[int, list[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,15 @@ def greedy_or_sampled(
     temperature: float = 0.0,
     randoms: Tensor | None = None,
     texts_per_utterance: int = 1,
+    in_loop: InLoop | None = None,
 ) -> list[SearchResult]:
     """Return greedily chosen tokens, or at a `temperature` above 0 sampled ones.
 
     Sampling takes `randoms`, float [R, limit]: a number from 0 to 1 for each token, so that no
     utterance's tokens depend on the other utterances. The R / U = `texts_per_utterance` rows of an
-    utterance stand one after the other.
+    utterance stand one after the other. What is `in_loop` is cut off there.
     """
-    cache, states, limits = batch.cache, batch.states, batch.limits
+    cache, states, limits = batch.cache, batch.states, batch.limits.clone()
     if texts_per_utterance > 1:
         cache.repeat(texts_per_utterance)
         states = states.repeat_interleave(texts_per_utterance, dim=0)
@@ -114,6 +121,9 @@ def greedy_or_sampled(
         log_probability = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         chosen[rows, step] = token.masked_fill_(ended, rules.end)
         total[rows] += log_probability.masked_fill_(ended, 0.0)
+        if in_loop and (step + 1) % STEPS_BETWEEN_LOOKS == 0:
+            texts = zip(rows.tolist(), chosen[rows, : step + 1].tolist(), strict=True)
+            limits[[row for row, ids in texts if in_loop(row, ids)]] = step + 1
         ended |= (token == rules.end) | (limits[rows] == step + 1)
         if step + 1 == longest:
             break

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
-from simpler_distil_whisper.decoding.fallback import fails, quality_of
+from simpler_distil_whisper.decoding.fallback import fails, quality_of, repeats_too_much
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, compression_ratio
 from simpler_distil_whisper.decoding.recorded_steps import fastest_decoder
 from simpler_distil_whisper.decoding.search import (
@@ -223,8 +223,8 @@ class Transcriber:
         """Return one hypothesis per utterance.
 
         A hypothesis that looks like a loop or a guess is sampled again at the next of the options'
-        temperatures, as in openai/whisper. Where all fail, the best of them is returned; there it
-        is the last, the one with the most chance in it.
+        temperatures, as in openai/whisper. Where all fail, the most probable is returned that is no
+        loop; there it is the last, the one with the most chance in it.
 
         Args:
             states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
@@ -268,7 +268,7 @@ class Transcriber:
             again = self._search(cache, utterances.only(rows), attempt)
             del cache
             for row, hypothesis in zip(rows, again, strict=True):
-                hypotheses[row] = max(hypotheses[row], hypothesis, key=quality)
+                hypotheses[row] = max(hypothesis, hypotheses[row], key=quality)
 
     @torch.inference_mode()
     def with_sampled_texts(
@@ -369,20 +369,31 @@ class Transcriber:
         no_speech = self._no_speech(states[rows, torch.tensor(starts, device=device)])
         temperature, beams = self.options.temperatures[attempt], self.options.num_beams
         decoder, rules = self.decoder, self._rules[utterances.timestamps]
+        # A loop is sampled again: its end need not be waited for, unless this attempt is the last.
+        in_loop = None
+        if attempt + 1 < len(self.options.temperatures):
+            in_loop = functools.partial(self._in_loop, utterances.codes)
         if temperature > 0:
             randoms = self._randoms([(attempt, key) for key in utterances.keys], limits)
-            results = greedy_or_sampled(decoder, rules, batch, temperature, randoms)
+            results = greedy_or_sampled(
+                decoder, rules, batch, temperature, randoms, in_loop=in_loop
+            )
         elif beams > 1:
             results = beam_search(decoder, rules, batch, beams)
         elif self.assistant is not None:
             encoded = utterances.assistant_states
             results = self.assistant.speculate(decoder, rules, batch, encoded, prompts)
         else:
-            results = greedy_or_sampled(decoder, rules, batch)
+            results = greedy_or_sampled(decoder, rules, batch, in_loop=in_loop)
         return [
             self._hypothesis(result, code or "en", probability, temperature)
             for result, code, probability in zip(results, utterances.codes, no_speech, strict=True)
         ]
+
+    def _in_loop(self, codes: Sequence[str | None], row: int, ids: list[int]) -> bool:
+        """Return whether the tokens of a row make a loop, whatever follows."""
+        text, code = self.text_of(ids), codes[row] or "en"
+        return repeats_too_much(text, code, self.options, unfinished=True)
 
     def _randoms(self, streams: Sequence[tuple[int, ...]], limits: Tensor) -> Tensor:
         """Return float32 [R, longest limit]: numbers from 0 to 1, a stream for each row."""

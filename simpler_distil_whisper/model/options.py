@@ -120,7 +120,7 @@ class DecodingOptions(DecodingLimits):
         min_length=1,
         description="The first decodes everything; a hypothesis that fails one of the next three "
         "thresholds is sampled again at the next one, as openai/whisper does with 0, 0.2 ... 1. "
-        "Where all fail, the best is taken.",
+        "Where all fail, the most probable is taken that is no loop.",
     )
     compression_ratio_threshold: PositiveFloat | None = Field(
         2.4, description="Text that compresses better is a loop and is sampled again; null: never."

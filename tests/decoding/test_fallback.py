@@ -2,7 +2,13 @@
 
 import pytest
 
-from simpler_distil_whisper.decoding.fallback import fails, is_loop, is_silence, quality_of
+from simpler_distil_whisper.decoding.fallback import (
+    fails,
+    is_loop,
+    is_silence,
+    quality_of,
+    repeats_too_much,
+)
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, compression_ratio
 from simpler_distil_whisper.model.options import DecodingOptions
 
@@ -83,7 +89,17 @@ def test_the_better_of_two() -> None:
         hypothesis(log_probability=-1.2),  # a guess
         hypothesis(log_probability=-3.0),
         hypothesis("no " * 20, log_probability=-0.1),  # a loop, however probable
-        hypothesis("no " * 200, log_probability=-0.01),
     ]
     values = [quality_of(each, SHIPPED) for each in best_first]
     assert values == sorted(values, reverse=True) and len(set(values)) == len(values)
+    assert quality_of(hypothesis("no " * 99), SHIPPED) == values[-1], "loops are equal"
+
+
+def test_the_last_word_of_an_unfinished_text_may_still_change() -> None:
+    def repeats(text: str, language: str) -> bool:
+        return repeats_too_much(text, language, SHIPPED, unfinished=True)
+
+    assert not repeats("no " * 10 + "no", "en")  # becomes "north"
+    assert repeats("no " * 11 + "no", "en")
+    assert not repeats("很" * 11, "zh")
+    assert repeats("很" * 12, "zh")

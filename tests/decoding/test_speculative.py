@@ -216,6 +216,17 @@ def test_drafts_are_for_the_first_temperature_alone(teacher: Whisper, features: 
     assert drafts.drafted > 0
 
 
+def test_that_loops_are_cut_off_changes_nothing(teacher: Whisper, features: Tensor) -> None:
+    """Drafted text is not cut off: it is verified in few steps."""
+    options = {"temperatures": [0.0, 0.7], "max_new_tokens": 100, "repetition_threshold": 1}
+    options |= {"compression_ratio_threshold": None, "log_probability_threshold": None}
+    alone, _ = transcribed(teacher, None, features, **options)
+    together, _ = transcribed(teacher, pruned(teacher, [0, 1], [1]), features, **options)
+    assert_same(together, alone)
+    assert {h.temperature for h in alone} == {0.0, 0.7}
+    assert max(h.token_count for h in alone) == 100
+
+
 def test_warming_up_does_not_count(teacher: Whisper) -> None:
     assistant = Assistant(pruned(teacher, [0, 1], [1]), teacher)
     Transcriber(teacher, DecodingOptions(batch_size=2), assistant=assistant).warm_up()

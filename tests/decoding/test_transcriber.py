@@ -14,6 +14,14 @@ from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+from simpler_distil_whisper.decoding.search import (
+    InLoop,
+    PromptedBatch,
+    SearchResult,
+    greedy_or_sampled,
+    read_prompts,
+)
+from simpler_distil_whisper.decoding.token_rules import TokenRules
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions, SampledTexts
@@ -234,6 +242,39 @@ def test_loops_are_sampled_again(whisper: Whisper, features: Tensor) -> None:
             assert after.compression_ratio < before.compression_ratio
         else:
             assert after == before
+
+
+@torch.inference_mode()
+def test_a_loop_is_cut_off_where_it_shows(whisper: Whisper, features: Tensor) -> None:
+    transcriber = Transcriber(whisper, DecodingOptions())
+    decoder, rules = transcriber.decoder, TokenRules(whisper, timestamps=False)
+    states = transcriber.encode(features)
+    prompts = [whisper.tokens.prompt("zh", "transcribe")] * UTTERANCES
+    limits = torch.full((UTTERANCES,), 100)
+
+    def search(in_loop: InLoop | None) -> list[SearchResult]:
+        cache = decoder.start(states, transcriber.positions, uneven=False)
+        last = read_prompts(decoder, cache, prompts)[:, -1]
+        return greedy_or_sampled(
+            decoder, rules, PromptedBatch(cache, last, limits), in_loop=in_loop
+        )
+
+    whole = search(None)
+    longest = max(range(UTTERANCES), key=lambda row: len(whole[row].ids))
+    assert len(whole[longest].ids) > 64
+    seen = []
+
+    def in_loop(row: int, ids: list[int]) -> bool:
+        assert ids == whole[row].ids[: len(ids)]
+        seen.append((row, len(ids)))
+        return row == longest and len(ids) >= 64
+
+    cut = search(in_loop)
+    assert cut[longest].ids == whole[longest].ids[:64] and not cut[longest].complete
+    for row in set(range(UTTERANCES)) - {longest}:
+        assert (cut[row].ids, cut[row].complete) == (whole[row].ids, whole[row].complete)
+    assert [count for row, count in seen if row == longest] == [32, 64]
+    assert set(limits.tolist()) == {100}, "the caller's limits stay"
 
 
 def test_segments_are_the_text_in_order(whisper: Whisper, features: Tensor) -> None:
