@@ -8,7 +8,7 @@ Letters of shapes as in `cached_decoder.py`, and P prompt tokens, C candidates.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -64,6 +64,19 @@ class PromptedBatch:
     limits: Tensor
 
 
+class Sampling(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: above 0, by which logits are divided.
+        randoms: float [R, limit]: a number from 0 to 1 for each token, so that the tokens of no
+            row depend on other rows.
+    """
+
+    temperature: float
+    randoms: Tensor
+
+
 def read_prompts(
     decoder: CachedDecoder, cache: KeyValueCache, prompts: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -86,16 +99,19 @@ def greedy_or_sampled(
     decoder: CachedDecoder,
     rules: TokenRules,
     batch: PromptedBatch,
-    temperature: float = 0.0,
-    randoms: Tensor | None = None,
+    sampling: Sampling | None = None,
     texts_per_utterance: int = 1,
     in_loop: InLoop | None = None,
 ) -> list[SearchResult]:
-    """Return greedily chosen tokens, or at a `temperature` above 0 sampled ones.
+    """Return the most probable tokens one after the other, or sampled ones.
 
-    Sampling takes `randoms`, float [R, limit]: a number from 0 to 1 for each token, so that no
-    utterance's tokens depend on the other utterances. The R / U = `texts_per_utterance` rows of an
-    utterance stand one after the other. What is `in_loop` is cut off there.
+    Args:
+        decoder: made the cache of the batch.
+        rules: by which tokens are allowed.
+        batch: is used up.
+        sampling: how tokens are drawn; None: the most probable ones are taken.
+        texts_per_utterance: R / U; the rows of an utterance stand one after the other.
+        in_loop: what is in a loop is cut off there; None: nothing is.
     """
     cache, states, limits = batch.cache, batch.states, batch.limits.clone()
     if texts_per_utterance > 1:
@@ -112,11 +128,11 @@ def greedy_or_sampled(
     for step in range(longest):
         logits = decoder.logits(states, rules.bias(step))
         rules.apply(logits, chosen[rows, :step])
-        if temperature == 0:
+        if sampling is None:
             token = logits.argmax(-1)
         else:
-            assert randoms is not None, "sampling takes random numbers"
-            token = inverse_transform_sample(logits / temperature, randoms[rows, step])
+            randoms = sampling.randoms[rows, step]
+            token = inverse_transform_sample(logits / sampling.temperature, randoms)
         # On a CPU several times faster than the logit of the token minus the logsumexp.
         log_probability = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         chosen[rows, step] = token.masked_fill_(ended, rules.end)
@@ -128,19 +144,30 @@ def greedy_or_sampled(
         if step + 1 == longest:
             break
         if (step + 1) % check_every == 0:
-            # An utterance leaves the batch with the last of its texts.
-            by_utterance = ended.view(-1, texts_per_utterance)
-            order = indices_to_keep(by_utterance.all(1))
-            if len(order) == 0:
+            kept = _drop_ended(cache, ended.view(-1, texts_per_utterance))
+            if len(kept) == 0:
                 break
-            if len(order) < len(by_utterance):
-                cache.keep(order, texts_per_utterance)
-                places = torch.arange(len(ended), device=order.device).view_as(by_utterance)
-                kept = places[order].flatten()
+            if len(kept) < len(rows):
                 rows, token, ended = rows[kept], token[kept], ended[kept]
         states = decoder.read(token[:, None], cache)[:, -1]
         cache.advance(1)
     return search_results(chosen, limits, total, rules.end)
+
+
+def _drop_ended(cache: KeyValueCache, ended: Tensor) -> Tensor:
+    """Drop utterances from a cache, each with the last of its texts, unless all have ended.
+
+    Args:
+        cache: of U C rows.
+        ended: bool [U, C]: which texts of each utterance have ended.
+
+    Returns:
+        int64 [R]: the rows that are left.
+    """
+    order = indices_to_keep(ended.all(1))
+    if 0 < len(order) < len(ended):
+        cache.keep(order, ended.shape[1])
+    return torch.arange(ended.numel(), device=order.device).view_as(ended)[order].flatten()
 
 
 def inverse_transform_sample(logits: Tensor, randoms: Tensor) -> Tensor:

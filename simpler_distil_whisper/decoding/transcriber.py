@@ -22,6 +22,7 @@ from simpler_distil_whisper.decoding.hypothesis import Hypothesis, compression_r
 from simpler_distil_whisper.decoding.recorded_steps import fastest_decoder
 from simpler_distil_whisper.decoding.search import (
     PromptedBatch,
+    Sampling,
     SearchResult,
     beam_search,
     greedy_or_sampled,
@@ -298,10 +299,8 @@ class Transcriber:
         randoms = self._randoms(
             [(SAMPLED_TEXT, key, number) for key in keys for number in range(count)], limits
         )
-        batch = PromptedBatch(cache, prompted, limits)
-        texts = iter(
-            greedy_or_sampled(decoder, self._rules[False], batch, temperature, randoms, count)
-        )
+        batch, sampling = PromptedBatch(cache, prompted, limits), Sampling(temperature, randoms)
+        texts = iter(greedy_or_sampled(decoder, self._rules[False], batch, sampling, count))
         return [
             replace(
                 hypothesis,
@@ -375,9 +374,8 @@ class Transcriber:
             in_loop = functools.partial(self._in_loop, utterances.codes)
         if temperature > 0:
             randoms = self._randoms([(attempt, key) for key in utterances.keys], limits)
-            results = greedy_or_sampled(
-                decoder, rules, batch, temperature, randoms, in_loop=in_loop
-            )
+            sampling = Sampling(temperature, randoms)
+            results = greedy_or_sampled(decoder, rules, batch, sampling, in_loop=in_loop)
         elif beams > 1:
             results = beam_search(decoder, rules, batch, beams)
         elif self.assistant is not None:
