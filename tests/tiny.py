@@ -23,7 +23,6 @@ SIXTEEN_KHZ = 16_000
 # A random teacher's own evidence is against its labels.
 ALL_EVIDENCE = {
     "max_compression_ratio": None,
-    "max_repetition": None,
     "min_average_log_probability": None,
     "max_no_speech_probability": None,
 }

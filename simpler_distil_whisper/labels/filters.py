@@ -7,10 +7,9 @@ run_pseudo_labelling.py; what is done with a row that is dropped is up to the st
 
 from pydantic import Field
 
-from simpler_distil_whisper.config import PositiveFloat, PositiveInt, Ratio, StrictModel
+from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
 from simpler_distil_whisper.data.jsonl import Row, is_number
 from simpler_distil_whisper.evaluation.hallucination import MAX_NO_SPEECH_PROBABILITY
-from simpler_distil_whisper.text.languages import MAX_REPETITION
 
 # Where openai/whisper decodes again, with a higher temperature.
 MAX_COMPRESSION_RATIO = 2.4
@@ -59,11 +58,6 @@ class EvidenceLimits(StrictModel):
         MAX_COMPRESSION_RATIO,
         description="Labels that compress better are loops and not used; null: all are used.",
     )
-    max_repetition: PositiveInt | None = Field(
-        MAX_REPETITION,
-        description="So are labels in which more words or characters are one repetition: in a "
-        "short label compression does not show it; null: all are used.",
-    )
     min_average_log_probability: float | None = Field(
         MIN_AVERAGE_LOG_PROBABILITY,
         ge=-1000,
@@ -80,7 +74,6 @@ class EvidenceLimits(StrictModel):
         """Return why the evidence drops a row, as a kind to count and a reason; None: it stays."""
         for column, limit, sign, kind in (
             ("compression_ratio", self.max_compression_ratio, 1, "a loop"),
-            ("longest_repetition", self.max_repetition, 1, "a loop"),
             ("average_log_probability", self.min_average_log_probability, -1, "improbable label"),
             ("no_speech_probability", self.max_no_speech_probability, 1, "no speech"),
         ):

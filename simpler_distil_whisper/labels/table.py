@@ -14,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from simpler_distil_whisper.data.jsonl import UNKNOWN, category, own_rows
-from simpler_distil_whisper.evaluation.hallucination import MAX_NO_SPEECH_PROBABILITY
+from simpler_distil_whisper.evaluation.hallucination import (
+    MAX_NO_SPEECH_PROBABILITY,
+    MAX_REPETITION,
+)
 from simpler_distil_whisper.labels.filters import (
     MAX_COMPRESSION_RATIO,
     MIN_AVERAGE_LOG_PROBABILITY,
     is_cut_off,
 )
 from simpler_distil_whisper.labels.rows import LabelColumns
-from simpler_distil_whisper.text.languages import MAX_REPETITION
 from simpler_distil_whisper.text.normalization import is_blank
 
 Numbers = npt.NDArray[np.float64]

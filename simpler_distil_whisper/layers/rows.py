@@ -65,7 +65,6 @@ def select_rows(options: LayerScoring, teacher: ModelFolder) -> "list[Example]":
         language=options.language,
         task=options.task,
         max_compression_ratio=None,
-        max_repetition=None,
         min_average_log_probability=None,
         max_no_speech_probability=None,
         incomplete_labels="without_end",

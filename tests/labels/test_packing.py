@@ -147,7 +147,6 @@ def test_a_label_that_the_teacher_doubts_enters_no_pack(tmp_path: Path) -> None:
         RowLimits(60.0, 444),
         max_error_rate=None,
         max_compression_ratio=None,
-        max_repetition=None,
         min_average_log_probability=None,
         max_no_speech_probability=None,
     )
