@@ -63,6 +63,7 @@ DECODINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "temperatures": {"temperatures": [0.8]},
+    "loops": {"temperatures": [0.0, 0.8], "repetition_threshold": 1},
     "timestamps": {"timestamps": True},
     "drafts": {},
 }

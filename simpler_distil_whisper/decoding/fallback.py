@@ -1,15 +1,29 @@
 """Whether a hypothesis will do, or is sampled again at a higher temperature.
 
-Owns the thresholds of openai/whisper and one that it lacks. It decodes nothing and needs no torch.
+Owns the rule, which is openai/whisper's but for short loops. It decodes nothing and needs no torch.
 """
 
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.model.options import DecodingOptions
-from simpler_distil_whisper.text.languages import longest_repetition, tokens, unit_for
+from simpler_distil_whisper.text.languages import longest_repetition, words_and_characters
+from simpler_distil_whisper.text.normalization import (
+    DECIMAL_SIGNS,
+    TextNormalization,
+    make_normalizer,
+)
+
+COPIES_OF_A_LOOP = 3  # people say a sentence twice
+
+_without_signs = make_normalizer(TextNormalization(chinese_script=None, whisper=None))
+_DECIMAL_SIGNS_TO_SPACES = dict.fromkeys(map(ord, DECIMAL_SIGNS), " ")
 
 
 def fails(hypothesis: Hypothesis, options: DecodingOptions) -> bool:
-    """Return whether to sample again: a loop, or improbable text although there is speech."""
+    """Return whether to sample again: a loop, or improbable text although there is speech.
+
+    A loop fails even where it would be silence. openai/whisper keeps it there if it is improbable,
+    but how probable the whole of it is, nobody knows of a loop that was cut off.
+    """
     guess = _is_improbable(hypothesis, options) and not is_silence(hypothesis, options)
     return guess or is_loop(hypothesis, options)
 
@@ -30,21 +44,20 @@ def is_loop(hypothesis: Hypothesis, options: DecodingOptions) -> bool:
     """
     limit = options.compression_ratio_threshold
     compresses = limit is not None and hypothesis.compression_ratio > limit
-    return compresses or repeats_too_much(hypothesis.text, hypothesis.language, options)
+    return compresses or repeats_too_much(hypothesis.text, options)
 
 
-def repeats_too_much(
-    text: str, language: str, options: DecodingOptions, *, unfinished: bool = False
-) -> bool:
-    """Return whether a repetition in a text is too long.
+def repeats_too_much(text: str, options: DecodingOptions, *, unfinished: bool = False) -> bool:
+    """Return whether a text has a long repetition, whatever its signs and case.
 
     If it is `unfinished`, what follows may still change its last word or character. More text makes
     no repetition shorter, so what repeats too much will do so at its end too.
     """
-    if options.repetition_threshold is None:
+    limit = options.repetition_threshold
+    if limit is None:
         return False
-    pieces = tokens(text, unit_for(language, text))
-    return longest_repetition(pieces[:-1] if unfinished else pieces) > options.repetition_threshold
+    pieces = words_and_characters(_without_signs(text, None).translate(_DECIMAL_SIGNS_TO_SPACES))
+    return longest_repetition(pieces[:-1] if unfinished else pieces, COPIES_OF_A_LOOP) > limit
 
 
 def quality_of(hypothesis: Hypothesis, options: DecodingOptions) -> tuple[bool, bool, float]:

@@ -24,7 +24,7 @@ from simpler_distil_whisper.decoding.chunks import (
     merged,
     words_of,
 )
-from simpler_distil_whisper.decoding.fallback import is_silence
+from simpler_distil_whisper.decoding.fallback import fails, is_silence
 from simpler_distil_whisper.decoding.hypothesis import (
     Hypothesis,
     Segment,
@@ -291,8 +291,10 @@ def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hyp
     recording.parts.append(part)
     recording.seek += advance
     recording.context += part.ids
-    too_hot = hypothesis.temperature > MAX_CONTEXT_TEMPERATURE
-    if too_hot or not transcriber.options.condition_on_previous_text:
+    options = transcriber.options
+    given_up = fails(hypothesis, options)  # after an attempt at every temperature
+    temperature = options.temperatures[-1] if given_up else hypothesis.temperature
+    if temperature > MAX_CONTEXT_TEMPERATURE or not options.condition_on_previous_text:
         recording.context = []
 
 

@@ -22,12 +22,12 @@ from simpler_distil_whisper.decoding.token_rules import TokenRules
 
 # How often a GPU is asked which rows have ended: each time the CPU waits for it.
 STEPS_BETWEEN_CHECKS = 8
-STEPS_BETWEEN_LOOKS = 32  # at the text so far, whether it is in a loop
+STEPS_BETWEEN_LOOP_TESTS = 32
 IMPOSSIBLE = -1e9  # transformers' score of what is no candidate; finite, so that sums stay so
 
 
-# Whether the tokens of a row so far repeat themselves, so that no more of them are of use.
-InLoop: TypeAlias = Callable[[int, list[int]], bool]
+# Given the tokens so far, returns whether they repeat themselves, whatever follows.
+LoopTest: TypeAlias = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def greedy_or_sampled(
     batch: PromptedBatch,
     sampling: Sampling | None = None,
     texts_per_utterance: int = 1,
-    in_loop: InLoop | None = None,
+    loop_test: LoopTest | None = None,
 ) -> list[SearchResult]:
     """Return the most probable tokens one after the other, or sampled ones.
 
@@ -111,7 +111,7 @@ def greedy_or_sampled(
         batch: is used up.
         sampling: how tokens are drawn; None: the most probable ones are taken.
         texts_per_utterance: R / U; the rows of an utterance stand one after the other.
-        in_loop: what is in a loop is cut off there; None: nothing is.
+        loop_test: a text that repeats itself is cut off there; None: none is.
     """
     cache, states, limits = batch.cache, batch.states, batch.limits.clone()
     if texts_per_utterance > 1:
@@ -137,9 +137,9 @@ def greedy_or_sampled(
         log_probability = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         chosen[rows, step] = token.masked_fill_(ended, rules.end)
         total[rows] += log_probability.masked_fill_(ended, 0.0)
-        if in_loop and (step + 1) % STEPS_BETWEEN_LOOKS == 0:
-            texts = zip(rows.tolist(), chosen[rows, : step + 1].tolist(), strict=True)
-            limits[[row for row, ids in texts if in_loop(row, ids)]] = step + 1
+        if loop_test and (step + 1) % STEPS_BETWEEN_LOOP_TESTS == 0:
+            so_far = zip(rows.tolist(), chosen[rows, : step + 1].tolist(), strict=True)
+            limits[[row for row, ids in so_far if loop_test(ids)]] = step + 1
         ended |= (token == rules.end) | (limits[rows] == step + 1)
         if step + 1 == longest:
             break

@@ -224,8 +224,8 @@ class Transcriber:
         """Return one hypothesis per utterance.
 
         A hypothesis that looks like a loop or a guess is sampled again at the next of the options'
-        temperatures, as in openai/whisper. Where all fail, the most probable is returned that is no
-        loop; there it is the last, the one with the most chance in it.
+        temperatures. Where all fail, the most probable that is no loop is returned, of loops alone
+        the last.
 
         Args:
             states: float [B, E, D] or [B, E, D + D']: encoder states, as `encode` returns them.
@@ -261,14 +261,16 @@ class Transcriber:
     ) -> None:
         """Replace hypotheses that fail by better ones of the next temperatures."""
         quality = functools.partial(quality_of, options=self.options)
+        rows = list(range(len(hypotheses)))
         for attempt in range(1, len(self.options.temperatures)):
-            rows = [row for row, each in enumerate(hypotheses) if fails(each, self.options)]
+            rows = [row for row in rows if fails(hypotheses[row], self.options)]
             if not rows:
                 return
             cache = self.decoder.start(states[rows], self.positions, uneven=uneven)
             again = self._search(cache, utterances.only(rows), attempt)
             del cache
             for row, hypothesis in zip(rows, again, strict=True):
+                # Of two loops the later one: what came before may have been cut off.
                 hypotheses[row] = max(hypothesis, hypotheses[row], key=quality)
 
     @torch.inference_mode()
@@ -369,29 +371,27 @@ class Transcriber:
         temperature, beams = self.options.temperatures[attempt], self.options.num_beams
         decoder, rules = self.decoder, self._rules[utterances.timestamps]
         # A loop is sampled again: its end need not be waited for, unless this attempt is the last.
-        in_loop = None
-        if attempt + 1 < len(self.options.temperatures):
-            in_loop = functools.partial(self._in_loop, utterances.codes)
+        last_attempt = attempt + 1 == len(self.options.temperatures)
+        loop_test = None if last_attempt else self._repeats_already
         if temperature > 0:
             randoms = self._randoms([(attempt, key) for key in utterances.keys], limits)
             sampling = Sampling(temperature, randoms)
-            results = greedy_or_sampled(decoder, rules, batch, sampling, in_loop=in_loop)
+            results = greedy_or_sampled(decoder, rules, batch, sampling, loop_test=loop_test)
         elif beams > 1:
             results = beam_search(decoder, rules, batch, beams)
         elif self.assistant is not None:
             encoded = utterances.assistant_states
             results = self.assistant.speculate(decoder, rules, batch, encoded, prompts)
         else:
-            results = greedy_or_sampled(decoder, rules, batch, in_loop=in_loop)
+            results = greedy_or_sampled(decoder, rules, batch, loop_test=loop_test)
         return [
             self._hypothesis(result, code or "en", probability, temperature)
             for result, code, probability in zip(results, utterances.codes, no_speech, strict=True)
         ]
 
-    def _in_loop(self, codes: Sequence[str | None], row: int, ids: list[int]) -> bool:
-        """Return whether the tokens of a row make a loop, whatever follows."""
-        text, code = self.text_of(ids), codes[row] or "en"
-        return repeats_too_much(text, code, self.options, unfinished=True)
+    def _repeats_already(self, ids: Sequence[int]) -> bool:
+        """Return whether a text repeats itself too much, whatever follows these tokens."""
+        return repeats_too_much(self.text_of(ids), self.options, unfinished=True)
 
     def _randoms(self, streams: Sequence[tuple[int, ...]], limits: Tensor) -> Tensor:
         """Return float32 [R, longest limit]: numbers from 0 to 1, a stream for each row."""

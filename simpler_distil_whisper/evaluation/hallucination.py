@@ -11,13 +11,9 @@ from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer
-from simpler_distil_whisper.text.languages import (
-    MAX_REPETITION,
-    UNSPACED_CHARACTER,
-    Unit,
-    longest_repetition,
-)
+from simpler_distil_whisper.text.languages import UNSPACED_CHARACTER, Unit, longest_repetition
 
+MAX_REPETITION = 10  # tokens; what people repeat is shorter
 MAX_NO_SPEECH_PROBABILITY = 0.6  # beyond it openai/whisper takes improbable text for silence
 MAX_LENGTH_RATIO = 2.0  # tokens of the hypothesis per token of the reference
 MAX_INSERTION_RATE = 0.5  # insertions per token of the reference

@@ -17,7 +17,7 @@ from simpler_distil_whisper.config import (
     StrictModel,
 )
 from simpler_distil_whisper.data.speech_activity import SpeechOptions
-from simpler_distil_whisper.text.languages import MAX_REPETITION, whisper_language
+from simpler_distil_whisper.text.languages import whisper_language
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DecodingDtype = Literal[Dtype, "int8"]
@@ -120,15 +120,16 @@ class DecodingOptions(DecodingLimits):
         min_length=1,
         description="The first decodes everything; a hypothesis that fails one of the next three "
         "thresholds is sampled again at the next one, as openai/whisper does with 0, 0.2 ... 1. "
-        "Where all fail, the most probable is taken that is no loop.",
+        "Where all fail, the most probable is taken that is no loop; of loops alone, the last.",
     )
     compression_ratio_threshold: PositiveFloat | None = Field(
         2.4, description="Text that compresses better is a loop and is sampled again; null: never."
     )
     repetition_threshold: PositiveInt | None = Field(
-        MAX_REPETITION,
-        description="So is text in which more words, or characters in languages counted by them, "
-        "are one repetition: in a short text compression does not show it; null: never.",
+        10,
+        description="So is text in which something stands three times or more in a row, and more "
+        "words together than this (characters, in scripts without spaces): in a short text "
+        "compression does not show it; null: never.",
     )
     log_probability_threshold: Annotated[float, Field(ge=-1000, le=1000)] | None = Field(
         -1.0, description="An average log-probability below is sampled again; null: never."

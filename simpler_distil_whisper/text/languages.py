@@ -88,14 +88,16 @@ OTHER_UNSPACED = (
 HANGUL = r"\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
 UNSPACED = HAN_AND_KANA + OTHER_UNSPACED + HANGUL
 
+NEVER_SPACED_SCRIPTS = HAN_AND_KANA + OTHER_UNSPACED
+
+SPOKEN_PIECE = re.compile(rf"[{NEVER_SPACED_SCRIPTS}]|\d+|[^\s\d{NEVER_SPACED_SCRIPTS}]+")
 MIXED_TOKEN = re.compile(rf"[{HAN_AND_KANA}]|[^\s{HAN_AND_KANA}]+")
 UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}]")
 SPACED_WORD = re.compile(rf"[^\W_{UNSPACED}]+")
 # Korean, though counted by character, has spaces between words.
-NEVER_SPACED = re.compile(rf"[{HAN_AND_KANA}{OTHER_UNSPACED}]")
+NEVER_SPACED = re.compile(rf"[{NEVER_SPACED_SCRIPTS}]")
 
 LONGEST_NGRAM = 100  # tokens; loops of longer pieces are not looked for
-MAX_REPETITION = 10  # tokens; what people repeat is shorter
 
 
 def is_hokkien(name: str) -> bool:
@@ -175,22 +177,31 @@ def unit_for(language: str | None, text: str) -> Unit:
     return "character" if unspaced >= words else "word"
 
 
-def longest_repetition(pieces: Sequence[str]) -> int:
+def words_and_characters(text: str) -> list[str]:
+    """Return what a text says in any script: words and numbers, or single characters.
+
+    Characters stand alone in scripts that have no spaces between words.
+    """
+    return SPOKEN_PIECE.findall(text)
+
+
+def longest_repetition(pieces: Sequence[str], copies: int = 2) -> int:
     """Return the length, in tokens, of the longest immediate repetition of an n-gram.
 
     "one two one two one two three" has "one two" three times in a row, which is 6 words; an
-    incomplete last copy does not count. 0 if nothing is repeated. N-grams have up to
-    `LONGEST_NGRAM` tokens, so that the time is proportional to the length of the text.
+    incomplete last copy does not count. 0 if nothing stands at least `copies` times in a row.
+    N-grams have up to `LONGEST_NGRAM` tokens, so that the time is proportional to the length of the
+    text.
     """
     numbers: dict[str, int] = {}
     codes = np.array([numbers.setdefault(piece, len(numbers)) for piece in pieces])
     longest = 0
-    for n in range(1, min(LONGEST_NGRAM, len(codes) // 2) + 1):
+    for n in range(1, min(LONGEST_NGRAM, len(codes) // copies) + 1):
         # If `same` successive tokens each equal the token n places before, n + same tokens repeat.
         differs = (codes[n:] != codes[:-n]).nonzero()[0]
         ends = np.concatenate(([-1], differs, [len(codes) - n]))
         same = int((ends[1:] - ends[:-1]).max()) - 1
-        if same >= n:
+        if same >= (copies - 1) * n:
             longest = max(longest, (n + same) // n * n)
     return longest
 

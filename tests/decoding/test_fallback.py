@@ -17,11 +17,11 @@ WORDS = "the cat sat on a mat and saw two dogs"
 
 
 def hypothesis(
-    text: str = WORDS, language: str = "en", log_probability: float = -0.2, no_speech: float = 0.0
+    text: str = WORDS, log_probability: float = -0.2, no_speech: float = 0.0
 ) -> Hypothesis:
     return Hypothesis(
         text=text,
-        language=language,
+        language="en",
         token_ids=(),
         segments=(),
         average_log_probability=log_probability,
@@ -33,27 +33,45 @@ def hypothesis(
 
 
 @pytest.mark.parametrize(
-    ("text", "language", "loop"),
+    "text",
     [
-        ("很" * 10, "zh", False),
-        ("很" * 11, "zh", True),
-        ("他说 公司董事董事董事董事董事董事。", "zh", True),  # 12 of 17 characters
-        ("no " * 10, "en", False),  # 30 characters, but counted in words
-        ("no " * 11, "en", True),
-        ("one two three four " * 2, "en", False),
-        ("one two three four " * 3, "en", True),
-        ("", "en", False),
+        "很" * 11,
+        "他说 公司董事董事董事董事董事董事。",
+        "團隊的目價心別的目價心別的目價心別",  # three copies of five
+        "CN6.6.6.6.6.6.6.6.6.6.6.",
+        "no " * 11,
+        "Eat this meal, and have a meal, and have a meal, and have a meal.",
+        "ครับ" * 3,
     ],
 )
-def test_a_repetition_of_more_than_ten_is_a_loop(text: str, language: str, loop: bool) -> None:
+def test_a_repetition_of_more_than_ten_is_a_loop(text: str) -> None:
     options = DecodingOptions(compression_ratio_threshold=None)
-    assert is_loop(hypothesis(text, language), options) == loop
+    assert is_loop(hypothesis(text), options)
     never = DecodingOptions(compression_ratio_threshold=None, repetition_threshold=None)
-    assert not is_loop(hypothesis(text, language), never)
+    assert not is_loop(hypothesis(text), never)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "很" * 10,
+        "no " * 10,
+        "你叫什么名字?你叫什么名字?你",
+        "ありがとうございます。ありがとうございます。",
+        "I don't know what you mean. I don't know what you mean.",
+        "这个 very very very very good",
+        "对,对,对,对,对,对,对",
+        "他说...............对",
+        "一共是1000000000000元",
+    ],
+)
+def test_what_people_repeat_is_no_loop(text: str) -> None:
+    assert not is_loop(hypothesis(text), SHIPPED)
 
 
 def test_compression_shows_no_loop_of_a_short_text() -> None:
-    short = hypothesis("目使為恒學士" + "時" * 12, "zh")
+    short = hypothesis("目使為恒學士" + "時" * 12)
     assert short.compression_ratio < 2.4 and is_loop(short, SHIPPED)
     assert not is_loop(short, DecodingOptions(repetition_threshold=None))
 
@@ -96,10 +114,10 @@ def test_the_better_of_two() -> None:
 
 
 def test_the_last_word_of_an_unfinished_text_may_still_change() -> None:
-    def repeats(text: str, language: str) -> bool:
-        return repeats_too_much(text, language, SHIPPED, unfinished=True)
+    def repeats(text: str) -> bool:
+        return repeats_too_much(text, SHIPPED, unfinished=True)
 
-    assert not repeats("no " * 10 + "no", "en")  # becomes "north"
-    assert repeats("no " * 11 + "no", "en")
-    assert not repeats("很" * 11, "zh")
-    assert repeats("很" * 12, "zh")
+    assert not repeats("no " * 10 + "no")  # becomes "north"
+    assert repeats("no " * 11 + "no")
+    assert not repeats("很" * 11)
+    assert repeats("很" * 12)

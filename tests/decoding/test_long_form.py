@@ -213,15 +213,20 @@ def test_the_first_window_decides_the_language_of_the_recording(
     assert [h.token_ids for h in hypotheses] == [h.token_ids for h in given]
 
 
-def test_text_sampled_hot_is_no_context(whisper: Whisper, features: list[Tensor]) -> None:
+@pytest.mark.parametrize("all_fail", [False, True])
+def test_text_sampled_hot_is_no_context(
+    whisper: Whisper, features: list[Tensor], all_fail: bool
+) -> None:
+    """Nor is text where every attempt failed, the last one hot, whichever is taken."""
+
     def texts(temperature: float, condition: bool) -> list[str]:
-        hypotheses = transcribe(
-            whisper,
-            features[:1],
-            ["zh"],
-            temperatures=[temperature],
-            condition_on_previous_text=condition,
-        )
+        options = {"temperatures": [temperature], "condition_on_previous_text": condition}
+        if all_fail:
+            options["temperatures"] = [0.0, temperature]
+            options |= {"log_probability_threshold": 0.0, "no_speech_threshold": None}
+            options |= {"compression_ratio_threshold": None, "repetition_threshold": None}
+        hypotheses = transcribe(whisper, features[:1], ["zh"], **options)
+        assert {h.temperature for h in hypotheses} == {0.0 if all_fail else temperature}
         return [h.text for h in hypotheses]
 
     assert texts(0.6, condition=True) == texts(0.6, condition=False)

@@ -5,6 +5,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_letters
+from typing import Any
 
 import pytest
 import torch
@@ -216,15 +218,33 @@ def test_drafts_are_for_the_first_temperature_alone(teacher: Whisper, features: 
     assert drafts.drafted > 0
 
 
-def test_that_loops_are_cut_off_changes_nothing(teacher: Whisper, features: Tensor) -> None:
+def test_that_loops_are_cut_off_changes_nothing(
+    tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Drafted text is not cut off: it is verified in few steps."""
-    options = {"temperatures": [0.0, 0.7], "max_new_tokens": 100, "repetition_threshold": 1}
+    folder = make_model_folder(tmp_path, languages=["en", "zh", "ja"], talkative=True, seed=53)
+    characters = {chr(ord("一") + place): letter for place, letter in enumerate(ascii_letters)}
+    teacher = loaded(add_words(folder, characters))
+    teacher.model.generation_config.suppress_tokens = list(range(256))  # but for the characters
+    found: list[Hypothesis] = []
+    search = Transcriber._search
+
+    def searched(self: Transcriber, *arguments: Any) -> list[Hypothesis]:
+        hypotheses = search(self, *arguments)
+        found.extend(hypotheses)
+        return hypotheses
+
+    monkeypatch.setattr(Transcriber, "_search", searched)
+    options = {"temperatures": [0.0, 0.7], "max_new_tokens": 100, "repetition_threshold": 3}
     options |= {"compression_ratio_threshold": None, "log_probability_threshold": None}
     alone, _ = transcribed(teacher, None, features, **options)
+    cut_off = [each for each in found if not each.complete and each.token_count < 100]
+    assert {each.token_count for each in cut_off} <= {32, 64, 96} and cut_off
+    found.clear()
     together, _ = transcribed(teacher, pruned(teacher, [0, 1], [1]), features, **options)
     assert_same(together, alone)
-    assert {h.temperature for h in alone} == {0.0, 0.7}
-    assert max(h.token_count for h in alone) == 100
+    assert all(each.complete or each.token_count == 100 for each in found)
+    assert {h.temperature for h in alone} == {0.7}
 
 
 def test_warming_up_does_not_count(teacher: Whisper) -> None:

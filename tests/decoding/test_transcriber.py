@@ -15,7 +15,7 @@ from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis
 from simpler_distil_whisper.decoding.search import (
-    InLoop,
+    LoopTest,
     PromptedBatch,
     SearchResult,
     greedy_or_sampled,
@@ -252,28 +252,27 @@ def test_a_loop_is_cut_off_where_it_shows(whisper: Whisper, features: Tensor) ->
     prompts = [whisper.tokens.prompt("zh", "transcribe")] * UTTERANCES
     limits = torch.full((UTTERANCES,), 100)
 
-    def search(in_loop: InLoop | None) -> list[SearchResult]:
+    def search(loop_test: LoopTest | None) -> list[SearchResult]:
         cache = decoder.start(states, transcriber.positions, uneven=False)
         last = read_prompts(decoder, cache, prompts)[:, -1]
         return greedy_or_sampled(
-            decoder, rules, PromptedBatch(cache, last, limits), in_loop=in_loop
+            decoder, rules, PromptedBatch(cache, last, limits), loop_test=loop_test
         )
 
     whole = search(None)
-    longest = max(range(UTTERANCES), key=lambda row: len(whole[row].ids))
-    assert len(whole[longest].ids) > 64
+    loop = max((each.ids for each in whole), key=len)[:64]
     seen = []
 
-    def in_loop(row: int, ids: list[int]) -> bool:
-        assert ids == whole[row].ids[: len(ids)]
-        seen.append((row, len(ids)))
-        return row == longest and len(ids) >= 64
+    def loop_test(ids: list[int]) -> bool:
+        seen.append(ids)
+        return ids == loop
 
-    cut = search(in_loop)
-    assert cut[longest].ids == whole[longest].ids[:64] and not cut[longest].complete
-    for row in set(range(UTTERANCES)) - {longest}:
-        assert (cut[row].ids, cut[row].complete) == (whole[row].ids, whole[row].complete)
-    assert [count for row, count in seen if row == longest] == [32, 64]
+    cut = [each.ids == loop and not each.complete for each in search(loop_test)]
+    assert cut == [each.ids[:64] == loop for each in whole]
+    assert any(cut) and not all(cut)
+    for is_cut, before, after in zip(cut, whole, search(loop_test), strict=True):
+        assert is_cut or (after.ids, after.complete) == (before.ids, before.complete)
+    assert loop[:32] in seen and {len(ids) for ids in seen} <= {32, 64, 96}
     assert set(limits.tolist()) == {100}, "the caller's limits stay"
 
 

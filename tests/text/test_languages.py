@@ -12,6 +12,7 @@ from simpler_distil_whisper.text.languages import (
     tokens,
     unit_for,
     whisper_language,
+    words_and_characters,
 )
 
 
@@ -141,8 +142,10 @@ def test_the_longest_repetition_by_hand(text: str, covered: int) -> None:
     assert longest_repetition(text.split()) == covered
 
 
-@given(st.lists(st.sampled_from("abc"), max_size=24))
-def test_the_longest_repetition_is_what_trying_everything_finds(pieces: list[str]) -> None:
+@given(st.lists(st.sampled_from("abc"), max_size=24), st.integers(2, 4))
+def test_the_longest_repetition_is_what_trying_everything_finds(
+    pieces: list[str], fewest: int
+) -> None:
     best = 0
     for start in range(len(pieces)):
         for n in range(1, len(pieces) // 2 + 1):
@@ -151,9 +154,15 @@ def test_the_longest_repetition_is_what_trying_everything_finds(pieces: list[str
                 pieces[start + copies * n : start + (copies + 1) * n] == pieces[start : start + n]
             ):
                 copies += 1
-            if copies > 1 and start + n <= len(pieces):
+            if copies >= fewest and start + n <= len(pieces):
                 best = max(best, copies * n)
-    assert longest_repetition(pieces) == best
+    assert longest_repetition(pieces, fewest) == best
+
+
+def test_words_and_characters_of_any_script() -> None:
+    assert words_and_characters("我買iPhone16 了 감사합니다 ครับ カナ don't") == [
+        *"我買", "iPhone", "16", "了", "감사합니다", *"ครับ", *"カナ", "don't"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
