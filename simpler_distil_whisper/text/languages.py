@@ -195,15 +195,14 @@ def longest_repetition(pieces: Sequence[str], copies: int = 2) -> int:
     """
     numbers: dict[str, int] = {}
     codes = np.array([numbers.setdefault(piece, len(numbers)) for piece in pieces])
-    longest = 0
-    for n in range(1, min(LONGEST_NGRAM, len(codes) // copies) + 1):
-        # If `same` successive tokens each equal the token n places before, n + same tokens repeat.
-        differs = (codes[n:] != codes[:-n]).nonzero()[0]
-        ends = np.concatenate(([-1], differs, [len(codes) - n]))
-        same = int((ends[1:] - ends[:-1]).max()) - 1
-        if same >= (copies - 1) * n:
-            longest = max(longest, (n + same) // n * n)
-    return longest
+    places = np.arange(len(codes))
+    sizes = np.arange(1, min(LONGEST_NGRAM, len(codes) // copies) + 1)[:, None]
+    same = (places >= sizes) & (codes[places - sizes] == codes)  # as the token n places before
+    before = np.maximum.accumulate(np.where(same, -1, places), axis=1)  # the last that is not
+    # If m successive tokens each equal the token n places before, n + m tokens repeat.
+    repeated = sizes + (places - before)
+    covered = repeated // sizes * sizes
+    return int(covered.max(initial=0, where=repeated >= copies * sizes))
 
 
 def join_texts(texts: Sequence[str]) -> str:
