@@ -98,6 +98,7 @@ SPACED_WORD = re.compile(rf"[^\W_{UNSPACED}]+")
 NEVER_SPACED = re.compile(rf"[{NEVER_SPACED_SCRIPTS}]")
 
 LONGEST_NGRAM = 100  # tokens; loops of longer pieces are not looked for
+CELLS_AT_ONCE = 1_000_000  # of its search: a few arrays of as many numbers
 
 
 def is_hokkien(name: str) -> bool:
@@ -195,14 +196,23 @@ def longest_repetition(pieces: Sequence[str], copies: int = 2) -> int:
     """
     numbers: dict[str, int] = {}
     codes = np.array([numbers.setdefault(piece, len(numbers)) for piece in pieces])
-    places = np.arange(len(codes))
-    sizes = np.arange(1, min(LONGEST_NGRAM, len(codes) // copies) + 1)[:, None]
-    same = (places >= sizes) & (codes[places - sizes] == codes)  # as the token n places before
+    largest = min(LONGEST_NGRAM, len(codes) // copies)
+    at_once = max(1, CELLS_AT_ONCE // max(len(codes), 1))
+    firsts = range(1, largest + 1, at_once)
+    return max(
+        (_longest_of(codes, range(n, min(n + at_once, largest + 1)), copies) for n in firsts),
+        default=0,
+    )
+
+
+def _longest_of(codes: np.ndarray, sizes: range, copies: int) -> int:
+    """Return what `longest_repetition` does, for n-grams of these sizes."""
+    n, places = np.array(sizes)[:, None], np.arange(len(codes))
+    same = (places >= n) & (codes[places - n] == codes)  # as the token n places before
     before = np.maximum.accumulate(np.where(same, -1, places), axis=1)  # the last that is not
     # If m successive tokens each equal the token n places before, n + m tokens repeat.
-    repeated = sizes + (places - before)
-    covered = repeated // sizes * sizes
-    return int(covered.max(initial=0, where=repeated >= copies * sizes))
+    repeated = n + (places - before)
+    return int((repeated // n * n).max(initial=0, where=repeated >= copies * n))
 
 
 def join_texts(texts: Sequence[str]) -> str:

@@ -159,6 +159,15 @@ def test_the_longest_repetition_is_what_trying_everything_finds(
     assert longest_repetition(pieces, fewest) == best
 
 
+def test_the_longest_repetition_of_a_long_text() -> None:
+    """Of hours; sizes are then looked for a few at a time."""
+    pieces = [str(number) for number in range(60_000)]
+    pieces[40_000:40_030] = ["so", "it", "goes"] * 10
+    pieces[50_000:50_040] = pieces[50_040:50_080]
+    assert longest_repetition(pieces) == 80
+    assert longest_repetition(pieces, 3) == 30
+
+
 def test_words_and_characters_of_any_script() -> None:
     assert words_and_characters("我買iPhone16 了 감사합니다 ครับ カナ don't") == [
         *"我買", "iPhone", "16", "了", "감사합니다", *"ครับ", *"カナ", "don't"
