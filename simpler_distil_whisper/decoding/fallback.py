@@ -60,15 +60,14 @@ def repeats_too_much(text: str, options: DecodingOptions, *, unfinished: bool = 
     return longest_repetition(pieces[:-1] if unfinished else pieces, COPIES_OF_A_LOOP) > limit
 
 
-def quality_of(hypothesis: Hypothesis, options: DecodingOptions) -> tuple[bool, bool, float]:
+def quality_of(hypothesis: Hypothesis, options: DecodingOptions) -> tuple[bool, float]:
     """Return what is greater for the better of two hypotheses of the same audio.
 
-    One that will do is better than one that fails, and a guess better than a loop; of two guesses
-    the more probable one is. Loops are all equal: the more of it, the more probable is each token.
+    Any text is better than a loop, and of texts the more probable one; so what will do is better
+    than what fails. Loops are all equal: the more of it, the more probable is each token.
     """
     loop = is_loop(hypothesis, options)
-    probability = 0.0 if loop else hypothesis.average_log_probability
-    return not fails(hypothesis, options), not loop, probability
+    return not loop, 0.0 if loop else hypothesis.average_log_probability
 
 
 def _is_improbable(hypothesis: Hypothesis, options: DecodingOptions) -> bool:
