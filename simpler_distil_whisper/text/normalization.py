@@ -25,14 +25,15 @@ from simpler_distil_whisper.text.numerals import with_digits
 Step = Callable[[str], str]
 
 # Joiners, direction marks, soft hyphens, fillers, variation selectors and the other characters that
-# Unicode has programs ignore: two texts that differ in these alone look the same. Not the
-# zero-width space, which separates words.
+# Unicode has programs ignore: two texts that differ in these alone look the same. And the line by
+# which Arabic words are drawn out. Not the zero-width space, which separates words.
 INVISIBLE = re.compile(
-    r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c-\u200f\u202a-\u202e"
+    r"[\u00ad\u034f\u061c\u0640\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c-\u200f\u202a-\u202e"
     r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U0001bca0-\U0001bca3"
     r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-DIGIT_GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+THOUSANDS_SIGN = "\u066c"  # of Arabic
+DIGIT_GROUPS = re.compile(rf"(?<!\d)\d{{1,3}}(?:[,{THOUSANDS_SIGN}]\d{{3}})+(?!\d)")
 # Quotation marks, modifier letters, accents that stand alone and primes, as people type them, and
 # the geresh of Hebrew.
 APOSTROPHES = "'`\u00b4\u02b9\u02bb\u02bc\u055a\u05f3\u2018\u2019\u201b\u2032\uff07\uff40"
@@ -42,6 +43,10 @@ FULL_WIDTH = {
     ord(c): ord(c) - 0xFEE0 for c in map(chr, range(0xFF01, 0xFF5F)) if c not in "（）［］＜＞｛｝"
 }
 PLAIN_APOSTROPHES = str.maketrans(dict.fromkeys(APOSTROPHES, "'"))
+# What NFKC would make a comma between decimals of, although it may only group digits, and letters.
+NO_DECIMAL_COMMAS = dict.fromkeys(map(ord, "，﹐︐"), THOUSANDS_SIGN)
+NO_LETTERS = dict.fromkeys(map(ord, "™℠"), " ")
+BEFORE_UNICODE_FORM = PLAIN_APOSTROPHES | NO_DECIMAL_COMMAS | NO_LETTERS
 # NFKC would make periods of these, after Whisper's normalisers have looked for periods.
 SMALL_SIGNS = {ord(c): unicodedata.normalize("NFKC", c) for c in "﹐﹒﹣﹩﹪․"}
 PERIODS = re.compile(r"\.{2,}")  # Whisper's English normaliser would make "5 ." of "five..."
@@ -145,7 +150,7 @@ def _own_steps(options: TextNormalization) -> list[Step]:
     steps: list[Step] = []
     if options.remove_punctuation:
         # First of all: characters that an invisible one separates can compose once it is gone.
-        steps.append(_with_plain_apostrophes)
+        steps.append(_with_signs_that_stay)
     if options.unicode:
         steps.append(functools.partial(unicodedata.normalize, options.unicode))
     if options.lowercase:
@@ -165,7 +170,7 @@ def _conversions_alone(options: TextNormalization) -> list[Step]:
     """Return the steps before Whisper's normalisers, with the Unicode form that they need."""
     conversions = _script_conversion(options)
     if options.numerals:
-        conversions.append(with_digits)
+        conversions += [_with_joined_digits, with_digits]
     if conversions and options.unicode:
         conversions.insert(0, functools.partial(unicodedata.normalize, options.unicode))
     return conversions
@@ -196,9 +201,14 @@ def is_blank(text: str) -> bool:
     return not INVISIBLE.sub("", text).translate(CONTROLS).strip()
 
 
-def _with_plain_apostrophes(text: str) -> str:
-    """Return a text without invisible characters, and with one kind of apostrophe."""
-    return INVISIBLE.sub("", text).translate(PLAIN_APOSTROPHES)
+def _with_signs_that_stay(text: str) -> str:
+    """Return a text without invisible characters, whose signs no Unicode form makes others of."""
+    return INVISIBLE.sub("", text).translate(BEFORE_UNICODE_FORM)
+
+
+def _with_joined_digits(text: str) -> str:
+    """Return a text with 1000 for 1,000."""
+    return DIGIT_GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
 
 
 def _with_plain_signs(text: str) -> str:
@@ -268,7 +278,7 @@ PUNCTUATION_TO_SPACE = _PunctuationTable()
 
 
 def _without_punctuation(text: str) -> str:
-    text = DIGIT_GROUP_COMMA.sub("", text.translate(PUNCTUATION_TO_SPACE))
+    text = _with_joined_digits(text).translate(PUNCTUATION_TO_SPACE)
     stray = _stray_signs()
     removed = 1
     while removed:  # removing one sign can leave the one before without its word

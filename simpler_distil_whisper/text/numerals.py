@@ -28,7 +28,7 @@ FORMAL_NUMERAL = re.compile(
 )
 
 SCALED_DECIMAL = re.compile(
-    rf"(?<![0-9.点點])([0-9]{{1,15}})[.点點](?=0*[1-9])([0-9]{{1,10}})([万萬]?[亿億]|[万萬])"
+    rf"(?<![0-9.点點{UNIT}])([0-9十百佰千仟]{{1,15}})[.点點](?=0*[1-9])([0-9]{{1,10}})([万萬]?[亿億]|[万萬])"
     rf"(?![0-9{UNIT}])"
 )
 NUMBER = re.compile(rf"[0-9{UNIT}]+")
@@ -62,7 +62,10 @@ def with_digits(text: str) -> str:
 
 
 def _scaled(match: re.Match[str]) -> str:
-    value = Decimal(f"{match[1]}.{match[2]}")
+    whole = _value(match[1].translate(SAME_UNIT))
+    if whole is None:
+        return match[0]
+    value = Decimal(f"{whole}.{match[2]}")
     for unit in match[3].translate(SAME_UNIT):
         value *= UNITS[unit]
     return f"{value.normalize():f}"
