@@ -117,5 +117,5 @@ def _holds(text: str, phrase: str) -> bool:
     if not phrase:
         return False
     if UNSPACED_CHARACTER.search(phrase):
-        return phrase in text
+        return "".join(phrase.split()) in "".join(text.split())
     return f" {phrase} " in f" {text} "

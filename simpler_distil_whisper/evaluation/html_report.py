@@ -115,6 +115,7 @@ def report_page(
         "report.html",
         summary=summary,
         names=names,
+        confidence=percentage(summary.confidence),
         speeds=speeds,
         overall=rate_chart([("all utterances", corpus)]),
         differences=difference_chart(summary.comparisons, names),
@@ -247,11 +248,15 @@ def verdict(name: str, comparison: ComparisonSummary, summary: Summary) -> str:
         meaning = "chance alone hardly does that"
     else:
         meaning = "chance alone seldom does that"
-    confidence = f"{summary.confidence:.0%}".replace("%", "\u202f%")
-    interval = f"{confidence} interval {points(low)} to {points(high)}"
+    interval = f"{percentage(summary.confidence)} interval {points(low)} to {points(high)}"
     smallest_p = 1 / (summary.bootstrap_samples + 1)
     relation = "≤" if comparison.p_value <= smallest_p else "="
     return f"{result} ({interval}, p {relation} {comparison.p_value:.2g}): {meaning}."
+
+
+def percentage(confidence: float) -> str:
+    """Return 0.995 as "99.5 %", in as many digits as it has."""
+    return f"{100 * confidence:g}\u202f%"
 
 
 def points(difference: float) -> str:

@@ -47,6 +47,8 @@ def test_a_known_phrase_is_invented_only_where_the_reference_lacks_it() -> None:
     # A phrase of a script with words must match whole words, one of Chinese can stand anywhere.
     assert invented(None, "thank you for watchingly", "en") == []
     assert invented("好", "好，請訂閱頻道", "zh") == ["請訂閱"]
+    long = KnownPhrases(["請不吝點讚 訂閱"], SCORER)
+    assert score_utterance(SCORER, long, None, "請不吝點讚訂閱轉發", "zh").signs == ["known_phrase"]
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,17 @@ def test_embedded_json_reads_back_and_ends_no_element() -> None:
     assert json.loads(text) == [NASTY, "台灣 \U00020c96", None, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("confidence", "shown"), [(0.95, "95"), (0.995, "99.5"), (0.9999, "99.99")]
+)
+def test_the_confidence_is_not_rounded(confidence: float, shown: str) -> None:
+    systems = {"base": system(0.2), "other": system(0.1)}
+    summary = make_summary(systems, {"other": comparison(-0.1, -0.2, -0.05, 0.001)})
+    page = make_page(replace(summary, confidence=confidence))
+    assert f"Intervals: {shown}\u202f%," in page
+    assert f"({shown}\u202f% interval " in page
+
+
 @pytest.mark.parametrize("rate", [None, 0.0, 0.1, 12.0])
 def test_whatever_is_missing_the_page_is_made(rate: float | None) -> None:
     no_interval = replace(rates(rate), low=None, high=None)
