@@ -346,13 +346,16 @@ def _group(row: Row, columns: LabelColumns, shared: Sequence[str]) -> str | None
 
 
 def _segments(part: Row, start: float, columns: LabelColumns) -> list[Row]:
-    """Return the segments of a part, with times from the beginning of the pack."""
+    """Return the segments of a part, with times from the beginning of the pack.
+
+    A time that a model has put behind the end of the audio is not let into the next part.
+    """
     seconds = part["audio_seconds"]
     whole = {"start_seconds": 0.0, "end_seconds": seconds, "text": part[columns.label]}
     segments = part.get(columns.segments) if columns.segments else None
     return [
         {
-            "start_seconds": round(start + segment["start_seconds"], 3),
+            "start_seconds": round(start + min(segment["start_seconds"], seconds), 3),
             "end_seconds": round(start + _end_within(segment, seconds), 3),
             "text": segment["text"],
         }

@@ -189,6 +189,16 @@ def test_every_good_label_is_in_one_pack_that_fits(
     assert len(packed) + sum(planned.left_out.values()) == len(labels)
 
 
+def test_a_segment_behind_the_end_of_its_audio_stays_out_of_the_next_part() -> None:
+    beyond = [
+        {"start_seconds": 0.0, "end_seconds": 2.2, "text": "好"},
+        {"start_seconds": 2.7, "end_seconds": 2.9, "text": "嗎"},
+    ]
+    pack = packed_row([label(2.5, segments=beyond), label(1.5)], 0, COLUMNS, ["language"], SCORER)
+    times = [(each["start_seconds"], each["end_seconds"]) for each in pack["segments"]]
+    assert times == [(0.0, 2.2), (2.5, 2.5), (2.5, 4.0)]
+
+
 def test_the_row_of_a_pack_by_hand() -> None:
     chinese = {"language": "zh", "error_unit": "character"}
     parts = [
