@@ -23,7 +23,6 @@ NEIGHBOURS = 20  # tokens of the hypothesis on either side of a cut that are loo
 MATCHES = 0.35  # share of them that must be in the reference, close to the cut
 LONGEST_MISMATCH = 5  # tokens from a cut to the nearer match, and missing on one side alone
 
-NO_REFERENCE_TEXT = "the reference has no text for it"
 PLACE_UNKNOWN = "where it begins or ends in the reference is not known"
 OPENING = ("Ps", "Pi")  # Unicode categories of what belongs to the word after it
 WORDS: dict[Unit, re.Pattern[str]] = {
@@ -38,7 +37,7 @@ class ReferencePart:
     """What a reference has for one text of the hypothesis.
 
     Attributes:
-        text: as the reference writes it; None: it is not known.
+        text: as the reference writes it, empty if it has nothing there; None: it is not known.
         reason: why it is not known.
     """
 
@@ -100,6 +99,8 @@ def reference_parts(
     written = _written(reference, unit, tokens_of)
     hypotheses = [_written(text, unit, tokens_of).tokens for text in texts]
     places = _matching_places(written.tokens, [token for each in hypotheses for token in each])
+    if not written.tokens:
+        return [ReferencePart("")] * len(texts)
     cuts = [_cut(int(bound), places, written) for bound in np.cumsum([0, *map(len, hypotheses)])]
     return [_part(written, first, last) for first, last in pairwise(cuts)]
 
@@ -169,5 +170,8 @@ def _cut(bound: int, places: Integers, reference: _Written) -> int | None:
 def _part(reference: _Written, first: int | None, last: int | None) -> ReferencePart:
     if first is None or last is None:
         return ReferencePart(None, PLACE_UNKNOWN)
-    text = reference.text[reference.character(first) : reference.character(last)].strip()
-    return ReferencePart(text) if last > first else ReferencePart(None, NO_REFERENCE_TEXT)
+    if last <= first:
+        return ReferencePart("")
+    return ReferencePart(
+        reference.text[reference.character(first) : reference.character(last)].strip()
+    )

@@ -10,6 +10,7 @@ from pydantic import Field
 from simpler_distil_whisper.config import PositiveFloat, Ratio, StrictModel
 from simpler_distil_whisper.data.jsonl import Row, is_number
 from simpler_distil_whisper.evaluation.hallucination import MAX_NO_SPEECH_PROBABILITY
+from simpler_distil_whisper.labels.rows import WHY_NO_REFERENCE
 
 # Where openai/whisper decodes again, with a higher temperature.
 MAX_COMPRESSION_RATIO = 2.4
@@ -32,7 +33,8 @@ def why_dropped_by_error_rate(
         row: a labelled row whose label is not empty.
         column: the key under which its error rate stands.
         maximum: the highest rate that stays; None keeps every row, even one without a rate.
-        required: whether a row without a rate is dropped.
+        required: whether a row without a reference is dropped. One that has none only because its
+            part of the recording's could not be found is dropped even so.
     """
     if maximum is None:
         return None
@@ -40,6 +42,8 @@ def why_dropped_by_error_rate(
     # Of no tokens there is no rate, but each token of the label is an error.
     if rate is None and row.get("reference_tokens") == 0:
         return NO_SPEECH, "the reference has no speech, but the label has text"
+    if rate is None and (why := row.get(WHY_NO_REFERENCE)):
+        return NO_ERROR_RATE, f"the label does not match the recording's reference: {why}"
     if rate is None and not required:
         return None
     if rate is None:

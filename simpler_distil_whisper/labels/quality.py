@@ -86,7 +86,7 @@ def summarize_labels(
     suspicious = np.logical_or.reduce(list(signs.values()))
     rates, hours = table.numbers["error_rate"], table.hours
     lengths = table.numbers["reference_tokens"]
-    suggestion = suggest_threshold(rates, hours, lengths)
+    suggestion = suggest_threshold(rates, hours, lengths, table.without_reference)
     threshold = suggestion.max_error_rate
     ceiling = math.inf if threshold is None else threshold
     worst, beyond, dubious = (
@@ -201,7 +201,7 @@ def _groups(
     errors = summed(np.where(known, np.round(rates * lengths), 0))
     reference_tokens = summed(np.where(known, lengths, 0))
     # Where no error rate decides, those rows are good that show no sign of failure.
-    kept = ~suspicious if threshold is None else rates <= threshold
+    kept = ~suspicious if threshold is None else (rates <= threshold) | table.without_reference
     rows, all_hours = summed(np.ones(len(rates))), summed(hours)
     kept_rows, kept_hours = summed(kept), summed(hours * kept)
     suspicious_rows = summed(suspicious)

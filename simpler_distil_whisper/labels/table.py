@@ -23,7 +23,7 @@ from simpler_distil_whisper.labels.filters import (
     MIN_AVERAGE_LOG_PROBABILITY,
     is_cut_off,
 )
-from simpler_distil_whisper.labels.rows import LabelColumns
+from simpler_distil_whisper.labels.rows import WHY_NO_REFERENCE, LabelColumns
 from simpler_distil_whisper.text.normalization import is_blank
 
 Numbers = npt.NDArray[np.float64]
@@ -52,6 +52,8 @@ class LabelTable:
         numbers: name -> its value in each row; NaN where a row has none.
         empty: which labels have no text.
         incomplete: which labels were cut off by the limit of tokens.
+        without_reference: which labels nothing can be compared with. Not those of rows whose part
+            of the recording's reference was looked for and not found.
         groups: column -> which of `group_values` each row belongs to.
         group_values: column -> its values, as strings.
     """
@@ -61,6 +63,7 @@ class LabelTable:
     numbers: dict[str, Numbers]
     empty: Flags
     incomplete: Flags
+    without_reference: Flags
     groups: dict[str, npt.NDArray[np.int32]]
     group_values: dict[str, list[str]]
 
@@ -78,7 +81,7 @@ def read_labels(path: Path, columns: LabelColumns, group_by: Iterable[str]) -> L
         "reference_tokens": "reference_tokens",
     }
     names |= {name: name for name in SIGN_LIMITS}
-    offsets, empty, incomplete = array("q"), array("b"), array("b")
+    offsets, empty, incomplete, without_reference = array("q"), array("b"), array("b"), array("b")
     numbers = {name: array("d") for name in names}
     groups: dict[str, array[int]] = {column: array("i") for column in group_by}
     values: dict[str, dict[str, int]] = {column: {} for column in groups}
@@ -89,6 +92,8 @@ def read_labels(path: Path, columns: LabelColumns, group_by: Iterable[str]) -> L
             numbers[name].append(math.nan if value is None else value)
         empty.append(is_blank(row[columns.label]))
         incomplete.append(is_cut_off(row))
+        compared = row[columns.reference] is not None or row.get(WHY_NO_REFERENCE)
+        without_reference.append(not compared)
         for column, known in values.items():
             groups[column].append(_group_number(known, row.get(column)))
     return LabelTable(
@@ -97,6 +102,7 @@ def read_labels(path: Path, columns: LabelColumns, group_by: Iterable[str]) -> L
         numbers={name: np.array(column, np.float64) for name, column in numbers.items()},
         empty=np.array(empty, np.bool_),
         incomplete=np.array(incomplete, np.bool_),
+        without_reference=np.array(without_reference, np.bool_),
         groups={column: np.array(members, np.int32) for column, members in groups.items()},
         group_values={column: list(known) for column, known in values.items()},
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from simpler_distil_whisper.data.jsonl import Row, is_number
 from simpler_distil_whisper.data.manifest import MEASURED_SECONDS
-from simpler_distil_whisper.labels.table import Numbers
+from simpler_distil_whisper.labels.table import Flags, Numbers
 
 THRESHOLD_STEPS = 50
 THRESHOLDS = np.round(np.linspace(0, 0.5, THRESHOLD_STEPS + 1), 2)  # those that are tried
@@ -30,9 +30,9 @@ class Suggestion:
 
     Attributes:
         max_error_rate: the threshold; None: no row speaks for one, and the other numbers are None.
-        rows: how many rows it keeps.
-        hours: how many hours it keeps.
-        share_of_hours: the same, as a share of all hours, those of rows without a rate too.
+        rows: how many rows "auto" keeps: up to the threshold, and those without a reference.
+        hours: how many hours.
+        share_of_hours: the same, as a share of all hours.
         knee: where the curve of hours bends.
         usual: the teacher's usual error rate: half of the hours have a lower one.
         one_slip: error rate of one wrong token in a reference of median length, rounded up.
@@ -49,7 +49,9 @@ class Suggestion:
     reasoning: list[str]
 
 
-def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers) -> Suggestion:
+def suggest_threshold(
+    rates: Numbers, hours: Numbers, reference_tokens: Numbers, without_reference: Flags
+) -> Suggestion:
     """Return the threshold that is worth its hours.
 
     The knee: hours kept, as a share of those that 0.50 keeps, rise with the threshold; the knee is
@@ -62,6 +64,7 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
         rates: float64 [rows]: error rates; NaN where there is none.
         hours: float64 [rows]: lengths of the audio.
         reference_tokens: float64 [rows]: lengths of the references; NaN where there is none.
+        without_reference: bool [rows]: which rows the threshold does not apply to.
     """
     known = ~np.isnan(rates)
     if not known.any():
@@ -80,7 +83,7 @@ def suggest_threshold(rates: Numbers, hours: Numbers, reference_tokens: Numbers)
     usual = _usual_rate(rates[known], hours[known])
     twice_usual = min(math.ceil(round(100 * TIMES_USUAL * usual, 6)) / 100, float(THRESHOLDS[-1]))
     threshold = max(knee, floor, twice_usual)
-    passes = rates <= threshold
+    passes = (rates <= threshold) | without_reference
     return Suggestion(
         max_error_rate=threshold,
         rows=int(passes.sum()),
@@ -112,7 +115,7 @@ def suggest_for_rows(rows: Iterable[Row], column: str) -> Suggestion:
     rates, seconds, reference_tokens = np.array(known, float).reshape(-1, len(keys)).T
     hours = seconds / 3600 if (seconds > 0).all() else np.ones(len(seconds))
     lengths = np.where(reference_tokens > 0, reference_tokens, math.inf)
-    return suggest_threshold(rates, hours, lengths)
+    return suggest_threshold(rates, hours, lengths, np.isnan(rates))
 
 
 def _usual_rate(rates: Numbers, hours: Numbers) -> float:

@@ -69,7 +69,7 @@ class TrainingData(DataLimits, EvidenceLimits):
     max_error_rate: Ratio | Literal["auto"] | None = Field(
         None,
         description="Rows with a higher error rate, or with none, are not used; null: all are "
-        "used. auto: what label_quality.html suggests; rows without an error rate are used.",
+        "used. auto: what label_quality.html suggests; rows without a reference are used.",
     )
     incomplete_labels: Literal["drop", "without_end"] = Field(
         "drop",

@@ -20,6 +20,15 @@ def test_a_row_without_a_rate_stays_where_none_is_required(row: Row) -> None:
     assert why_dropped_by_error_rate(row, COLUMN, 0.1, required=False) is None
 
 
+@pytest.mark.parametrize("required", [True, False])
+def test_a_row_that_does_not_match_its_recordings_reference_is_dropped(required: bool) -> None:
+    row = {COLUMN: None, "reference_tokens": None, "why_no_reference": "its place is not known"}
+    kind, reason = why_dropped_by_error_rate(row, COLUMN, 0.1, required=required) or ("", "")
+    assert kind == "no error rate"
+    assert reason == "the label does not match the recording's reference: its place is not known"
+    assert why_dropped_by_error_rate(row, COLUMN, None) is None
+
+
 @pytest.mark.parametrize("reference", ["", " ", "[laughter]", "…"])
 @pytest.mark.parametrize("required", [True, False])
 def test_text_for_what_the_transcript_says_is_no_speech_is_dropped(

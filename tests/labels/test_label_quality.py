@@ -13,6 +13,7 @@ from tiny import write_rows, write_tone
 from simpler_distil_whisper.data.manifest import read_manifest
 from simpler_distil_whisper.data.results import rejection_line
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
+from simpler_distil_whisper.labels.filters import why_dropped_by_error_rate
 from simpler_distil_whisper.labels.quality import QualityOptions, summarize_labels
 from simpler_distil_whisper.labels.quality_page import write_label_quality
 from simpler_distil_whisper.labels.quality_summary import LabelQuality
@@ -98,6 +99,24 @@ def test_rows_hours_and_rates_by_hand(tmp_path: Path) -> None:
         ["equal", "a b c", "a b c"],
         ["substitute", "d", "e"],
     ]
+
+
+def test_what_auto_keeps_is_what_training_keeps(tmp_path: Path) -> None:
+    """Rows without a reference are learnt from; not those whose part of it was not found."""
+    rows = [
+        labelled("a b c d", "a b c d"),
+        labelled("a b c d", "z z z z"),
+        labelled("", "a b"),
+        labelled(None, "a b", speaker="y"),
+        labelled(None, "a b", speaker="y", why_no_reference="its place is not known"),
+    ]
+    quality = summarize(tmp_path, rows, "speaker")
+    assert (quality.suggestion.rows, quality.suggestion.hours) == (2, 0.02)
+    by_speaker = {group.value: group.rows_kept for group in quality.groups["speaker"]}
+    assert by_speaker == {"unknown": 1, "y": 1}
+    threshold = quality.suggestion.max_error_rate
+    dropped = [why_dropped_by_error_rate(row, "cer/wer", threshold, required=False) for row in rows]
+    assert [reason is None for reason in dropped] == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(

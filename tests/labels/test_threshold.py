@@ -20,6 +20,7 @@ def suggest(rates: list[float], tokens: float = 20, hours: list[float] | None = 
         np.array(rates, float),
         np.array(hours or [1.0] * number),
         np.full(number, tokens, float),
+        np.zeros(number, bool),
     )
 
 
