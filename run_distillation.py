@@ -227,6 +227,7 @@ def load_models(
     teacher = models.Teacher(teacher_folder, config.teacher, accelerator, shared_encoder)
     student = load_whisper(student_folder, "float32", config.teacher.attention)
     models.freeze(student.model, config.freeze)
+    models.keep_all_layers(student.model)
     if config.audio_context.enabled:
         context = AudioContext(config.audio_context.margin_seconds)
         student.model.config.audio_context = context.to_config()

@@ -48,6 +48,10 @@ class DataError(Exception):
     """The data cannot be used; the script ends with exit code 3."""
 
 
+class ProcessLost(DataError):
+    """Another process of the run has ended, or does not answer."""
+
+
 class Run:
     """The output folder of one run: config copy, `run_info.json`, `log.txt`, stop signal.
 

@@ -28,7 +28,7 @@ from simpler_distil_whisper.launch import (
     process_count,
     process_rank,
 )
-from simpler_distil_whisper.run import DataError, Run, log
+from simpler_distil_whisper.run import DataError, ProcessLost, Run, log
 from simpler_distil_whisper.stopping import Interrupted, StopSignal, handling, stop_at_once
 from simpler_distil_whisper.terminal import (
     log_to_file,
@@ -186,7 +186,7 @@ def _is_of_a_connection(error: BaseException) -> bool:
     """Return whether the connection to another process has broken; gloo raises RuntimeErrors."""
     of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     of_torch = type(error).__module__.startswith("torch.distributed")
-    return process_count() > 1 and (of_gloo or of_torch)
+    return process_count() > 1 and (of_gloo or of_torch or isinstance(error, ProcessLost))
 
 
 def _close(run: Run | None, outcome: str) -> None:

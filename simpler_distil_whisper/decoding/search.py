@@ -176,7 +176,15 @@ def inverse_transform_sample(logits: Tensor, randoms: Tensor) -> Tensor:
     total = sums[:, -1]
     # Rounding can turn a number below 1 into 1; it must stay in the share of a possible token.
     targets = torch.minimum(randoms.to(sums) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(sums, targets[:, None], right=True)[:, 0]
+    drawn = torch.searchsorted(sums, targets[:, None], right=True)[:, 0]
+    # A GPU adds up in blocks, whose rounding gives tokens that are ruled out a share of 1e-7.
+    return or_most_probable(drawn, logits) if logits.is_cuda else drawn
+
+
+def or_most_probable(tokens: Tensor, logits: Tensor) -> Tensor:
+    """Return tokens, int64 [R], with the most probable one in place of one that is ruled out."""
+    possible = logits.gather(1, tokens[:, None])[:, 0] > -torch.inf
+    return torch.where(possible, tokens, logits.argmax(-1))
 
 
 def search_results(tokens: Tensor, limits: Tensor, total: Tensor, end: int) -> list[SearchResult]:

@@ -114,8 +114,8 @@ def transcribe_manifest(
         run.stop_if_asked()
     if cache:
         cache.finish()
-    wait_for_everyone()  # the main process has the sums
-    if transcriber.options.speech_filter:
+    wait_for_everyone()
+    if transcriber.options.speech_filter and is_main_process():  # it keeps the sums, and ends first
         silent = sums.add("without speech", 0)
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
 

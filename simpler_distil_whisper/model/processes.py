@@ -24,7 +24,7 @@ from torch import distributed
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.launch import is_main_process, process_count, process_rank
-from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.run import ProcessLost, log
 
 FOR_TENSORS = datetime.timedelta(minutes=30)
 FOR_WORK = datetime.timedelta(days=1)
@@ -94,14 +94,14 @@ def wait_for_everyone(patience: datetime.timedelta = FOR_WORK) -> None:
     """Return once every process has called this: others may be at work for hours.
 
     Raises:
-        DataError: a process has ended, or did not come in time; the message names it.
+        ProcessLost: a process has ended, or did not come in time; the message names it.
     """
     if process_count() == 1:
         return
     try:
         distributed.monitored_barrier(_waiting_group(), timeout=patience, wait_all_ranks=True)
     except RuntimeError as error:
-        raise DataError(
+        raise ProcessLost(
             f"process {process_rank()} waits for others in vain: {_first_line(error)}. Their own "
             "messages say why; run the same command again to continue"
         ) from error
@@ -188,7 +188,7 @@ def _check_connections(device: torch.device) -> None:
         ones = torch.ones(1, device=device)
         distributed.all_reduce(ones)
         assert int(ones) == process_count(), NOT_JOINED
-    except (RuntimeError, DataError) as error:
+    except (RuntimeError, ProcessLost) as error:
         raise _not_connected(error) from error
     hosts = {host for host, _ in filter(None, places)}
     log.info("%d processes on %d machines are connected", process_count(), len(hosts))

@@ -221,7 +221,13 @@ class EncoderStateCache(_StateCache):
         copy.copy_(states, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(torch.cuda.current_stream(states.device))
-        self._writer.keep(names, [*copy], after=copied.synchronize)
+        device = states.device
+
+        def wait_for_copy() -> None:
+            with torch.cuda.device(device):  # a thread would begin with the first GPU
+                copied.synchronize()
+
+        self._writer.keep(names, [*copy], after=wait_for_copy)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
 
 from simpler_distil_whisper.config import ConfigError
-from simpler_distil_whisper.model.devices import torch_dtype
+from simpler_distil_whisper.model.devices import moved, torch_dtype
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.folder_check import FRAMES_PER_POSITION
 from simpler_distil_whisper.model.head import dtype_of_products
@@ -181,13 +181,15 @@ class StudentWithLoss(nn.Module):
         encoder, features = self.student.model.encoder, batch.input_features
         window = features.shape[-1] // FRAMES_PER_POSITION
         positions = torch.tensor(batch.positions or [window] * len(features))
-        rows, states = [], []
-        for count in sorted(set(positions.tolist())):
-            own = torch.nonzero(positions == count).flatten().to(features.device)
-            part = run_encoder(encoder, features[own, :, : FRAMES_PER_POSITION * count])
-            rows.append(own)
-            states.append(self._decoder_states(batch.decoder_input_ids[own], part))
-        return torch.cat(states)[torch.cat(rows).argsort()]
+        counts = sorted(set(positions.tolist()))
+        groups = [torch.nonzero(positions == count).flatten() for count in counts]
+        order = torch.cat(groups).argsort()
+        states = []
+        for count, group in zip(counts, groups, strict=True):
+            rows = moved(group, features.device)
+            part = run_encoder(encoder, features[rows, :, : FRAMES_PER_POSITION * count])
+            states.append(self._decoder_states(batch.decoder_input_ids[rows], part))
+        return torch.cat(states)[moved(order, features.device)]
 
     def _decoder_states(self, input_ids: Tensor, encoder_states: Tensor) -> Tensor:
         dtype = self.student.dtype
@@ -375,6 +377,17 @@ def freeze(student: WhisperForConditionalGeneration, options: Freeze) -> None:
         student.proj_out.requires_grad_(False)
     if options.embed_positions:
         student.model.decoder.embed_positions.requires_grad_(False)
+
+
+def keep_all_layers(student: WhisperForConditionalGeneration) -> None:
+    """Let no layer be left out by chance in training, in place: a student has few.
+
+    The config of a model that was pre-trained so asks for it still.
+    """
+    for part in (student.model.encoder, student.model.decoder):
+        if part.layerdrop:
+            log.info("layerdrop %g of the model's config is not used", part.layerdrop)
+        part.layerdrop = 0.0
 
 
 def device_of(options: TeacherOptions, accelerator: Accelerator) -> torch.device:

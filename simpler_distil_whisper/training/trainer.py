@@ -302,6 +302,5 @@ class Trainer:
                 "batch.gradient_accumulation_steps as much above "
                 f"{batch.gradient_accumulation_steps}; or activation_checkpointing true. In a new "
                 'output_dir: precision "bf16", a teacher_cache.folder (with all in it no teacher '
-                "is loaded), or another teacher.device. While dev is scored: "
-                "validation.decoding.batch_size"
+                "is loaded), or another teacher.device"
             ) from None

@@ -4,6 +4,7 @@ Owns the dev rows and their references; the error rate is that of the whole corp
 processes. Decoding is in `decoding/`, counting in `evaluation/`.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from simpler_distil_whisper.data.manifest import Manifest, Utterance
 from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.decoding.batches import SpeechReader, in_batches, speech_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
-from simpler_distil_whisper.decoding.transcription import transcribe_batch
+from simpler_distil_whisper.decoding.transcription import decode_halving, transcribe_batch
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
 from simpler_distil_whisper.launch import process_count, process_rank
@@ -122,15 +123,14 @@ class Validation:
         batches = list(in_batches(self.utterances, smallest_of_all(transcriber.batch_size)))
         own = batches[process_rank() :: process_count()]
         read = SpeechReader(whisper.feature_extractor, self.limits, self.cache)
+        decode = functools.partial(transcribe_batch, transcriber, self.cache)
         counted: list[tuple[str, ErrorCounts]] = []
         examples: list[tuple[str, str]] = []
         with self.accelerator.autocast():
-            for batch in speech_batches(own, read, self.limits.workers):
+            for loaded in speech_batches(own, read, self.limits.workers):
+                batch, hypotheses = decode_halving(decode, loaded, transcriber.room)
                 for rejection in batch.rejections:
                     log.warning("not scored: %s: %s", rejection.place, rejection.reason)
-                if not batch.utterances:
-                    continue
-                hypotheses = transcribe_batch(transcriber, self.cache, batch)
                 for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):
                     reference = self.references[utterance.number]
                     # Not the detected language: the unit must not depend on the model.

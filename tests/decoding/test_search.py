@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from simpler_distil_whisper.decoding.search import beside_parents, inverse_transform_sample
+from simpler_distil_whisper.decoding.search import (
+    beside_parents,
+    inverse_transform_sample,
+    or_most_probable,
+)
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
@@ -16,6 +20,8 @@ def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
         "not what is impossible"
     )
     assert inverse_transform_sample(logits, torch.tensor([1.0])).tolist() == [3]
+    drawn = torch.tensor([0, 1, 3, 4])  # by rounding also what is impossible
+    assert or_most_probable(drawn, logits.expand(4, -1)).tolist() == [0, 2, 3, 2]
 
 
 def test_beams_stay_where_the_tokens_lie_that_they_continue() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -392,6 +393,86 @@ def test_processes_with_other_memories_form_the_same_batches(tmp_path: Path) -> 
     assert len(read_rows(tmp_path / "out/pseudo_labels.jsonl")) == 39
 
 
+ONE_IS_LATE = """
+import os, runpy, sys, time
+from simpler_distil_whisper.decoding import transcription
+wait = transcription.wait_for_everyone
+
+def wait_and_dawdle():
+    wait()
+    time.sleep(3 * int(os.environ["RANK"]))
+
+transcription.wait_for_everyone = wait_and_dawdle
+sys.argv[0] = "run_pseudo_labelling.py"
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_main_process_may_end_before_the_others(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
+    config = labelling_config(tmp_path, read_rows(make_corpus(tmp_path, 6)))
+    settings = json.loads(config.read_text())
+    settings["decoding"]["voice_activity"] = {"enabled": True}
+    config.write_text(json.dumps(settings))
+    script = tmp_path / "label.py"
+    script.write_text(ONE_IS_LATE.format(script=str(LABELLING)))
+    done = label(tmp_path, config, 2, script)
+    assert done.returncode == 0, done.stderr
+    assert "6 rows without speech have an empty text" in done.stderr
+    assert len(read_rows(tmp_path / "out/pseudo_labels.jsonl")) == 6
+
+
+ONE_WORKS_ON = """
+import os, pathlib, runpy, sys, time
+from simpler_distil_whisper.decoding import transcription
+decode = transcription.decode_halving
+
+def decode_for_long(*arguments):
+    while os.environ["RANK"] == "1" and not pathlib.Path("go").exists():
+        time.sleep(0.1)
+    return decode(*arguments)
+
+transcription.decode_halving = decode_for_long
+sys.argv[0] = "run_pseudo_labelling.py"
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_is_interrupted_like_the_others(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
+    config = labelling_config(tmp_path, read_rows(make_corpus(tmp_path, 8)))
+    script = tmp_path / "label.py"
+    script.write_text(ONE_WORKS_ON.format(script=str(LABELLING)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.Popen(
+        [sys.executable, *launcher, str(script), str(config)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while rows_in(tmp_path / "out/parts") < 6 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)  # for the main process nothing is left: it waits for the other
+        run.terminate()
+        time.sleep(1)
+        (tmp_path / "go").touch()
+        run.wait(60)
+    finally:
+        run.kill()
+    assert json.loads((tmp_path / "out/run_info.json").read_text())["outcome"] == "interrupted"
+    assert label(tmp_path, config, 1).returncode == 0
+    assert len(read_rows(tmp_path / "out/pseudo_labels.jsonl")) == 8
+
+
+def rows_in(parts: Path) -> int:
+    """How many results there are; each file has a line more."""
+    return sum(path.read_bytes().count(b"\n") - 1 for path in parts.glob("*.results"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_hopeless_run_stops_early(tmp_path: Path, processes: int) -> None:
@@ -406,9 +487,8 @@ def test_a_hopeless_run_stops_early(tmp_path: Path, processes: int) -> None:
     assert done.returncode == (3 if processes == 1 else 1)  # torchrun's own
     assert "of 100 rows are unusable, data.max_bad_fraction is 0.2" in done.stderr
     assert "is no audio" in done.stderr
-    written = list((tmp_path / "out/parts").glob("*.results"))
     # One process may have done many good rows before the other meets its first bad one.
-    assert sum(path.read_bytes().count(b"\n") - 1 for path in written) < 75
+    assert rows_in(tmp_path / "out/parts") < 75
     # A second start does not go on to the next bad row.
     again = label(tmp_path, config, 1)
     assert again.returncode == 3

@@ -626,6 +626,23 @@ def test_the_teachers_device_is_used_or_refused(tmp_path: Path, setting: Setting
         assemble(path)
 
 
+def test_no_layer_is_left_out_by_chance(tmp_path: Path, setting: Setting) -> None:
+    student = shutil.copytree(setting.student, tmp_path / "student")
+    config = json.loads((student / "config.json").read_text())
+    config |= {"decoder_layerdrop": 0.9, "encoder_layerdrop": 0.9}
+    (student / "config.json").write_text(json.dumps(config))
+    dropping = setting._replace(student=student)
+    trainer, *_ = assemble(write_config(tmp_path / "run", dropping))
+    usual, *_ = assemble(write_config(tmp_path / "usual", setting))
+    decoder = trainer.models.student.model.model.decoder.train()
+    assert decoder.layerdrop == 0
+    ids, states = torch.tensor([[1, 2, 3]]), torch.zeros(1, 4, decoder.config.d_model)
+    assert torch.equal(
+        decoder(ids, encoder_hidden_states=states).last_hidden_state,
+        usual.models.student.model.model.decoder(ids, encoder_hidden_states=states)[0],
+    )
+
+
 def on(setting: Setting, device: str) -> dict[str, str]:
     return {"path": str(setting.teacher), "device": device}
 

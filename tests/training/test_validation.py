@@ -23,13 +23,16 @@ from tiny import read_rows, write_rows, write_tone
 
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel
+from simpler_distil_whisper.decoding.batches import SpeechBatch
 from simpler_distil_whisper.decoding.transcriber import Transcriber
+from simpler_distil_whisper.decoding.transcription import transcribe_batch
 from simpler_distil_whisper.evaluation.metrics import total
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import load_whisper
 from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.stopping import Interrupted
+from simpler_distil_whisper.training import validation
 
 PLAIN = {
     "unit": "character",
@@ -133,6 +136,25 @@ def test_no_training_filter_touches_dev(tmp_path: Path, setting: Setting) -> Non
     )
     assert strict.counts == free.counts
     assert total(free.counts["en"]).deletions == len(rows)
+
+
+def test_what_does_not_fit_into_the_memory_is_scored_in_parts(
+    tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row | {"text": "abc"} for row in dev_rows(tmp_path)]
+    dev = write_rows(tmp_path / "dev.jsonl", rows)
+    whole = score_student(tmp_path / "whole", setting, dev)
+    sizes = []
+
+    def transcribe_few(transcriber: Transcriber, cache: None, batch: SpeechBatch) -> Any:
+        sizes.append(len(batch.utterances))
+        if len(batch.utterances) > 2:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return transcribe_batch(transcriber, cache, batch)
+
+    monkeypatch.setattr(validation, "transcribe_batch", transcribe_few)
+    assert score_student(tmp_path / "parts", setting, dev).counts == whole.counts
+    assert sizes == [4, 2, 2, 1]
 
 
 def test_only_the_first_utterances_if_asked(tmp_path: Path, setting: Setting) -> None:
