@@ -206,6 +206,7 @@ def assemble(config: Config, prepared: Prepared, run: Run) -> tuple["Trainer", "
         checkpoints=config.checkpoints,
         card=ModelCard(facts, run.folder / "metrics.jsonl"),
         encoder_factor=config.audio_context.encoder_factor,
+        max_bad_rows=config.data.max_bad_fraction * len(selection.examples),
         validation=Validation(dev, config.data, config.validation, models) if dev else None,
         tensorboard=config.logging.tensorboard,
     )

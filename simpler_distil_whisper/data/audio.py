@@ -11,6 +11,7 @@ import io
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeGuard
@@ -51,6 +52,10 @@ MOST_REMARKS = 20  # logged by a process
 
 class AudioError(Exception):
     """This audio cannot be used; the message is the reason, without the path."""
+
+
+class MissingAudio(AudioError):
+    """The file is not there."""
 
 
 class Clip(NamedTuple):
@@ -169,9 +174,9 @@ def _opened(path: Path, *, thorough: bool) -> Iterator[Sound]:
                     yield sound
             except (*UNREADABLE_ERRORS, DecodingError) as error:
                 raise AudioError(_why_undecodable(file, error)) from None
-    except FileNotFoundError:
-        raise AudioError("no such file") from None
     except OSError as error:
+        if not os.path.exists(path):  # noqa: PTH110  # also where a disk does not answer
+            raise MissingAudio("no such file") from None
         raise AudioError(f"cannot be opened: {error.strerror}") from None
 
 

@@ -11,11 +11,17 @@ import json
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
-from simpler_distil_whisper.data.audio import MEAN, AudioError, Clip, channel_name
+from simpler_distil_whisper.data.audio import (
+    MEAN,
+    AudioError,
+    Clip,
+    MissingAudio,
+    channel_name,
+)
 from simpler_distil_whisper.data.jsonl import (
     PlacedLine,
     Row,
@@ -124,17 +130,42 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A row that is not used, and why; `row` is its content in the manifest."""
+    """A row that is not used, and why.
+
+    Attributes:
+        number: of the row.
+        place: of the row, as a person finds it.
+        reason: why it is not used.
+        row: its content in the manifest.
+        vanished: its audio was there when the manifest was read, and may come back.
+    """
 
     number: int
     place: str
     reason: str
     row: object
+    vanished: bool = False
 
 
 def reject(utterance: Utterance, reason: str) -> Rejection:
     """Return the rejection of a row that has turned out to be unusable."""
     return Rejection(utterance.number, utterance.place, reason, utterance.row)
+
+
+def reject_audio(utterance: Utterance, error: AudioError | MemoryError) -> Rejection:
+    """Return the rejection of a row whose audio cannot be used."""
+    reason = "too large for the memory" if isinstance(error, MemoryError) else str(error)
+    rejection = reject(utterance, f"{utterance.audio}: {reason}")
+    return replace(rejection, vanished=isinstance(error, MissingAudio))
+
+
+def refuse_vanished(rejections: Iterable[Rejection]) -> None:
+    """Raise DataError if some audio has vanished: without it, results would be others."""
+    if vanished := [rejection for rejection in rejections if rejection.vanished]:
+        raise DataError(
+            f"Audio has vanished since the manifest was read:{first_reasons(vanished)}\n"
+            "Run the same command again once it is there."
+        )
 
 
 def first_reasons(rejections: Sequence[Rejection]) -> str:
@@ -221,7 +252,7 @@ class Manifest:
     """The rows of one manifest, each either usable or rejected.
 
     Attributes:
-        fingerprint: a hash of all rows and of which of them are rejected.
+        fingerprint: a hash of all rows, and of what numbers them beyond their order.
     """
 
     path: Path
@@ -287,7 +318,7 @@ def read_manifest(
         rows += 1
         digest.update(b"%d %s\n" % (line_number, line))
         if isinstance(row, BadRow):
-            digest.update(b"rejected\n")
+            digest.update(b"rejected\n" if channel == "each" else b"")
             place = f"{path}:{line_number}"
             rejections.append(Rejection(number, place, row.reason, row.content))
             number += 1

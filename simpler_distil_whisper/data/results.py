@@ -6,7 +6,6 @@ in the manifest's order at the end, and the form of `rejected.jsonl`, which trai
 
 import contextlib
 import heapq
-import json
 import os
 import re
 from array import array
@@ -86,9 +85,13 @@ class RowResults:
     def append(
         self, results: Iterable[tuple[Utterance, Row]], rejections: Iterable[Rejection] = ()
     ) -> None:
-        """Keep the results of one batch; once this returns, a kill does not lose them."""
+        """Keep the results of one batch; once this returns, a kill does not lose them.
+
+        Rows whose audio has vanished are left to a later run.
+        """
         self._append(RESULTS, [(utterance.number, to_line(row)) for utterance, row in results])
-        self._append(REJECTED, _numbered_lines(rejections))
+        lasting = [rejection for rejection in rejections if not rejection.vanished]
+        self._append(REJECTED, _numbered_lines(lasting))
 
     def begun_with(self, name: str, number: int) -> int:
         """Return the number that the run was begun with; if it begins now, this one, for later."""
@@ -121,7 +124,8 @@ class RowResults:
         """Merge and remove the parts; return the numbers of results and of rejections.
 
         Args:
-            unread: rows that were rejected when the manifest was read.
+            unread: rows that were rejected when the manifest was read; some of them may have been
+                done before, and their audio has vanished since.
             wait_for_everyone: returns when every process has called it.
 
         Raises:
@@ -155,8 +159,8 @@ class RowResults:
             if part.manifest_hash not in (b"", self._manifest_hash):
                 raise ConfigError(
                     f"output_dir: {part.path.parents[1]} holds results of other rows than those "
-                    "that data.manifest has now, or some of their audio files were missing then or "
-                    'are now: restore what was there, or choose another "output_dir"'
+                    "that data.manifest has now, or of other channels of their audio: restore what "
+                    'was there, or choose another "output_dir"'
                 )
         return parts
 
@@ -180,10 +184,14 @@ class RowResults:
             self.done[[number for number, _ in lines]] = True
 
     def _merge(self, unread: Iterable[Rejection]) -> None:
-        never_read = [(number, line.encode()) for number, line in _numbered_lines(unread)]
         results, rejected = (
             _RowsInParts(self._parts(kind, self._folders)) for kind in (RESULTS, REJECTED)
         )
+        never_read = [
+            (number, line.encode())
+            for number, line in _numbered_lines(unread)
+            if number not in results and number not in rejected
+        ]
         self._check_complete(len(results) + len(rejected) + len(never_read))
         with written_atomically(self._rejected) as file:
             file.writelines(line for _, line in heapq.merge(rejected, never_read))
@@ -250,6 +258,10 @@ class _RowsInParts:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __contains__(self, number: int) -> bool:
+        place = np.searchsorted(self._numbers, number)
+        return bool(place < len(self) and self._numbers[place] == number)
+
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         for start in range(0, len(self), ROWS_AT_ONCE):  # there may be thousands of parts
             some = slice(start, start + ROWS_AT_ONCE)
@@ -272,20 +284,6 @@ def _own_files(folders: Iterable[Path], kind: str = "*") -> list[Path]:
 def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def places_in(path: Path) -> set[str]:
-    """Return the places of all rows in a `rejected.jsonl`; none if there is no such file.
-
-    A line that a kill or a full disk has torn is none.
-    """
-    places: set[str] = set()
-    if path.exists():
-        with path.open("rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    places.add(json.loads(line)["place"])
-    return places
 
 
 def rejection_line(rejection: Rejection) -> str:

@@ -25,7 +25,7 @@ from simpler_distil_whisper.data.audio import (
     load_audio,
 )
 from simpler_distil_whisper.data.features import long_log_mel
-from simpler_distil_whisper.data.manifest import Rejection, Utterance, reject
+from simpler_distil_whisper.data.manifest import Rejection, Utterance, reject, reject_audio
 from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.data.results import LENGTHS
 from simpler_distil_whisper.data.speech_activity import SpeechSpan, muted, speech_spans
@@ -136,7 +136,7 @@ class SpeechReader:
                         waveform = muted(waveform, spans)
                 batch.recordings.append(long_log_mel(waveform, self.extractor))
             except (AudioError, MemoryError) as error:
-                batch.rejections.append(_reject_audio(utterance, error))
+                batch.rejections.append(reject_audio(utterance, error))
             else:
                 batch.utterances.append(utterance)
                 batch.seconds.append(len(waveform) / SAMPLE_RATE)
@@ -165,7 +165,7 @@ class SpeechReader:
                 seconds.append(length if cached else len(waveforms[-1]) / SAMPLE_RATE)
                 used.append(row)
             except (AudioError, MemoryError) as error:
-                rejections.append(_reject_audio(utterance, error))
+                rejections.append(reject_audio(utterance, error))
         kept = cached.keep(used) if cached else None
         rows = [utterances[row] for row in used]
         return SpeechBatch(rows, waveforms, seconds, rejections, cached=kept, speech=speech)
@@ -174,11 +174,6 @@ class SpeechReader:
         return load_audio(
             *utterance.clip, min_seconds=self.min_seconds, max_seconds=self.max_seconds
         )
-
-
-def _reject_audio(utterance: Utterance, error: Exception) -> Rejection:
-    reason = "too large for the memory" if isinstance(error, MemoryError) else str(error)
-    return reject(utterance, f"{utterance.audio}: {reason}")
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

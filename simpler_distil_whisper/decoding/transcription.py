@@ -18,7 +18,14 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.data.manifest import Manifest, Utterance, Utterances, reject
+from simpler_distil_whisper.data.manifest import (
+    Manifest,
+    Rejection,
+    Utterance,
+    Utterances,
+    refuse_vanished,
+    reject,
+)
 from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.data.results import RowResults
 from simpler_distil_whisper.decoding.batches import (
@@ -41,7 +48,7 @@ from simpler_distil_whisper.model.memory import Room, out_of_memory
 from simpler_distil_whisper.model.processes import SharedSums, smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.teacher_cache import EncoderStateCache
 from simpler_distil_whisper.progress import Progress
-from simpler_distil_whisper.run import DataError, Run, log
+from simpler_distil_whisper.run import DataError, ProcessLost, Run, log
 from simpler_distil_whisper.shards import WHOLE, Shard
 
 BATCHES_OF_A_GROUP = 64  # whose rows are sorted by length together
@@ -85,7 +92,8 @@ def transcribe_manifest(
 
     Raises:
         ConfigError: the results were begun with another manifest.
-        DataError: more than `data.max_bad_fraction` of the rows is unusable.
+        DataError: more than `data.max_bad_fraction` of the rows is unusable; or, in the end, the
+            audio of some has vanished.
         Interrupted: a stop signal came; everything yielded before is in the results.
     """
     results.open_for(manifest)
@@ -97,6 +105,7 @@ def transcribe_manifest(
     decode = functools.partial(transcribe_batch, transcriber, cache)
     total = len(manifest.utterances) // shard.count
     done = int(results.done[manifest.utterances.numbers].sum())
+    vanished: list[Rejection] = []
     with Progress("transcribing", "utterances", total, done) as progress:
         for loaded in loaded_batches:
             run.stop_if_asked()
@@ -110,11 +119,17 @@ def transcribe_manifest(
             silent = sum(not batch.speech.get(row.number, True) for row in batch.utterances)
             sums.add("without speech", silent)
             if batch.rejections:
-                _check_rejections(manifest, results, data, batch.rejections[-1].reason)
+                new = [rejection for rejection in batch.rejections if rejection.vanished]
+                vanished += new
+                count = sums.add("vanished", len(new))
+                _check_rejections(manifest, results, data, count, batch.rejections[-1].reason)
         run.stop_if_asked()
     if cache:
         cache.finish()
     wait_for_everyone()
+    if smallest_of_all(-len(vanished)):  # the others' results are kept, so all may stop here
+        refuse_vanished(vanished)
+        raise ProcessLost("Another process misses audio that has vanished: see its message.")
     if transcriber.options.speech_filter and is_main_process():  # it keeps the sums, and ends first
         silent = sums.add("without speech", 0)
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
@@ -359,10 +374,14 @@ def _warn_of_halving(batch_size: int) -> None:
 
 
 def _check_rejections(
-    manifest: Manifest, results: RowResults, data: DataLimits, last_reason: str | None = None
+    manifest: Manifest,
+    results: RowResults,
+    data: DataLimits,
+    vanished: int = 0,
+    last_reason: str | None = None,
 ) -> None:
     """Raise DataError if all processes together have rejected more rows than the config allows."""
-    bad = len(manifest.rejections) + results.rejected_so_far()
+    bad = len(manifest.rejections) + results.rejected_so_far() + vanished
     if bad > data.max_bad_fraction * manifest.row_count:
         example = f" The last: {last_reason}" if last_reason else ""
         raise DataError(

@@ -21,7 +21,7 @@ from transformers import WhisperFeatureExtractor
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.decoders import TOLERANCE_SECONDS
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.data.manifest import Rejection, reject
+from simpler_distil_whisper.data.manifest import Rejection, reject_audio
 from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.launch import process_count, process_rank
 from simpler_distil_whisper.model.audio_context import AudioContext
@@ -195,8 +195,7 @@ class TrainingDataset(Dataset[TrainingBatch]):
                 for states in (encoder_states, decoder_states):
                     if states:
                         states.do_not_keep(row)
-                utterance = example.utterance
-                rejections.append(reject(utterance, f"{utterance.audio}: {error}"))
+                rejections.append(reject_audio(example.utterance, error))
             seconds += len(waveform) / SAMPLE_RATE
             if self.contexts:
                 length = len(clips[-1][1]) / SAMPLE_RATE

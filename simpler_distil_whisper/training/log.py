@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Rejection
-from simpler_distil_whisper.data.results import places_in, rejection_line
+from simpler_distil_whisper.data.results import rejection_line
 from simpler_distil_whisper.launch import process_count
-from simpler_distil_whisper.run import log
+from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms
 
@@ -116,7 +116,7 @@ class RunningMeans:
         new_tokens, new_seconds = sums[4:].tolist()
         elapsed = time.perf_counter() - self._started
         values: dict[str, float | None] = {
-            "train/loss": loss / max(tokens, 1),
+            "train/loss": loss / tokens if tokens else None,
             "train/cross_entropy": cross_entropy / max(tokens, 1),
             "train/kl": kl / max(tokens, 1),
             "train/agreement": agreement / max(tokens, 1) if self.uses_teacher else None,
@@ -200,16 +200,28 @@ class MetricsLog:
 class RejectionLog:
     """Examples whose audio cannot be decoded although its header was good: each is written once."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the run's rejected.jsonl, which holds the rows that the filters dropped."""
-        self._path = path
-        self._known = places_in(path)
+    def __init__(self, path: Path, most: float) -> None:
+        """Open the run's rejected.jsonl, which holds the rows that the filters dropped.
+
+        Args:
+            path: the file.
+            most: how many examples may be added.
+        """
+        self._path, self._most = path, most
+        self._known: set[str] = set()
+        self._end = 0  # of what has been read
+        self._read_on()
+        self._known_before = len(self._known)
 
     def add(self, rejections: Iterable[Rejection]) -> None:
-        """Append the rejections that no process has written yet."""
+        """Append the rejections that no process has written yet.
+
+        Raises:
+            DataError: these are too many.
+        """
         for rejection in rejections:
             if rejection.place not in self._known:
-                self._known = places_in(self._path)  # the other processes add to it too
+                self._read_on()  # the other processes add to it too
             if rejection.place in self._known:
                 continue
             self._known.add(rejection.place)
@@ -219,6 +231,23 @@ class RejectionLog:
                     file.seek(-1, os.SEEK_END)
                     file.write(b"" if file.read() == b"\n" else b"\n")
                 file.write(rejection_line(rejection).encode())
+            if (count := len(self._known) - self._known_before) > self._most:
+                raise DataError(
+                    f"{count} training rows do not decode, more than data.max_bad_fraction allows; "
+                    f"the reasons are in {self._path}"
+                )
+
+    def _read_on(self) -> None:
+        """Take in the new lines; one that a kill or a full disk has torn is none."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._end)
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    self._known.add(json.loads(line)["place"])
+                if line.endswith(b"\n"):
+                    self._end += len(line)
 
 
 def read_metrics(path: Path) -> list[Row]:

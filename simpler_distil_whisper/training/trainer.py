@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from simpler_distil_whisper.config import ConfigError
+from simpler_distil_whisper.data.manifest import refuse_vanished
 from simpler_distil_whisper.launch import is_main_process, process_count
 from simpler_distil_whisper.model.devices import share_cores
 from simpler_distil_whisper.model.memory import out_of_memory
@@ -55,6 +56,7 @@ class Trainer:
         card: ModelCard,
         *,
         encoder_factor: float,
+        max_bad_rows: float,
         validation: Validation | None,
         tensorboard: bool,
     ) -> None:
@@ -70,6 +72,7 @@ class Trainer:
             checkpoints: its section of the config.
             card: README.md and distillation.json of the model folders.
             encoder_factor: the encoder's learning rate, as a share of the decoder's.
+            max_bad_rows: how many rows may turn out not to decode.
             validation: scores models on the dev manifest; None: there is none.
             tensorboard: write for TensorBoard too.
 
@@ -92,7 +95,7 @@ class Trainer:
         self.metrics = MetricsLog(
             run.folder, self.state.step, tensorboard, enabled=is_main_process()
         )
-        self.rejections = RejectionLog(run.folder / "rejected.jsonl")
+        self.rejections = RejectionLog(run.folder / "rejected.jsonl", max_bad_rows)
         self.means = RunningMeans(accelerator, models.objective.uses_teacher, self.state.unlogged)
         self._record_setup()
 
@@ -119,11 +122,13 @@ class Trainer:
 
         Raises:
             ConfigError: memory does not suffice.
+            DataError: audio has vanished, or too much of it cannot be decoded.
         """
         with self.advise_when_out_of_memory():
             module = self.models.module
             tokens, stop = self._tokens_and_stop(micro_batches)
             module.train()
+            refuse_vanished(each for batch in micro_batches for each in batch.rejections)
             for number, batch in enumerate(micro_batches, 1):
                 last = number == len(micro_batches)
                 # Gradients are exchanged once, with the last micro-batch.
@@ -160,7 +165,7 @@ class Trainer:
         """
         values = self.means.end()
         loss = values["train/loss"]
-        if loss is None or not math.isfinite(loss):
+        if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         self.metrics.log(self.state.step, values)
 

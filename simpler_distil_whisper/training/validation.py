@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from accelerate.utils import gather_object
 
-from simpler_distil_whisper.data.manifest import Manifest, Utterance
+from simpler_distil_whisper.data.manifest import Manifest, Utterance, refuse_vanished
 from simpler_distil_whisper.data.options import DataLimits
 from simpler_distil_whisper.decoding.batches import SpeechReader, in_batches, speech_batches
 from simpler_distil_whisper.decoding.transcriber import Transcriber
@@ -118,7 +118,11 @@ class Validation:
         return int(min(TOKENS_PER_REFERENCE_TOKEN * longest + TOKENS_TO_SPARE, most))
 
     def score(self, whisper: Whisper) -> Score:
-        """Return the error counts of a model; call it in every process."""
+        """Return the error counts of a model; call it in every process.
+
+        Raises:
+            DataError: audio has vanished: a rate of other rows would be no rate to compare.
+        """
         transcriber = Transcriber(whisper, self.decoding, audio_context=self._context_of(whisper))
         batches = list(in_batches(self.utterances, smallest_of_all(transcriber.batch_size)))
         own = batches[process_rank() :: process_count()]
@@ -129,6 +133,7 @@ class Validation:
         with self.accelerator.autocast():
             for loaded in speech_batches(own, read, self.limits.workers):
                 batch, hypotheses = decode_halving(decode, loaded, transcriber.room)
+                refuse_vanished(batch.rejections)
                 for rejection in batch.rejections:
                     log.warning("not scored: %s: %s", rejection.place, rejection.reason)
                 for utterance, hypothesis in zip(batch.utterances, hypotheses, strict=True):

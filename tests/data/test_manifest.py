@@ -312,7 +312,7 @@ def test_the_fingerprint_is_that_of_the_rows_used(folder: Path) -> None:
     assert len(set(prints)) == 4
     assert read(folder, *rows, max_utterances=2).fingerprint == prints[1]
     (folder / "later.wav").touch()
-    assert read(folder, *rows).fingerprint != prints[0]  # a row more is used
+    assert read(folder, *rows).fingerprint == prints[0]  # whatever files are there
 
 
 def test_rows_do_not_wait_for_a_slow_file_system_one_after_the_other(

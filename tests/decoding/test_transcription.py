@@ -423,6 +423,77 @@ def test_the_main_process_may_end_before_the_others(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path / "out/pseudo_labels.jsonl")) == 6
 
 
+AUDIO_VANISHES = """
+import os, runpy, sys
+from simpler_distil_whisper.decoding import transcription
+decode = transcription.decode_halving
+
+def decode_once_it_is_gone(*arguments):
+    if os.path.exists("audio/0007.wav"):
+        os.rename("audio/0007.wav", "elsewhere.wav")
+    return decode(*arguments)
+
+transcription.decode_halving = decode_once_it_is_gone
+sys.argv[0] = "run_pseudo_labelling.py"
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_audio_that_vanishes_costs_no_row(tmp_path: Path, comes_back: bool) -> None:
+    make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
+    rows = read_rows(make_corpus(tmp_path, 8))
+    for number, row in enumerate(rows):  # the last is the shortest, whose turn comes last
+        row["duration_seconds"] = 0.39 - number / 100
+    config = labelling_config(tmp_path, rows, max_bad_fraction=0.5, num_workers=0)
+    script = tmp_path / "label.py"
+    script.write_text(AUDIO_VANISHES.format(script=str(LABELLING)))
+    done = label(tmp_path, config, 1, script)
+    assert done.returncode == 3
+    assert "Audio has vanished since the manifest was read" in done.stderr
+    assert rows_in(tmp_path / "out/parts") == 7
+    if comes_back:
+        (tmp_path / "elsewhere.wav").rename(tmp_path / "audio/0007.wav")
+    assert label(tmp_path, config, 1).returncode == 0
+    labels = read_rows(tmp_path / "out/pseudo_labels.jsonl")
+    assert [row["id"] for row in labels] == [row["id"] for row in rows[: 8 if comes_back else 7]]
+    rejected = read_rows(tmp_path / "out/rejected.jsonl")
+    assert ["no such file" in entry["reason"] for entry in rejected] == [True] * (not comes_back)
+
+
+@pytest.mark.slow
+def test_files_that_come_and_go_between_two_starts_cost_no_result(tmp_path: Path) -> None:
+    """Row 2 is missing at first; that of row 0 has gone when the run continues."""
+    make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
+    rows = read_rows(make_corpus(tmp_path, 8))
+    config = labelling_config(tmp_path, rows, max_bad_fraction=0.3)
+    (tmp_path / rows[2]["audio"]).rename(tmp_path / "elsewhere.wav")
+    script = tmp_path / "label.py"
+    stop = "raise SystemExit(9)"
+    script.write_text(STOPS_BEFORE_MERGING.format(script=str(LABELLING), stop=stop))
+    assert label(tmp_path, config, 1, script).returncode == 9
+    (tmp_path / "elsewhere.wav").rename(tmp_path / rows[2]["audio"])
+    (tmp_path / rows[0]["audio"]).unlink()
+    done = label(tmp_path, config, 1)
+    assert done.returncode == 0, done.stderr
+    assert len(read_rows(tmp_path / "out/pseudo_labels.jsonl")) == 8
+    assert read_rows(tmp_path / "out/rejected.jsonl") == []
+
+
+STOPS_BEFORE_MERGING = """
+import runpy, sys
+from simpler_distil_whisper.data import results
+
+def stop(*_):
+    {stop}
+
+results.RowResults.finish = stop
+sys.argv[0] = "run_pseudo_labelling.py"
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 ONE_WORKS_ON = """
 import os, pathlib, runpy, sys, time
 from simpler_distil_whisper.decoding import transcription

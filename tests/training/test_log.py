@@ -4,10 +4,12 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from tiny import read_rows
 
 from simpler_distil_whisper.data.manifest import Rejection
 from simpler_distil_whisper.data.results import rejection_line
+from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.training.log import DRAWINGS, MetricsLog, RejectionLog, draw_curves
 
 
@@ -81,8 +83,8 @@ def test_a_torn_line_of_rejections_stays_alone(tmp_path: Path) -> None:
     whole = (lines[0] + lines[1]).encode()
     torn = whole[: whole.rindex("料".encode()) + 1]  # within a character; the disk was full
     path.write_bytes(torn)
-    RejectionLog(path).add(rejections[2:3])
-    RejectionLog(path).add(rejections)
+    RejectionLog(path, 4).add(rejections[2:3])
+    RejectionLog(path, 4).add(rejections)
     content = torn + b"\n" + "".join([lines[2], lines[1], lines[3]]).encode()
     assert path.read_bytes() == content
 
@@ -91,8 +93,20 @@ def test_a_last_rejection_without_line_end_is_known(tmp_path: Path) -> None:
     path = tmp_path / "rejected.jsonl"
     first, second = (Rejection(n, f"train.jsonl:{n}", "damaged", {}) for n in range(2))
     path.write_text(rejection_line(first).strip(), encoding="utf-8")
-    RejectionLog(path).add([first, second])
+    RejectionLog(path, 4).add([first, second])
     assert [row["place"] for row in read_rows(path)] == [first.place, second.place]
+
+
+def test_rejections_of_others_are_known_and_too_many_end_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    dropped, *rejections = (Rejection(n, f"m.jsonl:{n}", "damaged", {}) for n in range(5))
+    path.write_text(rejection_line(dropped), encoding="utf-8")  # by a filter
+    first, second = RejectionLog(path, 3), RejectionLog(path, 3)
+    first.add(rejections[:2])
+    second.add(rejections[:3])
+    assert len(read_rows(path)) == 4
+    with pytest.raises(DataError, match="4 training rows do not decode"):
+        first.add([Rejection(9, "m.jsonl:9", "damaged", {})])
 
 
 def test_the_curves_are_labelled_in_words_not_in_names_of_the_code() -> None:

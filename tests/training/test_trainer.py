@@ -420,6 +420,33 @@ def test_unreadable_audio_is_not_learnt_from(tmp_path: Path, setting: Setting) -
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("vanishing", ["train", "dev"])
+def test_audio_that_vanishes_ends_the_run(tmp_path: Path, vanishing: str) -> None:
+    """It would go on without labels, or compare error rates of other rows."""
+    setting = make_setting(tmp_path, 8)
+    folder = setting.train.parent
+    dev = write_rows(
+        folder / "dev.jsonl",
+        [{**row, "audio": f"dev/{row['audio']}"} for row in read_rows(setting.train)],
+    )
+    shutil.copytree(
+        folder, folder / "dev", ignore=lambda _, names: [n for n in names if not n.endswith(".wav")]
+    )
+    changes = {"data__dev_manifest": dev, "validation__every_steps": 2, "data__num_workers": 0}
+    trainer, train, *_ = assemble(
+        write_config(tmp_path / "run", setting, schedule__max_steps=4, **changes)
+    )
+
+    def remove(_: object) -> None:
+        for path in (folder if vanishing == "train" else folder / "dev").glob("*.wav"):
+            path.unlink()
+
+    before_each_step(trainer, remove)
+    with pytest.raises(DataError, match="Audio has vanished since the manifest was read"):
+        train()
+    assert not (tmp_path / "run/rejected.jsonl").exists()
+
+
 # Stopping and going on
 
 
