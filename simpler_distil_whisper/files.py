@@ -5,6 +5,7 @@ are read.
 """
 
 import errno
+import hashlib
 import logging
 import os
 import stat
@@ -30,6 +31,8 @@ FILES_AT_ONCE = 8
 FIRST_FILES = 32  # tell whether files are at hand
 SECONDS_AT_HAND = 0.002
 LONGEST_NAME = 255
+OF_A_MODEL = ("*config.json", "tokenizer.json", "*.safetensors")
+PARTS, PART_BYTES = 256, 2**16  # of a file that is looked at
 LONGEST_PATH = 4000
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -72,6 +75,28 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
         os.close(descriptor)
         raise OSError(error.errno, error.strerror, str(path)) from None
     return os.fdopen(descriptor, "rb")
+
+
+def fingerprint(path: Path) -> str:
+    """Return a hash by which to tell whether a file, or a model's folder, holds the same as before.
+
+    Of a large file, parts are read that are evenly spread: in trained weights each one changes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for pattern in OF_A_MODEL for file in path.glob(pattern))
+    digest = hashlib.sha256()
+    for file in files:
+        with open_regular_file(file) as content:
+            size = os.fstat(content.fileno()).st_size
+            digest.update(f"{size} ".encode())
+            for start in range(0, size, max(PART_BYTES, size // PARTS)):
+                content.seek(start)
+                digest.update(content.read(PART_BYTES))
+    return digest.hexdigest()
 
 
 def why_impossible(path: Path) -> str | None:

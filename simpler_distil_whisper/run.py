@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from simpler_distil_whisper.atomic import partial_path, write_atomically
 from simpler_distil_whisper.config import LARGEST_CONFIG, ConfigError, load_config
-from simpler_distil_whisper.files import lock, read_regular_file
+from simpler_distil_whisper.files import fingerprint, lock, read_regular_file
 from simpler_distil_whisper.launch import is_main_process, process_count
 from simpler_distil_whisper.shards import SHARDS_FOLDER, Shard, Shards
 from simpler_distil_whisper.stopping import Interrupted, StopSignal, handling
@@ -39,6 +39,7 @@ HARMLESS_KEYS = {
     "teacher_cache.max_gigabytes",
     "check.learning_rate_range_test",
 }
+WRITTEN = {"output_dir", "teacher_cache.folder"}  # the paths of a config that are no input
 LARGEST_INFO = 2**24  # bytes of `run_info.json`
 ANOTHER_RUN = "another run is at work in {}; end it, or wait until it has ended"
 PACKAGES = ("torch", "transformers", "accelerate", "jiwer", "soundfile", "soxr", "numpy")
@@ -87,6 +88,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._refusal(f"{self.folder} cannot be made: {error.strerror}") from None
+        self._inputs = _inputs_of(config)
         self._copy = self.own_folder / f"{name}.json"
         self._info_path = self.own_folder / "run_info.json"
         self.log_file: TextIO | None = None
@@ -124,6 +126,7 @@ class Run:
             "git_commit": _git_commit(),
             "versions": package_versions(),
             "config": self._config.model_dump(mode="json"),
+            "inputs": self._inputs,
         }
         self._save_info()  # first of all, since it marks the folder as ours
         if self._overwrite or not self.resumed:
@@ -153,6 +156,15 @@ class Run:
                 f"{remedy}"
             )
         self._refuse_another_config(self._copy)
+        self._refuse_other_inputs()
+
+    def _refuse_other_inputs(self) -> None:
+        earlier = _info_in(self._info_path).get("inputs", {})
+        if changed := [path for path, now in self._inputs.items() if earlier.get(path, now) != now]:
+            raise self._refusal(
+                f"{self.folder} holds a run that has read something else in {', '.join(changed)}; "
+                'choose another "output_dir", or restore what was there'
+            )
 
     def _refuse_another_config(self, copy: Path) -> None:
         earlier = load_config(copy, type(self._config))
@@ -226,6 +238,20 @@ class Run:
     def _save_info(self) -> None:
         text = json.dumps(self.info, ensure_ascii=False, indent=2)
         write_atomically(self._info_path, text.encode())
+
+
+def _inputs_of(config: Any) -> dict[str, str]:
+    """Return the paths that a config reads, each with a fingerprint of what is there."""
+    named: list[object] = []
+    for key, value in _flat(config.model_dump()).items():
+        if key not in WRITTEN:
+            named += value if isinstance(value, list) else [value]
+    inputs = {}
+    for path in named:
+        with contextlib.suppress(OSError):
+            if isinstance(path, Path):
+                inputs[str(path)] = fingerprint(path)
+    return inputs
 
 
 def _info_in(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from simpler_distil_whisper.script import run_script
 class Data(StrictModel):
     manifest: str = "train.jsonl"
     num_workers: NonNegativeInt = 1
+    other: Path | None = None
 
 
 class Config(StrictModel):
@@ -92,7 +93,7 @@ def test_a_run_leaves_its_results_log_and_facts(
         "output_dir": "out",
         "resume": "auto",
         "words": 2,
-        "data": {"manifest": "train.jsonl", "num_workers": 1},
+        "data": {"manifest": "train.jsonl", "num_workers": 1, "other": None},
     }
     assert facts["command"][1:] == ["x.py", "x.json"]
     assert facts["started"] <= facts["ended"]
@@ -238,6 +239,25 @@ def test_a_run_of_another_config_is_refused_with_the_keys_that_differ(
     assert "  data.manifest: was a.jsonl, is b.jsonl\n  words: was 3, is 4\n" in shown
     assert "num_workers" not in shown.partition("holds a run of another config")[2]
     assert contents(Path("out")) == before
+
+
+@pytest.mark.parametrize("first", [fail, write_words])
+def test_a_run_that_has_read_something_else_is_refused(
+    start: Callable[..., int], first: Work, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("model").mkdir()
+    weights = Path("model/model.safetensors")
+    weights.write_bytes(b"old" * 2**20)
+    start(first, data={"other": "model"})
+    before = contents(Path("out"))
+    weights.write_bytes(b"new" * 2**20)  # trained again, into the same folder
+    assert start(write_words, data={"other": "model"}) == 2
+    assert "holds a run that has read something else in model; choose" in capsys.readouterr().err
+    assert contents(Path("out")) == before
+    weights.write_bytes(b"old" * 2**20)
+    os.utime(weights, (1, 1))
+    Path("model/log.txt").touch()
+    assert start(write_words, data={"other": "model"}) == 0
 
 
 def test_a_folder_in_which_no_work_was_done_is_free_for_another_config(
