@@ -107,8 +107,12 @@ class StrictModel(BaseModel):
     @classmethod
     def _possible_paths(cls, value: object) -> object:
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, Path) and (reason := why_impossible(path)):
+            if not isinstance(path, Path):
+                continue
+            if reason := why_impossible(path):
                 raise ValueError(reason)
+            if path.parts[:1] == ("~",):
+                raise ValueError('begins with "~", which only a shell knows: write the whole path')
         return value
 
 

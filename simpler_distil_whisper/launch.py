@@ -40,12 +40,12 @@ def check_launch() -> None:
 
 def process_rank() -> int:
     """Return this process's number among those that torchrun or accelerate launched, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def process_count() -> int:
     """Return how many processes torchrun or accelerate launched."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_main_process() -> bool:

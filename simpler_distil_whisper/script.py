@@ -47,6 +47,7 @@ Keys of the config (a path is relative to the working directory):
 
 Exit codes: 0 done, 1 bug, 2 config, 3 data, 129/130/143 interrupted with the work saved."""
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OUT_OF_REACH = (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 Prepared = TypeVar("Prepared")
 
@@ -152,6 +153,8 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
         code, message = 3, str(error)
     elif isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         code, message = 3, f"{error}: make room, and run the same command again"
+    elif isinstance(error, OSError) and run and error.errno in OUT_OF_REACH:
+        code, message = 3, f"{error}: make it possible, and run the same command again"
     elif isinstance(error, OSError) and run is None:  # a folder that may not be read, for example
         code, message = 2, f"{error.filename or 'the config'}: {error.strerror or error}"
     elif place := _in_the_way(run, error):

@@ -117,6 +117,7 @@ def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
             {"limits": {"lang": 1}},
             'limits.lang: unknown key: it is now "decoding.language" of another script',
         ),
+        ({"output_dir": "~/out"}, 'output_dir: begins with "~", which only a shell knows'),
         ({"output_dir": 3}, "output_dir: Input should be a valid string, found 3"),
         ({"output_dir": None}, "output_dir: Input should be a valid string, found null"),
         ({"count": "8"}, 'count: Input should be a valid integer, found "8"'),

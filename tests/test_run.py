@@ -305,6 +305,7 @@ def test_what_a_user_keeps_in_the_folder_of_a_run_stays(start: Callable[..., int
         (ConfigError("precision: no"), 2, "failed"),
         (DataError("no rows left"), 3, "failed"),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), 3, "failed"),
+        (OSError(errno.EACCES, "Permission denied", "out/x"), 3, "failed"),
         (OSError(errno.EPERM, "Operation not permitted", "out/x"), 1, "failed"),
         (ZeroDivisionError("a bug"), 1, "failed"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -431,6 +432,7 @@ NO_TORCHRUN: dict[str, str | None] = dict.fromkeys(
     [
         ({"LOCAL_RANK": None}, "RANK or WORLD_SIZE is set, but not LOCAL_RANK: launch with"),
         ({"WORLD_SIZE": None, "MASTER_PORT": None}, "but not WORLD_SIZE, MASTER_PORT"),
+        ({"RANK": ""}, "but not RANK"),
         ({**NO_TORCHRUN, "SLURM_STEP_NUM_TASKS": "4"}, "srun has started 4 processes"),
         ({**NO_TORCHRUN, "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 processes"),
     ],
