@@ -4,7 +4,6 @@ Owns the choice of the channel, the scale and the resampling. It knows nothing o
 or torch: worker processes need nothing else.
 """
 
-import codecs
 import contextlib
 import functools
 import io
@@ -28,6 +27,7 @@ from simpler_distil_whisper.data.decoders import (
     Sound,
     open_sound,
 )
+from simpler_distil_whisper.data.plain_text import TEXT_BYTES, first_line
 from simpler_distil_whisper.files import open_regular_file
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ LARGEST_SAMPLE = 8.0
 INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
 # Of such integers, most are beyond 1; of samples among which some are damaged, few.
 FEWEST_LOUD = 0.01
-TEXT_BYTES = 400  # from which text is told from damaged audio
 MOST_REMARKS = 20  # logged by a process
 
 
@@ -353,20 +352,7 @@ def _why_undecodable(file: BinaryIO, error: Exception) -> str:
     beginning = raw.read(TEXT_BYTES)
     if not beginning:
         return "empty: the file has no bytes"
-    if line := _first_line(beginning):
+    if line := first_line(beginning):
         return f"is no audio (it begins with {line})"
     reason = getattr(error, "error_string", None) or str(error)
     return f"cannot be decoded ({reason.strip().rstrip('.')}); convert it to WAV, FLAC, Ogg or MP3"
-
-
-def _first_line(beginning: bytes) -> str | None:
-    """Return the first line of a text, shortened; None if these bytes are no text."""
-    encoding = "utf-16" if beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
-    decoder = codecs.getincrementaldecoder(encoding)()  # a character may be cut at the end
-    try:
-        text = decoder.decode(beginning).lstrip("\ufeff")
-    except UnicodeDecodeError:
-        return None
-    if not all(letter.isprintable() or letter.isspace() for letter in text):
-        return None
-    return text.strip().partition("\n")[0].strip()[:40] or None

@@ -206,7 +206,7 @@ def _next_recording(
     return first
 
 
-def _begins(file: BinaryIO, position: int) -> bool:
+def recording_begins(file: BinaryIO, position: int) -> bool:
     """Return whether a recording begins there."""
     start = after_id3(file, position)
     if _next_recording(file, start, start + 1) == start:
@@ -220,7 +220,7 @@ def recording_behind(file: BinaryIO, position: int) -> int | None:
     if following := _next_recording(file, start, start + SEARCHED_BYTES):
         return following
     places = positions_of(file, b"\xff", start, position + TAG_BYTES)
-    return next((place for place in places if _begins(file, place)), None)
+    return next((place for place in places if recording_begins(file, place)), None)
 
 
 def _searched(
@@ -234,7 +234,7 @@ def _searched(
 
 def _ended(file: BinaryIO, begin: int, end: int, size: int) -> Structure:
     """Return the structure of a recording that ends there, with another behind it or none."""
-    follows = begin < end < size and _begins(file, end)
+    follows = begin < end < size and recording_begins(file, end)
     return Structure(begin, end, end) if follows else Structure(begin, size)
 
 
@@ -246,7 +246,7 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
     audio: tuple[int, _Length] | None = None
     remark: str | None = None
     for _ in range(MOST_CHUNKS):
-        if audio and _begins(file, position):
+        if audio and recording_begins(file, position):
             return Structure(begin, position, position, remark=remark)
         content = read_at(file, position, header.size)
         if len(content) < header.size:
@@ -306,7 +306,7 @@ def _miscounted(
 
 def _next_chunk(file: BinaryIO, end: int, alignment: int) -> int:
     """Return where the chunk after one that ends there begins."""
-    is_there = _is_name(read_at(file, end, 4)) or _begins(file, end)
+    is_there = _is_name(read_at(file, end, 4)) or recording_begins(file, end)
     return end if is_there else end + -end % alignment
 
 
@@ -322,7 +322,7 @@ def _read_au(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Struct
     start = begin + max(offset, AU_HEADER_BYTES)
     length = _Length(count, begin + 8, struct.Struct(layout[0] + "I"), UNKNOWN_SIZE)
     end = start + count
-    if count and end <= size and (size - end <= FEW_BYTES or _begins(file, end)):
+    if count and end <= size and (size - end <= FEW_BYTES or recording_begins(file, end)):
         return _ended(file, begin, end, size)
     return _miscounted(file, begin, start, length, size, thorough=thorough)
 
@@ -333,7 +333,7 @@ def _read_pages(file: BinaryIO, begin: int, size: int) -> Structure:
     while position < size:
         page = read_at(file, position, OGG_HEADER.size + 255 + OPUS_BYTES)
         if page[:4] != b"OggS":
-            if _begins(file, position):
+            if recording_begins(file, position):
                 return Structure(begin, position, position)
             position = next(positions_of(file, b"OggS", position + 1, size), size)
             continue
@@ -356,7 +356,7 @@ def _read_boxes(file: BinaryIO, begin: int, size: int) -> Structure:
     for _ in range(MOST_CHUNKS):
         head = read_at(file, position, 16)
         length = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
-        if len(head) < 8 or length < 8 or (position > begin and _begins(file, position)):
+        if len(head) < 8 or length < 8 or (position > begin and recording_begins(file, position)):
             break
         position += length
     return _ended(file, begin, position, size)
@@ -420,4 +420,6 @@ def _joint(file: BinaryIO, end: int, position: int) -> int | None:
     if following := _next_recording(file, end, min(position, end + TAG_BYTES)):
         return following
     has_header = counted_bytes(read_at(file, position, 48)) is not None
-    return end if has_header or (position > end + FEW_BYTES and _begins(file, end)) else None
+    return (
+        end if has_header or (position > end + FEW_BYTES and recording_begins(file, end)) else None
+    )

@@ -14,14 +14,17 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import soundfile
 
+from simpler_distil_whisper.data.byte_search import read_at
 from simpler_distil_whisper.data.containers import (
     MOST_RECORDINGS,
     UNDERSTATED,
     Structure,
     read_structures,
+    recording_begins,
     recording_behind,
 )
 from simpler_distil_whisper.data.pauses import Timeline
+from simpler_distil_whisper.data.plain_text import TEXT_BYTES, first_line
 
 # What soundfile raises.
 UNREADABLE_ERRORS = (soundfile.LibsndfileError, OSError, TypeError)
@@ -35,6 +38,7 @@ BLOCK_FRAMES = 2**20  # read at once
 MP3_LEAD_FRAMES = 2**13
 MOST_FRAMES = 2**48  # a FLAC of unknown length has more, by its header
 HEADERLESS = {".gsm": "GSM610", ".vox": "VOX_ADPCM"}  # of telephones: 8000 samples a second
+GSM_FRAME_BYTES, GSM_SIGN = 33, 0xD  # the first four bits of each frame
 # Playlists, by which a file could make FFmpeg open other files, are not among them.
 FFMPEG_FORMATS = "aac,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp4,mp3,"
 FFMPEG_FORMATS += "mpeg,mpegts,ogg,tta,w64,wav,wv"
@@ -103,20 +107,43 @@ def open_sound(file: BinaryIO, name: str, *, thorough: bool) -> Sound:
     if len(structures) > 1:
         return _JoinedSounds(file, structures)
     [structure] = structures
+    subtype = _headerless_subtype(file, os.path.splitext(name)[1].lower())  # noqa: PTH122
     if structure.begin or structure.patch or structure.end < file.seek(0, os.SEEK_END):
-        return _open_recording(_Part(file, structure), name, structure)
-    return _open_recording(file, name, structure)
+        return _open_recording(_Part(file, structure), structure, subtype)
+    return _open_recording(file, structure, subtype)
 
 
-def _open_recording(file: "BinaryIO | _Part", name: str, structure: Structure) -> Sound:
+def _headerless_subtype(file: BinaryIO, ending: str) -> str | None:
+    """Return how a file without a header is coded; None: it has one, or is not what its name says.
+
+    Any bytes can be decoded in this way, so that everything else is ruled out first.
+    """
+    if ending not in HEADERLESS or recording_begins(file, 0):
+        return None
+    beginning = read_at(file, 0, TEXT_BYTES)
+    if first_line(beginning):
+        return None
+    if ending == ".gsm" and any(byte >> 4 != GSM_SIGN for byte in beginning[::GSM_FRAME_BYTES]):
+        return None
+    return HEADERLESS[ending]
+
+
+def _open_recording(
+    file: "BinaryIO | _Part", structure: Structure, headerless_subtype: str | None = None
+) -> Sound:
     """Return the audio of a file that holds one recording.
+
+    Args:
+        file: the file.
+        structure: what its structure tells.
+        headerless_subtype: how it is coded, if it has no header.
 
     Raises:
         soundfile.LibsndfileError: libsndfile cannot open it.
         DecodingError: neither can FFmpeg.
     """
     try:
-        sound = _LibsndfileSound(file, name, structure)
+        sound = _LibsndfileSound(file, structure, headerless_subtype)
     except UNREADABLE_ERRORS as error:
         reason = getattr(error, "error_string", None) or str(error)
         return _FfmpegSound(file, structure, reason.strip().rstrip("."))
@@ -207,9 +234,11 @@ class _Part(io.BufferedIOBase):
 class _LibsndfileSound:
     """Audio that libsndfile decodes; `is_trusted` tells whether its idea of the length is right."""
 
-    def __init__(self, file: BinaryIO | _Part, name: str, structure: Structure) -> None:
+    def __init__(
+        self, file: BinaryIO | _Part, structure: Structure, headerless_subtype: str | None
+    ) -> None:
         self._raw = file
-        self._file = _open_with_libsndfile(file, os.path.splitext(name)[1].lower())  # noqa: PTH122
+        self._file = _open_with_libsndfile(file, headerless_subtype)
         self.channels = self._file.channels
         self.seconds = self._file.frames / self._file.samplerate
         self.promised_seconds = math.inf if structure.torn else math.nan
@@ -297,10 +326,12 @@ class _LibsndfileSound:
             self.seconds, self.promised_seconds = ffmpeg.seconds, ffmpeg.promised_seconds
 
 
-def _open_with_libsndfile(file: BinaryIO | _Part, ending: str) -> soundfile.SoundFile:
+def _open_with_libsndfile(
+    file: BinaryIO | _Part, headerless_subtype: str | None
+) -> soundfile.SoundFile:
     headerless: dict[str, object] = {}
-    if ending in HEADERLESS:
-        headerless = {"format": "RAW", "subtype": HEADERLESS[ending]}
+    if headerless_subtype:
+        headerless = {"format": "RAW", "subtype": headerless_subtype}
         headerless |= {"samplerate": 8000, "channels": 1}
     if isinstance(file, _Part):
         file.seek(0)
@@ -314,7 +345,7 @@ class _JoinedSounds:
     """The audio of files that were joined: one after the other."""
 
     def __init__(self, file: BinaryIO, structures: list[Structure]) -> None:
-        self._sounds = [_open_recording(_Part(file, one), "", one) for one in structures]
+        self._sounds = [_open_recording(_Part(file, one), one) for one in structures]
         for sound in self._sounds:
             sound.measure()
         self.seconds = sum(sound.seconds for sound in self._sounds)

@@ -414,11 +414,58 @@ def test_what_is_shorter_than_a_sample_is_empty(tmp_path: Path) -> None:
     ],
 )
 def test_text_is_no_audio(tmp_path: Path, content: bytes, line: str) -> None:
-    path = put(tmp_path, "x.mp3", content)
+    for name in ("x.mp3", "x.gsm", "x.vox"):
+        path = put(tmp_path, name, content)
+        for read in (load_audio, audio_seconds):
+            with pytest.raises(AudioError) as caught:
+                read(path)
+            assert str(caught.value) == f"is no audio (it begins with {line})"
+
+
+HEADERLESS = [("x.gsm", "GSM610"), ("x.VOX", "VOX_ADPCM")]
+
+
+@pytest.mark.parametrize(("name", "subtype"), HEADERLESS)
+def test_what_telephones_record_without_a_header_is_decoded_by_its_name(
+    tmp_path: Path, name: str, subtype: str
+) -> None:
+    content = io.BytesIO()
+    soundfile.write(content, sound()[::2], 8_000, subtype, format="RAW")
+    path = put(tmp_path, name, content.getvalue())
+    samples, _ = soundfile.read(
+        path, format="RAW", subtype=subtype, samplerate=8_000, channels=1, dtype="float32"
+    )
+    decoded = tmp_path / "decoded.wav"
+    soundfile.write(decoded, samples, 8_000, "FLOAT")
+    assert len(samples) == pytest.approx(2 * 8_000, abs=160)
+    assert np.array_equal(load_audio(path), load_audio(decoded))
+    assert audio_seconds(path) == len(samples) / 8_000
+
+
+WITH_HEADER: dict[str, Callable[[], bytes]] = {
+    "x.wav": lambda: encoded("WAV"),
+    "size_zero.wav": lambda: without_size(encoded("WAV")),
+    "gsm.wav": lambda: encoded("WAV", "GSM610"),
+    "x.mp3": lambda: encoded("MP3"),
+    "id3.mp3": lambda: b"ID3\3\0\0\0\0\0\x0a" + bytes(10) + encoded("MP3"),
+    "x.m4a": by_pyav("m4a", "aac"),
+    "x.aac": by_pyav("aac", "aac"),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_HEADER)
+def test_a_header_is_believed_under_the_name_of_what_has_none(tmp_path: Path, kind: str) -> None:
+    content = WITH_HEADER[kind]()
+    expected = load_audio(put(tmp_path, kind, content))
+    for name in ("x.gsm", "x.vox"):
+        assert np.array_equal(load_audio(put(tmp_path, name, content)), expected)
+
+
+def test_what_has_no_frames_of_gsm_is_no_gsm(tmp_path: Path) -> None:
+    path = put(tmp_path, "x.gsm", np.random.default_rng(0).bytes(3_300))
     for read in (load_audio, audio_seconds):
-        with pytest.raises(AudioError) as caught:
+        with pytest.raises(AudioError, match="cannot be decoded"):
             read(path)
-        assert str(caught.value) == f"is no audio (it begins with {line})"
 
 
 def test_only_files_on_disk_are_opened(tmp_path: Path) -> None:
