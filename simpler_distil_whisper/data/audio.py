@@ -23,6 +23,7 @@ from simpler_distil_whisper.data.decoders import (
     TOLERANCE_SECONDS,
     UNREADABLE_ERRORS,
     Block,
+    CutOffError,
     DecodingError,
     Sound,
     open_sound,
@@ -355,4 +356,7 @@ def _why_undecodable(file: BinaryIO, error: Exception) -> str:
     if line := first_line(beginning):
         return f"is no audio (it begins with {line})"
     reason = getattr(error, "error_string", None) or str(error)
-    return f"cannot be decoded ({reason.strip().rstrip('.')}); convert it to WAV, FLAC, Ogg or MP3"
+    remedy = "convert it to WAV, FLAC, Ogg or MP3"
+    if isinstance(error, CutOffError):
+        remedy = "download or copy it again"
+    return f"cannot be decoded ({reason.strip().rstrip('.')}); {remedy}"

@@ -111,6 +111,7 @@ class Structure(NamedTuple):
         remark: what is odd about it.
         shortage: how many times what is there the header promises; 1: it promises no more.
         torn: whether it ends in the midst of a page.
+        lacks_index: whether it is an MP4 that ends before its index does.
         paused: whether the times on the pages of an Opus leave out more than a moment.
         frame_seconds: of an MP3 whose header does not count its bytes, the length of all frames,
             which an encoder's delay and padding belong to.
@@ -124,6 +125,7 @@ class Structure(NamedTuple):
     remark: str | None = None
     shortage: float = 1.0
     torn: bool = False
+    lacks_index: bool = False
     paused: bool = False
     frame_seconds: float | None = None
     frames_promised: bool = True
@@ -352,14 +354,17 @@ def _read_pages(file: BinaryIO, begin: int, size: int) -> Structure:
 
 def _read_boxes(file: BinaryIO, begin: int, size: int) -> Structure:
     """Return the structure of an MP4, whose boxes begin with their length and their name."""
-    position = begin
+    position, has_index = begin, False
     for _ in range(MOST_CHUNKS):
         head = read_at(file, position, 16)
         length = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+        length = length or size - position  # 0: to the end, as long as a recorder is at work
         if len(head) < 8 or length < 8 or (position > begin and recording_begins(file, position)):
             break
         position += length
-    return _ended(file, begin, position, size)
+        has_index = has_index or (head[4:8] == b"moov" and position <= size)
+    lacks_index = position + 8 > size and not has_index
+    return _ended(file, begin, position, size)._replace(lacks_index=lacks_index)
 
 
 def _read_ebml(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> Structure:

@@ -55,6 +55,10 @@ class DecodingError(Exception):
     """A file that cannot be decoded; the message is the reason in a few words."""
 
 
+class CutOffError(DecodingError):
+    """A file that ends too early for any of it to be decoded."""
+
+
 class Sound(Protocol):
     """The audio of an open file.
 
@@ -391,8 +395,7 @@ class _FfmpegSound:
             reason: why libsndfile does not read it.
             remark: what is odd about it, if not what its structure tells.
         """
-        self._file, self._structure = file, structure
-        self._reason = "it ends in the midst of a page" if structure.torn else reason
+        self._file, self._structure, self._reason = file, structure, reason
         self._lost_seconds = 0.0
         self.seconds = self.promised_seconds = math.nan
         self.remark = remark or structure.remark
@@ -439,12 +442,20 @@ class _FfmpegSound:
             with av.open(self._ration, options=options, metadata_errors="replace") as container:
                 stream = container.streams.best("audio")
                 if stream is None:
-                    raise DecodingError("no audio in it")
+                    raise self._error("no audio in it")
                 if stream.codec_context is None:
                     raise DecodingError("its audio is in a format that FFmpeg does not know")
                 yield container, stream
         except av.FFmpegError as error:
-            raise DecodingError(self._reason or error.strerror) from None
+            raise self._error(self._reason or error.strerror) from None
+
+    def _error(self, reason: str) -> DecodingError:
+        """Return the error of a file that FFmpeg does not open, by the reason if it is whole."""
+        if self._structure.torn:
+            return CutOffError("it ends in the midst of a page")
+        if self._structure.lacks_index:
+            return CutOffError("it ends before its index is complete")
+        return DecodingError(reason)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Block]:
         """Yield everything that can be decoded, and silence where nothing was recorded."""

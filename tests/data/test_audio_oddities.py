@@ -323,6 +323,43 @@ def test_what_is_cut_off_is_rejected_with_both_lengths_unless_a_part_is_named(
         load_audio(path, 0.5, 1.2)
 
 
+def without_mdat_length(content: bytes) -> bytes:
+    """Return an MP4 as long as its recorder is at work: without an index."""
+    place = content.index(b"mdat") - 4
+    return content[:place] + bytes(4) + content[place + 4 : content.index(b"moov") - 4]
+
+
+UNFINISHED: dict[str, Callable[[bytes], bytes]] = {
+    "in its audio": lambda content: content[: len(content) * 6 // 10],
+    "behind its audio": lambda content: content[: content.index(b"moov") - 4],
+    "in its index": lambda content: content[: content.index(b"moov") + 100],
+    "in the name of its index": lambda content: content[: content.index(b"moov") + 2],
+    "while it is recorded": without_mdat_length,
+}
+
+
+@pytest.mark.parametrize("end", UNFINISHED)
+def test_an_mp4_without_its_index_is_to_be_had_again_not_converted(
+    tmp_path: Path, end: str
+) -> None:
+    content = by_ffmpeg(tmp_path / "whole.m4a", "aac").read_bytes()
+    path = put(tmp_path, "x.m4a", UNFINISHED[end](content))
+    for read in (load_audio, audio_seconds):
+        with pytest.raises(AudioError) as caught:
+            read(path)
+        assert str(caught.value) == (
+            "cannot be decoded (it ends before its index is complete); download or copy it again"
+        )
+
+
+def test_an_mp4_that_is_damaged_is_not_taken_for_one_that_ends_too_early(tmp_path: Path) -> None:
+    content = by_ffmpeg(tmp_path / "whole.m4a", "aac").read_bytes()
+    path = put(tmp_path, "x.m4a", content.replace(b"mvhd", b"xxxx").replace(b"stsd", b"xxxx"))
+    with pytest.raises(AudioError) as caught:
+        load_audio(path)
+    assert "index" not in str(caught.value)
+
+
 def test_an_ogg_that_ends_within_a_page_is_rejected(tmp_path: Path) -> None:
     content = encoded("OGG", "OPUS", sound(6.0))
     path = put(tmp_path, "cut.opus", content[:-200])
