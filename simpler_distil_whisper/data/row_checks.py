@@ -176,6 +176,8 @@ def _whisper_language(name: str) -> str | ValueError:
 def named_channel(row: Row, column: str | None) -> str | None:
     """Return the channel that a row names in a column, as a name or number; None: it names none."""
     value = row.get(column) if column else None
+    if isinstance(value, float) and value.is_integer():  # so tables write a column with gaps
+        value = int(value)
     name = value.lower() if isinstance(value, str) else str(value) if is_number(value) else None
     return name if is_channel(name) else None
 

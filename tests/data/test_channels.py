@@ -91,6 +91,17 @@ def test_one_side_is_written_into_the_rows(tmp_path: Path) -> None:
     assert len(fingerprints) == 2
 
 
+def test_numbers_are_channels_as_pandas_writes_them_in_a_column_with_gaps(tmp_path: Path) -> None:
+    samples = call(tmp_path)
+    rows = [{"audio": "call.wav", "channel": channel} for channel in (2.0, None, 1.5)]
+    manifest = read(tmp_path, "left", *rows)
+    second, gap = manifest.utterances
+    assert (second.channel, gap.channel) == ("2", "left")
+    assert load_audio(*second.clip)[0] == samples[0, 1]
+    [rejection] = manifest.rejections
+    assert '"channel" is 1.5, which is no channel' in rejection.reason
+
+
 def test_a_column_with_another_meaning_is_not_lost(tmp_path: Path) -> None:
     call(tmp_path)
     row = {"id": "a", "audio": "call.wav", "channel": "news"}
