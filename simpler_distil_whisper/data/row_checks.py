@@ -3,6 +3,7 @@
 Owns the checks of one row; which rows there are is read in `manifest.py`.
 """
 
+import errno
 import functools
 import os
 import unicodedata
@@ -31,6 +32,7 @@ MOST_CHANNELS = 100  # of a file
 # Where audio is, by the path in its row: in the manifest's folder, in the working directory, or in
 # either of them under a name that is composed otherwise.
 IN_FOLDER, IN_WORKING_DIRECTORY, OTHER_SPELLING = range(3)
+NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 class GoodRow(NamedTuple):
@@ -92,6 +94,8 @@ class RowCheck:
         audio = row[self.columns.audio]
         path, base = _search(audio, self.folder)
         if path is None:
+            if reason := _why_hidden(os.path.join(self.folder, audio)):  # noqa: PTH118
+                raise RowError(f'"{audio}" cannot be opened: {reason}')
             places = f"neither in {self.folder} nor in the working directory"
             raise RowError(f'no such file: "{audio}", {places}')
         return path, base
@@ -211,6 +215,20 @@ def _search(name: str, folder: str) -> tuple[str | None, int]:
             return path, base
     forms = () if name.isascii() else map(_in_another_form, paths)
     return next(filter(None, forms), None), OTHER_SPELLING
+
+
+def _why_hidden(path: str) -> str | None:
+    """Return why a path cannot be followed, such as "Permission denied"; None: nothing is there.
+
+    `os.path.exists`, by which audio is looked for, does not tell these apart.
+    """
+    try:
+        os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        return None if error.errno in NOTHING_THERE else error.strerror
+    except ValueError:  # no file can have the name
+        return None
+    return None
 
 
 def _in_another_form(path: str) -> str | None:

@@ -214,6 +214,15 @@ def test_a_path_is_sought_beside_the_manifest_then_in_the_working_directory(fold
     assert paths[4].resolve() == here / CLIP
 
 
+def test_a_path_that_cannot_be_followed_does_not_lead_nowhere(folder: Path) -> None:
+    """A folder that may not be entered is the usual reason, but root may enter them all."""
+    (folder / "loop").symlink_to("loop")
+    [rejection] = read(folder, {"audio": "loop/clip.wav"}).rejections
+    assert rejection.reason == (
+        '"loop/clip.wav" cannot be opened: Too many levels of symbolic links'
+    )
+
+
 def test_max_utterances_takes_the_first_rows_good_or_bad(folder: Path) -> None:
     manifest = read(folder, "", GOOD, "{", {**GOOD, "id": "u2"}, GOOD, "{", max_utterances=3)
     assert [row.id for row in manifest.utterances] == ["u1", "u2"]
