@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from simpler_distil_whisper.config import ConfigError, shortened
+from simpler_distil_whisper.data.plain_text import TEXT_BYTES, first_line
 from simpler_distil_whisper.files import open_regular_file
 
 Row = dict[str, Any]
@@ -23,6 +24,7 @@ LONGEST_SECONDS = 1e9
 UNKNOWN = "unknown"  # in reports, the group of the rows that `category` gives no name
 MOST_DIGITS = 300  # of a whole number, which can then be a float too
 DEEPEST = 100  # nested levels of a row; Python can neither copy nor pickle ten times as many
+GZIP_START = b"\x1f\x8b"
 
 
 class RowError(ValueError):
@@ -113,6 +115,19 @@ def parse_row(line: bytes) -> Row:
     if not isinstance(row, dict):
         raise RowError(f"not a JSON object but {type(row).__name__}")
     return row
+
+
+def other_format(line: bytes) -> str | None:
+    """Return what a file is instead of JSON lines, by its first line, and what to do; or None."""
+    if line.startswith(GZIP_START):
+        return "it is compressed by gzip; unpack it"
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is in UTF-16; save it as UTF-8"
+    text = first_line(line[:TEXT_BYTES])
+    if text is None or text.startswith("{"):
+        return None
+    kind = "a JSON array" if text.startswith("[") else "a table or other text"
+    return f"it is {kind}; it must have one JSON object per line"
 
 
 def to_line(row: object) -> str:

@@ -25,6 +25,7 @@ from simpler_distil_whisper.data.audio import (
 from simpler_distil_whisper.data.jsonl import (
     PlacedLine,
     Row,
+    other_format,
     parse_row,
     placed_lines,
     seconds_in,
@@ -269,17 +270,22 @@ class Manifest:
         """Log how many rows are unusable, and return the manifest itself.
 
         Raises:
+            ConfigError: the manifest can no longer be read.
             DataError: more than `max_bad_fraction` of the rows is unusable, or all rows are.
         """
         summary = f"{self.path}: {self.row_count} rows, {len(self.rejections)} unusable"
         log.info("%s", summary)
-        examples = first_reasons(self.rejections)
         too_many = len(self.rejections) > max_bad_fraction * self.row_count
-        if too_many or not self.utterances:
-            raise DataError(
-                f"{summary}, data.max_bad_fraction is {max_bad_fraction:g}. The first:{examples}"
-            )
-        return self
+        if self.utterances and not too_many:
+            return self
+        if not any(isinstance(rejection.row, dict) for rejection in self.rejections):
+            _, _, first_line = next(placed_lines(self.path, "manifest"))
+            if reason := other_format(first_line):
+                raise DataError(f"{self.path}: {reason}")
+        examples = first_reasons(self.rejections)
+        raise DataError(
+            f"{summary}, data.max_bad_fraction is {max_bad_fraction:g}. The first:{examples}"
+        )
 
 
 def read_manifest(

@@ -1,5 +1,6 @@
 """Manifests: every row is used or rejected with a reason, whatever it holds."""
 
+import gzip
 import json
 import os
 import pickle
@@ -248,6 +249,39 @@ def test_a_manifest_without_a_usable_row_is_a_data_error(folder: Path) -> None:
     for rows in ((), ("", "  ")):
         with pytest.raises(DataError, match="the manifest has no rows"):
             read(folder, *rows)
+
+
+ROWS = [GOOD] * 3
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (json.dumps(ROWS).encode(), "it is a JSON array; it must have one JSON object per line"),
+        (json.dumps(ROWS, indent=2).encode(), "it is a JSON array"),
+        (b"\xef\xbb\xbf" + json.dumps(ROWS).encode(), "it is a JSON array"),
+        (f"[\n{LINES.replace('}', '},', 2)}]\n".encode(), "it is a JSON array"),
+        (b"audio,text\nclip.wav,\xe5\xa5\xbd\n", "it is a table or other text; it must have one"),
+        (gzip.compress(LINES.encode()), "it is compressed by gzip; unpack it"),
+        (LINES.encode("utf-16"), "it is in UTF-16; save it as UTF-8"),
+    ],
+)
+def test_a_manifest_in_another_format_is_named_not_judged_line_by_line(
+    folder: Path, content: bytes, reason: str
+) -> None:
+    (folder / "m.jsonl").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_manifest(folder / "m.jsonl", Columns()).check(0.1)
+    assert str(caught.value).startswith(f"{folder / 'm.jsonl'}: {reason}")
+
+
+@pytest.mark.parametrize("rows", [["# clips", {"audio": "0.wav"}], ["{", "{"], [b"\0\1"]])
+def test_a_manifest_that_may_be_json_lines_is_judged_by_its_rows(
+    folder: Path, rows: list[object]
+) -> None:
+    with pytest.raises(DataError, match=f"{len(rows)} unusable, data.max_bad_fraction is 1"):
+        read(folder, *rows).check(1.0)
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
