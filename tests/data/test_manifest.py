@@ -263,7 +263,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         (b"\xef\xbb\xbf" + json.dumps(ROWS).encode(), "it is a JSON array"),
         (f"[\n{LINES.replace('}', '},', 2)}]\n".encode(), "it is a JSON array"),
         (b"audio,text\nclip.wav,\xe5\xa5\xbd\n", "it is a table or other text; it must have one"),
-        (gzip.compress(LINES.encode()), "it is compressed by gzip; unpack it"),
+        (gzip.compress(LINES.encode(), mtime=0), "it is compressed by gzip; unpack it"),
         (LINES.encode("utf-16"), "it is in UTF-16; save it as UTF-8"),
     ],
 )
