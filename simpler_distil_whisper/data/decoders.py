@@ -449,7 +449,7 @@ class _FfmpegSound:
         except av.FFmpegError as error:
             raise self._error(self._reason or error.strerror) from None
 
-    def _error(self, reason: str) -> DecodingError:
+    def _error(self, reason: str | None) -> DecodingError:
         """Return the error of a file that FFmpeg does not open, by the reason if it is whole."""
         if self._structure.torn:
             return CutOffError("it ends in the midst of a page")
