@@ -360,12 +360,20 @@ def label(
     )
 
 
+def labelling_after(code: str, folder: Path) -> Path:
+    """A script that does what run_pseudo_labelling.py does, after something else."""
+    script = folder / "label.py"
+    script.write_text(
+        f"{code}\nimport runpy, sys\nsys.argv[0] = 'run_pseudo_labelling.py'\n"
+        f"runpy.run_path({str(LABELLING)!r}, run_name='__main__')\n"
+    )
+    return script
+
+
 OTHER_MEMORY = """
-import os, runpy, sys
+import os
 from simpler_distil_whisper.model import memory
 memory.CPU_CACHE_BYTES = {sizes}[int(os.environ.get("RANK", "0"))]
-sys.argv[0] = "run_pseudo_labelling.py"
-runpy.run_path({script!r}, run_name="__main__")
 """
 
 
@@ -377,10 +385,9 @@ def test_processes_with_other_memories_form_the_same_batches(tmp_path: Path) -> 
     (tmp_path / rows[20]["audio"]).write_bytes(b"no audio")
     rows[20]["duration_seconds"] = 0.01  # comes last
     config = labelling_config(tmp_path, rows, "auto", max_bad_fraction=0.0)
-    script = tmp_path / "label.py"
     whole = read_model_folder(tmp_path / "teacher", None, "teacher")
     window = memory._cache_bytes(load_whisper(whole).model, beams=1)
-    script.write_text(OTHER_MEMORY.format(sizes=[7 * window, 5 * window], script=str(LABELLING)))
+    script = labelling_after(OTHER_MEMORY.format(sizes=[7 * window, 5 * window]), tmp_path)
     done = label(tmp_path, config, 2, script)
     assert "rows are unusable" in done.stderr
     assert (tmp_path / "out/parts/batch_size.begun").read_text() == "5"
@@ -394,7 +401,7 @@ def test_processes_with_other_memories_form_the_same_batches(tmp_path: Path) -> 
 
 
 ONE_IS_LATE = """
-import os, runpy, sys, time
+import os, time
 from simpler_distil_whisper.decoding import transcription
 wait = transcription.wait_for_everyone
 
@@ -403,8 +410,6 @@ def wait_and_dawdle():
     time.sleep(3 * int(os.environ["RANK"]))
 
 transcription.wait_for_everyone = wait_and_dawdle
-sys.argv[0] = "run_pseudo_labelling.py"
-runpy.run_path({script!r}, run_name="__main__")
 """
 
 
@@ -415,8 +420,7 @@ def test_the_main_process_may_end_before_the_others(tmp_path: Path) -> None:
     settings = json.loads(config.read_text())
     settings["decoding"]["voice_activity"] = {"enabled": True}
     config.write_text(json.dumps(settings))
-    script = tmp_path / "label.py"
-    script.write_text(ONE_IS_LATE.format(script=str(LABELLING)))
+    script = labelling_after(ONE_IS_LATE, tmp_path)
     done = label(tmp_path, config, 2, script)
     assert done.returncode == 0, done.stderr
     assert "6 rows without speech have an empty text" in done.stderr
@@ -424,7 +428,7 @@ def test_the_main_process_may_end_before_the_others(tmp_path: Path) -> None:
 
 
 AUDIO_VANISHES = """
-import os, runpy, sys
+import os
 from simpler_distil_whisper.decoding import transcription
 decode = transcription.decode_halving
 
@@ -434,8 +438,6 @@ def decode_once_it_is_gone(*arguments):
     return decode(*arguments)
 
 transcription.decode_halving = decode_once_it_is_gone
-sys.argv[0] = "run_pseudo_labelling.py"
-runpy.run_path({script!r}, run_name="__main__")
 """
 
 
@@ -447,8 +449,7 @@ def test_audio_that_vanishes_costs_no_row(tmp_path: Path, comes_back: bool) -> N
     for number, row in enumerate(rows):  # the last is the shortest, whose turn comes last
         row["duration_seconds"] = 0.39 - number / 100
     config = labelling_config(tmp_path, rows, max_bad_fraction=0.5, num_workers=0)
-    script = tmp_path / "label.py"
-    script.write_text(AUDIO_VANISHES.format(script=str(LABELLING)))
+    script = labelling_after(AUDIO_VANISHES, tmp_path)
     done = label(tmp_path, config, 1, script)
     assert done.returncode == 3
     assert "Audio has vanished since the manifest was read" in done.stderr
@@ -469,9 +470,7 @@ def test_files_that_come_and_go_between_two_starts_cost_no_result(tmp_path: Path
     rows = read_rows(make_corpus(tmp_path, 8))
     config = labelling_config(tmp_path, rows, max_bad_fraction=0.3)
     (tmp_path / rows[2]["audio"]).rename(tmp_path / "elsewhere.wav")
-    script = tmp_path / "label.py"
-    stop = "raise SystemExit(9)"
-    script.write_text(STOPS_BEFORE_MERGING.format(script=str(LABELLING), stop=stop))
+    script = labelling_after(STOPS_BEFORE_MERGING, tmp_path)
     assert label(tmp_path, config, 1, script).returncode == 9
     (tmp_path / "elsewhere.wav").rename(tmp_path / rows[2]["audio"])
     (tmp_path / rows[0]["audio"]).unlink()
@@ -482,20 +481,17 @@ def test_files_that_come_and_go_between_two_starts_cost_no_result(tmp_path: Path
 
 
 STOPS_BEFORE_MERGING = """
-import runpy, sys
 from simpler_distil_whisper.data import results
 
 def stop(*_):
-    {stop}
+    raise SystemExit(9)
 
 results.RowResults.finish = stop
-sys.argv[0] = "run_pseudo_labelling.py"
-runpy.run_path({script!r}, run_name="__main__")
 """
 
 
 ONE_WORKS_ON = """
-import os, pathlib, runpy, sys, time
+import os, pathlib, time
 from simpler_distil_whisper.decoding import transcription
 decode = transcription.decode_halving
 
@@ -505,8 +501,6 @@ def decode_for_long(*arguments):
     return decode(*arguments)
 
 transcription.decode_halving = decode_for_long
-sys.argv[0] = "run_pseudo_labelling.py"
-runpy.run_path({script!r}, run_name="__main__")
 """
 
 
@@ -514,8 +508,7 @@ runpy.run_path({script!r}, run_name="__main__")
 def test_a_process_that_waits_is_interrupted_like_the_others(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "teacher", languages=["en", "zh"])
     config = labelling_config(tmp_path, read_rows(make_corpus(tmp_path, 8)))
-    script = tmp_path / "label.py"
-    script.write_text(ONE_WORKS_ON.format(script=str(LABELLING)))
+    script = labelling_after(ONE_WORKS_ON, tmp_path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.Popen(
         [sys.executable, *launcher, str(script), str(config)],
