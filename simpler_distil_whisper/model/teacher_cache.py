@@ -35,7 +35,7 @@ from simpler_distil_whisper.run import log
 
 # To be raised whenever audio decoding, resampling or log-mels come to give other values: older
 # entries would then differ from what would be computed.
-FEATURE_RECIPE = 3
+FEATURE_RECIPE = 4
 FEATURE_SETTINGS = ("feature_size", "chunk_length", "sampling_rate", "n_fft", "hop_length")
 
 
