@@ -400,6 +400,9 @@ def test_workers_read_the_cache_too(
 def test_the_states_of_undecodable_audio_are_not_kept(tmp_path: Path) -> None:
     setting = make_setting(tmp_path, 4)
     path = run_config(tmp_path / "run", setting, tmp_path / "cache")
+    config = json.loads(path.read_text())
+    config["data"]["max_bad_fraction"] = 0.5
+    path.write_text(json.dumps(config))
     _, train, *_ = assemble(path)
     (tmp_path / "2.wav").write_bytes(b"no longer audio")
     train()
