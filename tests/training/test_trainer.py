@@ -599,15 +599,19 @@ def test_two_processes_label_like_one(tmp_path: Path, setting: Setting) -> None:
 def test_a_checkpoint_of_other_rows_is_not_gone_on_from(
     tmp_path: Path, dropout_setting: Setting
 ) -> None:
-    rows = dropout_setting.train.read_text().splitlines(keepends=True)
-    train_rows = dropout_setting.train.with_name("other_rows.jsonl")
-    train_rows.write_text("".join(rows))
-    path = long_run(tmp_path / "run", dropout_setting._replace(train=train_rows))
+    """One row less is learnt from, since its audio has gone."""
+    first, *rows = read_rows(dropout_setting.train)
+    folder = dropout_setting.train.parent
+    shutil.copy(folder / first["audio"], folder / "gone_later.wav")
+    rows.append({**first, "audio": "gone_later.wav"})
+    train_rows = write_rows(folder / "other_rows.jsonl", rows)
+    other_setting = dropout_setting._replace(train=train_rows)
+    path = long_run(tmp_path / "run", other_setting, data__max_bad_fraction=0.5)
     trainer, train, *_ = assemble(path)
     trainer.run.stop_signal = 15
     with pytest.raises(Interrupted):
         train()
-    train_rows.write_text("".join(rows[:-1]))
+    (folder / "gone_later.wav").unlink()
     with pytest.raises(ConfigError, match="other training rows"):
         assemble(path)
 
