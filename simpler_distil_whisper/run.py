@@ -159,7 +159,8 @@ class Run:
         self._refuse_other_inputs()
 
     def _refuse_other_inputs(self) -> None:
-        earlier = _info_in(self._info_path).get("inputs", {})
+        earlier = _info_in(self._info_path).get("inputs")
+        earlier = earlier if isinstance(earlier, dict) else {}
         if changed := [path for path, now in self._inputs.items() if earlier.get(path, now) != now]:
             raise self._refusal(
                 f"{self.folder} holds a run that has read something else in {', '.join(changed)}; "

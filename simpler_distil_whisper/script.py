@@ -154,7 +154,8 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
     elif isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         code, message = 3, f"{error}: make room, and run the same command again"
     elif isinstance(error, OSError) and run and error.errno in OUT_OF_REACH:
-        code, message = 3, f"{error}: make it possible, and run the same command again"
+        code = 3
+        message = f"{error}: see that it can be read and written, and run the same command again"
     elif isinstance(error, OSError) and run is None:  # a folder that may not be read, for example
         code, message = 2, f"{error.filename or 'the config'}: {error.strerror or error}"
     elif place := _in_the_way(run, error):
