@@ -108,7 +108,7 @@ def test_who_is_late_is_waited_for_and_who_is_lost_is_named(
     second.send_signal(end)
     _, stderr = first.communicate(timeout=30)
     assert first.returncode == 1
-    assert "DataError: process 0 waits for others in vain" in stderr
+    assert "ProcessLost: process 0 waits for others in vain" in stderr
     assert "Rank 1 failed to pass monitoredBarrier" in stderr
     second.send_signal(signal.SIGCONT)
 
