@@ -96,13 +96,15 @@ class TrainingData(DataLimits, EvidenceLimits):
     _code = field_validator("language")(whisper_code)
 
     @model_validator(mode="after")
-    def _a_weight_per_manifest(self) -> "TrainingData":
+    def _a_weight_per_manifest_named_once(self) -> "TrainingData":
         manifests, weights = len(self.train_manifests), self.train_weights
         if weights is not None and len(weights) != manifests:
             raise ValueError(
                 f"train_weights has {len(weights)} weights, but there are {manifests} "
                 "train_manifests: name one for each, or null"
             )
+        if len(set(self.train_manifests)) < manifests:
+            raise ValueError("train_manifests names a file twice: set its weight in train_weights")
         return self
 
 

@@ -325,6 +325,8 @@ def test_each_manifest_needs_a_weight() -> None:
         TrainingData(train_manifests=paths, train_weights=[1.0, 1.0, 2.0])
     with pytest.raises(ValidationError, match="greater than or equal to 0.001"):
         TrainingData(train_manifests=paths, train_weights=[1.0, 0.0])
+    with pytest.raises(ValidationError, match="train_manifests names a file twice"):
+        TrainingData(train_manifests=[paths[0], paths[0]])
 
 
 def test_rows_carry_the_weight_of_their_manifest(tmp_path: Path) -> None:
