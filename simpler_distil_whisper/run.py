@@ -88,7 +88,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._refusal(f"{self.folder} cannot be made: {error.strerror}") from None
-        self._inputs = _inputs_of(config)
+        self._inputs = _inputs_of(config) if is_main_process() else {}
         self._copy = self.own_folder / f"{name}.json"
         self._info_path = self.own_folder / "run_info.json"
         self.log_file: TextIO | None = None

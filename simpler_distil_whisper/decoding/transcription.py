@@ -127,9 +127,7 @@ def transcribe_manifest(
     if cache:
         cache.finish()
     wait_for_everyone()
-    if smallest_of_all(-len(vanished)):  # the others' results are kept, so all may stop here
-        refuse_vanished(vanished)
-        raise ProcessLost("Another process misses audio that has vanished: see its message.")
+    _refuse_vanished_anywhere(vanished)
     if transcriber.options.speech_filter and is_main_process():  # it keeps the sums, and ends first
         silent = sums.add("without speech", 0)
         log.info("%d rows without speech have an empty text (decoding.voice_activity)", silent)
@@ -371,6 +369,13 @@ def _warn_of_halving(batch_size: int) -> None:
         "ones; a smaller decoding.batch_size, in a new output_dir, would save the attempt.",
         batch_size,
     )
+
+
+def _refuse_vanished_anywhere(vanished: list[Rejection]) -> None:
+    """Raise DataError in each process if audio of one of them has vanished; results are kept."""
+    if smallest_of_all(-len(vanished)):
+        refuse_vanished(vanished)
+        raise ProcessLost("Another process misses audio that has vanished: see its message.")
 
 
 def _check_rejections(

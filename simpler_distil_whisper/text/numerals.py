@@ -7,7 +7,8 @@ from decimal import Decimal
 # The largest first: a number is split at its largest unit.
 UNITS = {"億": 10**8, "萬": 10**4, "千": 1000, "百": 100, "十": 10}
 SAME_UNIT = str.maketrans({"亿": "億", "万": "萬", "仟": "千", "佰": "百"})
-UNIT = "十百佰千仟万萬亿億"
+SMALL_UNIT = "十百佰千仟"
+UNIT = SMALL_UNIT + "万萬亿億"
 LONGEST_NUMBER = 40  # characters; longer runs are no numbers, and Python reads up to 4300 digits
 
 HAN_DIGITS = {
@@ -28,7 +29,7 @@ FORMAL_NUMERAL = re.compile(
 )
 
 SCALED_DECIMAL = re.compile(
-    rf"(?<![0-9.点點{UNIT}])([0-9十百佰千仟]{{1,15}})[.点點](?=0*[1-9])([0-9]{{1,10}})([万萬]?[亿億]|[万萬])"
+    rf"(?<![0-9.点點{UNIT}])([0-9{SMALL_UNIT}]{{1,15}})[.点點](?=0*[1-9])([0-9]{{1,10}})([万萬]?[亿億]|[万萬])"
     rf"(?![0-9{UNIT}])"
 )
 NUMBER = re.compile(rf"[0-9{UNIT}]+")
