@@ -154,8 +154,9 @@ def range_test(
 def search(run_at: Callable[[float], ShortRun]) -> list[ShortRun]:
     """Return the runs at learning rates around the best one, in the order in which they were made.
 
-    Downhill from `FIRST`, in strides that become shorter: the loss falls towards the best rate
-    from both sides. Of equal losses it goes to the lower rate.
+    Downhill from `FIRST`, in strides that become shorter: the loss falls towards the best rate from
+    both sides, so where one side is lower the other is not tried. Of equal losses it goes to the
+    lower rate.
     """
     tried: dict[int, ShortRun] = {}
 
@@ -167,9 +168,11 @@ def search(run_at: Callable[[float], ShortRun]) -> list[ShortRun]:
     best = 0
     for stride in STRIDES:
         while True:
-            around = (best, best - stride, best + stride)
-            lower = min((e for e in around if LOWEST <= e <= HIGHEST), key=reached)
-            if lower == best:
+            sides = [e for e in (best - stride, best + stride) if LOWEST <= e <= HIGHEST]
+            # First towards the lower of those tried on both sides, one stride further.
+            sides.sort(key=lambda e: tried[2 * e - best].reached if 2 * e - best in tried else 0.0)
+            lower = next((e for e in sides if reached(best) > reached(e)), None)
+            if lower is None:
                 break
             best = lower
     return list(tried.values())

@@ -55,6 +55,8 @@ def test_the_search_comes_within_the_root_of_two_of_the_best_rate(best: float) -
 def test_the_search_at_rates_of_real_models_takes_few_runs() -> None:
     for best in (1e-4, 3e-4, 1e-3, 2e-3):
         assert len(search(lambda rate, best=best: valley(rate, best))) <= 6  # type: ignore[misc]
+    tried = search(lambda rate: valley(rate, 2.5e-4))
+    assert [run.rate for run in tried] == [5e-4, 1.25e-4, 3.125e-5, 2.5e-4]  # not 2e-3, nor 6e-5
 
 
 def test_the_search_ends_where_every_rate_diverges() -> None:
