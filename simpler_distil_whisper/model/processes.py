@@ -1,8 +1,9 @@
 """The processes of one run: how they join, wait for one another, and agree.
 
-Two connections serve two ends. One carries tensors, between GPUs by NCCL: a process that does not
-answer there within half an hour is lost, and the others' GPUs are not kept for it. By the other
-one, of gloo, processes wait for hours until another has labelled its share.
+Three connections serve three ends. One carries tensors, between GPUs by NCCL; one, of gloo, sums
+of numbers on the CPU. A process that does not answer there within half an hour is lost, and the
+others' GPUs are not kept for it. By the third, of gloo too, processes wait for hours until another
+has labelled its share.
 """
 
 import datetime
@@ -20,7 +21,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from torch import distributed
+from torch import Tensor, distributed
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.launch import is_main_process, process_count, process_rank
@@ -107,6 +108,16 @@ def wait_for_everyone(patience: datetime.timedelta = FOR_WORK) -> None:
         ) from error
 
 
+def sums_over_processes(numbers: Tensor) -> Tensor:
+    """Return the sum of each number, on the CPU as they are; call it in every process.
+
+    A sum between GPUs would wait until they have done all that they were given.
+    """
+    if process_count() > 1:
+        distributed.all_reduce(numbers, group=_counting_group())
+    return numbers
+
+
 def smallest_of_all(number: int) -> int:
     """Return the smallest of the processes' numbers; call it in every one of them."""
     numbers: list[int] = gather_object([number])
@@ -172,8 +183,14 @@ def _waiting_group() -> Any:
 
 
 @functools.cache
+def _counting_group() -> Any:
+    """Return the connection for sums of numbers; the first call must be made by all together."""
+    return distributed.new_group(backend="gloo", timeout=FOR_TENSORS)
+
+
+@functools.cache
 def _check_connections(device: torch.device) -> None:
-    """Use both connections once: what does not work ends the run before its work, not after.
+    """Use all connections once: what does not work ends the run before its work, not after.
 
     Raises:
         ConfigError: a process cannot be reached, or two compute on the same GPU.
@@ -187,7 +204,8 @@ def _check_connections(device: torch.device) -> None:
         _refuse_shared_gpus(places)
         ones = torch.ones(1, device=device)
         distributed.all_reduce(ones)
-        assert int(ones) == process_count(), NOT_JOINED
+        sums = int(ones), int(sums_over_processes(torch.ones(1)))
+        assert sums == (process_count(), process_count()), NOT_JOINED
     except (RuntimeError, ProcessLost) as error:
         raise _not_connected(error) from error
     hosts = {host for host, _ in filter(None, places)}

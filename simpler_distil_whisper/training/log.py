@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import Rejection
 from simpler_distil_whisper.data.results import rejection_line
-from simpler_distil_whisper.launch import process_count
+from simpler_distil_whisper.model.processes import sums_over_processes
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.training.dataset import TrainingBatch
 from simpler_distil_whisper.training.losses import LossTerms
@@ -74,16 +73,16 @@ class RunningMeans:
     """Means of the loss terms since the last line of the log, over all processes together."""
 
     def __init__(
-        self, accelerator: Accelerator, uses_teacher: bool, carried: Sequence[float] | None = None
+        self, device: torch.device, uses_teacher: bool, carried: Sequence[float] | None = None
     ) -> None:
         """Start with empty sums.
 
         Args:
-            accelerator: of this process and the others.
+            device: where the loss terms are.
             uses_teacher: the loss depends on the teacher.
             carried: what `sums` returned for the checkpoint from which the run continues.
         """
-        self.accelerator = accelerator
+        self.device = device
         self.uses_teacher = uses_teacher
         self._restart()
         if carried is not None:
@@ -135,13 +134,10 @@ class RunningMeans:
 
     def _new_sums(self) -> torch.Tensor:
         """Return float64 [6] on the CPU: loss terms, tokens, seconds since this process started."""
-        none = torch.zeros(5, device=self.accelerator.device)
+        none = torch.zeros(5, device=self.device)
         terms = torch.stack([none, *self._terms]).cpu().double().sum(0)
         own = torch.cat([terms, torch.tensor([self._seconds], dtype=torch.float64)])
-        # One process alone skips this: its device may lack float64.
-        if process_count() > 1:
-            own = self.accelerator.reduce(own.to(self.accelerator.device)).cpu()
-        return own
+        return sums_over_processes(own)
 
     def _restart(self) -> None:
         self._terms: list[torch.Tensor] = []

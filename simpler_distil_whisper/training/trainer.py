@@ -16,6 +16,7 @@ from simpler_distil_whisper.data.manifest import refuse_vanished
 from simpler_distil_whisper.launch import is_main_process, process_count
 from simpler_distil_whisper.model.devices import share_cores
 from simpler_distil_whisper.model.memory import out_of_memory
+from simpler_distil_whisper.model.processes import sums_over_processes
 from simpler_distil_whisper.model.whisper import save_whisper
 from simpler_distil_whisper.run import DataError, Run, log
 from simpler_distil_whisper.training.checkpoints import Checkpoints
@@ -96,7 +97,9 @@ class Trainer:
             run.folder, self.state.step, tensorboard, enabled=is_main_process()
         )
         self.rejections = RejectionLog(run.folder / "rejected.jsonl", max_bad_rows)
-        self.means = RunningMeans(accelerator, models.objective.uses_teacher, self.state.unlogged)
+        self.means = RunningMeans(
+            accelerator.device, models.objective.uses_teacher, self.state.unlogged
+        )
         self._record_setup()
 
     def _record_setup(self) -> None:
@@ -151,10 +154,8 @@ class Trainer:
     def _tokens_and_stop(self, micro_batches: Iterable[TrainingBatch]) -> tuple[int, bool]:
         """Return the label tokens of a step in all processes, and whether any is asked to stop."""
         own = sum(batch.label_tokens for batch in micro_batches)
-        if process_count() == 1:  # the device need not be waited for
-            return max(own, 1), self.run.asked_to_stop
         counts = torch.tensor([own, int(self.run.asked_to_stop)])
-        tokens, stop = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
+        tokens, stop = sums_over_processes(counts).tolist()
         return max(tokens, 1), stop > 0
 
     def log_means(self) -> None:
@@ -256,8 +257,7 @@ class Trainer:
         for kind, cache in (("encoder", caches.encoder), ("decoder", caches.decoder)):
             if cache is None:
                 continue
-            counts = torch.tensor([cache.hits, cache.misses]).to(self.accelerator.device)
-            hits, misses = self.accelerator.reduce(counts).tolist()
+            hits, misses = sums_over_processes(torch.tensor([cache.hits, cache.misses])).tolist()
             gigabytes = round(cache.store.used() / 1e9, 6)
             rows[f"{kind}_states"] = {"hits": hits, "misses": misses}
             log.info(
