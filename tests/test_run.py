@@ -341,7 +341,7 @@ def test_a_disk_that_cannot_take_the_outcome_either_hides_no_error(
 
     assert start(work) == 3
     shown = capsys.readouterr().err
-    assert "No space left on device: make room, and run the same command again" in shown
+    assert "No space left on device in out: make room, and run the same command again" in shown
     assert "Traceback" not in shown
 
 
