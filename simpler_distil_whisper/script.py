@@ -153,8 +153,8 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
         code, message = 3, str(error)
     elif isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         # Where a file that is open already does not fit, the system names none.
-        place = f" in {run.folder}" if run and not error.filename else ""
-        code, message = 3, f"{error}{place}: make room, and run the same command again"
+        where = f" in {run.folder}" if run and not error.filename else ""
+        code, message = 3, f"{error}{where}: make room, and run the same command again"
     elif isinstance(error, OSError) and run and error.errno in OUT_OF_REACH:
         code = 3
         message = f"{error}: see that it can be read and written, and run the same command again"

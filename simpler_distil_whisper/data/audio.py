@@ -18,17 +18,16 @@ from typing import BinaryIO, NamedTuple, TypeGuard
 import numpy as np
 import soxr
 
-from simpler_distil_whisper.data.decoders import (
+from simpler_distil_whisper.data.decoders import UNREADABLE_ERRORS, open_sound
+from simpler_distil_whisper.data.plain_text import TEXT_BYTES, first_line
+from simpler_distil_whisper.data.sound import (
     LONGEST_SECONDS,
     TOLERANCE_SECONDS,
-    UNREADABLE_ERRORS,
     Block,
     CutOffError,
     DecodingError,
     Sound,
-    open_sound,
 )
-from simpler_distil_whisper.data.plain_text import TEXT_BYTES, first_line
 from simpler_distil_whisper.files import open_regular_file
 
 log = logging.getLogger(__name__)

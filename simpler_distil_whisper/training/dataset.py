@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
-from simpler_distil_whisper.data.decoders import TOLERANCE_SECONDS
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Rejection, reject_audio
+from simpler_distil_whisper.data.sound import TOLERANCE_SECONDS
 from simpler_distil_whisper.data.workers import load_ahead
 from simpler_distil_whisper.launch import process_count, process_rank
 from simpler_distil_whisper.model.audio_context import AudioContext
