@@ -35,6 +35,7 @@ from simpler_distil_whisper.decoding.hypothesis import (
 from simpler_distil_whisper.model.options import Task
 from simpler_distil_whisper.model.special_tokens import TIME_STEP
 from simpler_distil_whisper.model.whisper import Whisper
+from simpler_distil_whisper.text.languages import NEVER_SPACED
 
 MEDIAN_WIDTH = 7  # positions over which attention is smoothed
 # Languages that openai/whisper cuts at every character, since spaces separate no words there.
@@ -304,7 +305,8 @@ def words_and_punctuation(
     """Return the words of a text, and punctuation as words of its own, each with its tokens.
 
     A word begins with a space; in languages without spaces every token of whole characters is a
-    word.
+    word. In their scripts it is one in any language: openai/whisper makes a Khmer sentence a single
+    word, of which only the last second would keep its time.
 
     Args:
         ids: tokens of text.
@@ -313,8 +315,8 @@ def words_and_punctuation(
     """
     words: list[tuple[str, list[int]]] = []
     for text, own in whole_characters(ids, text_of):
-        begins = language in CUT_AT_CHARACTERS or text.startswith(" ")
-        if begins or text.strip() in PUNCTUATION or not words:
+        unspaced = language in CUT_AT_CHARACTERS or NEVER_SPACED.match(text)
+        if unspaced or text.startswith(" ") or text.strip() in PUNCTUATION or not words:
             words.append((text, own))
         else:
             before, earlier = words[-1]

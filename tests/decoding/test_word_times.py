@@ -62,6 +62,28 @@ def test_words_are_those_of_openai_whisper(language: str, text: str) -> None:
     assert mine == list(zip(words[:-1], tokens[:-1], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("km", "ភាសាខ្មែរគឺជាភាសាកំណើត"),
+        ("bo", "བོད་སྐད་ཡིན་པ་རེད།"),
+        ("en", " He said 我今天想跟大家介紹一下"),
+    ],
+)
+def test_a_sentence_without_spaces_is_not_one_word(language: str, text: str) -> None:
+    """Of which only the end would be left, since words that last too long are shortened."""
+    theirs = pytest.importorskip("whisper.tokenizer").get_tokenizer(True, language=language)
+    tokens = [
+        TimedToken(id, place * 0.2, place * 0.2 + 0.2, 0.9)
+        for place, id in enumerate(theirs.encode(text))
+    ]
+    whole = Segment(0.0, tokens[-1].end, text)
+    [segment] = segments_with_words([(whole, tokens)], language, theirs.decode)
+    assert (segment.start_seconds, segment.end_seconds) == (0.0, round(tokens[-1].end, 2))
+    assert "".join(word.word for word in segment.words) == text
+    assert max(len(word.word.strip()) for word in segment.words) <= 4
+
+
 def test_tokens_that_are_no_characters_are_not_lost() -> None:
     theirs = pytest.importorskip("whisper.tokenizer").get_tokenizer(True, language="zh")
     ids = theirs.encode("語")[:-1] + theirs.encode("a") + theirs.encode("語")[:-1]
