@@ -110,17 +110,35 @@ def cues_of(segments: Sequence[Row]) -> list[Cue]:
 
 def _segment_cues(segment: Row) -> Iterator[Cue]:
     words = segment.get("words")
-    if words:
-        pieces = [_Piece(word["word"], word["start"], word["end"]) for word in words]
-    else:
-        start, end = segment["start_seconds"], segment["end_seconds"]
-        pieces = [_Piece(text, start, end) for text in PIECE.findall(segment["text"])]
-    lines = _lines(pieces)
+    lines = _lines(_pieces(segment))
     at_once = LINES if words else len(lines) or 1
     for first in range(0, len(lines), at_once):
         shown = lines[first : first + at_once]
         texts = tuple(_text(line) for line in shown)
         yield Cue(shown[0][0].start, shown[-1][-1].end, texts)
+
+
+def _pieces(segment: Row) -> list[_Piece]:
+    """Return what a line can be broken between: words, or what `PIECE` finds if there are none.
+
+    Words of scripts without spaces are tokens: "iP" and "hone" are one piece, and a vowel sign is
+    one with its letter.
+    """
+    words = segment.get("words")
+    if not words:
+        start, end = segment["start_seconds"], segment["end_seconds"]
+        return [_Piece(text, start, end) for text in PIECE.findall(segment["text"])]
+    text = "".join(word["word"] for word in words)
+    breaks = {match.start() for match in PIECE.finditer(text)}
+    pieces, place = list[_Piece](), 0
+    for word in words:
+        if pieces and place not in breaks:
+            before = pieces.pop()
+            pieces.append(_Piece(before.text + word["word"], before.start, word["end"]))
+        else:
+            pieces.append(_Piece(word["word"], word["start"], word["end"]))
+        place += len(word["word"])
+    return pieces
 
 
 def _lines(pieces: Sequence[_Piece]) -> list[list[_Piece]]:

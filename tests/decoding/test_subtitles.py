@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_a_segment_without_words_is_one_cue_of_short_lines() -> None:
     assert not any(line.startswith("，") for line in cue.lines)
     long_word = "x" * 60
     assert cues_of([segment(f" a {long_word} b", 0.0, 1.0)])[0].lines == ("a", long_word, "b")
+
+
+@pytest.mark.parametrize("before", range(30, 42))
+@pytest.mark.parametrize("words", [[" kn", "owledge", " iP", "hone"], ["ที", "่", "น", "ี", "่"]])
+def test_no_line_begins_within_a_word_or_with_a_vowel_sign(before: int, words: list[str]) -> None:
+    """In scripts without spaces the words of a segment are tokens."""
+    words = ["好"] * before + words
+    timed = [(word, place * 0.2, place * 0.2 + 0.2) for place, word in enumerate(words)]
+    cues = cues_of([segment("".join(words), 0.0, 9.0, timed)])
+    lines = [line for cue in cues for line in cue.lines]
+    assert "".join(lines).replace(" ", "") == "".join(words).replace(" ", "")
+    assert all(len(line) <= LINE_CHARACTERS for line in lines)
+    for line in lines:
+        assert not line.startswith(("owledge", "hone"))
+        assert not unicodedata.category(line[0]).startswith("M")
 
 
 def test_a_text_never_breaks_a_cue_in_two() -> None:
