@@ -24,7 +24,7 @@ from simpler_distil_whisper.decoding.chunks import (
     merged,
     words_of,
 )
-from simpler_distil_whisper.decoding.fallback import fails, is_silence
+from simpler_distil_whisper.decoding.fallback import fails, is_loop, is_silence
 from simpler_distil_whisper.decoding.hypothesis import (
     Hypothesis,
     Segment,
@@ -294,7 +294,9 @@ def _add_window(transcriber: Transcriber, recording: _Recording, hypothesis: Hyp
     options = transcriber.options
     given_up = fails(hypothesis, options)  # after an attempt at every temperature
     temperature = options.temperatures[-1] if given_up else hypothesis.temperature
-    if temperature > MAX_CONTEXT_TEMPERATURE or not options.condition_on_previous_text:
+    # Loops beget loops, also where the only temperature is 0, as when labelling.
+    no_context = temperature > MAX_CONTEXT_TEMPERATURE or is_loop(hypothesis, options)
+    if no_context or not options.condition_on_previous_text:
         recording.context = []
 
 

@@ -27,6 +27,7 @@ from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 DEMO = REPOSITORY / "demo_data"
 LIMIT = 24
 LANGUAGES = ["zh", "en", "ja"]
+LOOPS_WILL_DO = {"compression_ratio_threshold": None, "repetition_threshold": None}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,7 +115,7 @@ def test_same_segments_as_generate(
     whisper: Whisper, features: list[Tensor], condition: bool, prompt: str | None
 ) -> None:
     options = {"condition_on_previous_text": condition, "prompt": prompt}
-    hypotheses = transcribe(whisper, features, **options)
+    hypotheses = transcribe(whisper, features, **options, **LOOPS_WILL_DO)
     ids = Transcriber(whisper, DecodingOptions(prompt=prompt)).prompt_ids
     given = {"prompt_ids": torch.tensor([whisper.tokens.previous, *ids])} if prompt else {}
     for language, feature, hypothesis in zip(LANGUAGES, features, hypotheses, strict=True):
@@ -131,7 +132,7 @@ def test_same_segments_as_generate_of_the_demo_teacher() -> None:
         long_log_mel(load_audio(DEMO / row["audio"]), whisper.feature_extractor) for row in rows
     ]
     languages = [row["language"] for row in rows]
-    hypotheses = transcribe(whisper, features, languages)
+    hypotheses = transcribe(whisper, features, languages, **LOOPS_WILL_DO)
     for language, feature, hypothesis in zip(languages, features, hypotheses, strict=True):
         theirs = generated(whisper, feature, language, condition_on_prev_tokens=True)
         assert_same(whisper, feature, hypothesis, theirs)
@@ -221,16 +222,33 @@ def test_text_sampled_hot_is_no_context(
 
     def texts(temperature: float, condition: bool) -> list[str]:
         options = {"temperatures": [temperature], "condition_on_previous_text": condition}
+        options |= LOOPS_WILL_DO
         if all_fail:
             options["temperatures"] = [0.0, temperature]
             options |= {"log_probability_threshold": 0.0, "no_speech_threshold": None}
-            options |= {"compression_ratio_threshold": None, "repetition_threshold": None}
         hypotheses = transcribe(whisper, features[:1], ["zh"], **options)
         assert {h.temperature for h in hypotheses} == {0.0 if all_fail else temperature}
         return [h.text for h in hypotheses]
 
     assert texts(0.6, condition=True) == texts(0.6, condition=False)
     assert texts(0.5, condition=True) != texts(0.5, condition=False)
+
+
+@pytest.mark.parametrize("temperatures", [[0.0], [0.0, 0.4]])
+def test_a_loop_is_no_context(
+    whisper: Whisper, features: list[Tensor], temperatures: list[float]
+) -> None:
+    """Whatever the temperatures: labelling has one."""
+    options = {"temperatures": temperatures, **LOOPS_WILL_DO}
+
+    def texts(condition: bool, **limits: object) -> list[str]:
+        given = {**options, **limits, "condition_on_previous_text": condition}
+        return [h.text for h in transcribe(whisper, features, **given)]
+
+    assert texts(condition=True) != texts(condition=False)
+    every_text_is_a_loop = {"compression_ratio_threshold": 0.01}
+    alone = texts(condition=False, **every_text_is_a_loop)
+    assert texts(condition=True, **every_text_is_a_loop) == alone
 
 
 @pytest.mark.parametrize("form", ["sequential", "chunked"])
