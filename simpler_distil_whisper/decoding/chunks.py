@@ -248,7 +248,8 @@ def seam(
     the edges. Every shift of one over the other is tried. Each pair of equal words speaks for a
     shift, rare words more; each word of difference from the shift that the times suggest speaks
     against it. The cut is in the middle of the longest run of equal words. If nothing speaks for
-    any shift, the times alone decide.
+    any shift, the times alone decide: each chunk gets half of the overlap, unless the other one has
+    no words there. With timestamps that is common, since a chunk ends with its last whole sentence.
 
     Args:
         left: words of a chunk.
@@ -275,6 +276,8 @@ def seam(
 
     best = max(matches, key=merit, default=None)
     if best is None or merit(best) <= 0:
+        if min(in_left, in_right) < 1:
+            return len(left), 0
         return len(left) - round(in_left / 2), round(in_right / 2)
     cut = _middle_of_longest_run(matches[best])
     return cut, cut - best

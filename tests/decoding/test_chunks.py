@@ -90,6 +90,9 @@ def merged_text(left: str, right: str, in_left: float, in_right: float) -> str:
         ("and then stop", "stop it now", 0, 0, "and then stop stop it now"),
         # nothing in common: half of the overlap each
         ("a b c d e f", "u v w x y z", 2, 2, "a b c d e v w x y z"),
+        # nothing in common, since one of them has written nothing of the overlap
+        ("a b c d e f", "u v w x y z", 0, 4, "a b c d e f u v w x y z"),
+        ("a b c d e f", "u v w x y z", 4, 0, "a b c d e f u v w x y z"),
         # characters of Chinese
         ("我 想 订 六 张 到", "六 张 到 西 安", 3, 3, "我 想 订 六 张 到 西 安"),
         # one of them has no words
@@ -193,6 +196,12 @@ def test_pauses_tell_how_much_of_a_text_is_in_the_overlap() -> None:
         for pause in (slice(0), slice(134, 200), slice(0, 134))
     ]
     assert texts == ["abcdevwxyz", "abcdefuvwxyz", "abcvwxyz"]
+
+
+def test_a_sentence_that_only_the_next_chunk_has_whole_loses_no_word() -> None:
+    """With timestamps a chunk ends with its last whole sentence, often before the overlap."""
+    pair = [chunk(0, 300, (0, 190, "abcdef")), chunk(200, 500, (210, 310, "uvwx"))]
+    assert merged_segments(pair, timed=True) == [(0, 190, "abcdef"), (210, 310, "uvwx")]
 
 
 def test_a_silent_chunk_takes_nothing_from_its_neighbours() -> None:
