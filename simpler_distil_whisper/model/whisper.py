@@ -152,8 +152,8 @@ def load_whisper(
     """Return the model of a folder in evaluation mode, whatever dtype its weights have on disk.
 
     Raises:
-        ConfigError: a file cannot be loaded, weights are not finite, the attention implementation
-            is not installed, or there are no products of 8 bits here.
+        ConfigError: a file cannot be loaded, weights are not finite or contradict config.json, the
+            attention implementation is not installed, or there are no products of 8 bits here.
     """
     device, rounded = torch.device(device), dtype == "int8"
     if isinstance(dtype, str):
@@ -171,6 +171,7 @@ def load_whisper(
     # transformers leaves missing weights at random values, with no more than a warning.
     if missing := sorted(set(report["missing_keys"]) - {"proj_out.weight"}):
         raise ConfigError(f"{folder.path}: weights are missing: {', '.join(missing[:5])} ...")
+    _check_head(model, folder)
     _check_finite(model, folder)
     tokenizer = load_tokenizer(folder)
     with _blamed_on(folder.processor):
@@ -213,6 +214,20 @@ def _blamed_on(folder: Path) -> Iterator[None]:
     except Exception as error:  # a wrong file makes transformers fail with any class
         what = " ".join(str(error).split())
         raise ConfigError(f"{folder}: cannot be loaded: {type(error).__name__}: {what}") from error
+
+
+def _check_head(model: WhisperForConditionalGeneration, folder: ModelFolder) -> None:
+    """Raise ConfigError if the output head is not the token embedding, though config.json says so.
+
+    transformers would decode with this head; whatever is built from config.json has room for one.
+    """
+    embedding = model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and model.proj_out.weight is not embedding:
+        raise ConfigError(
+            f"{folder.path}: by config.json the output head is the token embedding, but the "
+            "weights hold another one, proj_out.weight: if it was trained, set "
+            '"tie_word_embeddings" to false in config.json; if not, save the model without it'
+        )
 
 
 def _check_finite(model: WhisperForConditionalGeneration, folder: ModelFolder) -> None:

@@ -370,6 +370,27 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
         loaded(folder)
 
 
+def test_a_head_of_its_own_is_kept_where_config_json_says_so_and_else_refused(
+    tmp_path: Path,
+) -> None:
+    folder = plain(tmp_path / "teacher")
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.decoder.embed_tokens.weight"]
+    # Saved twice, as by some trainers, it is still the embedding.
+    weights["proj_out.weight"] = embedding.clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(loaded(folder).model.proj_out.weight, embedding)
+    weights["proj_out.weight"] = 2 * embedding
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match='set "tie_word_embeddings" to false'):
+        loaded(folder)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    student = weights_in(prune(folder, tmp_path / "student"))
+    assert torch.equal(student["proj_out.weight"], weights["proj_out.weight"])
+    assert torch.equal(student["model.decoder.embed_tokens.weight"], embedding)
+
+
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "m")
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
