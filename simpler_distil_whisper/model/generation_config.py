@@ -34,6 +34,9 @@ def completed_generation_config(
     _drop_unused_settings(config)
     if config.max_length is None:  # else transformers stops after 20 tokens
         config.max_length = model.config.max_target_positions
+    stated = config.eos_token_id
+    if tokens.end not in (stated if isinstance(stated, list) else [stated]):
+        config.eos_token_id = tokens.end  # else `generate` would go on after the end of a text
     config.decoder_start_token_id = tokens.start
     config.prev_sot_token_id = tokens.previous
     config.no_timestamps_token_id = tokens.no_timestamps

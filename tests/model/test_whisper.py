@@ -185,6 +185,19 @@ def test_settings_that_transformers_does_not_write_are_left_out(
     assert saved["max_length"] == 100
 
 
+@pytest.mark.parametrize(
+    ("stated", "saved"), [(None, 256), (5, 256), ([5], 256), (256, 256), ([5, 256], [5, 256])]
+)
+def test_a_saved_model_ends_with_its_tokenizers_end_token(
+    folder: Path, tmp_path: Path, stated: object, saved: object
+) -> None:
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "eos_token_id": stated}))
+    save_whisper(loaded(folder).model, folder, tmp_path / "saved")
+    model = WhisperForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert model.generation_config.eos_token_id == saved
+
+
 def with_tokens(folder: Path, **ids: int) -> Path:
     """Write tokens that the tokenizer lacks, or has under other ids, into its config."""
     path = folder / "tokenizer_config.json"
