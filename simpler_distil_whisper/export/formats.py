@@ -4,6 +4,7 @@ Owns what is known of CTranslate2, faster-whisper and openai-whisper, which are 
 they are needed. Whether their texts are the right ones is for `verification`.
 """
 
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -94,7 +95,7 @@ def write_ctranslate2(
         """Takes the model and the tokenizer as loaded here, instead of loading them itself."""
 
         def load_model(self, *arguments: object, **options: object) -> object:
-            return whisper.model
+            return copy.deepcopy(whisper.model)  # it rounds to integers in place
 
         def load_tokenizer(self, *arguments: object, **options: object) -> object:
             return whisper.tokenizer

@@ -112,6 +112,20 @@ def test_the_demo_in_ctranslate2_gives_the_same_texts(
     check_that_eval_reads_them(tmp_path, variants)
 
 
+def test_what_is_exported_first_changes_nothing_of_the_others(
+    tmp_path: Path, run_export: RunExport
+) -> None:
+    pytest.importorskip("ctranslate2")
+    variants = ["int8", "int16", "int8_float32", "float16", "float32"]
+    names = [f"ctranslate2-{variant}" for variant in variants]
+    assert run_export(DEMO / "teacher", demo_clips(tmp_path, 2), *names) == 0
+    systems = exports(tmp_path)
+    assert systems["ctranslate2-float32"]["identical"] == 2
+    assert systems["ctranslate2-float16"]["identical"] == 2
+    first, third = ((tmp_path / "out" / names[i] / "model.bin").read_bytes() for i in (0, 2))
+    assert first == third  # two names of one rounding
+
+
 @pytest.mark.slow
 def test_an_export_can_be_given_the_clip_alone_as_documented(
     tmp_path: Path, run_export: RunExport
