@@ -142,6 +142,7 @@ class AddedToken(SettingsFile):
     """A token of tokenizer_config.json."""
 
     content: str
+    special: bool = False
 
 
 class AddedTokens(SettingsFile):
@@ -154,7 +155,6 @@ class NumberedToken(AddedToken):
     """A token of tokenizer.json."""
 
     id: NonNegativeInt
-    special: bool = False
 
 
 class Tokens(SettingsFile):
@@ -263,17 +263,27 @@ def is_added_word(token: str, special: bool) -> bool:
 
 
 def read_added_words(folder: Path, end: int) -> list[str]:
-    """Return the words that people have added to a folder's tokenizer.json, behind the end token.
+    """Return the words that people have added to a folder's tokenizer, behind the end token.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: a file is damaged.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return []
-    added = checked(Tokens, read_json(path), path).added_tokens
     return [
         token.content
-        for token in added
-        if token.id > end and is_added_word(token.content, token.special)
+        for id, token in sorted(_read_added_tokens(folder).items())
+        if id > end and is_added_word(token.content, token.special)
     ]
+
+
+def _read_added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Return id -> token of those that are no part of the tokenizer's model."""
+    if (path := folder / "tokenizer.json").is_file():
+        return {token.id: token for token in checked(Tokens, read_json(path), path).added_tokens}
+    tokens: dict[int, AddedToken] = {}
+    # Whisper's tokenizer of transformers 4 saves no tokenizer.json, but these.
+    if (path := folder / "added_tokens.json").is_file():
+        ids = checked(Vocabulary, read_json(path), path).root
+        tokens |= {id: AddedToken(content=content) for content, id in ids.items()}
+    if (path := folder / "tokenizer_config.json").is_file():
+        tokens |= checked(AddedTokens, read_json(path), path).added_tokens_decoder
+    return tokens

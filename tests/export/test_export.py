@@ -370,6 +370,19 @@ def test_added_words_are_nothing_for_faster_whisper(openai_whisper: Path, tmp_pa
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     reason = targets.why_not_faster_whisper(extended)
     assert reason == "it would leave the words out that were added to the vocabulary: 浴室"
+    # As transformers 4 saves a tokenizer: first without what is special, then with it.
+    (tmp_path / "tokenizer.json").unlink()
+    added = content["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added if token["content"] != "<pad>"}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
+    assert targets.why_not_faster_whisper(extended) == reason
+    settings = {"added_tokens_decoder": {str(token["id"]): token for token in added}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert targets.why_not_faster_whisper(extended) == reason
+    (tmp_path / "added_tokens.json").unlink()
+    del settings["added_tokens_decoder"][str(ids["浴室"])]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert targets.why_not_faster_whisper(extended) is None
 
 
 @pytest.mark.parametrize(
