@@ -4,6 +4,7 @@ Owns what the weight files alone can answer: a hash of the weights, whether two 
 the output head, the number of parameters.
 """
 
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -27,6 +28,12 @@ ENCODER_SETTINGS = (
     "scale_embedding",
 )
 DECODER_SETTINGS = ("decoder_layers", "decoder_attention_heads", "max_target_positions")
+DTYPES = {  # by the names in the files
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 HEAD = "decoder.embed_tokens.weight"  # in Whisper the output head is the token embedding
 
 
@@ -52,13 +59,14 @@ def read_tensor(stored: StoredTensor) -> Tensor:
 
 
 def stored_dtype(folder: ModelFolder) -> torch.dtype:
-    """Return the dtype that the decoder's weights have on disk.
+    """Return the dtype that the weights have on disk: of several one that rounds none of them.
 
     Raises:
         ConfigError: there are none.
     """
-    [stored, *_] = tensors_in(folder.path, "decoder.layer_norm.weight").values()
-    return read_tensor(stored).dtype
+    stored = {tensor.dtype for tensor in tensors_in(folder.path, "").values()}
+    dtypes = [dtype for name, dtype in DTYPES.items() if name in stored]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def digest_of_weights(folder: Path, prefix: str = "") -> str:

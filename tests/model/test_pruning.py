@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_model_folder
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -226,6 +226,23 @@ def test_the_config_describes_the_student(
 def test_null_keeps_all_layers(tmp_path: Path, teacher_folder: Path, teacher: Model) -> None:
     folder = create_student(teacher_folder, tmp_path / "s")
     assert torch.equal(compute_logits(loaded(folder)), compute_logits(teacher))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["encoder", "decoder"])
+def test_what_was_trained_and_saved_in_float32_beside_halves_is_not_rounded(
+    tmp_path: Path, teacher_folder: Path, trained: str, half: torch.dtype
+) -> None:
+    folder = shutil.copytree(teacher_folder, tmp_path / "t")
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if f"{trained}." not in name:
+            weights[name] = tensor.to(half)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    student = create_student(folder, tmp_path / "s", decoder_layers=2)
+    for name, tensor in load_file(student / "model.safetensors").items():
+        if "decoder.layers" not in name:
+            assert torch.equal(tensor.float(), weights[name].float()), name
 
 
 def test_the_generation_config_survives_saving(tmp_path: Path, teacher_folder: Path) -> None:
