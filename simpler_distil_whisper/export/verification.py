@@ -15,13 +15,18 @@ import numpy as np
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, AudioError, load_audio
 from simpler_distil_whisper.data.jsonl import to_line
-from simpler_distil_whisper.data.manifest import Rejection, Utterance, reject
+from simpler_distil_whisper.data.manifest import (
+    Rejection,
+    Utterance,
+    refuse_vanished,
+    reject_audio,
+)
 from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.decoding.speed import Speed, write_speed
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import Scorer, total
 from simpler_distil_whisper.progress import Progress
-from simpler_distil_whisper.run import Run
+from simpler_distil_whisper.run import DataError, Run
 
 HYPOTHESIS = "hypothesis"  # the column, as offline inference calls it
 SHORTEST_SECONDS = 0.1
@@ -75,15 +80,30 @@ class Transcription(NamedTuple):
 def usable_clips(
     utterances: Iterable[Utterance], window_seconds: float
 ) -> tuple[list[Utterance], list[Rejection]]:
-    """Return the utterances whose audio can be decoded and fits into the window, and the others."""
+    """Return the utterances whose audio can be decoded and fits into the window, and the others.
+
+    Raises:
+        DataError: audio has vanished since the manifest was read.
+    """
     clips, rejections = [], []
     for utterance in utterances:
         try:
             load_audio(*utterance.clip, min_seconds=SHORTEST_SECONDS, max_seconds=window_seconds)
             clips.append(utterance)
         except AudioError as error:
-            rejections.append(reject(utterance, f"{utterance.audio}: {error}"))
+            rejections.append(reject_audio(utterance, error))
+    refuse_vanished(rejections)
     return clips, rejections
+
+
+def _load(clip: Utterance) -> np.ndarray:
+    """Return float32 [S]: the waveform of a clip that could be decoded before."""
+    try:
+        return load_audio(*clip.clip)
+    except AudioError as error:
+        rejection = reject_audio(clip, error)
+        refuse_vanished([rejection])
+        raise DataError(f"{clip.place}: {rejection.reason}, though it could be read") from None
 
 
 def transcribe(
@@ -93,15 +113,19 @@ def transcribe(
     languages: Sequence[str | None],
     run: Run,
 ) -> Transcription:
-    """Return a system's transcripts of the clips; its first clip is decoded twice, as a warm-up."""
+    """Return a system's transcripts of the clips; its first clip is decoded twice, as a warm-up.
+
+    Raises:
+        DataError: the audio of a clip has vanished or changed.
+    """
     size = system.batch_size
     transcripts: list[Transcript] = []
     speed = Speed()
-    system.transcribe([load_audio(*clips[0].clip)], languages[:1])
+    system.transcribe([_load(clips[0])], languages[:1])
     with Progress(f"{name} transcribes", "clips", len(clips)) as progress:
         for start in range(0, len(clips), size):
             run.stop_if_asked()
-            waveforms = [load_audio(*one.clip) for one in clips[start : start + size]]
+            waveforms = [_load(clip) for clip in clips[start : start + size]]
             started = time.perf_counter()
             batch = system.transcribe(waveforms, languages[start : start + size])
             elapsed = time.perf_counter() - started

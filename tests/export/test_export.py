@@ -512,6 +512,38 @@ def test_unusable_rows_are_logged_and_left_out(
     assert run_export(model, clips, "ctranslate2-int8") == 2, "another run is in the folder"
 
 
+@pytest.mark.parametrize("left", [None, b""])
+def test_audio_that_vanishes_ends_the_run_until_it_is_there_again(
+    left: bytes | None,
+    tmp_path: Path,
+    run_export: RunExport,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("ctranslate2")
+    clips = demo_clips(tmp_path, 2)
+    rows = read_rows(clips)
+    vanishing = tmp_path / "vanishing.opus"
+    shutil.copyfile(rows[1]["audio"], vanishing)
+    write_rows(clips, [rows[0], rows[1] | {"audio": str(vanishing)}])
+    right = formats.write_ctranslate2
+
+    def write_once_it_has_vanished(*arguments: Any) -> None:
+        vanishing.unlink()
+        if left is not None:
+            vanishing.write_bytes(left)
+        right(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "write_ctranslate2", write_once_it_has_vanished)
+        assert run_export(DEMO / "teacher", clips, "ctranslate2-float32") == 3
+    message = capsys.readouterr().err
+    assert f"clips.jsonl:2: {vanishing}: " in message
+    assert ("Audio has vanished since the manifest was read" in message) == (left is None)
+    shutil.copyfile(rows[1]["audio"], vanishing)
+    assert run_export(DEMO / "teacher", clips, "ctranslate2-float32") == 0
+
+
 def test_without_any_usable_clip_it_ends_with_the_reasons(
     tmp_path: Path, run_export: RunExport, capsys: pytest.CaptureFixture[str]
 ) -> None:
