@@ -88,7 +88,11 @@ def original_system(whisper: Whisper, folder: ModelFolder, options: DecodingOpti
 def write_ctranslate2(
     whisper: Whisper, folder: ModelFolder, quantization: str, target: Path
 ) -> None:
-    """Write the folder that CTranslate2 and faster-whisper load."""
+    """Write the folder that CTranslate2 and faster-whisper load.
+
+    Raises:
+        DataError: the tokenizer cannot be written.
+    """
     from ctranslate2.converters import TransformersConverter
 
     class Converter(TransformersConverter):  # type: ignore[misc]
@@ -104,8 +108,12 @@ def write_ctranslate2(
     # Without tokenizer.json faster-whisper would download one; without preprocessor_config.json it
     # would compute 80 mels, whatever the model takes.
     copy_processor(folder.processor, target)
-    if not (target / "tokenizer.json").exists():
+    if (target / "tokenizer.json").exists():
+        return
+    try:
         whisper.tokenizer.save_pretrained(target)
+    except Exception as error:  # tokenizers raises no other class, also where the disk is full
+        raise DataError(_cannot_be_written(target, error)) from None
 
 
 def ctranslate2_system(whisper: Whisper, folder: ModelFolder, target: Path, task: Task) -> System:
@@ -229,10 +237,12 @@ def write_openai(whisper: Whisper, quantization: Dtype, target: Path) -> None:
         torch.save({"dims": dims, "model_state_dict": named}, target / "model.pt")
         save_file(named, target / "model.safetensors", metadata={"dims": json.dumps(dims)})
     except (RuntimeError, SafetensorError) as error:  # no OSError, also where the disk is full
-        raise DataError(
-            f"{target} cannot be written: {error}: make room, and run the same command again"
-        ) from None
+        raise DataError(_cannot_be_written(target, error)) from None
     shutil.copymode(target / "model.pt", target / "model.safetensors")
+
+
+def _cannot_be_written(target: Path, error: Exception) -> str:
+    return f"{target} cannot be written: {error}: make room, and run the same command again"
 
 
 def openai_dimensions(whisper: Whisper) -> dict[str, int]:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import resource
 import shutil
 import struct
 import subprocess
@@ -31,6 +32,7 @@ from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper
+from simpler_distil_whisper.run import DataError
 from simpler_distil_whisper.script import run_script
 
 DEMO = REPOSITORY / "demo_data"
@@ -510,6 +512,29 @@ def test_unusable_rows_are_logged_and_left_out(
     assert rows[1]["language"] in ("en", "zh"), "the model has detected it"
     write_rows(clips, [empty])
     assert run_export(model, clips, "ctranslate2-int8") == 2, "another run is in the folder"
+
+
+def test_a_disk_too_full_for_the_tokenizer_ends_in_a_message(
+    openai_whisper: Path, tmp_path: Path
+) -> None:
+    """Stood in for by the largest file that this process may write."""
+    pytest.importorskip("ctranslate2")
+    early = shutil.copytree(openai_whisper, tmp_path / "model")
+    content = json.loads((early / "tokenizer.json").read_text())
+    (early / "tokenizer.json").unlink()
+    (early / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    (early / "merges.txt").write_text("#version: 0.2\n")
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    (early / "added_tokens.json").write_text(json.dumps(ids))
+    folder = read_model_folder(early, None, "model")
+    whisper = load_whisper(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, limits[1]))  # the model takes less
+    try:
+        with pytest.raises(DataError, match="x cannot be written.*: make room"):
+            formats.write_ctranslate2(whisper, folder, "int8", tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("left", [None, b""])
