@@ -193,13 +193,16 @@ def _piece(
     unit: _Unit, segments: Sequence[SegmentSpan], pauses: _Pauses, limits: RowLimits
 ) -> Piece:
     """Return the piece of one unit, with some of the silence around it."""
-    start, end = segments[unit.segments[0]].start, segments[unit.segments[-1]].end
+    first, last = segments[unit.segments[0]], segments[unit.segments[-1]]
+    start, end = first.start, last.end
     if unit.before is None or unit.after is None:
         return Piece(start, end, unit.segments, NO_PAUSE)
     if unit.before >= unit.after:
         return Piece(start, end, unit.segments, NO_SPEECH)
     start = pauses.times[unit.before][1] - min(PADDING_SECONDS, pauses.length(unit.before) / 2)
     end = pauses.times[unit.after][0] + min(PADDING_SECONDS, pauses.length(unit.after) / 2)
+    if first.end < start - TOLERANCE_SECONDS or last.start > end + TOLERANCE_SECONDS:
+        return Piece(first.start, last.end, unit.segments, NO_SPEECH)
     tokens = sum(segments[number].tokens for number in unit.segments)
     if end - start <= limits.seconds and tokens <= limits.tokens:
         return Piece(start, end, unit.segments)

@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from simpler_distil_whisper.data.options import Columns
@@ -147,6 +147,9 @@ def spans(edges: list[int]) -> list[tuple[float, float]]:
 
 @settings(max_examples=60, deadline=None)
 @given(segments=times, speech=times, contiguous=st.booleans())
+# The first segment, and the last one, has no speech, but its neighbour is too near for a pause.
+@example(segments=[0, 117, 216, 271], speech=[143, 232], contiguous=False)
+@example(segments=[0, 16, 58, 59], speech=[0, 32], contiguous=False)
 def test_pieces_hold_every_segment_once_and_are_cut_in_silence(
     segments: list[int], speech: list[int], contiguous: bool
 ) -> None:
