@@ -67,9 +67,22 @@ class Run:
     """
 
     def __init__(
-        self, name: str, config_path: Path, config: Any, *, overwrite: bool = False
+        self,
+        name: str,
+        config_path: Path,
+        config: Any,
+        *,
+        overwrite: bool = False,
+        looking: bool = False,
     ) -> None:
         """Open the folder `config.output_dir` for a run of the script `name`.
+
+        Args:
+            name: the script's name.
+            config_path: its JSON file.
+            config: what is in it.
+            overwrite: as in `run_script`.
+            looking: only tell whether the run could begin; nothing is made or written.
 
         Raises:
             ConfigError: the folder holds something that this run must not touch.
@@ -82,12 +95,10 @@ class Run:
         self.own_folder = self.shards.own_folder if self.shards else self.folder
         self.stop_signal: int | None = None
         self._parent = os.getppid()
-        try:
-            if self.shards:
-                self.shards.begin()
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._refusal(f"{self.folder} cannot be made: {error.strerror}") from None
+        if not looking:
+            self._make_folders()
+        elif self.shards:
+            self.shards.check()
         self._inputs = _inputs_of(config) if is_main_process() else {}
         self._copy = self.own_folder / f"{name}.json"
         self._info_path = self.own_folder / "run_info.json"
@@ -95,8 +106,16 @@ class Run:
         self._read_earlier_run()
         if is_main_process():
             self._refuse_foreign_folder()
-            if not self.finished:
+            if not self.finished and not looking:
                 self._begin()
+
+    def _make_folders(self) -> None:
+        try:
+            if self.shards:
+                self.shards.begin()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._refusal(f"{self.folder} cannot be made: {error.strerror}") from None
 
     def _read_earlier_run(self) -> None:
         """Note what an earlier run has left in the folder."""
@@ -173,7 +192,10 @@ class Run:
         after = _flat(self._config.model_dump(mode="json"))
         keys = sorted((before.keys() | after.keys()) - HARMLESS_KEYS)
         if changed := [key for key in keys if before.get(key) != after.get(key)]:
-            lines = [f"  {key}: was {before.get(key)}, is {after.get(key)}" for key in changed]
+            lines = [
+                f"  {key}: was {_in_json(before.get(key))}, is {_in_json(after.get(key))}"
+                for key in changed
+            ]
             raise self._refusal(
                 f'{self.folder} holds a run of another config; choose another "output_dir", or '
                 "restore these keys:\n" + "\n".join(lines)
@@ -191,7 +213,8 @@ class Run:
         written_first = {*map(partial_path, files), self.own_folder / "log.txt"}
         if self._is_ours:
             written_first.update(files)
-        return all(path in written_first and path.is_file() for path in self.own_folder.iterdir())
+        there = self.own_folder.iterdir() if self.own_folder.is_dir() else ()
+        return all(path in written_first and path.is_file() for path in there)
 
     def note(self, **facts: object) -> None:
         """Add facts such as the device to `run_info.json`."""
@@ -272,6 +295,11 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.")
     return flat
+
+
+def _in_json(value: object) -> str:
+    """Return the value of a key as its user writes it, such as null."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def package_versions() -> dict[str, str]:

@@ -96,6 +96,7 @@ def run_script(
             config = _load_config(path, model)
             prepared = prepare(config)
             if "--check" in sys.argv[1:]:
+                Run(name, path, config, overwrite=overwrite, looking=True)
                 if check:
                     check(config, prepared)
                 log.info("%s: all checked, nothing done.", path)

@@ -114,11 +114,12 @@ class Shards:
         return [self._folder_of(index) for index in range(self.own.count)]
 
     def begin(self) -> None:
-        """Make the folder of this shard.
+        """Make the folder of this shard, if `check` has no objection."""
+        self.check()
+        self.own_folder.mkdir(parents=True, exist_ok=True)
 
-        Raises:
-            ConfigError: the run in the output folder has no shards, or another number of them.
-        """
+    def check(self) -> None:
+        """Raise ConfigError if the run in the output folder has no shards, or not as many."""
         output = self.folder.parent
         is_empty = not output.is_dir() or not any(output.iterdir())
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else None
@@ -135,7 +136,6 @@ class Shards:
                     f"{self.own.count}: keep their number. Where single tasks of a job array are "
                     f'started again, {VARIABLE} must name it, as in "{self.own.index}/{count}"'
                 )
-        self.own_folder.mkdir(parents=True, exist_ok=True)
 
     def agree(self, name: str, value: int) -> int:
         """Return the number that the first of all shards has named; the same one for each."""

@@ -236,7 +236,7 @@ def test_a_run_of_another_config_is_refused_with_the_keys_that_differ(
     capsys.readouterr()
     assert start(write_words, words=4, data={"manifest": "b.jsonl", "num_workers": 2}) == 2
     shown = capsys.readouterr().err
-    assert "  data.manifest: was a.jsonl, is b.jsonl\n  words: was 3, is 4\n" in shown
+    assert '  data.manifest: was "a.jsonl", is "b.jsonl"\n  words: was 3, is 4\n' in shown
     assert "num_workers" not in shown.partition("holds a run of another config")[2]
     assert contents(Path("out")) == before
 
@@ -390,6 +390,30 @@ def test_check_names_a_file_in_the_way_of_output_dir(
     Path("out").write_text("mine")
     assert start(fail, "--check", output_dir=place) == 2
     assert f"output_dir: {place} cannot be made: out is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["another config", "a file of yours", "a run in shards"])
+def test_check_refuses_the_output_dir_that_the_run_would_refuse(
+    start: Callable[..., int], first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if first == "another config":
+        assert start(write_words) == 0
+    else:
+        Path("out").mkdir()
+        Path("out/shards" if first == "a run in shards" else "out/mine").mkdir()
+    before = contents(Path("out"))
+    for flags in ([], ["--check"]):
+        capsys.readouterr()
+        assert start(write_words, *flags, words=4) == 2
+        assert "output_dir: out " in capsys.readouterr().err
+    assert contents(Path("out")) == before
+
+
+def test_check_of_a_run_that_can_go_on_is_good(start: Callable[..., int]) -> None:
+    assert start(write_words) == 0
+    before = contents(Path("out"))
+    assert start(fail, "--check") == 0
+    assert contents(Path("out")) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["x.json", "y.json"], ["--check"]])
