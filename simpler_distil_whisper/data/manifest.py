@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -170,8 +171,14 @@ def refuse_vanished(rejections: Iterable[Rejection]) -> None:
 
 
 def first_reasons(rejections: Sequence[Rejection]) -> str:
-    """Return the first few rejections for a message, each on a line of its own."""
-    return "".join(f"\n  {rejection.place}: {rejection.reason}" for rejection in rejections[:5])
+    """Return the first few reasons for a message, each with its first row on a line of its own."""
+    counts = Counter(rejection.reason for rejection in rejections)
+    firsts = {rejection.reason: rejection.place for rejection in reversed(rejections)}
+    lines = []
+    for reason, count in itertools.islice(counts.items(), 5):
+        more = f" (and {count - 1} more such rows)" if count > 1 else ""
+        lines.append(f"\n  {firsts[reason]}: {reason}{more}")
+    return "".join(lines)
 
 
 class Utterances(Sequence[Utterance]):
@@ -254,12 +261,14 @@ class Manifest:
 
     Attributes:
         fingerprint: a hash of all rows, and of what numbers them beyond their order.
+        texts: how many of the usable rows have a text.
     """
 
     path: Path
     utterances: Utterances
     rejections: list[Rejection]
     fingerprint: str
+    texts: int
 
     @property
     def row_count(self) -> int:
@@ -274,7 +283,8 @@ class Manifest:
             DataError: more than `max_bad_fraction` of the rows is unusable, or all rows are.
         """
         summary = f"{self.path}: {self.row_count} rows, {len(self.rejections)} unusable"
-        log.info("%s", summary)
+        column = self.utterances.columns.text
+        log.info('%s, %s with a text under "%s"', summary, self.texts or "none", column)
         too_many = len(self.rejections) > max_bad_fraction * self.row_count
         if self.utterances and not too_many:
             return self
@@ -318,7 +328,7 @@ def read_manifest(
     rejections: list[Rejection] = []
     digest = hashlib.sha256(b"" if channel == MEAN else channel.encode())
     lines = placed_lines(path, "manifest")
-    rows = number = 0
+    rows = number = texts = 0
     used = itertools.islice(lines, max_utterances)
     for (line_number, offset, line), row in _checked(used, check):
         rows += 1
@@ -333,6 +343,7 @@ def read_manifest(
         for one in row.channels:
             utterances.append(number, line_number, offset, one, row.base)
             number += 1
+            texts += row.has_text
     if next(lines, None):
         log.info("%s: only the first %d rows are used (max_utterances)", path, rows)
     if channel == "each":
@@ -340,7 +351,7 @@ def read_manifest(
     utterances.check_unchanged()
     if not utterances and not rejections:
         raise DataError(f"{path}: the manifest has no rows")
-    return Manifest(path, utterances, rejections, digest.hexdigest())
+    return Manifest(path, utterances, rejections, digest.hexdigest(), texts)
 
 
 def _checked(

@@ -36,10 +36,14 @@ NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 class GoodRow(NamedTuple):
-    """The channels of which rows are made, and where the audio is: IN_FOLDER or another."""
+    """The channels of which rows are made, where the audio is, and whether there is a text.
+
+    Where it is: IN_FOLDER or another.
+    """
 
     channels: list[int]
     base: int
+    has_text: bool
 
 
 class BadRow(NamedTuple):
@@ -68,7 +72,8 @@ class RowCheck:
             path, base = self._audio(row)
             self._check_language(row)
             self._check_new_fields(row)
-            return GoodRow(self._channels(row, path), base)
+            has_text = row.get(self.columns.text) is not None
+            return GoodRow(self._channels(row, path), base, has_text)
         except ValueError as error:
             content = _readable(line) if row is None else row
             return BadRow(shortened(str(error), 1000), content)
@@ -77,7 +82,10 @@ class RowCheck:
         columns = self.columns
         audio = row.get(columns.audio)
         if not isinstance(audio, str) or not audio:
-            raise RowError(f'no audio path under "{columns.audio}"; the keys are {", ".join(row)}')
+            raise RowError(
+                f'no audio path under "{columns.audio}" (columns.audio); the keys are '
+                f"{', '.join(row)}"
+            )
         check_text(row.get(columns.text), columns.text)
         identity = row.get(columns.id) if columns.id else None
         if isinstance(identity, bool | list | dict):

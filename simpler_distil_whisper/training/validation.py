@@ -92,7 +92,12 @@ class Validation:
         if missing := len(dev.utterances) - len(self.references):
             log.warning("%s: %d rows have no reference and are not scored", dev.path, missing)
         if not self.references:
-            raise DataError(f"{dev.path}: no row has a reference, so nothing can be scored")
+            columns = data.columns
+            raise DataError(
+                f'{dev.path}: no row has a reference, neither under "{columns.reference}" '
+                f'(data.columns.reference) nor under "{columns.text}" (data.columns.text), so '
+                "nothing can be scored"
+            )
         self.utterances = [u for u in dev.utterances if u.number in self.references]
         limit = options.decoding.max_new_tokens
         self.decoding = DecodingOptions(

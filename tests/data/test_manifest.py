@@ -104,7 +104,10 @@ BAD_ROWS: list[tuple[object, str]] = [
     (b'{"audio": "clip.wav", "x": "\xe9"}', "not UTF-8"),
     ('{"audio": "clip.wav", "audio": "other.wav"}', 'has the key "audio" twice in one object'),
     ('{"audio": "clip.wav", "x": [{"y": 1, "z": 2, "y": 1}]}', 'has the key "y" twice'),
-    ({"id": "n", "text": "好"}, 'no audio path under "audio"; the keys are id, text'),
+    (
+        {"id": "n", "text": "好"},
+        'no audio path under "audio" (columns.audio); the keys are id, text',
+    ),
     ({"audio": None}, 'no audio path under "audio"'),
     ({"audio": ""}, 'no audio path under "audio"'),
     ({"audio": ["clip.wav"]}, 'no audio path under "audio"'),
@@ -229,6 +232,32 @@ def test_max_utterances_takes_the_first_rows_good_or_bad(folder: Path) -> None:
     assert [row.id for row in manifest.utterances] == ["u1", "u2"]
     assert len(manifest.rejections) == 1
     assert read(folder, GOOD, max_utterances=9).row_count == 1
+
+
+def test_rows_with_the_same_fault_take_one_line(folder: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(folder, *[{"wav": CLIP, "id": "x"}] * 7, "{").check(0.1)
+    _, first, second = str(caught.value).split("\n")
+    assert first.endswith(
+        'm.jsonl:1: no audio path under "audio" (columns.audio); the keys are wav, id '
+        "(and 6 more such rows)"
+    )
+    assert "m.jsonl:8: not JSON" in second
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [
+        ([GOOD, {**GOOD, "text": None}, {"audio": CLIP, "transcript": "好"}], "1 with a text"),
+        ([{"audio": CLIP, "transcript": "好"}], "none with a text"),
+    ],
+)
+def test_the_log_says_how_many_rows_have_a_text(
+    folder: Path, caplog: pytest.LogCaptureFixture, rows: list[object], shown: str
+) -> None:
+    caplog.set_level("INFO")
+    read(folder, *rows).check(0.1)
+    assert f'{len(rows)} rows, 0 unusable, {shown} under "text"' in caplog.text
 
 
 @pytest.mark.parametrize(("bad", "ok"), [(0, True), (1, True), (2, False), (3, False)])

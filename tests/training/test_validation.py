@@ -113,7 +113,8 @@ def test_rows_nobody_has_transcribed_are_not_scored(tmp_path: Path, setting: Set
     assert total(score.counts["en"]).deletions == 2
     assert total(score.counts["en"]).reference_tokens == len(hypotheses[2]) + 2
     rows[2]["origin_text"] = None
-    with pytest.raises(DataError, match="nothing can be scored"):
+    columns = r'"origin_text" \(data.columns.reference\) nor under "text" \(data.columns.text\)'
+    with pytest.raises(DataError, match=f"{columns}, so nothing can be scored"):
         score_student(tmp_path / "none", setting, write_rows(tmp_path / "none.jsonl", rows))
 
 
