@@ -215,7 +215,8 @@ def score(
 def main() -> None:
     """Train a student by each recipe and print a row for it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RECIPES)}; none: all")
+    names = ", ".join(RECIPES).replace("%", "%%")  # argparse formats its help
+    parser.add_argument("recipes", nargs="*", help=f"of {names}; none: all")
     for name in ("teacher", "train", "dev"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=24)
