@@ -209,7 +209,7 @@ def read_reference(row: Row, columns: HypothesisColumns) -> str | None:
     """
     if columns.reference is None or row.get(columns.reference, "") is None:
         return None
-    return _read_text(row, columns.reference)
+    return _read_text(row, columns.reference, "columns.reference")
 
 
 def _examine(
@@ -230,7 +230,7 @@ def _examine(
             system.columns.update(row)
             utterance_id = _read_id(row, line, columns)
             reference = read_reference(row, columns)
-            _read_text(row, columns.hypothesis)
+            _read_text(row, columns.hypothesis, "columns.hypothesis")
             if utterance_id in system.lines:
                 raise RowError("its id stands in an earlier row, which is taken")
             if references.setdefault(utterance_id, hash(reference)) != hash(reference):
@@ -293,17 +293,17 @@ def _read_id(row: Row, line: int, columns: HypothesisColumns) -> str:
         return str(line)
     if is_number(row.get(columns.id)):
         return str(row[columns.id])
-    return _read_text(row, columns.id)
+    return _read_text(row, columns.id, "columns.id; with null, rows are matched by line number")
 
 
-def _read_text(row: Row, column: str) -> str:
-    """Return the text in a column.
+def _read_text(row: Row, column: str, key: str) -> str:
+    """Return the text in the column that a key of the config names.
 
     Raises:
         RowError: the row has no such column, or no text in it.
     """
     if column not in row:
-        raise RowError(f'no column "{column}"')
+        raise RowError(f'no column "{column}" ({key})')
     value = row[column]
     if value is None:
         raise RowError(f'column "{column}" is null')
