@@ -44,8 +44,8 @@ that read them; `--help` of a script shows the same table.
   `eval.json` and `export.json` name, batch sizes and how often something is logged and saved: those
   suit the demo. They differ in `student.decoder_layers` (left out, nothing is pruned),
   `sampled_texts.count`, `data.sampled_text_probability`, `data.max_error_rate`,
-  `objective.cross_entropy_weight`, `freeze.embed_tokens`, `augmentation` and, for inference,
-  `decoding.temperatures`.
+  `objective.cross_entropy_weight`, `freeze.embed_tokens`, `augmentation`, for inference
+  `decoding.temperatures` and, in `eval.json`, `hallucination.phrases`.
 """
 ENTRY = re.compile(r"  (?P<key>\S+)\n      (?P<type>.*?), (?:required|default (?=(?P<rest>.*)))")
 
