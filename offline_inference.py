@@ -118,7 +118,7 @@ def prepare(config: Config) -> Prepared:
         languages=folder.row_languages,
         new_fields=new_fields,
     )
-    return folder, assistant_folder, manifest.check(data.max_bad_fraction)
+    return folder, assistant_folder, manifest.check(data.max_bad_fraction, count_texts=True)
 
 
 def work(config: Config, prepared: Prepared, run: Run) -> str:

@@ -98,7 +98,7 @@ def prepare(config: Config) -> Prepared:
         languages=folder.row_languages,
         new_fields=config.label_columns.new_fields(data.columns.text),
     )
-    return folder, manifest.check(data.max_bad_fraction)
+    return folder, manifest.check(data.max_bad_fraction, count_texts=True)
 
 
 def work(config: Config, prepared: Prepared, run: Run) -> str:

@@ -275,8 +275,12 @@ class Manifest:
         """The number of rows that were read."""
         return len(self.utterances) + len(self.rejections)
 
-    def check(self, max_bad_fraction: float) -> "Manifest":
+    def check(self, max_bad_fraction: float, *, count_texts: bool = False) -> "Manifest":
         """Log how many rows are unusable, and return the manifest itself.
+
+        Args:
+            max_bad_fraction: more unusable rows are refused.
+            count_texts: log also how many rows have a text, where they may lack it.
 
         Raises:
             ConfigError: the manifest can no longer be read.
@@ -284,7 +288,8 @@ class Manifest:
         """
         summary = f"{self.path}: {self.row_count} rows, {len(self.rejections)} unusable"
         column = self.utterances.columns.text
-        log.info('%s, %s with a text under "%s"', summary, self.texts or "none", column)
+        texts = f', {self.texts or "none"} with a text under "{column}"' if count_texts else ""
+        log.info("%s%s", summary, texts)
         too_many = len(self.rejections) > max_bad_fraction * self.row_count
         if self.utterances and not too_many:
             return self

@@ -59,7 +59,7 @@ def assess_labels(
                 quality.rows,
             )
     suspicious = quality.signs.any.rows
-    log.info("%d rows show a sign of a failed label that needs no reference.", suspicious)
+    log.info("rows with a sign of a failed label, which needs no reference: %d", suspicious)
     suggestion = quality.suggestion
     threshold = suggestion.max_error_rate
     shown = "no threshold" if threshold is None else f"{threshold:.2f}"

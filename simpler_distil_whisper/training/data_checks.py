@@ -93,7 +93,7 @@ def check_labels(examples: Sequence[Example], data: TrainingData, student: Whisp
         if problem:
             problems.append(problem)
     if not problems:
-        log.info("%d labels, those looked at, survive the tokenizer", len(checked))
+        log.info("all labels that were read back (%d) survive the tokenizer", len(checked))
         return 0
     message = (
         f"the labels of {len(problems)} of {len(checked)} rows do not survive the tokenizer, so "

@@ -191,10 +191,20 @@ class ExampleFilter:
         if self.data.max_error_rate != "auto":
             return self.data.max_error_rate
         rows = (utterance.row for utterance in utterances)
-        suggestion = suggest_for_rows(rows, self.data.columns.error_rate)
+        columns = self.data.columns
+        suggestion = suggest_for_rows(rows, columns.error_rate)
         threshold = suggestion.max_error_rate
-        shown = "none" if threshold is None else f"{threshold:.2f}"
-        log.info('data.max_error_rate "auto": %s. %s', shown, " ".join(suggestion.reasoning))
+        if threshold is None:
+            log.warning(
+                'data.max_error_rate "auto": none, since no row has an error rate under "%s": '
+                'they have no references, or labelling has not written them. What is under "%s" '
+                "is learnt",
+                columns.error_rate,
+                columns.text,
+            )
+        else:
+            reasoning = " ".join(suggestion.reasoning)
+            log.info('data.max_error_rate "auto": %.2f. %s', threshold, reasoning)
         return threshold
 
     def _log_how_they_are_learnt(self, examples: Sequence[Example]) -> None:

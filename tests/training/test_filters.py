@@ -283,7 +283,8 @@ def test_auto_drops_no_row_where_none_has_a_reference(
     with caplog.at_level("INFO"):
         selection = select(row(), row(**{"cer/wer": None}), max_error_rate="auto")
     assert (selection.max_error_rate, len(selection.examples)) == (None, 2)
-    assert "none has a reference" in caplog.text
+    assert 'no row has an error rate under "cer/wer"' in caplog.text
+    assert 'What is under "text" is learnt' in caplog.text
 
 
 def test_auto_drops_labels_of_which_none_belongs_to_its_reference(
