@@ -50,8 +50,10 @@ def assess_labels(
         _log_segmentation(segmentation)
     quality = summarize_labels(labels, columns, options, scorer, rejected, segmentation)
     write_label_quality(labels.parent, quality)
+    suggestion = quality.suggestion
+    threshold = suggestion.max_error_rate
     for kept in quality.thresholds:
-        if kept.max_error_rate in LOGGED_THRESHOLDS:
+        if threshold is not None and kept.max_error_rate in LOGGED_THRESHOLDS:
             log.info(
                 "data.max_error_rate %.2f keeps %d of %d rows",
                 kept.max_error_rate,
@@ -60,8 +62,6 @@ def assess_labels(
             )
     suspicious = quality.signs.any.rows
     log.info("rows with a sign of a failed label, which needs no reference: %d", suspicious)
-    suggestion = quality.suggestion
-    threshold = suggestion.max_error_rate
     shown = "no threshold" if threshold is None else f"{threshold:.2f}"
     log.info('data.max_error_rate "auto" takes %s. %s', shown, " ".join(suggestion.reasoning))
 

@@ -197,8 +197,8 @@ class ExampleFilter:
         if threshold is None:
             log.warning(
                 'data.max_error_rate "auto": none, since no row has an error rate under "%s": '
-                'they have no references, or labelling has not written them. What is under "%s" '
-                "is learnt",
+                "the rows have no references, or labelling has not written them. What is under "
+                '"%s" is learnt',
                 columns.error_rate,
                 columns.text,
             )

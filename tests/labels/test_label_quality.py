@@ -15,7 +15,7 @@ from simpler_distil_whisper.data.results import rejection_line
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.filters import why_dropped_by_error_rate
 from simpler_distil_whisper.labels.quality import QualityOptions, summarize_labels
-from simpler_distil_whisper.labels.quality_page import write_label_quality
+from simpler_distil_whisper.labels.quality_page import assess_labels, write_label_quality
 from simpler_distil_whisper.labels.quality_summary import LabelQuality
 from simpler_distil_whisper.labels.rejected import Rejected, summarize_rejected
 from simpler_distil_whisper.labels.rows import (
@@ -254,6 +254,18 @@ def test_the_page_of_an_unusual_set_is_made_too(tmp_path: Path, rows: list[dict[
     page = page_of(tmp_path, rows)
     assert "Which labels to keep" in page.words
     assert "nan" not in page.words.lower()
+
+
+@pytest.mark.parametrize(("reference", "thresholds"), [("a b", 5), (None, 0)])
+def test_thresholds_are_logged_where_there_are_references(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reference: str | None, thresholds: int
+) -> None:
+    labels = write_rows(tmp_path / "pseudo_labels.jsonl", [labelled(reference, "a b")])
+    write_rows(tmp_path / "rejected.jsonl", [])
+    with caplog.at_level("INFO"):
+        assess_labels(labels, COLUMNS, QualityOptions(), SCORER, tmp_path)
+    assert caplog.text.count(" of 1 rows") == thresholds
+    assert 'data.max_error_rate "auto" takes ' in caplog.text
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
