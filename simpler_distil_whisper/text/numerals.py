@@ -34,7 +34,7 @@ SCALED_DECIMAL = re.compile(
 )
 NUMBER = re.compile(rf"[0-9{UNIT}]+")
 POINT = re.compile(rf"(?<=[0-9])[点點](?=[0-9]+(?![0-9{UNIT}]))")
-PERCENT = re.compile(rf"(?<![0-9{UNIT}])百分之(百|[0-9]+(?:\.[0-9]+)?)")
+PERCENT = re.compile(rf"(?<![0-9{UNIT}])百分之(百|[0-9]+(?:\.[0-9]+)?)(?!\.?[0-9{UNIT}])")
 
 
 class _DigitTable(dict[int, str]):

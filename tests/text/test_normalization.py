@@ -133,6 +133,7 @@ def test_chinese_is_converted_in_all_rows_only_if_asked() -> None:
 @settings(deadline=None, max_examples=400)
 @given(NORMALIZATIONS, st.one_of(st.text(), AWKWARD_TEXT, NUMBERS, CHINESE))
 @example(TextNormalization(numerals=True, chinese_script="traditional"), "一干人等")
+@example(TextNormalization(numerals=True), "百分之三零十二")
 def test_normalising_twice_changes_nothing_more(options: TextNormalization, text: str) -> None:
     normalize = cached(options.model_dump_json())
     once = normalize(text)

@@ -43,6 +43,8 @@ from simpler_distil_whisper.text.numerals import with_digits
         ("百分之三點五", "3.5%"),
         ("百分之百", "100%"),
         ("五百分之一", "500分之1"),
+        ("百分之五六十", "百分之56十"),
+        ("百分之三零十二", "百分之30十2"),
         ("٣ и १२ ๕ ２", "3 и 12 5 2"),
         ("統一 一起", "統1 1起"),
         # What is no number keeps its units.
