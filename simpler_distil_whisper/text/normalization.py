@@ -151,12 +151,15 @@ def _own_steps(options: TextNormalization) -> list[Step]:
     if options.remove_punctuation:
         # First of all: characters that an invisible one separates can compose once it is gone.
         steps.append(_with_signs_that_stay)
+    form: list[Step] = []
     if options.unicode:
-        steps.append(functools.partial(unicodedata.normalize, options.unicode))
+        form.append(functools.partial(unicodedata.normalize, options.unicode))
+    steps += form
+    if form and options.remove_punctuation:
+        # Again, since a form makes such characters of some others: of ŉ an apostrophe and an n.
+        steps += [_with_signs_that_stay, *form]
     if options.lowercase:
-        steps.append(str.lower)
-        if options.unicode:
-            steps.append(functools.partial(unicodedata.normalize, options.unicode))
+        steps += [str.lower, *form]
     script = _script_conversion(options)
     punctuation: list[Step] = [_without_punctuation] if options.remove_punctuation else []
     steps += script + punctuation

@@ -36,7 +36,7 @@ def cached(options: str) -> Callable[[str], str]:
 # Arbitrary text seldom puts two signs side by side that disturb each other: this alphabet does.
 AWKWARD_TEXT = st.text(
     alphabet="aEßİΣ12 ٣.,،٫''’ʼ´¨%…。、\u3000\u0301\u0338\u0358\u0e31\u0947\u200b\u200c\u200d\ufe0f"
-    "\u20e3\u00ad\u0345½㈱①ｶﾞ가ᄀ\u1161干后薴苧苎臺发\U00020000好がか\u3099❤=\t\n",
+    "\u20e3\u00ad\u0345\u0149\u0374\ufe77½㈱①ｶﾞ가ᄀ\u1161干后薴苧苎臺发\U00020000好がか\u3099❤=\t\n",
     max_size=12,
 )
 NUMBERS = st.text(alphabet="〇零一二两兩三十百千万萬億点點分之廿壹拾年個第a 3.0,%-嗯٣", max_size=10)
@@ -58,6 +58,8 @@ CHINESE = st.text(alphabet="干乾幹若一二后後里裡发發髮只隻好净�
         ("1234,567 1,0000", "1234,567 1,0000"),  # groups have three digits, the first at most
         ("١٬٠٠٠٬٠٠٠ مـــرحبا", "١٠٠٠٠٠٠ مرحبا"),
         ("Acme™", "acme"),
+        ("\u0149 man, 'n vrou", "n man n vrou"),  # the Afrikaans article, in one character
+        ("\ufee3\ufe77\ufeae\ufea3\ufe92\ufe8e", "م\u064eرحبا"),  # a vowel sign on a drawn-out line
         ("U.S.A.", "u s a"),
         ("well-known_name", "well known name"),
         ("कैसे हैं?", "कैसे हैं"),
