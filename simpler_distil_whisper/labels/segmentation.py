@@ -169,6 +169,11 @@ class _Pauses:
         start, end = self.times[number]
         return max(start - time, time - end, 0.0)
 
+    def middle(self, number: int) -> float:
+        """Return the time at which the rows on both sides of a short pause end and begin."""
+        start, end = self.times[number]
+        return (start + end) / 2
+
     def length(self, number: int | None) -> float:
         """Return how long a pause is."""
         start, end = self.times[number or 0]
@@ -199,8 +204,8 @@ def _piece(
         return Piece(start, end, unit.segments, NO_PAUSE)
     if unit.before >= unit.after:
         return Piece(start, end, unit.segments, NO_SPEECH)
-    start = pauses.times[unit.before][1] - min(PADDING_SECONDS, pauses.length(unit.before) / 2)
-    end = pauses.times[unit.after][0] + min(PADDING_SECONDS, pauses.length(unit.after) / 2)
+    start = max(pauses.times[unit.before][1] - PADDING_SECONDS, pauses.middle(unit.before))
+    end = min(pauses.times[unit.after][0] + PADDING_SECONDS, pauses.middle(unit.after))
     if first.end < start - TOLERANCE_SECONDS or last.start > end + TOLERANCE_SECONDS:
         return Piece(first.start, last.end, unit.segments, NO_SPEECH)
     tokens = sum(segments[number].tokens for number in unit.segments)

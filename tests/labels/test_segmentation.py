@@ -150,6 +150,8 @@ def spans(edges: list[int]) -> list[tuple[float, float]]:
 # The first segment, and the last one, has no speech, but its neighbour is too near for a pause.
 @example(segments=[0, 117, 216, 271], speech=[143, 232], contiguous=False)
 @example(segments=[0, 16, 58, 59], speech=[0, 32], contiguous=False)
+# Half of this pause is not the same number, added to its start and taken from its end.
+@example(segments=[0, 1, 11, 496], speech=[0, 1, 11, 496], contiguous=False)
 def test_pieces_hold_every_segment_once_and_are_cut_in_silence(
     segments: list[int], speech: list[int], contiguous: bool
 ) -> None:
