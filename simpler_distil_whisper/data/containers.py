@@ -1,12 +1,11 @@
 """What the structure of an audio file tells and libsndfile does not check.
 
 Files that were joined, cut off, or written by a recorder that never came to write the size. Owns
-the walk over chunks (WAV, RF64, W64, AIFF, CAF), pages (Ogg), boxes (MP4) and headers (AU), and how
-recordings begin; the frames of MP3 and AAC are for `frames`. It decodes nothing.
+the walk over chunks (WAV, RF64, W64, AIFF, CAF), pages (Ogg), boxes (MP4) and headers (AU); how
+recordings begin is for `signatures`, the frames of MP3 and AAC for `frames`. It decodes nothing.
 """
 
 import os
-import re
 import struct
 from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
@@ -22,11 +21,19 @@ from simpler_distil_whisper.data.frames import (
     adts_frame,
     after_id3,
     counted_bytes,
-    frames_begin,
     frames_of,
     mp3_frame,
 )
 from simpler_distil_whisper.data.pauses import OGG_HEADER, OPUS_BYTES, OpusPages
+from simpler_distil_whisper.data.signatures import (
+    BOX_NAME,
+    EBML_START,
+    FLAC_START,
+    SIGNATURES,
+    TAG_BYTES,
+    next_recording,
+    recording_begins,
+)
 
 FEW_BYTES = 512  # behind the audio; nobody misses them
 MOST_CHUNKS = 100_000
@@ -36,35 +43,9 @@ UNKNOWN_SIZE = 2**31 - 2**16
 UNKNOWN_LONG_SIZE = 2**62  # where lengths have 64 bits
 IN_DS64 = 2**32 - 1  # the length of an RF64's audio, which stands in its chunk "ds64"
 OGG_FIRST_PAGE = 2
-FLAC_BUFFER_BYTES = 2**14  # read ahead by a decoder, and more
-TAG_BYTES = 2**16  # behind an MP3, and before another recording
 UNDERSTATED = "its header counts less than it holds, all of which is used"
 ZEROS = "the zeros at its end, which its header does not count, are left out"
 SEVERAL_CHUNKS = "it has several chunks of audio, of which only the first one is used"
-
-FLAC_START = b"fLaC\x00\x00\x00\x22"  # with the header of the block that is always the first
-EBML_START = b"\x1a\x45\xdf\xa3"  # of Matroska and WebM
-BOX_NAME = b"ftyp"  # of the first box of an MP4, behind its length
-# How recordings begin: what is searched for, and what has to stand there.
-SIGNATURES = {
-    b"RIFF": rb"RIFF.{4}(WAVE|AVI )",
-    b"RIFX": rb"RIFX.{4}WAVE",
-    b"RF64": rb"RF64.{4}WAVE",
-    b"BW64": rb"BW64.{4}WAVE",
-    b"riff\x2e\x91\xcf\x11": rb"riff",
-    b"FORM": rb"FORM.{4}AIF[FC]",
-    b"caff\x00\x01\x00\x00": rb"caff",
-    b".snd\x00\x00": rb".{4}\x00\x00.{6}\x00\x00\x00[\x01-\x1b]",
-    b"dns.": rb".{6}\x00\x00.{4}[\x01-\x1b]\x00\x00\x00",
-    FLAC_START: rb"fLaC",
-    b"OggS\x00\x02": rb".{6}\x00{8}",
-    BOX_NAME: rb"\x00\x00\x00[\x0c-\x80]ftyp",
-    EBML_START: rb".{4}([\x80-\xff]|\x01\x00).{0,6}\x42\x86",
-    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": rb"\x30",  # WMA
-    b"#!AMR": rb"#!AMR(-WB)?\n",
-    b"wvpk": rb"wvpk.{4}[\x02-\x10]\x04.{6}\x00{4}",  # the block of its first sample
-}
-SIGNATURE_BYTES = 32
 
 
 class Chunks(NamedTuple):
@@ -192,45 +173,12 @@ def _read_structure(file: BinaryIO, begin: int, size: int, *, thorough: bool) ->
     return _searched(file, begin, begin + 12, size, tuple(SIGNATURES) if thorough else ())
 
 
-def _next_recording(
-    file: BinaryIO, start: int, end: int, names: Iterable[bytes] = SIGNATURES
-) -> int | None:
-    """Return where another recording begins in a part of a file, by its signature."""
-    first: int | None = None
-    for name in names:
-        before = 4 if name == BOX_NAME else 0
-        last = end if first is None else first
-        for position in positions_of(file, name, start + before, last + before):
-            content = read_at(file, position - before, SIGNATURE_BYTES)
-            if re.match(SIGNATURES[name], content, re.DOTALL):
-                first = position - before
-                break
-    return first
-
-
-def recording_begins(file: BinaryIO, position: int) -> bool:
-    """Return whether a recording begins there."""
-    start = after_id3(file, position)
-    if _next_recording(file, start, start + 1) == start:
-        return True
-    return frames_begin(file, start)
-
-
-def recording_behind(file: BinaryIO, position: int) -> int | None:
-    """Return where a recording begins behind a FLAC, which a decoder has read up to there."""
-    start = max(1, position - FLAC_BUFFER_BYTES)
-    if following := _next_recording(file, start, start + SEARCHED_BYTES):
-        return following
-    places = positions_of(file, b"\xff", start, position + TAG_BYTES)
-    return next((place for place in places if recording_begins(file, place)), None)
-
-
 def _searched(
     file: BinaryIO, begin: int, start: int, size: int, names: Iterable[bytes]
 ) -> Structure:
     """Return the structure of a recording that ends where another one is."""
     end = size if FLAC_START in names else min(size, start + SEARCHED_BYTES)
-    following = _next_recording(file, start, end, names)
+    following = next_recording(file, start, end, names)
     return Structure(begin, following or size, following)
 
 
@@ -294,7 +242,7 @@ def _miscounted(
     names = [name for name in SIGNATURES if name.startswith(magic)] if thorough else []
     is_known = length.bytes_ < length.unknown
     searched_end = min(end_of_content(file, size), start + SEARCHED_BYTES)
-    following = _next_recording(file, start, searched_end, names)
+    following = next_recording(file, start, searched_end, names)
     end = following or size
     if is_known and length.bytes_ > end - start:
         shortage = length.bytes_ / (end - start) if end > start else 1.0
@@ -422,7 +370,7 @@ def _joint(file: BinaryIO, end: int, position: int) -> int | None:
     """
     if position <= end:
         return None
-    if following := _next_recording(file, end, min(position, end + TAG_BYTES)):
+    if following := next_recording(file, end, min(position, end + TAG_BYTES)):
         return following
     has_header = counted_bytes(read_at(file, position, 48)) is not None
     return (

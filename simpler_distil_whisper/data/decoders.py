@@ -16,12 +16,12 @@ from simpler_distil_whisper.data.containers import (
     MOST_RECORDINGS,
     Structure,
     read_structures,
-    recording_begins,
 )
 from simpler_distil_whisper.data.ffmpeg import FfmpegSound
 from simpler_distil_whisper.data.libsndfile import LibsndfileSound
 from simpler_distil_whisper.data.part_of_file import PartOfFile
 from simpler_distil_whisper.data.plain_text import TEXT_BYTES, first_line
+from simpler_distil_whisper.data.signatures import recording_begins
 from simpler_distil_whisper.data.sound import Block, DecodingError, Sound
 
 # What soundfile raises.

@@ -7,9 +7,10 @@ from typing import BinaryIO
 
 import soundfile
 
-from simpler_distil_whisper.data.containers import UNDERSTATED, Structure, recording_behind
+from simpler_distil_whisper.data.containers import UNDERSTATED, Structure
 from simpler_distil_whisper.data.ffmpeg import FfmpegSound
 from simpler_distil_whisper.data.part_of_file import PartOfFile
+from simpler_distil_whisper.data.signatures import recording_behind
 from simpler_distil_whisper.data.sound import (
     BLOCK_FRAMES,
     TOLERANCE_SECONDS,
