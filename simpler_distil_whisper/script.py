@@ -148,33 +148,35 @@ def _exit_code(run: Run | None, error: BaseException) -> int:
         _close(run, "interrupted")
         log.warning("Interrupted; run the same command again to continue.")
         return 128 + number
-    if isinstance(error, ConfigError):
-        code, message = 2, str(error)
-    elif isinstance(error, DataError):
-        code, message = 3, str(error)
-    elif isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        # Where a file that is open already does not fit, the system names none.
-        where = f" in {run.folder}" if run and not error.filename else ""
-        code, message = 3, f"{error}{where}: make room, and run the same command again"
-    elif isinstance(error, OSError) and run and error.errno in OUT_OF_REACH:
-        code = 3
-        message = f"{error}: see that it can be read and written, and run the same command again"
-    elif isinstance(error, OSError) and run is None:  # a folder that may not be read, for example
-        code, message = 2, f"{error.filename or 'the config'}: {error.strerror or error}"
-    elif place := _in_the_way(run, error):
-        code, message = 2, IN_THE_WAY.format(place)
-    elif _is_of_a_connection(error):
-        code = 3
-        message = (
-            f"Process {process_rank()} lost another one, which has ended or did not answer: "
-            f"{error}\nIts own message says why. Run the same command again to continue."
-        )
-    else:
-        where = f" The log is {run.own_folder / 'log.txt'}." if run else ""
-        code, message = 1, f"{traceback.format_exc()}This is a bug, please report it.{where}"
+    code, message = _code_and_message(run, error)
     log.error("%s", message)
     _close(run, "failed")
     return code
+
+
+def _code_and_message(run: Run | None, error: BaseException) -> tuple[int, str]:
+    """Return the exit code for an error, and what a person is told of it."""
+    if isinstance(error, ConfigError):
+        return 2, str(error)
+    if isinstance(error, DataError):
+        return 3, str(error)
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        # Where a file that is open already does not fit, the system names none.
+        where = f" in {run.folder}" if run and not error.filename else ""
+        return 3, f"{error}{where}: make room, and run the same command again"
+    if isinstance(error, OSError) and run and error.errno in OUT_OF_REACH:
+        return 3, f"{error}: see that it can be read and written, and run the same command again"
+    if isinstance(error, OSError) and run is None:  # a folder that may not be read, for example
+        return 2, f"{error.filename or 'the config'}: {error.strerror or error}"
+    if place := _in_the_way(run, error):
+        return 2, IN_THE_WAY.format(place)
+    if _is_of_a_connection(error):
+        return 3, (
+            f"Process {process_rank()} lost another one, which has ended or did not answer: "
+            f"{error}\nIts own message says why. Run the same command again to continue."
+        )
+    where = f" The log is {run.own_folder / 'log.txt'}." if run else ""
+    return 1, f"{traceback.format_exc()}This is a bug, please report it.{where}"
 
 
 def _in_the_way(run: Run | None, error: BaseException) -> Path | None:
