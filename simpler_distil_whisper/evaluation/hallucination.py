@@ -11,7 +11,12 @@ from pydantic import Field
 
 from simpler_distil_whisper.config import StrictModel
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer
-from simpler_distil_whisper.text.languages import UNSPACED_CHARACTER, Unit, longest_repetition
+from simpler_distil_whisper.text.languages import (
+    UNSPACED_CHARACTER,
+    Unit,
+    longest_repetition,
+    without_spaces,
+)
 
 MAX_REPETITION = 10  # tokens; what people repeat is shorter
 MAX_NO_SPEECH_PROBABILITY = 0.6  # beyond it openai/whisper takes improbable text for silence
@@ -117,5 +122,5 @@ def _holds(text: str, phrase: str) -> bool:
     if not phrase:
         return False
     if UNSPACED_CHARACTER.search(phrase):
-        return "".join(phrase.split()) in "".join(text.split())
+        return without_spaces(phrase) in without_spaces(text)
     return f" {phrase} " in f" {text} "

@@ -138,6 +138,11 @@ def whisper_language(name: str) -> str:
     raise ValueError(f'"{name}" is no language that Whisper knows{hint}')
 
 
+def without_spaces(text: str) -> str:
+    """Return a text without any whitespace."""
+    return "".join(text.split())
+
+
 def tokens(text: str, unit: Unit) -> list[str]:
     """Return the characters or words of a text that an error rate in this unit counts.
 
@@ -150,7 +155,7 @@ def tokens(text: str, unit: Unit) -> list[str]:
         ValueError: the unit is "auto", which `unit_for` turns into one of the others.
     """
     if unit == "character":
-        return list("".join(text.split()))
+        return list(without_spaces(text))
     if unit == "word":
         return text.split()
     if unit == "mixed":

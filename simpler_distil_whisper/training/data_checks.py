@@ -17,6 +17,7 @@ from simpler_distil_whisper.labels.filters import BROKEN_CHARACTER
 from simpler_distil_whisper.model.teacher_cache import audio_digest
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.text.languages import without_spaces
 from simpler_distil_whisper.training.augment import View
 from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
@@ -98,8 +99,7 @@ def check_labels(examples: Sequence[Example], data: TrainingData, student: Whisp
     message = (
         f"the labels of {len(problems)} of {len(checked)} rows do not survive the tokenizer, so "
         f"that another text would be learnt: the one in {student.processor_folder} "
-        "(student.processor) "
-        "changes them or lacks some of their characters. The first:"
+        "(student.processor) changes them or lacks some of their characters. The first:"
         + "".join(f"\n  {problem}" for problem in problems[:3])
     )
     if len(problems) > data.max_bad_fraction * len(checked):
@@ -118,7 +118,7 @@ def _misreading(visit_tokens: VisitTokens, number: int, student: Whisper) -> str
     label = learnt_text(utterance.text or "", example.complete)
     decoded = student.text_of(text_tokens)
     if len(text_tokens) < len(learnt):  # between segments with times there may be a space or none
-        label, decoded = "".join(label.split()), "".join(decoded.split())
+        label, decoded = without_spaces(label), without_spaces(decoded)
     if decoded != label:
         return f'{utterance.place}: "{label}" comes back as "{decoded}"'
     if given[0] == special.previous:

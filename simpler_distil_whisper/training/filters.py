@@ -36,6 +36,7 @@ from simpler_distil_whisper.model.special_tokens import special_tokens
 from simpler_distil_whisper.model.whisper import load_tokenizer
 from simpler_distil_whisper.progress import Progress
 from simpler_distil_whisper.run import DataError, log
+from simpler_distil_whisper.text.languages import without_spaces
 from simpler_distil_whisper.text.normalization import is_blank
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.tokens import (
@@ -152,26 +153,21 @@ class ExampleFilter:
         rejections = [rejection for manifest in manifests for rejection in manifest.rejections]
         hours: dict[str, list[float]] = {"kept": [], "unusable row": [0.0] * len(rejections)}
         weights = self.data.train_weights or [1.0] * len(manifests)
-        utterances = [
+        weighted = [
             (utterance, weight)
             for manifest, weight in zip(manifests, weights, strict=True)
             for utterance in manifest.utterances
         ]
+        utterances = [utterance for utterance, _ in weighted]
         self.kept.clear()
-        max_error_rate = self._max_error_rate([utterance for utterance, _ in utterances])
-        lengths = _lengths(
-            [utterance for utterance, _ in utterances],
-            self.data.min_duration_seconds,
-            self.max_seconds,
-        )
+        max_error_rate = self._max_error_rate(utterances)
+        lengths = _lengths(utterances, self.data.min_duration_seconds, self.max_seconds)
         progress = Progress("reading rows and audio headers", "rows", len(utterances))
-        for utterance, weight in progress.over(utterances):
-            seconds = 0.0
+        for (utterance, weight), length in progress.over(zip(weighted, lengths, strict=True)):
+            seconds = 0.0 if isinstance(length, Dropped) else length
             try:
-                length = next(lengths)
                 if isinstance(length, Dropped):
                     raise length
-                seconds = length
                 examples.append(self.example(utterance, seconds, weight, max_error_rate))
                 kind = "kept"
             except Dropped as dropped:
@@ -247,24 +243,12 @@ class ExampleFilter:
         text = learnt_text(utterance.text or "", complete)
         if is_blank(text):
             raise Dropped("no label", f'"{columns.text}" is empty')
-        required = self.data.max_error_rate != "auto"
-        if max_error_rate is None and not required:
-            max_error_rate = math.inf  # text where the reference has no speech is dropped even so
-        if dropped := why_dropped_by_error_rate(
-            row, columns.error_rate, max_error_rate, required=required
-        ):
-            raise Dropped(*dropped)
+        self._check_error_rate(row, max_error_rate)
         if by_teacher:
             self._check_evidence(row)
         self._check_length(seconds)
-        label = self.label_tokenizer(text)
-        if len(label) > self.max_label_tokens:
-            limit = self.max_label_tokens
-            raise Dropped("label too long", f"label of {len(label)} tokens, the maximum is {limit}")
-        language = utterance.language or self.data.language
-        if language is None and self.tokens.languages:
-            raise Dropped("no language", "neither the row nor the config names the language")
-        prompt = self.tokens.prompt(language, self.data.task)
+        label = self._label_tokens(text)
+        prompt = self.tokens.prompt(self._language(utterance), self.data.task)
         previous = self._previous(utterance)
         segments = self._timed_segments(utterance, text, len(prompt) - 1, complete)
         sampled = self._sampled(utterance, prompt)
@@ -276,6 +260,14 @@ class ExampleFilter:
         return Example(
             utterance, seconds, tokens, len(prompt), weight, segments, previous, complete, sampled
         )
+
+    def _check_error_rate(self, row: Row, maximum: float | None) -> None:
+        required = self.data.max_error_rate != "auto"
+        if maximum is None and not required:
+            maximum = math.inf  # text where the reference has no speech is dropped even so
+        column = self.data.columns.error_rate
+        if dropped := why_dropped_by_error_rate(row, column, maximum, required=required):
+            raise Dropped(*dropped)
 
     def _check_evidence(self, row: Row) -> None:
         """Raise Dropped if the teacher's evidence speaks against its label."""
@@ -294,6 +286,19 @@ class ExampleFilter:
         except AudioError as error:
             kind, _, _ = str(error).partition(":")
             raise Dropped(kind, str(error)) from None
+
+    def _label_tokens(self, text: str) -> "array[int]":
+        label, limit = self.label_tokenizer(text), self.max_label_tokens
+        if len(label) > limit:
+            raise Dropped("label too long", f"label of {len(label)} tokens, the maximum is {limit}")
+        return label
+
+    def _language(self, utterance: Utterance) -> str | None:
+        """Return the language of the prompt; None only if the model has no tokens for any."""
+        language = utterance.language or self.data.language
+        if language is None and self.tokens.languages:
+            raise Dropped("no language", "neither the row nor the config names the language")
+        return language
 
     def _previous(self, utterance: Utterance) -> Sequence[int]:
         """Return the tokens of the previous text, as far back as a decoder is given them."""
@@ -346,7 +351,8 @@ class ExampleFilter:
         positions = prompt_length + sum(len(each.tokens) + 2 for each in timed)
         if not segments:
             kind = "without segments"
-        elif _without_spaces("".join(texts)) != _without_spaces(label):
+        elif without_spaces("".join(texts)) != without_spaces(label):
+            # Spaces do not count: between segments that are joined there may be one or none.
             kind = "without timestamps, since their segments are not the label"
         elif positions > self.max_positions:
             kind = "without timestamps, since with them they are too long"
@@ -375,11 +381,6 @@ class ExampleFilter:
         if known != sorted(known):
             raise Dropped(kind, f'"{column}": the times go back: {known}')
         return [each for each in segments if not is_blank(each.text)]
-
-
-def _without_spaces(text: str) -> str:
-    """Return a text without spaces: between segments that are joined there may be one or none."""
-    return "".join(text.split())
 
 
 def _lengths(
