@@ -147,7 +147,10 @@ def range_test(
         _compare(tried, best, configured)
     _log_choice(best)
     if is_main_process():
-        _write(picture, sorted(tried), best.rate, configured)
+        tried.sort()
+        _draw(picture, tried, best.rate, configured)
+        _write_numbers(picture.with_suffix(".json"), tried, best.rate, configured)
+        log.info("%s and %s: the losses", picture, picture.with_suffix(".json").name)
     return best.rate
 
 
@@ -204,7 +207,7 @@ def _compare(tried: Sequence[ShortRun], best: ShortRun, configured: float) -> No
         )
 
 
-def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: float | None) -> None:
+def _draw(picture: Path, tried: Sequence[ShortRun], best: float, configured: float | None) -> None:
     from matplotlib.figure import Figure  # it takes a second to import, and is seldom needed
 
     figure = Figure(figsize=(11, 4.5))
@@ -230,6 +233,11 @@ def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: fl
     picture.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(picture) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def _write_numbers(
+    path: Path, tried: Sequence[ShortRun], best: float, configured: float | None
+) -> None:
     numbers = {
         "lowest_loss_at": best,
         "configured": configured,
@@ -242,6 +250,4 @@ def _write(picture: Path, tried: Sequence[ShortRun], best: float, configured: fl
             for run in tried
         ],
     }
-    beside = picture.with_suffix(".json")
-    write_atomically(beside, json.dumps(numbers, indent=2).encode())
-    log.info("%s and %s: the losses", picture, beside.name)
+    write_atomically(path, json.dumps(numbers, indent=2).encode())
