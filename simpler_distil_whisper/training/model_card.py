@@ -6,6 +6,7 @@ no path, and of the manifests only how much they hold.
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.weights import parameter_count
 from simpler_distil_whisper.pages import render
 from simpler_distil_whisper.run import log, package_versions
-from simpler_distil_whisper.text.languages import code_or_none
 from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.plan import RunLength
@@ -88,13 +88,8 @@ def facts_of(
 ) -> dict[str, Any]:
     """Return what is known of a run before its first step, with what "auto" has come to."""
     settings = config.model_dump(mode="json")
-    languages = Counter(
-        code_or_none(example.utterance.language or "") or "unknown"
-        for example in selection.examples
-    )
-    default = settings["data"]["language"]
-    if default and "unknown" in languages:
-        languages[code_or_none(default) or "unknown"] += languages.pop("unknown")
+    default = settings["data"]["language"] or "unknown"
+    languages = Counter(example.utterance.language or default for example in selection.examples)
     left_out = {kind: count for kind, count in selection.report.items() if kind != "kept"}
     return {
         "teacher": {"name": teacher.path.resolve().name, **_size(teacher)},
@@ -130,18 +125,16 @@ def facts_of(
 def scores_at(metrics: Path, step: int) -> dict[str, Any] | None:
     """Return the scores on dev after a step, of student and teacher; None if it was not scored."""
     rows = read_metrics(metrics)
-    student = [_scores(row, "student") for row in rows if row["step"] == step]
-    teacher = [_scores(row, "teacher") for row in rows]
-    student = [scores for scores in student if scores]
-    teacher = [scores for scores in teacher if scores]
-    if not student:
-        return None
-    return {"student": student[-1], "teacher": teacher[-1] if teacher else None}
+    student = _last_scores([row for row in rows if row["step"] == step], "student")
+    return student and {"student": student, "teacher": _last_scores(rows, "teacher")}
 
 
-def _scores(row: Row, model: str) -> dict[str, Any]:
+def _last_scores(rows: Sequence[Row], model: str) -> dict[str, Any] | None:
     prefix = f"validation/{model}/"
-    return {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}
+    for row in reversed(rows):
+        if names := [name for name in row if name.startswith(prefix)]:
+            return {name.removeprefix(prefix): row[name] for name in names}
+    return None
 
 
 def _size(folder: ModelFolder) -> dict[str, Any]:
