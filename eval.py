@@ -17,7 +17,7 @@ from simpler_distil_whisper.atomic import write_atomically, written_atomically
 from simpler_distil_whisper.config import Seed, StrictModel
 from simpler_distil_whisper.data.jsonl import to_line
 from simpler_distil_whisper.evaluation.examples import ReportOptions, list_utterances
-from simpler_distil_whisper.evaluation.facts import read_facts
+from simpler_distil_whisper.evaluation.facts import Facts, read_facts
 from simpler_distil_whisper.evaluation.hallucination import HallucinationOptions, KnownPhrases
 from simpler_distil_whisper.evaluation.html_report import report_page
 from simpler_distil_whisper.evaluation.hypotheses import (
@@ -31,10 +31,13 @@ from simpler_distil_whisper.evaluation.intervals import Resampling
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.evaluation.summary import Summary
 from simpler_distil_whisper.evaluation.systems import compare_systems, score_system
+from simpler_distil_whisper.evaluation.tallies import SystemScores
 from simpler_distil_whisper.evaluation.text_report import text_table
 from simpler_distil_whisper.run import Run, log
 from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.terminal import show
+
+UTTERANCES = "utterances.jsonl"
 
 
 class Config(StrictModel):
@@ -110,28 +113,10 @@ def work(config: Config, systems: list[ExaminedSystem], run: Run) -> str:
     rejected = [row for system in systems for row in system.rejected]
     lines = "".join(to_line(row._asdict()) for row in rejected)
     write_atomically(run.folder / "rejected.jsonl", lines.encode())
-    columns = config.columns
-    facts = read_facts(
-        systems[0], columns, config.groups(systems[0]), config.bootstrap_block_column
-    )
-    scorer = Scorer(config.metric)
-    phrases = KnownPhrases(config.hallucination.phrases, scorer)
-    scores = {}
-    with written_atomically(run.folder / "utterances.jsonl") as file:
-        for system in systems:
-            scores[system.name] = score_system(system, facts, columns, scorer, phrases, file, run)
-    resampling = Resampling(config.confidence, config.bootstrap_samples, config.seed)
-    summary = Summary(
-        unit=config.metric.unit,
-        confidence=config.confidence,
-        bootstrap_samples=config.bootstrap_samples,
-        bootstrap_block_column=config.bootstrap_block_column,
-        blocks=facts.block_count(scores[systems[0].name].has_reference),
-        seed=config.seed,
-        utterances=len(facts.positions),
-        systems={name: system.summary(resampling) for name, system in scores.items()},
-        comparisons=compare_systems(scores, facts.blocks, resampling),
-    )
+    groups, blocks = config.groups(systems[0]), config.bootstrap_block_column
+    facts = read_facts(systems[0], config.columns, groups, blocks)
+    scores = score_systems(config, systems, facts, run)
+    summary = summarize(config, facts, scores)
     content = json.dumps(asdict(summary), ensure_ascii=False, indent=2, allow_nan=False)
     write_atomically(run.folder / "summary.json", f"{content}\n".encode())
     table = text_table(summary, config.group_by)
@@ -139,8 +124,8 @@ def work(config: Config, systems: list[ExaminedSystem], run: Run) -> str:
     page_path = run.folder / "report.html"
     page_path.unlink(missing_ok=True)  # of an earlier run, whose numbers may be others
     if config.report.html:
-        scored = run.folder / "utterances.jsonl"
-        listing = list_utterances(systems, scores, facts, columns, scored, config.report)
+        scored = run.folder / UTTERANCES
+        listing = list_utterances(systems, scores, facts, config.columns, scored, config.report)
         speeds = {system.name: system.read_speed() for system in systems}
         page = report_page(summary, listing, speeds)
         write_atomically(page_path, page.encode())
@@ -149,6 +134,36 @@ def work(config: Config, systems: list[ExaminedSystem], run: Run) -> str:
     return (
         f"{run.folder} holds {page_note}report.txt (this table), summary.json, utterances.jsonl "
         f"and rejected.jsonl ({len(rejected)} rows)."
+    )
+
+
+def score_systems(
+    config: Config, systems: list[ExaminedSystem], facts: Facts, run: Run
+) -> dict[str, SystemScores]:
+    """Write `utterances.jsonl`; return the scores of each system by its name."""
+    scorer = Scorer(config.metric)
+    phrases = KnownPhrases(config.hallucination.phrases, scorer)
+    with written_atomically(run.folder / UTTERANCES) as file:
+        return {
+            system.name: score_system(system, facts, config.columns, scorer, phrases, file, run)
+            for system in systems
+        }
+
+
+def summarize(config: Config, facts: Facts, scores: dict[str, SystemScores]) -> Summary:
+    """Return the content of `summary.json`."""
+    baseline = next(iter(scores.values()))
+    resampling = Resampling(config.confidence, config.bootstrap_samples, config.seed)
+    return Summary(
+        unit=config.metric.unit,
+        confidence=config.confidence,
+        bootstrap_samples=config.bootstrap_samples,
+        bootstrap_block_column=config.bootstrap_block_column,
+        blocks=facts.block_count(baseline.has_reference),
+        seed=config.seed,
+        utterances=len(facts.positions),
+        systems={name: system.summary(resampling) for name, system in scores.items()},
+        comparisons=compare_systems(scores, facts.blocks, resampling),
     )
 
 
