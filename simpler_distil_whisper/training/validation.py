@@ -19,7 +19,6 @@ from simpler_distil_whisper.decoding.transcription import decode_halving, transc
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
 from simpler_distil_whisper.launch import process_count, process_rank
-from simpler_distil_whisper.model.audio_context import AudioContext
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.whisper import Whisper
@@ -111,10 +110,6 @@ class Validation:
         self.cache = models.caches.encoder if models.teacher.shared_encoder else None
         self.scorer = Scorer(options.metric)
 
-    def _context_of(self, whisper: Whisper) -> AudioContext | None:
-        """Return how much of the window a model is given; the cache keeps states of all of it."""
-        return None if self.cache else whisper.audio_context
-
     def _auto_limit(self, student: Whisper) -> int:
         """Return how many tokens a hypothesis may have: twice those of the longest reference."""
         texts = list(self.references.values())
@@ -128,7 +123,8 @@ class Validation:
         Raises:
             DataError: audio has vanished: a rate of other rows would be no rate to compare.
         """
-        transcriber = Transcriber(whisper, self.decoding, audio_context=self._context_of(whisper))
+        context = None if self.cache else whisper.audio_context  # the cache has whole windows
+        transcriber = Transcriber(whisper, self.decoding, audio_context=context)
         batches = list(in_batches(self.utterances, smallest_of_all(transcriber.batch_size)))
         own = batches[process_rank() :: process_count()]
         read = SpeechReader(whisper.feature_extractor, self.limits, self.cache)
