@@ -230,9 +230,7 @@ def packed_row(
     if reference is not None:
         counts = scorer.count(reference, label, language)
         rate, tokens = counts.rate, counts.reference_tokens
-    # These columns tell where a part's audio is, not the pack's.
-    own = {columns.id, columns.audio, columns.start_seconds, columns.duration_seconds}
-    own |= {columns.channel}
+    own = {columns.id, *columns.of_audio}  # they tell where a part's audio is, not the pack's
     ends = np.cumsum([part["audio_seconds"] for part in parts]).round(6).tolist()
     starts = [0.0, *ends[:-1]]
     return {
@@ -371,14 +369,6 @@ def _end_within(segment: Row, seconds: float) -> float:
 
 def _origin(part: Row, start: float, columns: LabelColumns) -> Row:
     """Return where a part of a pack comes from and where in the pack it begins."""
-    names = [
-        columns.id,
-        columns.audio,
-        columns.start_seconds,
-        columns.duration_seconds,
-        columns.channel,
-        columns.error_rate,
-        "audio_seconds",
-    ]
+    names = (columns.id, *columns.of_audio, columns.error_rate, "audio_seconds")
     known = {name: part[name] for name in names if name is not None and name in part}
     return {**known, "offset_seconds": start}

@@ -159,10 +159,15 @@ class LabelColumns:
             sampled_texts=SAMPLED_TEXTS if with_sampled_texts else None,
         )
 
+    @property
+    def of_audio(self) -> tuple[str, str | None, str | None, str | None]:
+        """The columns that say where a row's audio is: file, beginning, length and channel."""
+        return self.audio, self.start_seconds, self.duration_seconds, self.channel
+
     def clip(self, row: Row) -> Clip:
         """Return the file, or part of a file, that holds the audio of a labelled row."""
-        columns = self.start_seconds, self.duration_seconds, self.channel
-        return clip_of(row, row[self.audio], *columns)
+        audio, *part = self.of_audio
+        return clip_of(row, row[audio], *part)
 
     def load(self, row: Row) -> npt.NDArray[np.float32]:
         """Return the audio of a labelled row, float32 [S].
