@@ -183,12 +183,11 @@ def subtitle_rows(config: Config, run: Run) -> None:
         DataError: audio that was transcribed cannot be read any more.
     """
     columns = config.data.columns
-    names = columns.start_seconds, columns.duration_seconds, columns.channel
 
     def seconds_of(row: Row) -> float:
         path = row[columns.audio]
         with still_readable(path, "transcribed"):
-            return audio_seconds(*clip_of(row, path, *names))
+            return audio_seconds(*clip_of(row, path, columns))
 
     write_subtitles(
         run.folder / HYPOTHESES,

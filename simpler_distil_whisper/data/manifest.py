@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Protocol, overload
 
 from simpler_distil_whisper.data.audio import (
     MEAN,
@@ -64,23 +64,26 @@ def still_readable(audio: str, when: str) -> Iterator[None]:
         ) from None
 
 
-def clip_of(
-    row: Row, path: str, start: str | None, duration: str | None, channel: str | None
-) -> Clip:
-    """Return the audio of a row that is in a file, or in a part of it.
+class _PartColumns(Protocol):
+    """The columns that say which part of a file a row is; None: there is no such column."""
 
-    Args:
-        row: of labels or hypotheses.
-        path: of the file.
-        start: the column that says where the part begins; None: no such column.
-        duration: that of its length.
-        channel: that of the channel.
-    """
+    @property
+    def start_seconds(self) -> str | None: ...
+
+    @property
+    def duration_seconds(self) -> str | None: ...
+
+    @property
+    def channel(self) -> str | None: ...
+
+
+def clip_of(row: Row, path: str, columns: _PartColumns) -> Clip:
+    """Return the audio of a row, of a manifest or of hypotheses, that is in this file."""
     return Clip(
         Path(path),
-        seconds_in(row, start) or 0.0,
-        seconds_in(row, duration),
-        named_channel(row, channel) or MEAN,
+        seconds_in(row, columns.start_seconds) or 0.0,
+        seconds_in(row, columns.duration_seconds),
+        named_channel(row, columns.channel) or MEAN,
     )
 
 
@@ -401,17 +404,16 @@ def _utterance(
 ) -> Utterance:
     """Return the utterance of a row that has been checked."""
     identity = row.get(columns.id) if columns.id else None
-    start = row.get(columns.start_seconds) if columns.start_seconds else None
-    duration = row.get(columns.duration_seconds) if columns.duration_seconds else None
+    clip = clip_of(row, audio, columns)
     return Utterance(
         number=number,
         place=place,
         json=line.removeprefix(codecs.BOM_UTF8).decode(),
         id=place if identity is None else str(identity),
-        audio=Path(audio),
-        start_seconds=float(start or 0.0),
-        duration_seconds=None if duration is None else float(duration),
-        channel=named_channel(row, columns.channel) or MEAN,
+        audio=clip.path,
+        start_seconds=clip.start_seconds,
+        duration_seconds=clip.duration_seconds,
+        channel=clip.channel,
         text=row.get(columns.text),
         language=row_language(row, columns),
     )

@@ -131,9 +131,7 @@ def find_clip(row: Row, columns: HypothesisColumns, folder: Path) -> Clip | None
     """
     name = row.get(columns.audio) if columns.audio else None
     path = find_audio(name, str(folder)) if isinstance(name, str) else None
-    if path is None:
-        return None
-    return clip_of(row, path, columns.start_seconds, columns.duration_seconds, columns.channel)
+    return None if path is None else clip_of(row, path, columns)
 
 
 def _seconds(row: Row, columns: HypothesisColumns, folder: Path) -> float:

@@ -166,8 +166,7 @@ class LabelColumns:
 
     def clip(self, row: Row) -> Clip:
         """Return the file, or part of a file, that holds the audio of a labelled row."""
-        audio, *part = self.of_audio
-        return clip_of(row, row[audio], *part)
+        return clip_of(row, row[self.audio], self)
 
     def load(self, row: Row) -> npt.NDArray[np.float32]:
         """Return the audio of a labelled row, float32 [S].

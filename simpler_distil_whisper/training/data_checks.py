@@ -219,8 +219,7 @@ def _clips(utterance: Utterance, columns: TrainingColumns) -> Iterator[Clip]:
     for part in parts if isinstance(parts, list) else ():
         path = part.get(columns.audio) if isinstance(part, dict) else None
         if isinstance(path, str):
-            names = columns.start_seconds, columns.duration_seconds, columns.channel
-            yield clip_of(part, path, *names)
+            yield clip_of(part, path, columns)
 
 
 def _seconds_shared(one: Clip, other: Clip) -> float:
