@@ -36,7 +36,7 @@ MOST_KEPT = 200_000  # distinct confusions while counting; beyond, the rarer hal
 
 AUDIO_LENGTH, REFERENCE_LENGTH = "audio length", "reference length"
 AUDIO_LENGTH_EDGES = (2, 5, 10, 20, 30)  # seconds
-REFERENCE_LENGTH_EDGES = (5, 10, 20, 50)  # tokens
+REFERENCE_LENGTH_EDGES = (0, 5, 10, 20, 50)  # tokens
 LENGTHS = {
     AUDIO_LENGTH: ["under 2 s", "2 to 5 s", "5 to 10 s", "10 to 20 s", "20 to 30 s", "from 30 s"],
     REFERENCE_LENGTH: [
@@ -273,12 +273,9 @@ def length_groups(seconds: float, reference_tokens: int) -> dict[str, str]:
     """
     groups = {}
     if not math.isnan(seconds):
-        groups[AUDIO_LENGTH] = LENGTHS[AUDIO_LENGTH][
-            bisect.bisect_right(AUDIO_LENGTH_EDGES, seconds)
-        ]
-    index = (
-        1 + bisect.bisect_left(REFERENCE_LENGTH_EDGES, reference_tokens) if reference_tokens else 0
-    )
+        index = bisect.bisect_right(AUDIO_LENGTH_EDGES, seconds)
+        groups[AUDIO_LENGTH] = LENGTHS[AUDIO_LENGTH][index]
+    index = bisect.bisect_left(REFERENCE_LENGTH_EDGES, reference_tokens)
     groups[REFERENCE_LENGTH] = LENGTHS[REFERENCE_LENGTH][index]
     return groups
 
