@@ -192,7 +192,8 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
     """Return the structure of a file of chunks."""
     kind = CHUNKS[read_at(file, begin, 4)]
     header = kind.header
-    position, long_length = begin + kind.head, (IN_DS64, 0)
+    position = begin + kind.head
+    long_length: tuple[int, int] | None = None  # of the chunk "ds64", and where it stands
     audio: tuple[int, _Length] | None = None
     remark: str | None = None
     for _ in range(MOST_CHUNKS):
@@ -209,7 +210,7 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
             # Of each kind, the length stands at the end of the header.
             layout = struct.Struct(header.format[0] + header.format[-1])
             written = _Length(length, start - layout.size, layout, kind.unknown, kind.counted)
-            if length == IN_DS64 and long_length[1]:
+            if length == IN_DS64 and long_length:
                 written = _Length(*long_length, struct.Struct("<Q"), kind.unknown)
             length, audio = written.bytes_, (start, written)
             if length > size - start or length == 0 < size - start - FEW_BYTES:
@@ -372,7 +373,6 @@ def _joint(file: BinaryIO, end: int, position: int) -> int | None:
         return None
     if following := next_recording(file, end, min(position, end + TAG_BYTES)):
         return following
-    has_header = counted_bytes(read_at(file, position, 48)) is not None
-    return (
-        end if has_header or (position > end + FEW_BYTES and recording_begins(file, end)) else None
-    )
+    if counted_bytes(read_at(file, position, 48)) is not None:  # the header of another MP3
+        return end
+    return end if position > end + FEW_BYTES and recording_begins(file, end) else None
