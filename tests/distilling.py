@@ -101,10 +101,7 @@ class Assembled(NamedTuple):
 
 def assemble(path: Path) -> Assembled:
     """Do what run_distillation.py does before the first step."""
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config = load_config(path, run_distillation.Config)
-    run = Run("run_distillation", path, config)
+    config, run = _begin(path)
     prepared = run_distillation.prepare(config)
     trainer, steps = run_distillation.assemble(config, prepared, run)
 
@@ -116,13 +113,17 @@ def assemble(path: Path) -> Assembled:
 
 def distil(path: Path) -> Path:
     """Do all that run_distillation.py does; return the output folder."""
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config = load_config(path, run_distillation.Config)
-    run = Run("run_distillation", path, config)
+    config, run = _begin(path)
     with run.stop_signals():
         run_distillation.work(config, run_distillation.prepare(config), run)
     return run.folder
+
+
+def _begin(path: Path) -> tuple[run_distillation.Config, Run]:
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = load_config(path, run_distillation.Config)
+    return config, Run("run_distillation", path, config)
 
 
 def adding_spaces(setting: Setting, folder: Path) -> Setting:

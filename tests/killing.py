@@ -86,14 +86,14 @@ def _command(script: str) -> list[str]:
 def _prepare_death(folder: Path, death: Death) -> None:
     if death.size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        _limit_files(death.size)
+        limit_files(death.size)
         # Workers hand over tensors in files; the run itself is to die.
-        os.register_at_fork(after_in_child=partial(_limit_files, resource.RLIM_INFINITY))
+        os.register_at_fork(after_in_child=partial(limit_files, resource.RLIM_INFINITY))
     count = _count_operations(folder / "out", death.operation)
     Finalize(None, lambda: (folder / "operations.txt").write_text(f"{count[0]}"), exitpriority=0)
 
 
-def _limit_files(size: int) -> None:
+def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 

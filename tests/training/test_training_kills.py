@@ -6,7 +6,6 @@ of it must come back.
 
 import json
 import random
-import resource
 import time
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -19,6 +18,7 @@ import scripts
 import soundfile
 from conftest import REPOSITORY
 from distilling import Setting, assert_same_run, make_setting, write_config
+from killing import limit_files
 from tiny import read_rows, write_rows
 
 STEPS, CLIPS = 8, 10
@@ -80,10 +80,6 @@ def start(path: Path, largest_file: int | None = None) -> BaseProcess:
     limit = partial(limit_files, largest_file) if largest_file is not None else None
     command = [str(REPOSITORY / "run_distillation.py"), str(path)]
     return scripts.start(command, path.parent, (log, log), limit)
-
-
-def limit_files(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def finish(path: Path, largest_file: int | None = None) -> tuple[int | None, str]:
