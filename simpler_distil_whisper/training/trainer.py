@@ -20,13 +20,9 @@ from simpler_distil_whisper.model.processes import sums_over_processes
 from simpler_distil_whisper.model.whisper import save_whisper
 from simpler_distil_whisper.run import DataError, Run, log
 from simpler_distil_whisper.training.checkpoints import Checkpoints
+from simpler_distil_whisper.training.curves import draw_curves
 from simpler_distil_whisper.training.dataset import TrainingBatch
-from simpler_distil_whisper.training.log import (
-    MetricsLog,
-    RejectionLog,
-    RunningMeans,
-    draw_curves,
-)
+from simpler_distil_whisper.training.log import MetricsLog, RejectionLog, RunningMeans
 from simpler_distil_whisper.training.model_card import ModelCard
 from simpler_distil_whisper.training.models import TeacherAndStudent
 from simpler_distil_whisper.training.optimizer import make_optimizer

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the curves: one row a step, whatever ends the run."""
+"""metrics.jsonl and TensorBoard: one row a step, whatever ends the run."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from tiny import read_rows
 from simpler_distil_whisper.data.manifest import Rejection
 from simpler_distil_whisper.data.results import rejection_line
 from simpler_distil_whisper.run import DataError
-from simpler_distil_whisper.training.log import DRAWINGS, MetricsLog, RejectionLog, draw_curves
+from simpler_distil_whisper.training.log import MetricsLog, RejectionLog
 
 
 def test_the_log_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
@@ -61,21 +61,6 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert math.isclose(len(events.Tags()["scalars"]), 1)
 
 
-def test_the_curves_are_drawn_from_whatever_is_there(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False, enabled=True)
-    picture = tmp_path / "training_curves.png"
-    log.log(0, {"validation/teacher/error_rate": 0.1})
-    draw_curves(tmp_path / "metrics.jsonl", picture)
-    first = picture.read_bytes()
-    assert first.startswith(b"\x89PNG")
-    for step in range(1, 80):
-        log.log(step, {"train/kl": 2 / step, "train/cross_entropy": None, "train/agreement": 0.5})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 80, "train/lo')  # a kill tears the last line
-    draw_curves(tmp_path / "metrics.jsonl", picture)
-    assert picture.read_bytes() != first
-
-
 def test_a_torn_line_of_rejections_stays_alone(tmp_path: Path) -> None:
     path = tmp_path / "rejected.jsonl"
     rejections = [Rejection(n, f"train.jsonl:{n}", "damaged 資料", {"n": n}) for n in range(4)]
@@ -107,8 +92,3 @@ def test_rejections_of_others_are_known_and_too_many_end_the_run(tmp_path: Path)
     assert len(read_rows(path)) == 4
     with pytest.raises(DataError, match="4 training rows do not decode"):
         first.add([Rejection(9, "m.jsonl:9", "damaged", {})])
-
-
-def test_the_curves_are_labelled_in_words_not_in_names_of_the_code() -> None:
-    for title, unit, legend in DRAWINGS:
-        assert "_" not in "".join([title, unit, *legend.values()])
