@@ -28,8 +28,8 @@ from simpler_distil_whisper.training.plan import RunLength, run_length
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     from simpler_distil_whisper.training.dataset import TrainingSteps
-    from simpler_distil_whisper.training.filters import Selection
     from simpler_distil_whisper.training.models import TeacherAndStudent
+    from simpler_distil_whisper.training.selection import Selection
     from simpler_distil_whisper.training.trainer import Trainer
 
 
@@ -107,8 +107,10 @@ def prepare(config: Config) -> Prepared:
     if data.dev_manifest:
         dev = read(data.dev_manifest, config.validation.max_utterances)
     from simpler_distil_whisper.training.filters import example_filter
+    from simpler_distil_whisper.training.selection import select_examples
 
-    selection = example_filter(data, student).select(manifests).check(data.max_bad_fraction)
+    selection = select_examples(manifests, example_filter(data, student))
+    selection.check(data.max_bad_fraction)
     every_steps, epoch_size = config.validation.every_steps, selection.epoch_size
     length = run_length(config.schedule, config.batch, every_steps, epoch_size)
     return Prepared(teacher, student, selection, dev, length)

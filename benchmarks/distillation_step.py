@@ -40,10 +40,10 @@ from simpler_distil_whisper.model.teacher_cache import CachedDecoderStates, Cach
 from simpler_distil_whisper.model.whisper import quieten_libraries, save_whisper
 from simpler_distil_whisper.run import Run
 from simpler_distil_whisper.training.dataset import TrainingBatch
-from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.losses import IGNORE_INDEX, distillation_loss
 from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.plan import RunLength, Visit
+from simpler_distil_whisper.training.selection import Selection
 
 POSITIONS = 448  # of Whisper's decoder, to which distil-whisper's script pads all labels
 FRAMES, STATES = 3000, 1500  # of a window of 30 s: of the log-mel and of the encoder

@@ -9,9 +9,10 @@ from tiny import make_tokenizer, write_rows, write_tone
 from simpler_distil_whisper.data.manifest import read_manifest
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.special_tokens import SpecialTokens, special_tokens
-from simpler_distil_whisper.training.filters import ExampleFilter, Selection
+from simpler_distil_whisper.training.filters import ExampleFilter
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.plan import Visit
+from simpler_distil_whisper.training.selection import Selection, select_examples
 from simpler_distil_whisper.training.tokens import (
     DecoderTokens,
     Example,
@@ -49,7 +50,7 @@ def make_select(folder: Path) -> Select:
         filters = ExampleFilter(
             section, LabelTokenizer(tokenizer, tokens, positions), float(WINDOW)
         )
-        return filters.select([read_manifest(path, section.columns)])
+        return select_examples([read_manifest(path, section.columns)], filters)
 
     write_tone(folder / "a.wav", 1.0)
     return passed

@@ -19,9 +19,9 @@ from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import without_spaces
 from simpler_distil_whisper.training.augment import View
-from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.options import TrainingColumns, TrainingData
 from simpler_distil_whisper.training.plan import Visit
+from simpler_distil_whisper.training.selection import Selection
 from simpler_distil_whisper.training.tokens import Example, VisitTokens, learnt_text
 
 FEW_HOURS = 25

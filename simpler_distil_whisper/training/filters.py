@@ -1,41 +1,31 @@
-"""Labelled manifests -> training examples: which rows are learnt from, and why the others are not.
+"""A labelled row -> the example that is learnt from, or the reason why it is not.
 
-Owns the filters of the `data` section and their report of rows and hours for each reason.
+Owns the filters of the `data` section. What becomes of whole manifests is up to `selection`.
 """
 
 import contextlib
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from simpler_distil_whisper.config import ConfigError, NonNegativeFloat
-from simpler_distil_whisper.data.audio import AudioError, audio_seconds, check_length
+from simpler_distil_whisper.data.audio import AudioError, check_length
 from simpler_distil_whisper.data.jsonl import Row
 from simpler_distil_whisper.data.manifest import (
-    Manifest,
-    Rejection,
     Utterance,
-    first_reasons,
-    reject,
 )
-from simpler_distil_whisper.decoding.batches import in_batches
-from simpler_distil_whisper.files import read_files
 from simpler_distil_whisper.labels.filters import (
     BROKEN_CHARACTER,
     INCOMPLETE,
     is_cut_off,
     why_dropped_by_error_rate,
 )
-from simpler_distil_whisper.labels.threshold import suggest_for_rows
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.special_tokens import special_tokens
 from simpler_distil_whisper.model.whisper import load_tokenizer
-from simpler_distil_whisper.progress import Progress
-from simpler_distil_whisper.run import DataError, log
 from simpler_distil_whisper.text.languages import without_spaces
 from simpler_distil_whisper.text.normalization import is_blank
 from simpler_distil_whisper.training.options import TrainingData
@@ -47,52 +37,11 @@ from simpler_distil_whisper.training.tokens import (
     learnt_text,
 )
 
-UNREADABLE = "unreadable audio"
-BAD = ("unusable row", UNREADABLE)  # the reasons that count against max_bad_fraction
 WITH_SEGMENTS = "with segments"
 WITH_SAMPLED_TEXTS = "with sampled texts"
 SAMPLED_TEXTS_LEFT_OUT = "without some of their sampled texts, which cannot be learnt"
 WITHOUT_END = "learnt without an end token, since they were cut off"
 CLEANED = "without their control characters and other characters that are no speech"
-
-
-class Selection(NamedTuple):
-    """The examples that passed all filters, and the rows that did not.
-
-    Attributes:
-        examples: what is trained on.
-        rejections: every other row, with the reason.
-        report: kind of reason, or "kept" -> {"rows": ..., "hours": ...}.
-        max_error_rate: up to which rows were kept; None: any.
-    """
-
-    examples: list[Example]
-    rejections: list[Rejection]
-    report: dict[str, dict[str, float]]
-    max_error_rate: float | None
-
-    @property
-    def epoch_size(self) -> float:
-        """How many uses of examples make an epoch."""
-        return sum(example.weight for example in self.examples)
-
-    def check(self, max_bad_fraction: float) -> "Selection":
-        """Return the selection itself, with the report logged.
-
-        Raises:
-            DataError: more than `max_bad_fraction` of the rows is unusable, or none is left.
-        """
-        for kind, count in self.report.items():
-            log.info("training rows, %s: %d (%.2f h)", kind, count["rows"], count["hours"])
-        bad = sum(self.report[kind]["rows"] for kind in BAD if kind in self.report)
-        rows = len(self.examples) + len(self.rejections)
-        if bad > max_bad_fraction * rows or not self.examples:
-            raise DataError(
-                f"of {rows} training rows {bad} are unusable, data.max_bad_fraction is "
-                f"{max_bad_fraction:g}, and {len(self.examples)} pass the filters. "
-                f"The first reasons:{first_reasons(self.rejections)}"
-            )
-        return self
 
 
 class _Segment(BaseModel):
@@ -121,7 +70,12 @@ def example_filter(data: TrainingData, model: ModelFolder) -> "ExampleFilter":
 
 
 class ExampleFilter:
-    """Turns utterances into examples, or gives the reason why not."""
+    """Turns utterances into examples, or gives the reason why not.
+
+    Attributes:
+        max_seconds: the longest audio.
+        kept: how the examples so far are learnt -> how many.
+    """
 
     def __init__(
         self, data: TrainingData, label_tokenizer: LabelTokenizer, window_seconds: float
@@ -146,76 +100,6 @@ class ExampleFilter:
         longest = label_tokenizer.max_label_tokens
         self.max_label_tokens = min(data.max_label_tokens or longest, longest)
         self.kept: Counter[str] = Counter()
-
-    def select(self, manifests: Sequence[Manifest]) -> Selection:
-        """Return the examples of all manifests; rows and hours are counted for every reason."""
-        examples: list[Example] = []
-        rejections = [rejection for manifest in manifests for rejection in manifest.rejections]
-        hours: dict[str, list[float]] = {"kept": [], "unusable row": [0.0] * len(rejections)}
-        weights = self.data.train_weights or [1.0] * len(manifests)
-        weighted = [
-            (utterance, weight)
-            for manifest, weight in zip(manifests, weights, strict=True)
-            for utterance in manifest.utterances
-        ]
-        utterances = [utterance for utterance, _ in weighted]
-        self.kept.clear()
-        max_error_rate = self._max_error_rate(utterances)
-        lengths = _lengths(utterances, self.data.min_duration_seconds, self.max_seconds)
-        progress = Progress("reading rows and audio headers", "rows", len(utterances))
-        for (utterance, weight), length in progress.over(zip(weighted, lengths, strict=True)):
-            seconds = 0.0 if isinstance(length, Dropped) else length
-            try:
-                if isinstance(length, Dropped):
-                    raise length
-                examples.append(self.example(utterance, seconds, weight, max_error_rate))
-                kind = "kept"
-            except Dropped as dropped:
-                kind = dropped.kind
-                rejections.append(reject(utterance, str(dropped)))
-            hours.setdefault(kind, []).append(seconds / 3600)
-        report = {
-            kind: {"rows": len(each), "hours": round(sum(each), 4)}
-            for kind, each in hours.items()
-            if each or kind == "kept"
-        }
-        self._log_how_they_are_learnt(examples)
-        return Selection(examples, rejections, report, max_error_rate)
-
-    def _max_error_rate(self, utterances: Sequence[Utterance]) -> float | None:
-        """Return the config's highest error rate, or the one that these rows suggest."""
-        if self.data.max_error_rate != "auto":
-            return self.data.max_error_rate
-        rows = (utterance.row for utterance in utterances)
-        columns = self.data.columns
-        suggestion = suggest_for_rows(rows, columns.error_rate)
-        threshold = suggestion.max_error_rate
-        if threshold is None:
-            log.warning(
-                'data.max_error_rate "auto": none, since no row has an error rate under "%s": '
-                "the rows have no references, or labelling has not written them. What is under "
-                '"%s" is learnt',
-                columns.error_rate,
-                columns.text,
-            )
-        else:
-            reasoning = " ".join(suggestion.reasoning)
-            log.info('data.max_error_rate "auto": %.2f. %s', threshold, reasoning)
-        return threshold
-
-    def _log_how_they_are_learnt(self, examples: Sequence[Example]) -> None:
-        for kind, count in (+self.kept).items():
-            log.info("kept training rows, %s: %d", kind, count)
-        if self.data.timestamp_probability and not self.kept[WITH_SEGMENTS]:
-            log.warning(
-                "data.timestamp_probability is %g, but no row can be learnt with timestamps: set "
-                "decoding.timestamps or pack.enabled when labelling",
-                self.data.timestamp_probability,
-            )
-        if self.data.previous_text_probability:
-            count = sum(bool(example.previous) for example in examples)
-            write = log.info if count else log.warning
-            write("kept training rows, with previous text: %d", count)
 
     def example(
         self,
@@ -381,35 +265,3 @@ class ExampleFilter:
         if known != sorted(known):
             raise Dropped(kind, f'"{column}": the times go back: {known}')
         return [each for each in segments if not is_blank(each.text)]
-
-
-def _lengths(
-    utterances: Sequence[Utterance], shortest: float, longest: float
-) -> Iterator[float | Dropped]:
-    """Yield the length of each utterance, or why it cannot be used.
-
-    A length that the row states is relied on until the audio is decoded. Only the headers of others
-    are read.
-    """
-    for some in in_batches(utterances, 1000):
-        stated = [_trusted_seconds(utterance, shortest, longest) for utterance in some]
-        unknown = [row for row, seconds in zip(some, stated, strict=True) if seconds is None]
-        read = iter(read_files(_header_seconds, unknown))
-        yield from (next(read) if seconds is None else seconds for seconds in stated)
-
-
-def _trusted_seconds(utterance: Utterance, shortest: float, longest: float) -> float | None:
-    """Return the length that a row states; None where its header is to be read.
-
-    No row is dropped for a length that labelling has measured: the file may be another one by now.
-    """
-    stated = utterance.stated_seconds
-    is_part = utterance.duration_seconds is not None
-    return stated if stated is None or is_part or shortest <= stated <= longest else None
-
-
-def _header_seconds(utterance: Utterance) -> float | Dropped:
-    try:
-        return audio_seconds(*utterance.clip)
-    except AudioError as error:
-        return Dropped(UNREADABLE, f"{utterance.audio}: {error}")

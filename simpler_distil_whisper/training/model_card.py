@@ -19,9 +19,9 @@ from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.weights import parameter_count
 from simpler_distil_whisper.pages import render
 from simpler_distil_whisper.run import log, package_versions
-from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.plan import RunLength
+from simpler_distil_whisper.training.selection import Selection
 
 SHAPE = ("encoder_layers", "decoder_layers", "d_model", "num_mel_bins", "vocab_size")
 RECIPE = ("objective", "freeze", "audio_context", "optimizer", "seed")

@@ -24,10 +24,10 @@ from simpler_distil_whisper.model.whisper import load_whisper
 from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.data_checks import check_data
 from simpler_distil_whisper.training.dataset import TrainingBatch, TrainingSteps
-from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.learning_rates import ShortRuns, range_test
 from simpler_distil_whisper.training.models import TeacherAndStudent, computing_dtype
 from simpler_distil_whisper.training.options import ONLY_KL
+from simpler_distil_whisper.training.selection import Selection
 from simpler_distil_whisper.training.trainer import Trainer
 from simpler_distil_whisper.training.validation import Validation
 

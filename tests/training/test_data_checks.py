@@ -24,8 +24,8 @@ from simpler_distil_whisper.training.data_checks import (
     check_references,
     check_shared_audio,
 )
-from simpler_distil_whisper.training.filters import Selection
 from simpler_distil_whisper.training.options import TrainingColumns
+from simpler_distil_whisper.training.selection import Selection
 from simpler_distil_whisper.training.tokens import Example
 
 SIGNS = {"average_log_probability": -0.1, "compression_ratio": 1.1}

@@ -32,11 +32,12 @@ from training_data import (
 
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.data.manifest import read_manifest
-from simpler_distil_whisper.training import filters
+from simpler_distil_whisper.training import selection as training_selection
 from simpler_distil_whisper.training.augment import View
 from simpler_distil_whisper.training.filters import ExampleFilter
 from simpler_distil_whisper.training.options import TrainingData
 from simpler_distil_whisper.training.plan import Visit
+from simpler_distil_whisper.training.selection import select_examples
 from simpler_distil_whisper.training.tokens import LabelTokenizer, decoder_sequences
 
 
@@ -54,7 +55,7 @@ def test_headers_are_read_only_where_no_row_gives_the_length(
         opened.append(path)
         return 1.0
 
-    monkeypatch.setattr(filters, "audio_seconds", seconds_of)
+    monkeypatch.setattr(training_selection, "audio_seconds", seconds_of)
     rows = [row(duration_seconds=0.5), row(audio_seconds=0.75), row(), row(audio_seconds="1 s")]
     seconds = [example.seconds for example in select(*rows).examples]
     assert seconds == [0.5, 0.75, 1.0, 1.0]
@@ -336,7 +337,7 @@ def test_rows_carry_the_weight_of_their_manifest(tmp_path: Path) -> None:
     section = TrainingData(train_manifests=paths, train_weights=[0.5, 2.0])
     tokens, tokenizer = make_special_tokens("zh", "en"), make_tokenizer(["zh", "en"], WINDOW)
     filters = ExampleFilter(section, LabelTokenizer(tokenizer, tokens, 448), float(WINDOW))
-    selection = filters.select([read_manifest(path, section.columns) for path in paths])
+    selection = select_examples([read_manifest(path, section.columns) for path in paths], filters)
     assert [example.weight for example in selection.examples] == [0.5, 2.0, 2.0]
     assert selection.epoch_size == 4.5
 
