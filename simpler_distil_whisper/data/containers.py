@@ -207,11 +207,7 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
         if name == b"ds64":
             long_length = int.from_bytes(read_at(file, start + 8, 8), "little"), start + 8
         elif name == kind.audio and not audio:
-            # Of each kind, the length stands at the end of the header.
-            layout = struct.Struct(header.format[0] + header.format[-1])
-            written = _Length(length, start - layout.size, layout, kind.unknown, kind.counted)
-            if length == IN_DS64 and long_length:
-                written = _Length(*long_length, struct.Struct("<Q"), kind.unknown)
+            written = _length_of_audio(kind, start, length, long_length)
             length, audio = written.bytes_, (start, written)
             if length > size - start or length == 0 < size - start - FEW_BYTES:
                 return _miscounted(file, begin, *audio, size, thorough=thorough)
@@ -224,6 +220,17 @@ def _read_chunks(file: BinaryIO, begin: int, size: int, *, thorough: bool) -> St
         end = min(start + length, size)
         position = _next_chunk(file, end, kind.alignment)
     return Structure(begin, size, remark=remark)
+
+
+def _length_of_audio(
+    kind: Chunks, start: int, length: int, long_length: tuple[int, int] | None
+) -> _Length:
+    """Return the length of audio that begins there, by its chunk's header or by "ds64"."""
+    if length == IN_DS64 and long_length:
+        return _Length(*long_length, struct.Struct("<Q"), kind.unknown)
+    # Of each kind, the length stands at the end of the header.
+    layout = struct.Struct(kind.header.format[0] + kind.header.format[-1])
+    return _Length(length, start - layout.size, layout, kind.unknown, kind.counted)
 
 
 def _miscounted(
