@@ -331,7 +331,8 @@ def read_manifest(
         ConfigError: the manifest cannot be read.
         DataError: it has no rows, or changes while it is read.
     """
-    utterances = Utterances(path, columns, each_channel=channel == "each")
+    each_channel = channel == "each"
+    utterances = Utterances(path, columns, each_channel=each_channel)
     check = RowCheck(str(path.parent), columns, languages, frozenset(new_fields), channel)
     rejections: list[Rejection] = []
     digest = hashlib.sha256(b"" if channel == MEAN else channel.encode())
@@ -342,19 +343,19 @@ def read_manifest(
         rows += 1
         digest.update(b"%d %s\n" % (line_number, line))
         if isinstance(row, BadRow):
-            digest.update(b"rejected\n" if channel == "each" else b"")
+            digest.update(b"rejected\n" if each_channel else b"")
             place = f"{path}:{line_number}"
             rejections.append(Rejection(number, place, row.reason, row.content))
             number += 1
             continue
-        digest.update(b"%d" % len(row.channels) if channel == "each" else b"")
+        digest.update(b"%d" % len(row.channels) if each_channel else b"")
         for one in row.channels:
             utterances.append(number, line_number, offset, one, row.base)
             number += 1
             texts += row.has_text
     if next(lines, None):
         log.info("%s: only the first %d rows are used (max_utterances)", path, rows)
-    if channel == "each":
+    if each_channel:
         log.info("%s: %d rows are %d, with one for each channel", path, rows, number)
     utterances.check_unchanged()
     if not utterances and not rejections:
