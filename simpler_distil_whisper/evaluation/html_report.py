@@ -174,17 +174,8 @@ def rate_chart(lines: Sequence[tuple[str, Mapping[str, Rates | None]]], hidden: 
 
 def difference_chart(comparisons: Mapping[str, ComparisonSummary], names: Sequence[str]) -> Chart:
     """Return the chart of differences to the baseline, around 0."""
-    reach = 0.001
-    sizes = []
-    for comparison in comparisons.values():
-        numbers = (comparison.difference, comparison.low, comparison.high)
-        ends = sorted(abs(number) for number in numbers if number is not None)
-        if ends:
-            second = ends[-2] if len(ends) > 1 else ends[-1]
-            reach = max(reach, min(ends[-1], LONGEST_AXIS * second))
-        if comparison.difference:
-            sizes.append(abs(comparison.difference))
-    stretched = _must_stretch(sizes)
+    reach = max([0.001, *map(_reach, comparisons.values())])
+    stretched = _must_stretch([abs(c.difference) for c in comparisons.values() if c.difference])
 
     def place(difference: float) -> float:
         share = abs(difference) / reach
@@ -284,6 +275,13 @@ def search_data(utterances: Sequence[ShownUtterance], names: Sequence[str]) -> d
         embedded = (utterance.audio or "").startswith("data:")
         rows.append(asdict(replace(utterance, audio=None) if embedded else utterance))
     return {"systems": list(names), "signs": SIGN_NAMES, "utterances": rows}
+
+
+def _reach(comparison: ComparisonSummary) -> float:
+    """Return how far from 0 an axis must go for a comparison; a longer interval is cut off."""
+    numbers = (comparison.difference, comparison.low, comparison.high)
+    ends = sorted(abs(number) for number in numbers if number is not None)
+    return min(ends[-1], LONGEST_AXIS * ends[-2:][0]) if ends else 0.0
 
 
 def _must_stretch(sizes: Sequence[float]) -> bool:
