@@ -141,7 +141,8 @@ class Validation:
                     reference = self.references[utterance.number]
                     # Not the detected language: the unit must not depend on the model.
                     language = utterance.language or self.decoding.language
-                    counts = self.scorer.count(reference, hypothesis.text, language)
+                    written = "en" if self.decoding.task == "translate" else language
+                    counts = self.scorer.count(reference, hypothesis.text, written)
                     counted.append((language or "unknown", counts))
                     examples.append((reference, hypothesis.text.strip()))
         wait_for_everyone()

@@ -118,6 +118,22 @@ def test_rows_nobody_has_transcribed_are_not_scored(tmp_path: Path, setting: Set
         score_student(tmp_path / "none", setting, write_rows(tmp_path / "none.jsonl", rows))
 
 
+def test_translations_are_scored_as_english(tmp_path: Path, setting: Setting) -> None:
+    """The row names what is spoken, Chinese, whose texts would be counted in characters."""
+    rows = dev_rows(tmp_path, languages="zh")
+    for row in rows:
+        row["text"] = "one two three"
+    dev = write_rows(tmp_path / "dev.jsonl", rows)
+    score = score_student(
+        tmp_path / "run",
+        setting,
+        dev,
+        data__task="translate",
+        validation__metric={**PLAIN, "unit": "auto"},
+    )
+    assert total(score.counts["zh"]).reference_tokens == 3 * len(rows)
+
+
 def test_no_training_filter_touches_dev(tmp_path: Path, setting: Setting) -> None:
     rows = dev_rows(tmp_path)
     for row, text in zip(rows, hypotheses_by(setting.student, rows, tmp_path), strict=True):
