@@ -167,13 +167,22 @@ class Trainer:
         self.metrics.log(self.state.step, values)
 
     def score_teacher(self) -> None:
-        """Score the teacher on dev, once in a run, if the config asks for it."""
+        """Score the teacher on dev, once in a run, if the config asks for it.
+
+        Raises:
+            DataError: no row of dev can be scored, so the student's could not be either.
+        """
         if self.validation is None or not self.validation.options.score_teacher:
             return
         if self.state.teacher_error_rate is not None:
             return
         with self.advise_when_out_of_memory():
             score = self.validation.score(self.models.teacher.load())
+        if score.error_rate is None:
+            raise DataError(
+                f"{self.validation.path}: no row that has a reference can be transcribed, so "
+                "nothing can be scored: the reasons are above"
+            )
         self.state.teacher_error_rate = score.error_rate
         self._log_score("teacher", score)
 

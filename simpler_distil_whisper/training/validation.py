@@ -81,7 +81,7 @@ class Validation:
             models: their cache of encoder states is read if both have the same encoder.
 
         Raises:
-            DataError: no row has one.
+            DataError: no row has one that is not empty.
         """
         self.references = {
             utterance.number: reference
@@ -90,7 +90,8 @@ class Validation:
         }
         if missing := len(dev.utterances) - len(self.references):
             log.warning("%s: %d rows have no reference and are not scored", dev.path, missing)
-        if not self.references:
+        self.scorer = Scorer(options.metric)
+        if not any(self._has_tokens(reference) for reference in self.references.values()):
             columns = data.columns
             raise DataError(
                 f'{dev.path}: no row has a reference, neither under "{columns.reference}" '
@@ -108,7 +109,10 @@ class Validation:
         self.limits = DataLimits(min_duration_seconds=0.0, num_workers=data.num_workers)
         self.options, self.accelerator = options, models.accelerator
         self.cache = models.caches.encoder if models.teacher.shared_encoder else None
-        self.scorer = Scorer(options.metric)
+        self.path = dev.path
+
+    def _has_tokens(self, reference: str) -> bool:
+        return self.scorer.count(reference, "", None).reference_tokens > 0
 
     def _auto_limit(self, student: Whisper) -> int:
         """Return how many tokens a hypothesis may have: twice those of the longest reference."""

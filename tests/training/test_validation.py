@@ -134,6 +134,20 @@ def test_translations_are_scored_as_english(tmp_path: Path, setting: Setting) ->
     assert total(score.counts["zh"]).reference_tokens == 3 * len(rows)
 
 
+@pytest.mark.parametrize(("reference", "seconds"), [("", 0.5), (" ?", 0.5), ("abc", 3.0)])
+def test_a_run_does_not_begin_where_no_dev_row_can_be_scored(
+    tmp_path: Path, setting: Setting, reference: str, seconds: float
+) -> None:
+    """It would stop early, since no validation is better than the one before it."""
+    write_tone(tmp_path / "dev.wav", seconds)
+    row = {"audio": "dev.wav", "language": "en", "text": reference}
+    dev = write_rows(tmp_path / "dev.jsonl", [row])
+    options = {"every_steps": 1, "early_stopping_patience": 1}
+    path = write_config(tmp_path / "run", setting, data__dev_manifest=dev, validation=options)
+    with pytest.raises(DataError, match=r"dev\.jsonl: no row .* nothing can be scored"):
+        distil(path)
+
+
 def test_no_training_filter_touches_dev(tmp_path: Path, setting: Setting) -> None:
     rows = dev_rows(tmp_path)
     for row, text in zip(rows, hypotheses_by(setting.student, rows, tmp_path), strict=True):
