@@ -330,9 +330,14 @@ class TrainingSteps:
             digest.update(f"{example.utterance.json} {example.tokens} {example.weight}".encode())
         return digest.hexdigest()
 
-    def since(self, step: int) -> Iterator[tuple[TrainingBatch, ...]]:
-        """Yield this process's micro-batches of each step from `step` on, counted from 0."""
-        steps = range(step, self.length.max_steps)
+    def since(self, step: int, end: int | None = None) -> Iterator[tuple[TrainingBatch, ...]]:
+        """Yield this process's micro-batches of each step from `step` on, counted from 0.
+
+        Args:
+            step: the first.
+            end: the step before which they end, also beyond the run; None: that of the run.
+        """
+        steps = range(step, self.length.max_steps if end is None else end)
         size, rank, processes = self.micro_batch_size, process_rank(), process_count()
         own = MicroBatches(self.plan, steps, size, rank, processes)
         dataset = TrainingDataset(

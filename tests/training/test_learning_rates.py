@@ -117,6 +117,23 @@ def test_a_run_chooses_its_rate_once(tmp_path: Path, setting: Setting) -> None:
     assert weights[0] == weights[1]
 
 
+def test_the_rate_of_a_run_of_one_step_is_no_lower_than_that_of_a_longer_one(
+    tmp_path: Path, setting: Setting
+) -> None:
+    """The short runs are whole ones: in a first step alone all rates come to the same loss."""
+    chosen = []
+    for steps in (1, 20):
+        name = str(steps)
+        trainer, _, learnt, _ = assemble(
+            write_config(tmp_path / name, setting, schedule__max_steps=steps)
+        )
+        picture = tmp_path / name / "curve.png"
+        chosen.append(range_test(ShortRuns(trainer), learnt, picture))
+        runs = json.loads(picture.with_suffix(".json").read_text())["runs"]
+        assert {len(run["losses"]) for run in runs} == {STEPS}
+    assert chosen[0] >= chosen[1] / 2  # the batches are others
+
+
 @pytest.mark.slow
 def test_a_run_that_continues_keeps_its_rate(tmp_path: Path, setting: Setting) -> None:
     path = write_config(tmp_path / "run", setting, **AUTO, checkpoints={"every_steps": 2})
