@@ -71,6 +71,19 @@ class Config(RunOptions):
         return self
 
     @model_validator(mode="after")
+    def _sampled_texts_are_the_teachers(self) -> "Config":
+        data, columns = self.data, self.data.columns
+        people_label = columns.text == columns.reference and self.objective.cross_entropy_weight > 0
+        if people_label and data.sampled_text_probability > 0:
+            raise ValueError(
+                f'data.columns.text is the column of references, "{columns.text}", but in '
+                f"data.sampled_text_probability {data.sampled_text_probability:g} of the uses the "
+                "student would learn a text of the teacher's in their place: set it to 0, or "
+                "objective.cross_entropy_weight"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patience_needs_dev_rows(self) -> "Config":
         if self.validation.early_stopping_patience and not self.data.dev_manifest:
             raise ValueError("validation.early_stopping_patience needs a data.dev_manifest")

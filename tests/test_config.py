@@ -438,6 +438,22 @@ def test_early_stopping_without_dev_rows_is_refused(tmp_path: Path) -> None:
         load_config(path, run_distillation.Config)
 
 
+def test_texts_of_the_teacher_do_not_take_the_place_of_labels_that_people_wrote(
+    tmp_path: Path,
+) -> None:
+    """Fine-tuning on transcripts, with what else is shipped."""
+    config = json.loads((REPOSITORY / "run_distillation.json").read_text(encoding="utf-8"))
+    config["data"]["columns"]["text"] = "origin_text"
+    config["objective"] = {"cross_entropy_weight": 1.0, "kl_weight": 0.0}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data\.sampled_text_probability 0\.75 .*: set it to 0"):
+        load_config(path, run_distillation.Config)
+    config["data"]["sampled_text_probability"] = 0.0
+    path.write_text(json.dumps(config), encoding="utf-8")
+    load_config(path, run_distillation.Config)
+
+
 @pytest.mark.parametrize("name", ["run_pseudo_labelling", "offline_inference"])
 def test_an_empty_language_names_none(name: str, tmp_path: Path) -> None:
     config = json.loads((REPOSITORY / f"{name}.json").read_text(encoding="utf-8"))
