@@ -71,7 +71,7 @@ class RunningMeans:
         values: dict[str, float | None] = {
             "train/loss": loss / tokens if tokens else None,
             "train/cross_entropy": cross_entropy / max(tokens, 1),
-            "train/kl": kl / max(tokens, 1),
+            "train/kl": kl / max(tokens, 1) if self.uses_teacher else None,
             "train/agreement": agreement / max(tokens, 1) if self.uses_teacher else None,
             "train/grad_norm": float(self._grad_norm),
             "train/learning_rate": self._learning_rate,

@@ -90,6 +90,7 @@ def facts_of(
     settings = config.model_dump(mode="json")
     default = settings["data"]["language"] or "unknown"
     languages = Counter(example.utterance.language or default for example in selection.examples)
+    columns = settings["data"]["columns"]
     left_out = {kind: count for kind, count in selection.report.items() if kind != "kept"}
     return {
         "teacher": {"name": teacher.path.resolve().name, **_size(teacher)},
@@ -99,6 +100,7 @@ def facts_of(
             "manifests": len(settings["data"]["train_manifests"]),
             **selection.report["kept"],
             "languages": dict(sorted(languages.items())),
+            "labels": "references" if columns["text"] == columns["reference"] else "hypotheses",
             "left_out": left_out,
             "filters": {
                 "max_error_rate": selection.max_error_rate,

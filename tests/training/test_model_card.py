@@ -101,6 +101,27 @@ def test_the_card_reads_as_a_card(folder: Path) -> None:
         assert row.count("|") > 3
 
 
+@pytest.mark.parametrize(
+    ("people", "kl_weight", "learnt"),
+    [
+        (False, 1.0, "written by the teacher, and the teacher's distribution over tokens (["),
+        (False, 0.0, "written by the teacher."),
+        (True, 0.0, "written by people."),
+    ],
+)
+def test_what_the_student_has_learnt_from_is_what_the_card_says(
+    setting: Setting, tmp_path: Path, people: bool, kl_weight: float, learnt: str
+) -> None:
+    columns = {"text": "origin_text" if people else "text"}
+    changes = {"data__columns": columns, "objective__kl_weight": kl_weight}
+    out = distil(write_config(tmp_path / "run", setting, schedule__max_steps=1, **changes))
+    card = " ".join((out / "final" / "README.md").read_text(encoding="utf-8").split())
+    assert learnt in card
+    assert ("its teacher's errors" in card) == (not people)
+    assert ("distribution over tokens" in card) == (kl_weight > 0)
+    assert (logged(out, "train/kl") == [None]) == (kl_weight == 0)
+
+
 @pytest.mark.slow
 def test_a_run_without_dev_is_described_as_such(setting: Setting, tmp_path: Path) -> None:
     out = distil(write_config(tmp_path / "plain", setting, schedule__max_steps=1))
