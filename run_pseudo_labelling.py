@@ -161,7 +161,11 @@ def label_rows(
     model, extractor = teacher.model, teacher.feature_extractor
     cache = open_encoder_cache(config.teacher_cache, folder, extractor, model.dtype, model.device)
     label = Labeller(
-        config.label_columns, Scorer(config.metric), config.decoding.language, config.output_script
+        config.label_columns,
+        Scorer(config.metric),
+        config.decoding.language,
+        config.output_script,
+        config.decoding.task,
     )
     batches = transcribe_manifest(transcriber, manifest, config.data, results, run, cache)
     # A GPU would wait while the labels are measured; the cores of a CPU are busy decoding.

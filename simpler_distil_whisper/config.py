@@ -155,6 +155,8 @@ def load_config(path: Path, model: type[Config]) -> Config:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
         raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
+    if sentence := _of_another_script(tree, model):
+        raise ConfigError(f"{path}: {sentence}")
     problems = [f'"{shortened(key)}": this key stands twice in one object' for key in duplicates]
     try:
         changed = [_drop_unused(tree), _switch_off_what_is_null(tree, model)]
@@ -165,6 +167,18 @@ def load_config(path: Path, model: type[Config]) -> Config:
         del problems[MOST_PROBLEMS:]
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return config
+
+
+def _of_another_script(tree: object, model: type[StrictModel]) -> str | None:
+    """Return a sentence for a file of which this script knows less than half of the sections."""
+    known = [*model.model_fields, *RENAMED_KEYS]
+    unknown = [key for key in tree if key not in known] if isinstance(tree, dict) else []
+    if not isinstance(tree, dict) or len(unknown) <= max(2, len(tree) / 2):
+        return None
+    return (
+        f"is this the config of another script? Unknown here: {shortened(', '.join(unknown))}. "
+        f"What this script takes: {', '.join(model.model_fields)}"
+    )
 
 
 def _drop_unused(tree: object) -> bool:

@@ -372,6 +372,15 @@ def test_keys_that_contradict_each_other_are_refused(
     assert problem in line
 
 
+@pytest.mark.parametrize("of", ["run_pseudo_labelling", "run_distillation", "eval"])
+def test_the_config_of_another_script_gets_one_sentence(of: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(REPOSITORY / f"{of}.json", importlib.import_module("offline_inference").Config)
+    (line,) = str(caught.value).splitlines()
+    assert "is this the config of another script? Unknown here: " in line
+    assert line.endswith("decoding, output_columns, subtitles")
+
+
 def test_a_retired_key_is_answered_with_the_whole_new_name(tmp_path: Path) -> None:
     config = json.loads((REPOSITORY / "run_distillation.json").read_text(encoding="utf-8"))
     path = tmp_path / "x.json"

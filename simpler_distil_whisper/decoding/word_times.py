@@ -32,7 +32,7 @@ from simpler_distil_whisper.decoding.hypothesis import (
     TimedToken,
     TimedWord,
 )
-from simpler_distil_whisper.model.options import Task
+from simpler_distil_whisper.model.options import Task, written_language
 from simpler_distil_whisper.model.special_tokens import TIME_STEP
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.text.languages import NEVER_SPACED
@@ -120,7 +120,7 @@ class TokenAligner:
         self, timed: Sequence[tuple[Segment, Sequence[TimedToken]]], language: str
     ) -> list[Segment]:
         """Return the segments of an utterance with words, made of the tokens of each segment."""
-        written = "en" if self.task == "translate" else language
+        written = written_language(language, self.task)
         return segments_with_words(timed, written, self.whisper.text_of)
 
     def _attention(

@@ -55,7 +55,7 @@ class HypothesisColumns(StrictModel):
         default="language",
         description='Column that decides the unit where metric.unit is "auto", and how texts are '
         "normalised; with null, and in rows whose language Whisper does not know, the reference's "
-        "script decides.",
+        "script decides. Of translations it is the language that was spoken: set null.",
     )
     audio: Name | None = Field(
         default=None, description="Column of the audio file, which the report then plays."

@@ -24,6 +24,7 @@ from simpler_distil_whisper.data.manifest import (
 from simpler_distil_whisper.data.options import Columns, ManifestData
 from simpler_distil_whisper.evaluation.metrics import Scorer
 from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.options import Task, written_language
 from simpler_distil_whisper.text.chinese import Script, chinese_converter, is_chinese
 from simpler_distil_whisper.text.languages import longest_repetition, tokens
 
@@ -201,12 +202,14 @@ class Labeller:
         scorer: counts the errors, on normalised copies of the texts.
         default_language: the language of rows that name none; None: it is not known.
         script: in which Chinese labels are written; None: as the teacher wrote them.
+        task: what the teacher does with what it hears.
     """
 
     columns: LabelColumns
     scorer: Scorer
     default_language: str | None
     script: Script | None = None
+    task: Task = "transcribe"
 
     def __call__(self, batch: "TranscribedBatch") -> list[tuple[Utterance, Row]]:
         """Return each utterance of a batch with its labelled row."""
@@ -225,7 +228,7 @@ class Labeller:
         """
         columns, scorer = self.columns, self.scorer
         # Not the detected language: the unit of the error rate must not depend on the model.
-        language = utterance.language or self.default_language
+        language = written_language(utterance.language or self.default_language, self.task)
         as_decoded = hypothesis
         if self.script and is_chinese(language or hypothesis.language):
             hypothesis = in_script(hypothesis, self.script)
@@ -301,7 +304,7 @@ def measure_label(
     counted = None if normalized_reference is None else len(tokens(normalized_reference, unit))
     return {
         "error_unit": None if reference is None else unit,
-        "error_language": language,  # not the one that the model may have detected
+        "error_language": language,  # of the text, not the one that the model may have detected
         "reference_tokens": counted,
         MEASURED_SECONDS: round(seconds, 6),
         "tokens_per_second": round(token_count / seconds, 4),

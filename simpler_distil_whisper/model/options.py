@@ -5,7 +5,7 @@ check its config, and print `--help`, without waiting for the import.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,10 +24,17 @@ DecodingDtype = Literal[Dtype, "int8"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Task = Literal["transcribe", "translate"]
 
+Spoken = TypeVar("Spoken", str, str | None)
+
 
 def whisper_code(language: str | None) -> str | None:
     """Return Whisper's code for a language, however a config names it; None if it names none."""
     return whisper_language(language) if language else None
+
+
+def written_language(spoken: Spoken, task: Task) -> Spoken:
+    """Return the language of a model's text: of a translation it is English, whatever is spoken."""
+    return "en" if task == "translate" else spoken
 
 
 class FolderOptions(StrictModel):

@@ -19,7 +19,7 @@ from simpler_distil_whisper.decoding.transcription import decode_halving, transc
 from simpler_distil_whisper.evaluation.intervals import bootstrap_interval
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Scorer, total
 from simpler_distil_whisper.launch import process_count, process_rank
-from simpler_distil_whisper.model.options import DecodingOptions
+from simpler_distil_whisper.model.options import DecodingOptions, written_language
 from simpler_distil_whisper.model.processes import smallest_of_all, wait_for_everyone
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.run import DataError, log
@@ -145,7 +145,7 @@ class Validation:
                     reference = self.references[utterance.number]
                     # Not the detected language: the unit must not depend on the model.
                     language = utterance.language or self.decoding.language
-                    written = "en" if self.decoding.task == "translate" else language
+                    written = written_language(language, self.decoding.task)
                     counts = self.scorer.count(reference, hypothesis.text, written)
                     counted.append((language or "unknown", counts))
                     examples.append((reference, hypothesis.text.strip()))

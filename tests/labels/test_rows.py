@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import write_rows
 
-from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.manifest import Utterance, read_manifest
 from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.evaluation.metrics import Metric, Scorer
 from simpler_distil_whisper.labels.rows import (
@@ -19,6 +19,15 @@ from simpler_distil_whisper.labels.rows import (
 from simpler_distil_whisper.text.chinese import Script
 
 SCORER = Scorer(Metric())
+
+
+@pytest.fixture
+def utterance(tmp_path: Path) -> Utterance:
+    """A row with a reference, whose audio is not needed."""
+    path = write_rows(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "头发在台湾看着"}])
+    (tmp_path / "a.wav").touch()
+    [utterance] = read_manifest(path, LabellingColumns()).utterances
+    return utterance
 
 
 def test_the_measurements_of_a_label_by_hand() -> None:
@@ -54,7 +63,7 @@ def decoded(*texts: str, language: str = "zh") -> Hypothesis:
     ],
 )
 def test_labels_are_written_in_the_script_that_is_asked_for(
-    tmp_path: Path, script: Script | None, written: tuple[str, str]
+    utterance: Utterance, script: Script | None, written: tuple[str, str]
 ) -> None:
     columns = LabelColumns.from_config(
         LabellingColumns(),
@@ -63,9 +72,6 @@ def test_labels_are_written_in_the_script_that_is_asked_for(
         with_unconverted=script is not None,
         with_sampled_texts=True,
     )
-    path = write_rows(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "头发在台湾看着"}])
-    (tmp_path / "a.wav").touch()
-    [utterance] = read_manifest(path, LabellingColumns()).utterances
     hypothesis = replace(decoded("頭髮在台湾", "看著"), sampled_texts=("看著頭髮", "你好"))
     row = Labeller(columns, SCORER, "zh", script).row(utterance, hypothesis, 2.0)
     assert row["text"] == "".join(written)
@@ -76,3 +82,14 @@ def test_labels_are_written_in_the_script_that_is_asked_for(
     japanese = decoded("驚", language="ja")
     row = Labeller(columns, SCORER, None, script).row(utterance, japanese, 2.0)
     assert row["text"] == "驚"
+
+
+def test_translations_are_compared_as_the_english_that_they_are(utterance: Utterance) -> None:
+    columns = LabelColumns.from_config(
+        LabellingColumns(), OutputColumns(), with_segments=False, with_unconverted=False
+    )
+    spoken = replace(utterance, language="zh", text="It is five o'clock now.")
+    hypothesis = decoded("It's 5 o'clock now.")
+    row = Labeller(columns, SCORER, "zh", task="translate").row(spoken, hypothesis, 2.0)
+    assert (row["error_unit"], row["error_language"]) == ("word", "en")
+    assert row["cer/wer"] == 0.0  # by Whisper's normaliser of English
