@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from simpler_distil_whisper.layers.refit import refitted_decoder
-from simpler_distil_whisper.layers.scoring import LayerScorer
+from simpler_distil_whisper.layers.scoring import EncodedBatch, LayerScorer
 from simpler_distil_whisper.layers.search import Layers, ScoredLayers, search_layers
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.options import CacheOptions
@@ -165,10 +165,13 @@ def refitted_kl(scorer: LayerScorer, layers: Layers) -> float:
     They are fitted on half of the utterances and scored on the others, and the other way round:
     large models have more weights to fit than the utterances have tokens.
     """
-    halves = [
-        [half for batch in scorer.batches if len((half := batch.every_other(first)).labels)]
-        for first in (0, 1)
-    ]
+    halves: list[list[EncodedBatch]] = [[], []]
+    utterances = 0
+    for batch in scorer.batches:  # batches of one, where memory is scarce, take turns
+        for first in (0, 1):
+            if len((part := batch.every_other(first)).labels):
+                halves[(utterances + first) % 2].append(part)
+        utterances += len(batch.labels)
     kl = 0.0
     for fitted_on, others in (halves, reversed(halves)):
         decoder = refitted_decoder(scorer.model.model.decoder, layers, fitted_on)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import make_corpus, make_model_folder
 
+from simpler_distil_whisper.layers import scoring
 from simpler_distil_whisper.layers.choice import finalists, refitted_kl
 from simpler_distil_whisper.layers.refit import RIDGE_TOKENS, refitted_decoder
 from simpler_distil_whisper.layers.rows import LayerScoring, select_rows
@@ -155,6 +156,21 @@ def test_what_is_scored_was_not_fitted_on(folder: Path, scorer: LayerScorer) -> 
     assert refitted_kl(scorer, (0, 3)) == pytest.approx(kl / scorer.tokens, rel=1e-3)
     alone = LayerScorer(scorer.whisper, encoder, labelled[:1], lambda: None)
     assert refitted_kl(alone, (0, 3)) == pytest.approx(alone([(0, 3)], "")[0, 3].kl, rel=1e-4)
+
+
+def test_a_memory_for_one_utterance_at_a_time_does_not_undo_the_refit(
+    folder: Path, scorer: LayerScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large teacher on a small GPU has batches of one, of which none has a second half."""
+    model_folder = read_model_folder(folder / "teacher", None, "teacher")
+    labelled = select_rows(LayerScoring(manifest=folder / "zh-0.jsonl"), model_folder)
+    encoder = tuple(range(scorer.model.config.encoder_layers))
+    monkeypatch.setattr(scoring, "suitable_batch_size", lambda model: 1)
+    one_by_one = LayerScorer(scorer.whisper, encoder, labelled, lambda: None)
+    assert {len(batch.labels) for batch in one_by_one.batches} == {1}
+    refitted = refitted_kl(one_by_one, (0, 3))
+    assert refitted == pytest.approx(refitted_kl(scorer, (0, 3)), rel=1e-3)
+    assert refitted < 0.99 * one_by_one([(0, 3)], "")[0, 3].kl
 
 
 def test_the_spread_set_and_the_best_others_are_refitted() -> None:
