@@ -77,7 +77,9 @@ def prepare(config: Config) -> Prepared:
         log.info("decoder: keeps layers %s of %d", decoder, available)
         return Prepared(teacher, encoder, decoder, [])
     sets = describe_search(available, len(decoder))
-    log.info("decoder: keeps the layers that score best; scored are %s", sets)
+    log.info(
+        "decoder: keeps the layers that score best; scored are %s; then the best, refitted", sets
+    )
     return Prepared(teacher, encoder, decoder, select_rows(config.layer_scoring, teacher))
 
 

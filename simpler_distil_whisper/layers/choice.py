@@ -18,6 +18,7 @@ from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.pruning import spread_layers
 from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
 from simpler_distil_whisper.model.whisper import load_whisper
+from simpler_distil_whisper.progress import Progress
 from simpler_distil_whisper.run import log
 from simpler_distil_whisper.training.tokens import Example
 
@@ -118,7 +119,8 @@ def choose_layers(
     available = teacher.config["decoder_layers"]
     ranked = search_layers(available, count, scorer)
     refitted = {}
-    for layers in finalists(ranked, tuple(spread_layers(available, count))):
+    chosen = finalists(ranked, tuple(spread_layers(available, count)))
+    for layers in Progress("refitting", "sets", len(chosen)).over(chosen):
         refitted[layers] = refitted_kl(scorer, layers)
         log.info("  layers %s, refitted: KL %.4f", [*layers], refitted[layers])
     ranked.sort(key=lambda scored: refitted.get(scored.layers, math.inf))

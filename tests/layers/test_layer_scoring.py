@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tiny import make_corpus, make_model_folder, make_tokenizer, read_rows, write_rows, write_tone
 
 import create_student_model
+from simpler_distil_whisper import progress
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.layers import scoring
 from simpler_distil_whisper.layers.rows import LayerScoring, select_rows, spread_order
@@ -339,12 +340,17 @@ def test_a_stopped_search_leaves_nothing_that_looks_like_a_student(
 
 
 def test_the_best_is_kept_and_what_all_scored_is_written(
-    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", logger="simpler_distil_whisper"):
         output = create_student(settings(folder, tmp_path / "out"))
     assert "all 6 sets of 2 of 4 layers" in caplog.text
     assert "layer_scoring: 9 of 9 rows" in caplog.text
+    assert "refitting: 3 of 6 sets, about 0:00:" in caplog.text
     scores = json.loads((output / "layer_scores.json").read_text())
     assert (scores["utterances"], scores["manifest"]) == (9, str(folder / "zh-0.jsonl"))
     assert len(scores["scores"]) == 6
