@@ -68,7 +68,7 @@ def assess_labels(
 
 def _log_segmentation(cut: Segmentation) -> None:
     log.info(
-        "%d recordings of %.2f h cut into %d rows of %.2f h; %.2f h without speech left out, "
+        "long recordings: %d, %.2f h; cut into rows: %d, %.2f h; %.2f h without speech left out, "
         "%.2f h rejected",
         cut.recordings,
         cut.hours,
@@ -78,7 +78,7 @@ def _log_segmentation(cut: Segmentation) -> None:
         cut.rejected.hours,
     )
     for kind in cut.rejected.reasons:
-        log.info("rejected, %s: %d stretches, %.2f h", kind.reason, kind.rows, kind.hours)
+        log.info("rejected stretches, %s: %d, %.2f h", kind.reason, kind.rows, kind.hours)
     for reason, rows in cut.rows_without_reference.items():
         log.info("rows without their part of the reference, since %s: %d", reason, rows)
 

@@ -140,6 +140,19 @@ def test_all_hours_are_accounted_for(tmp_path: Path) -> None:
     assert "Recordings cut into rows" in (folder / "label_quality.html").read_text()
 
 
+def test_a_single_recording_is_not_called_several(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = prepared(tmp_path / "out", recording())
+    cut(folder)
+    with caplog.at_level("INFO", logger="simpler_distil_whisper"):
+        assess_labels(
+            folder / "pseudo_labels.jsonl", COLUMNS, QualityOptions(), SCORER, folder / "nowhere"
+        )
+    assert "long recordings: 1, 0.00 h; cut into rows: 2, " in caplog.text
+    assert "1 recording of " in (folder / "label_quality.html").read_text()
+
+
 def test_audio_that_has_gone_is_named(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "out", recording(audio="gone.flac"))
     with pytest.raises(DataError, match=r"gone\.flac: no such file\. It was readable"):
