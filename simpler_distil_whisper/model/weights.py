@@ -16,6 +16,7 @@ from torch import Tensor
 from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.model.folder import ModelFolder
 from simpler_distil_whisper.model.headers import StoredTensor, stored_tensors
+from simpler_distil_whisper.model.settings import ConfigSettings
 
 # Keys of config.json that encoder states depend on besides the weights and the audio.
 ENCODER_SETTINGS = (
@@ -85,13 +86,19 @@ def digest_of_weights(folder: Path, prefix: str = "") -> str:
 
 def encoders_are_equal(one: ModelFolder, other: ModelFolder) -> bool:
     """Return whether both encoders compute the same: settings, and every weight in float32."""
-    if any(one.config.get(name) != other.config.get(name) for name in ENCODER_SETTINGS):
+    if _encoder_settings(one) != _encoder_settings(other):
         return False
     ours, theirs = tensors_in(one.path, "encoder."), tensors_in(other.path, "encoder.")
     return ours.keys() == theirs.keys() and all(
         torch.equal(read_tensor(ours[name]).float(), read_tensor(theirs[name]).float())
         for name in ours
     )
+
+
+def _encoder_settings(folder: ModelFolder) -> dict[str, object]:
+    """Return the settings of a folder's encoder, with transformers' value where it states none."""
+    defaults = {name: field.default for name, field in ConfigSettings.model_fields.items()}
+    return {name: folder.config.get(name, defaults.get(name)) for name in ENCODER_SETTINGS}
 
 
 def output_head(folder: ModelFolder) -> Tensor:

@@ -13,7 +13,7 @@ from tiny import make_model_folder
 from torch import nn
 from transformers import WhisperForConditionalGeneration
 
-from simpler_distil_whisper.model.folder import read_model_folder
+from simpler_distil_whisper.model.folder import ModelFolder, read_model_folder
 from simpler_distil_whisper.model.weights import encoders_are_equal, output_head
 from simpler_distil_whisper.model.whisper import Whisper
 from simpler_distil_whisper.training import models as training_models
@@ -144,6 +144,26 @@ def test_an_encoder_stored_in_another_dtype_is_equal_if_its_values_are(tmp_path:
     ]
     assert encoders_are_equal(folders[0], folders[1])
     assert not encoders_are_equal(folders[0], folders[2])
+
+
+def test_a_setting_that_is_left_out_is_the_usual_one(tmp_path: Path) -> None:
+    """Folders of other programs leave out what transformers writes into every student's."""
+    full = make_model_folder(tmp_path / "full", languages=["en"], seed=1)
+    config = json.loads((full / "config.json").read_text())
+    assert config.keys() >= {"scale_embedding", "activation_function"}
+
+    def folder(name: str, **changed: object) -> ModelFolder:
+        shutil.copytree(full, tmp_path / name)
+        content = {key: value for key, value in (config | changed).items() if value is not None}
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        return read_model_folder(tmp_path / name, None, "model")
+
+    usual = read_model_folder(full, None, "model")
+    assert encoders_are_equal(
+        folder("short", scale_embedding=None, activation_function=None), usual
+    )
+    assert not encoders_are_equal(folder("scaled", scale_embedding=True), usual)
+    assert not encoders_are_equal(folder("relu", activation_function="relu"), usual)
 
 
 @pytest.mark.parametrize(
