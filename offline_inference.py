@@ -23,7 +23,7 @@ from simpler_distil_whisper.data.manifest import (
 )
 from simpler_distil_whisper.data.options import ManifestData
 from simpler_distil_whisper.data.results import RowResults
-from simpler_distil_whisper.decoding.hypothesis import Hypothesis
+from simpler_distil_whisper.decoding.hypothesis import Hypothesis, Segment
 from simpler_distil_whisper.decoding.speed import (
     SPEED,
     Speed,
@@ -163,8 +163,8 @@ def transcribe_rows(
         tokens = [hypothesis.token_count for hypothesis in done.hypotheses]
         speed.add(done.seconds, done.compute_seconds, tokens)
         rows = [
-            (utterance, result_row(utterance, hypothesis, config))
-            for utterance, hypothesis in zip(done.utterances, done.hypotheses, strict=True)
+            (decoded[0], result_row(*decoded, config))
+            for decoded in zip(done.utterances, done.hypotheses, done.seconds, strict=True)
         ]
         results.append(rows)
     wait_for_everyone()
@@ -199,15 +199,35 @@ def subtitle_rows(config: Config, run: Run) -> None:
     )
 
 
-def result_row(utterance: Utterance, hypothesis: Hypothesis, config: Config) -> Row:
-    """Return the row with the hypothesis, and with a path that holds from the working directory."""
+def result_row(utterance: Utterance, hypothesis: Hypothesis, seconds: float, config: Config) -> Row:
+    """Return the row with the hypothesis, and with a path that holds from the working directory.
+
+    Args:
+        utterance: the row of the manifest.
+        hypothesis: the model's.
+        seconds: length of the audio.
+        config: names the columns.
+    """
     row, columns = utterance.row, config.output_columns
     row[config.data.columns.audio] = str(utterance.audio)
     if config.data.columns.language and utterance.language is None:
         row[config.data.columns.language] = hypothesis.language
     row[columns.hypothesis] = hypothesis.text.strip()
     if config.decoding.with_segments:
-        row[columns.segments] = [asdict(segment) for segment in hypothesis.segments]
+        row[columns.segments] = [segment_row(segment, seconds) for segment in hypothesis.segments]
+    return row
+
+
+def segment_row(segment: Segment, seconds: float) -> Row:
+    """Return a segment as it is written: none of its times is behind the end of the audio.
+
+    Models put the end of the last one some tenths of a second too late, into the padding.
+    """
+    row: Row = asdict(segment)
+    for timed in (row, *row.get("words", ())):
+        for key in ("start_seconds", "end_seconds", "start", "end"):
+            if timed.get(key) is not None:
+                timed[key] = min(timed[key], seconds)
     return row
 
 
