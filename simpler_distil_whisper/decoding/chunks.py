@@ -185,8 +185,8 @@ def merged(chunks: Sequence[Chunk], loud: Tensor, timed: bool) -> list[Part]:
         assert left is not None
         stop, next_first, middle = len(left.words), 0, left.end
         if right is not None:
-            in_left = left.words_within(right.start, left.end, loud)
-            in_right = right.words_within(right.start, left.end, loud)
+            in_both = _claimed_by_both(left, right)
+            in_left, in_right = (each.words_within(*in_both, loud) for each in (left, right))
             stop, next_first = seam(left.words, right.words, in_left, in_right)
             middle = (right.start + left.end) // 2
         part = left.part(first, stop)
@@ -200,6 +200,19 @@ def merged(chunks: Sequence[Chunk], loud: Tensor, timed: bool) -> list[Part]:
         first, begin = next_first, middle
     _put_in_order(parts)
     return parts
+
+
+def _claimed_by_both(left: Chunk, right: Chunk) -> tuple[int, int]:
+    """Return the first and the last frame of the overlap for which both chunks have a text.
+
+    With timestamps that is often less than the overlap, or nothing: a chunk ends with its last
+    whole sentence, and may begin after a sentence of which it has only the end.
+    """
+    begin, end = right.start, left.end
+    if left.segments and right.segments:
+        (last, _), (first, _) = left.segments[-1], right.segments[0]
+        begin, end = max(begin, first.start), min(end, last.end)
+    return begin, max(begin, end)
 
 
 def _unite(before: list[SegmentTokens], after: list[SegmentTokens]) -> None:
@@ -248,13 +261,12 @@ def seam(
     the edges. Every shift of one over the other is tried. Each pair of equal words speaks for a
     shift, rare words more; each word of difference from the shift that the times suggest speaks
     against it. The cut is in the middle of the longest run of equal words. If nothing speaks for
-    any shift, the times alone decide: each chunk gets half of the overlap, unless the other one has
-    no words there. With timestamps that is common, since a chunk ends with its last whole sentence.
+    any shift, the times alone decide: each chunk gets half of the words that should be in both.
 
     Args:
         left: words of a chunk.
         right: words of the next one.
-        in_left: how many words of `left` should be in the overlap.
+        in_left: how many words of `left` should be in the time for which both have a text.
         in_right: likewise.
     """
     if not left or not right:

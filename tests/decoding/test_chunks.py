@@ -204,6 +204,22 @@ def test_a_sentence_that_only_the_next_chunk_has_whole_loses_no_word() -> None:
     assert merged_segments(pair, timed=True) == [(0, 190, "abcdef"), (210, 310, "uvwx")]
 
 
+def test_no_word_is_lost_where_only_one_of_two_chunks_has_a_text() -> None:
+    """The first ends with a sentence, the next begins behind one of which it has only the end."""
+    first = chunk(0, 300, (0, 230, "abcdefgh"))
+    second = chunk(200, 500, (240, 300, "uvw"), (300, 480, "xyz"))
+    expected = [(0, 230, "abcdefgh"), (240, 300, "uvw"), (300, 480, "xyz")]
+    assert merged_segments([first, second], timed=True) == expected
+
+
+def test_words_behind_the_end_of_the_chunk_before_are_not_counted_twice() -> None:
+    """Both have 50 frames, with other words: half of these two are of either, the rest stays."""
+    first = chunk(0, 300, (0, 190, "abcd"), (190, 250, "efg"))
+    second = chunk(200, 500, (200, 250, "uv"), (250, 300, "wx"), (300, 480, "yz"))
+    texts = [text for _, _, text in merged_segments([first, second], timed=True)]
+    assert "".join(texts) == "abcdefvwxyz"
+
+
 def test_a_silent_chunk_takes_nothing_from_its_neighbours() -> None:
     three = [chunk(0, 200, (0, 200, "abc")), chunk(134, 334), chunk(268, 468, (268, 468, "def"))]
     assert merged_segments(three, timed=False) == [(0, 167, "abc"), (301, 468, "def")]
