@@ -86,6 +86,7 @@ class SpeechReader:
         cache: EncoderStateCache | None = None,
         *,
         decoding: DecodingOptions | None = None,
+        multilingual: bool = True,
     ) -> None:
         """Set which lengths are used; nothing is read yet.
 
@@ -95,12 +96,15 @@ class SpeechReader:
             cache: is asked for encoder states first.
             decoding: whether audio longer than the model's window is used, and in which audio
                 speech is looked for; None: neither.
+            multilingual: whether the model detects the language of recordings that name none: in
+                the window that begins with the first speech, which has to be known then.
         """
         self.extractor, self.cache = extractor, cache
         self.min_seconds = limits.min_duration_seconds
         self.window = float(extractor.chunk_length)
         decoding = decoding or DecodingOptions()
-        self.voice_activity, self.language = decoding.speech_filter, decoding.language
+        self.voice_activity = decoding.speech_filter
+        self.detects_language = multilingual and decoding.language is None
         # The extractor would silently cut what is longer than the model's window.
         longest = self.window if decoding.long_form == "reject" else math.inf
         self.max_seconds = min(limits.max_duration_seconds or longest, longest)
@@ -129,7 +133,7 @@ class SpeechReader:
         for utterance in utterances:
             try:
                 waveform = self._load(utterance)
-                if self.voice_activity or not (utterance.language or self.language):
+                if self.voice_activity or (self.detects_language and not utterance.language):
                     spans = speech_spans(waveform, self.voice_activity)
                     batch.speech[utterance.number] = spans
                     if self.voice_activity:

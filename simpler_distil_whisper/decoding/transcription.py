@@ -153,8 +153,13 @@ def _loaded_batches(
         shard,
         results.lengths_folder,
     )
-    extractor = transcriber.whisper.feature_extractor
-    read = SpeechReader(extractor, data, cache, decoding=transcriber.options)
+    read = SpeechReader(
+        transcriber.whisper.feature_extractor,
+        data,
+        cache,
+        decoding=transcriber.options,
+        multilingual=bool(transcriber.whisper.tokens.languages),
+    )
     loaded = speech_batches(batches, read, data.workers)
     on_gpu = transcriber.whisper.model.device.type == "cuda"
     if not on_gpu or transcriber.options.long_form != "sequential":

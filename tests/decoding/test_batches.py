@@ -79,6 +79,28 @@ def test_parts_of_a_file_are_cut_out(tmp_path: Path, extractor: WhisperFeatureEx
     assert np.array_equal(batch.waveforms[0], samples[56_000:80_000])
 
 
+@pytest.mark.parametrize(
+    ("language", "multilingual", "sought"),
+    [(None, True, {0}), ("en", True, set()), (None, False, set())],
+)
+def test_speech_is_sought_where_a_language_is_to_be_detected(
+    tmp_path: Path,
+    extractor: WhisperFeatureExtractor,
+    language: str | None,
+    multilingual: bool,
+    sought: set[int],
+) -> None:
+    """Only for the recording that names none; never for a model for English."""
+    for name in "ab":
+        write_tone(tmp_path / f"{name}.wav", 3.0)
+    rows = utterances(tmp_path, {"audio": "a.wav"}, {"audio": "b.wav", "language": "zh"})
+    decoding = DecodingOptions(long_form="chunked", language=language)
+    read = SpeechReader(extractor, DataLimits(), decoding=decoding, multilingual=multilingual)
+    batch = read(rows)
+    assert len(batch.recordings) == 2
+    assert batch.speech.keys() == sought
+
+
 def test_what_cannot_be_used_is_rejected_and_the_others_are_not(
     tmp_path: Path, extractor: WhisperFeatureExtractor
 ) -> None:
