@@ -91,6 +91,9 @@ def cut_at_timestamps(
     ends in a single timestamp, nothing follows in this window, and a text without pairs cannot be
     cut: then the next window begins where this one ends. Timestamps count the encoder's positions.
 
+    Unlike there, a text without pairs that has a timestamp before it, but none at its end, does not
+    end where it begins. Models that have not learnt timestamps may write that.
+
     Args:
         ids: tokens with timestamps.
         times: the tokens of 0.00 s, 0.02 s and so on.
@@ -99,8 +102,8 @@ def cut_at_timestamps(
     is_time = [id in times for id in ids]
     ends = [place for place in range(1, len(ids)) if is_time[place - 1] and is_time[place]]
     if not ends:
-        positions = [id - times.start for id in ids if id in times]
-        end = positions[-1] * FRAMES_PER_POSITION if positions else 0
+        has_end = len(ids) > 1 and is_time[-1]
+        end = (ids[-1] - times.start) * FRAMES_PER_POSITION if has_end else frames
         return [SegmentTokens(0, end or frames, tuple(ids))], frames
     nothing_follows = is_time[-2:] == [False, True]
     if nothing_follows:

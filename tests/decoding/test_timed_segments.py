@@ -40,9 +40,9 @@ A, B, C = 1, 2, 3  # words; times are 100, 101, ...
         # a single timestamp at the end: nothing follows it in this window
         ([100, A, 110, 110, B, 130], [(0, 20, 3), (20, 60, 3)], 200),
         ([100, A, 130], [(0, 60, 3)], 200),
-        # no pair: one segment, as long as the window if there is no time
+        # no pair: one segment, as long as the window if no time is at its end
         ([100, A, B, C], [(0, 200, 4)], 200),
-        ([103, A, B], [(0, 6, 3)], 200),
+        ([103, A, B], [(0, 200, 3)], 200),
         ([100], [(0, 200, 1)], 200),
         ([], [(0, 200, 0)], 200),
         # no time passes, and yet it goes on
