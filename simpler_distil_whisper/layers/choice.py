@@ -3,17 +3,20 @@
 Owns the order of the two, and the content of `layer_scores.json`.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
+from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.layers.refit import refitted_decoder
 from simpler_distil_whisper.layers.scoring import EncodedBatch, LayerScorer
 from simpler_distil_whisper.layers.search import Layers, ScoredLayers, search_layers
 from simpler_distil_whisper.model.folder import ModelFolder
+from simpler_distil_whisper.model.memory import out_of_memory
 from simpler_distil_whisper.model.options import CacheOptions
 from simpler_distil_whisper.model.pruning import spread_layers
 from simpler_distil_whisper.model.teacher_cache import open_encoder_cache
@@ -113,16 +116,18 @@ def choose_layers(
         stop_if_asked: is called wherever stopping is safe.
 
     Raises:
+        ConfigError: memory does not suffice.
         DataError: no audio could be used, or the teacher's weights are not finite.
     """
-    scorer = _make_scorer(teacher, encoder_layers, labelled, cache_options, stop_if_asked)
-    available = teacher.config["decoder_layers"]
-    ranked = search_layers(available, count, scorer)
-    refitted = {}
-    chosen = finalists(ranked, tuple(spread_layers(available, count)))
-    for layers in Progress("refitting", "sets", len(chosen)).over(chosen):
-        refitted[layers] = refitted_kl(scorer, layers)
-        log.info("  layers %s, refitted: KL %.4f", [*layers], refitted[layers])
+    with _advising_when_out_of_memory(len(labelled)):
+        scorer = _make_scorer(teacher, encoder_layers, labelled, cache_options, stop_if_asked)
+        available = teacher.config["decoder_layers"]
+        ranked = search_layers(available, count, scorer)
+        refitted = {}
+        chosen = finalists(ranked, tuple(spread_layers(available, count)))
+        for layers in Progress("refitting", "sets", len(chosen)).over(chosen):
+            refitted[layers] = refitted_kl(scorer, layers)
+            log.info("  layers %s, refitted: KL %.4f", [*layers], refitted[layers])
     ranked.sort(key=lambda scored: refitted.get(scored.layers, math.inf))
     scores = LayerScores(
         teacher=str(teacher.path),
@@ -135,6 +140,22 @@ def choose_layers(
     )
     log.info("%s", scores.table())
     return scores
+
+
+@contextlib.contextmanager
+def _advising_when_out_of_memory(utterances: int) -> Iterator[None]:
+    """Turn an out-of-memory error into advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0] or "out of memory"
+        raise ConfigError(
+            f"layer_scoring: memory does not suffice ({what}): set max_utterances below "
+            f"{utterances}, end what else uses the GPU, or score on the CPU, with "
+            "CUDA_VISIBLE_DEVICES= before the command"
+        ) from error
 
 
 def _make_scorer(

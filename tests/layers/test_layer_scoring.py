@@ -308,6 +308,19 @@ def test_a_broken_teacher_is_not_scored(tmp_path: Path, folder: Path) -> None:
     assert not (tmp_path / "out/config.json").exists()
 
 
+def test_where_memory_ends_the_key_to_change_is_named(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*call: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more")
+
+    monkeypatch.setattr(scoring, "log_mel", exhaust)
+    with pytest.raises(ConfigError, match=r"does not suffice \(CUDA .*2\.00 GiB\)") as caught:
+        create_student(settings(folder, tmp_path / "out"))
+    assert "layer_scoring: " in str(caught.value)
+    assert "max_utterances below 9" in str(caught.value)
+
+
 def test_layers_named_in_the_config_are_not_scored(tmp_path: Path, folder: Path) -> None:
     for number, student in enumerate(
         ({"decoder_layer_indices": [1, 2]}, {"decoder_layers": None}, {"decoder_layers": 4})
