@@ -100,7 +100,7 @@ def main() -> int:
     quieten_libraries()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    print("\n".join(f"- {line}" for line in machine.machine_facts(device, options.threads)))
+    machine.print_facts(device, options.threads)
     print(f"- {options.rounds} rounds; medians, in brackets the least and the most", flush=True)
     complaints = []
     for shape in options.shapes.split(","):

@@ -112,7 +112,7 @@ def main() -> int:
         print(json.dumps(_measure_here(options)))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print("\n".join(f"- {line}" for line in machine.machine_facts(device, options.threads)))
+    machine.print_facts(device, options.threads)
     wrong = []
     for shape in options.shapes.split(","):
         with tempfile.TemporaryDirectory() as folder:

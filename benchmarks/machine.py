@@ -1,7 +1,6 @@
 """The facts of this machine that decide a benchmark's figures, and its peak speed."""
 
 import importlib.metadata
-import os
 import platform
 import statistics
 import time
@@ -9,15 +8,23 @@ from pathlib import Path
 
 import torch
 
+from simpler_distil_whisper.data.workers import own_cores
+
 PACKAGES = ("torch", "transformers", "ctranslate2", "openai-whisper")
 # With these instructions bfloat16 and int8 products are several times as fast as float32's.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices that measure the peak
 
 
+def print_facts(device: torch.device, threads: int) -> None:
+    """Print `machine_facts` as a Markdown list."""
+    print("\n".join(f"- {line}" for line in machine_facts(device, threads)), flush=True)
+
+
 def machine_facts(device: torch.device, threads: int) -> list[str]:
-    """Return lines of a Markdown list: processor, instructions, threads, versions."""
-    lines = [f"CPU: {_cpu_name()}, {threads} of {_cores()} threads"]
+    """Return processor, instructions, threads and versions, a line for each."""
+    name = _cpu_info("model name") or platform.processor()
+    lines = [f"CPU: {name}, {threads} of {own_cores()} threads"]
     flags = cpu_flags()
     lines.append(
         "instructions: " + ", ".join(f"{'' if flag in flags else 'no '}{flag}" for flag in FLAGS)
@@ -31,11 +38,7 @@ def machine_facts(device: torch.device, threads: int) -> list[str]:
 
 def cpu_flags() -> set[str]:
     """Return the instruction sets in /proc/cpuinfo; an empty set where there is no such file."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return set()
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    return set(_cpu_info("flags").split())
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
@@ -66,15 +69,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cpu_name() -> str:
+def _cpu_info(key: str) -> str:
+    """Return what /proc/cpuinfo says of the first core; empty where there is no such file."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _version(package: str) -> str:

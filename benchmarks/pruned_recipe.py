@@ -281,7 +281,7 @@ def main() -> None:
         Clips(whisper, cache, read_manifest(path, Columns()).utterances, with_sampled_texts)
         for path in (args.train, args.dev)
     )
-    print("\n".join(f"- {line}" for line in machine.machine_facts(torch.device("cpu"), 1)))
+    machine.print_facts(torch.device("cpu"), 1)
     print(f"- {clips.count} clips, {args.steps} steps of {BATCH}; scored: {args.dev}\n")
     for study in args.studies:
         print(f"### {study}\n\n| recipe | rows | KL | error rate | by language | s |")

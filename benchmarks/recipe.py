@@ -609,7 +609,7 @@ def main() -> None:
     quieten_libraries()
     whisper = load_whisper(read_model_folder(DEMO / "teacher", None, "the demo's teacher"))
     train_clips, dev = Material(whisper, args.train), Material(whisper, args.dev)
-    print("\n".join(f"- {line}" for line in machine.machine_facts(torch.device("cpu"), 1)))
+    machine.print_facts(torch.device("cpu"), 1)
     print(f"- train: {args.train}, {len(train_clips.utterances)} clips; scored: {args.dev}\n")
     for study in args.studies or STUDIES:
         print(f"### {study}\n")

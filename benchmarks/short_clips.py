@@ -71,7 +71,7 @@ def main() -> None:
     options = _options()
     quieten_libraries()
     torch.set_num_threads(options.threads)
-    print("\n".join(f"- {line}" for line in machine.machine_facts(CPU, options.threads)))
+    machine.print_facts(CPU, options.threads)
     print(f"- {options.rounds} rounds, medians; batches of {BATCH_SIZE}", flush=True)
     waveforms = _read_clips(options.manifest, options.clips)
     extractor = WhisperFeatureExtractor.from_pretrained(options.student)
