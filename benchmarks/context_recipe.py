@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from benchmarks import machine
-from benchmarks.recipe import KL, at_temperature, decode
+from benchmarks.recipe import KL, label_tokens, update
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import read_manifest
@@ -38,8 +38,10 @@ from simpler_distil_whisper.model.whisper import (
     run_encoder,
 )
 from simpler_distil_whisper.training.losses import distillation_loss
-from simpler_distil_whisper.training.optimizer import learning_rate_factor, parameter_groups
-from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
+from simpler_distil_whisper.training.models import freeze, last_states
+from simpler_distil_whisper.training.optimizer import learning_rate_factor, make_optimizer
+from simpler_distil_whisper.training.options import ONLY_KL, Freeze, OptimizerOptions
+from simpler_distil_whisper.training.tokens import decoder_sequences
 
 LONGEST_SECONDS = 6.0  # of a training clip, for the sake of time
 WARMUP_STEPS = 3
@@ -106,17 +108,15 @@ def read_clips(teacher: Whisper, manifest: Path, most: int) -> list[Clip]:
     clips: list[Clip] = []
     utterances = list(read_manifest(manifest, Columns()).utterances)
     for utterance in utterances[:: max(1, len(utterances) // (2 * most))]:
-        samples = load_audio(utterance.audio, utterance.start_seconds, utterance.duration_seconds)
+        samples = load_audio(*utterance.clip)
         seconds = len(samples) / SAMPLE_RATE
         if seconds > LONGEST_SECONDS or len(clips) == most:
             continue
         features = log_mel([samples], teacher.feature_extractor)
-        prompt = teacher.tokens.prompt(utterance.language or "", "transcribe")
-        text = teacher.tokenizer(utterance.text or "", add_special_tokens=False).input_ids
-        tokens = DecoderTokens([*prompt, *text, teacher.tokens.end], len(prompt))
+        tokens = label_tokens(teacher, utterance.text, utterance.language)
         inputs, labels = decoder_sequences([tokens], teacher.tokens.end)
         states = run_encoder(teacher.model.model.encoder, features)
-        decoded = decode(teacher.model, inputs, states)
+        decoded = last_states(teacher.model.model.decoder, inputs, states)
         clips.append(Clip(features, seconds, inputs, labels, states, decoded))
     return clips
 
@@ -130,10 +130,9 @@ def train(
 ) -> WhisperForConditionalGeneration:
     """Return a student that has learnt from the clips in their order, round and round."""
     drawn = random.Random(0)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    student.model.encoder.embed_positions.requires_grad_(False)
-    groups = parameter_groups(student, 0.0, recipe.encoder_factor)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
+    student = copy.deepcopy(teacher)
+    freeze(student, Freeze(encoder=False))
+    optimizer = make_optimizer(student, OptimizerOptions(), recipe.encoder_factor)
     for step in range(steps if recipe.learning_rate else 0):
         own = [clips[(step * batch + row) % len(clips)] for row in range(batch)]
         tokens = sum(int(clip.labels.ge(0).sum()) for clip in own)
@@ -144,12 +143,8 @@ def train(
                 positions = clip.states.shape[1]
             loss = _loss(student, teacher, clip, positions, recipe.distance)
             (loss / tokens).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         factor = learning_rate_factor("linear", step, WARMUP_STEPS, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * factor * group["lr_scale"]
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer, recipe.learning_rate * factor)
     return student
 
 
@@ -168,7 +163,7 @@ def _loss(
     """Return the sum over a clip's tokens of KL, and of the distance of the encoder states."""
     states = run_encoder(student.model.encoder, clip.features[..., : 2 * positions])
     heads = student.proj_out.weight, teacher.proj_out.weight
-    decoded = decode(student, clip.inputs, states)
+    decoded = last_states(student.model.decoder, clip.inputs, states)
     terms = distillation_loss(decoded, heads[0], clip.decoded, heads[1], clip.labels, KL)
     if not distance:
         return terms.loss
@@ -201,11 +196,9 @@ def score(
         if recipe:
             count = _positions(clip, recipe.margin, recipe.rounding)
         states = run_encoder(student.model.encoder, clip.features[..., : 2 * count])
-        decoded = decode(student, clip.inputs, states)
+        decoded = last_states(student.model.decoder, clip.inputs, states)
         heads = student.proj_out.weight, teacher.proj_out.weight
-        terms = distillation_loss(
-            decoded, heads[0], clip.decoded, heads[1], clip.labels, at_temperature(1.0)
-        )
+        terms = distillation_loss(decoded, heads[0], clip.decoded, heads[1], clip.labels, ONLY_KL)
         kl, tokens = kl + float(terms.kl), tokens + int(terms.tokens)
         last = (decoded[0, -1] @ heads[0].T).softmax(-1)
         ends += float(last[clip.labels[0, -1]])

@@ -70,7 +70,7 @@ def share_that_hold(
     return ours / evaluations, usual / evaluations
 
 
-def percentile_interval(rows: Integers, samples: int, seed: int) -> tuple[float, float]:
+def percentile_interval(rows: np.ndarray, samples: int, seed: int) -> tuple[float, float]:
     """Return the interval that holds 95 % of the rates of resampled corpora."""
     distinct, times = np.unique(rows, axis=0, return_counts=True)
     random = np.random.default_rng(seed)

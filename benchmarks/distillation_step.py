@@ -47,7 +47,7 @@ from simpler_distil_whisper.training.selection import Selection
 
 POSITIONS = 448  # of Whisper's decoder, to which distil-whisper's script pads all labels
 FRAMES, STATES = 3000, 1500  # of a window of 30 s: of the log-mel and of the encoder
-OBJECTIVE = Objective(cross_entropy_weight=0.8, kl_weight=1.0, temperature=2.0)
+MIXED = Objective(cross_entropy_weight=0.8, kl_weight=1.0, temperature=2.0)  # HF's
 LEARNING_RATE = 1e-5
 WARM_UP = (12,)  # tokens of the batch on which every way does one step before
 
@@ -312,7 +312,7 @@ def _two_full_models(folder: Path) -> Step:
         with torch.no_grad():
             predicted = teacher(input_features=batch.features, labels=batch.labels)
         own = student(input_features=batch.features, labels=batch.labels)
-        loss = _plain_loss(own.loss, own.logits, predicted.logits, batch.labels)
+        loss = plain_loss(own.loss, own.logits, predicted.logits, batch.labels)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -336,7 +336,7 @@ def _hugging_face(folder: Path, padded_to: int | None) -> Step:
         encoded = BaseModelOutput(own.encoder_last_hidden_state.to(teacher.dtype))
         with torch.no_grad():
             predicted = teacher(encoder_outputs=encoded, labels=labels)
-        loss = _plain_loss(own.loss, own.logits, predicted.logits, labels)
+        loss = plain_loss(own.loss, own.logits, predicted.logits, labels)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -359,18 +359,18 @@ def _load_both(
     return teacher.to(device).eval().requires_grad_(False), student.to(device).train()
 
 
-def _plain_loss(
+def plain_loss(
     cross_entropy: Tensor, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
 ) -> Tensor:
     """Return the mean loss from full logits [B, L, V], in as many operations as distil-whisper."""
-    temperature = OBJECTIVE.temperature
+    temperature = MIXED.temperature
     target = (teacher_logits / temperature).softmax(-1)
     divergence = nn.KLDivLoss(reduction="none")(
         (student_logits / temperature).log_softmax(-1), target
     )
     real = (labels >= 0).unsqueeze(-1)
     kl = (divergence * real).sum() / real.sum() * temperature**2
-    return OBJECTIVE.cross_entropy_weight * cross_entropy + OBJECTIVE.kl_weight * kl
+    return MIXED.cross_entropy_weight * cross_entropy + MIXED.kl_weight * kl
 
 
 def _loss_alone(folder: Path, plain: bool) -> Step:
@@ -389,11 +389,9 @@ def _loss_alone(folder: Path, plain: bool) -> Step:
                     teacher_logits = functional.linear(teacher_states, head)
                 labels = batch.labels.flatten()
                 cross_entropy = functional.cross_entropy(logits.flatten(0, 1), labels)
-                loss = _plain_loss(cross_entropy, logits, teacher_logits, batch.labels)
+                loss = plain_loss(cross_entropy, logits, teacher_logits, batch.labels)
             else:
-                terms = distillation_loss(
-                    states, learnt, teacher_states, head, batch.labels, OBJECTIVE
-                )
+                terms = distillation_loss(states, learnt, teacher_states, head, batch.labels, MIXED)
                 loss = terms.loss / terms.tokens
         loss.backward()
         learnt.grad = states.grad = None
@@ -417,7 +415,7 @@ def _this_project(
         "data": {"train_manifests": ["none"]},
         "schedule": {"max_steps": 1000, "epochs": None},
         "optimizer": {"learning_rate": LEARNING_RATE},
-        "objective": OBJECTIVE.model_dump(),
+        "objective": MIXED.model_dump(),
         "teacher_cache": {**cache, "decoder_states": decoder_states_cached},
         "logging": {"tensorboard": False},
         "freeze": {"encoder": not audio_context},

@@ -38,6 +38,7 @@ from transformers import WhisperForConditionalGeneration
 import run_distillation
 import run_pseudo_labelling
 from benchmarks import machine
+from benchmarks.distillation_step import MIXED
 from benchmarks.random_whispers import SHAPES, Shape, write_random_whisper
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
@@ -52,13 +53,11 @@ from simpler_distil_whisper.model.whisper import Whisper, load_whisper, save_whi
 from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.losses import distillation_loss, token_terms
-from simpler_distil_whisper.training.options import Objective
 from simpler_distil_whisper.training.trainer import Trainer
 
 Result = dict[str, Any]
 Stage = Callable[["Setting"], Iterator[Result]]  # each part of the result as soon as it is there
 FRAMES, SIXTEEN_KHZ = 3000, 16_000
-OBJECTIVE = Objective(cross_entropy_weight=0.8, kl_weight=1.0, temperature=2.0)
 DECODINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -192,13 +191,13 @@ def loss(setting: Setting) -> Iterator[Result]:
     labels = torch.randint(0, 50_000, (2, 40), generator=random)
     exact_states = states.double().flatten(0, 1).requires_grad_()
     log_probs = torch.log_softmax(
-        teacher.double().flatten(0, 1) @ head.double().T / OBJECTIVE.temperature, -1
+        teacher.double().flatten(0, 1) @ head.double().T / MIXED.temperature, -1
     )
-    exact = token_terms(exact_states @ head.double().T, log_probs, labels.flatten(), OBJECTIVE)
+    exact = token_terms(exact_states @ head.double().T, log_probs, labels.flatten(), MIXED)
     exact.loss.backward()  # type: ignore[no-untyped-call]
     own_states = states.to(setting.device).requires_grad_()
     on_device = [each.to(setting.device) for each in (head, teacher, head, labels)]
-    own = distillation_loss(own_states, *on_device, OBJECTIVE)
+    own = distillation_loss(own_states, *on_device, MIXED)
     own.loss.backward()  # type: ignore[no-untyped-call]
     assert own_states.grad is not None and exact_states.grad is not None
     difference = own_states.grad.cpu().double().flatten(0, 1) - exact_states.grad

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine
-from benchmarks.recipe import KL, MIXED, at_temperature, pruned
+from benchmarks.coverage import percentile_interval
+from benchmarks.recipe import KL, MIXED, label_tokens, pruned, update
 from simpler_distil_whisper.data.audio import load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Utterance, read_manifest
@@ -40,13 +41,14 @@ from simpler_distil_whisper.model.teacher_cache import EncoderStateCache, open_e
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.training.cross_attention import use_fast_cross_attention
 from simpler_distil_whisper.training.losses import distillation_loss
-from simpler_distil_whisper.training.models import Freeze, freeze, last_states
+from simpler_distil_whisper.training.models import freeze, last_states
 from simpler_distil_whisper.training.optimizer import learning_rate_factor, make_optimizer
-from simpler_distil_whisper.training.options import Objective, OptimizerOptions
-from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
+from simpler_distil_whisper.training.options import ONLY_KL, Freeze, Objective, OptimizerOptions
+from simpler_distil_whisper.training.tokens import decoder_sequences
 
 BATCH, POOL = 16, 16  # clips of a step; steps whose clips are sorted by length together
 LONGEST = 100  # new tokens of a hypothesis
+WARMUP = 0.05  # the share of the steps in which the rate rises
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class Recipe:
     Attributes:
         layers: the decoder layers that are kept.
         learning_rate: the highest; it falls linearly after the warm-up.
-        warmup: the share of the steps in which it rises.
         objective: weights of cross-entropy and KL, and the temperature.
         max_error_rate: rows whose label is worse are left out; None: none.
         freeze: what is not trained.
@@ -68,7 +69,6 @@ class Recipe:
 
     layers: tuple[int, ...] = (0, 5)
     learning_rate: float = 2.5e-4
-    warmup: float = 0.05
     objective: Objective = KL
     max_error_rate: float | None = 0.5
     freeze: Freeze = Freeze(embed_tokens=True)
@@ -127,7 +127,7 @@ class Clips:
             first = len(self.utterances)
             self.utterances += [replace(utterance, text=text) for text in texts if text.strip()]
             self.samples.append(range(first, len(self.utterances)))
-        self.tokens = [self._tokens(utterance) for utterance in self.utterances]
+        self.tokens = [label_tokens(teacher, own.text, own.language) for own in self.utterances]
         self.decoded: list[Tensor] = [torch.empty(0)] * len(self.utterances)
         for rows in in_batches(self.by_length(range(len(self.utterances))), BATCH):
             inputs, _ = self.sequences(rows)
@@ -135,12 +135,6 @@ class Clips:
                 states = last_states(teacher.model.model.decoder, inputs, self.encoded(rows))
             for row, own in zip(rows, states, strict=True):
                 self.decoded[row] = own[: len(self.tokens[row].tokens) - 1].clone()
-
-    def _tokens(self, utterance: Utterance) -> DecoderTokens:
-        special, tokenizer = self.teacher.tokens, self.teacher.tokenizer
-        prompt = special.prompt(utterance.language, "transcribe")
-        text = tokenizer(utterance.text or "", add_special_tokens=False).input_ids
-        return DecoderTokens([*prompt, *text, special.end], len(prompt))
 
     def by_length(self, rows: Sequence[int]) -> list[int]:
         """Return rows in the order of their labels' lengths."""
@@ -154,8 +148,7 @@ class Clips:
         """Return float32 [B, E, D]: encoder states."""
         own = [self.utterances[row] for row in rows]
         cached = self.cache.look_up(own)
-        missing = [own[row] for row in cached.missing]
-        waveforms = [load_audio(u.audio, u.start_seconds, u.duration_seconds) for u in missing]
+        waveforms = [load_audio(*own[row].clip) for row in cached.missing]
         features = log_mel(waveforms, self.teacher.feature_extractor)
         return self.cache.complete(cached, features, self.teacher.model.model.encoder).float()
 
@@ -197,18 +190,14 @@ def train(clips: Clips, recipe: Recipe, steps: int, seed: int) -> tuple[Any, flo
     use_fast_cross_attention(decoder)
     optimizer = make_optimizer(student, OptimizerOptions())
     batches = _batches(clips, clips.kept(recipe), random.Random(seed))
-    warmup_steps, start = round(recipe.warmup * steps), time.process_time()
+    warmup_steps, start = round(WARMUP * steps), time.process_time()
     chance = random.Random(seed)
     for step in range(steps):
         rows = [clips.drawn(row, recipe.sampled, chance) for row in next(batches)]
         terms = clips.terms(decoder, rows, recipe.objective)
         (terms.loss / terms.tokens).backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         factor = learning_rate_factor("linear", step, warmup_steps, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * factor
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer, recipe.learning_rate * factor)
     return student.eval(), (time.process_time() - start) / steps
 
 
@@ -230,7 +219,7 @@ def score(clips: Clips, student: Any) -> str:
     kl = []
     for rows in in_batches(clips.by_length(range(clips.count)), BATCH):
         for row in rows:
-            terms = clips.terms(student.model.decoder, [row], at_temperature(1.0))
+            terms = clips.terms(student.model.decoder, [row], ONLY_KL)
             kl.append((float(terms.kl), int(terms.tokens)))
         own = [clips.utterances[row] for row in rows]
         languages = [utterance.language for utterance in own]
@@ -247,9 +236,7 @@ def score(clips: Clips, student: Any) -> str:
 
 def _with_interval(sums: np.ndarray) -> str:
     """Return a ratio of sums with its percentile interval, from [N, 2] numerators and tokens."""
-    drawn = np.random.default_rng(0).integers(len(sums), size=(1000, len(sums)))
-    ratios = sums[drawn].sum(1)[:, 0] / sums[drawn].sum(1)[:, 1]
-    low, high = np.quantile(ratios, (0.025, 0.975))
+    low, high = percentile_interval(sums, 1000, seed=0)
     mean = sums[:, 0].sum() / sums[:, 1].sum()
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 

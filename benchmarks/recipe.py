@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import WhisperForConditionalGeneration
 
 from benchmarks import machine
+from benchmarks.distillation_step import MIXED, plain_loss
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
 from simpler_distil_whisper.data.manifest import Utterance, read_manifest
@@ -40,14 +41,16 @@ from simpler_distil_whisper.model.pruning import prune_whisper, spread_layers
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.text.normalization import TextNormalization
 from simpler_distil_whisper.training.augment import Views
-from simpler_distil_whisper.training.losses import (
-    IGNORE_INDEX,
-    LossTerms,
-    distillation_loss,
+from simpler_distil_whisper.training.losses import IGNORE_INDEX, LossTerms, distillation_loss
+from simpler_distil_whisper.training.models import freeze, last_states
+from simpler_distil_whisper.training.optimizer import learning_rate_factor, make_optimizer
+from simpler_distil_whisper.training.options import (
+    ONLY_KL,
+    Augmentation,
+    Freeze,
+    Objective,
+    OptimizerOptions,
 )
-from simpler_distil_whisper.training.models import freeze
-from simpler_distil_whisper.training.optimizer import learning_rate_factor
-from simpler_distil_whisper.training.options import Augmentation, Freeze, Objective
 from simpler_distil_whisper.training.plan import TrainingPlan, Visit
 from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequences
 
@@ -71,10 +74,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "masks": {"spec_augment": MASKS},
 }
 
-
 CE = Objective(cross_entropy_weight=1.0, kl_weight=0.0, temperature=1.0)
 KL = Objective(cross_entropy_weight=0.0, kl_weight=1.0, temperature=2.0)
-MIXED = Objective(cross_entropy_weight=0.8, kl_weight=1.0, temperature=2.0)
 
 
 def at_temperature(temperature: float) -> Objective:
@@ -211,10 +212,7 @@ class Material:
         # As the figures of docs/method.md were measured: English by its words as they stand.
         self.scorer = Scorer(Metric(normalization=TextNormalization(whisper=None)))
         self.utterances = list(read_manifest(manifest, Columns()).utterances)
-        self.waveforms = [
-            load_audio(utterance.audio, utterance.start_seconds, utterance.duration_seconds)
-            for utterance in self.utterances
-        ]
+        self.waveforms = [load_audio(*utterance.clip) for utterance in self.utterances]
         self._encoded: dict[tuple[str, int], EncodedClips] = {}
         self.clean = self._encode(Augmentation(), 0)
         labels = self.transcribe(self.teacher, self.clean.states)
@@ -265,24 +263,13 @@ class Material:
         if labels not in clips.teacher_states:
             inputs, _ = decoder_sequences(self.tokens[labels], self.whisper.tokens.end)
             parts = zip(inputs.split(BATCH), clips.states.split(BATCH), strict=True)
-            decoded = [decode(self.teacher, *part) for part in parts]
+            decoded = [last_states(self.teacher.model.decoder, *part) for part in parts]
             clips.teacher_states[labels] = torch.cat(decoded)
         return clips.teacher_states[labels]
 
-    def decoder_tokens(self, language: str, ids: Sequence[int]) -> DecoderTokens:
-        """Return the prompt and the tokens to learn."""
-        prompt = self.whisper.tokens.prompt(language, "transcribe")
-        return DecoderTokens([*prompt, *ids], len(prompt))
-
     def _tokens(self, texts: Sequence[str]) -> list[DecoderTokens]:
-        tokenizer, end = self.whisper.tokenizer, self.whisper.tokens.end
-        return [
-            self.decoder_tokens(
-                utterance.language or "",
-                [*tokenizer(text, add_special_tokens=False).input_ids, end],
-            )
-            for utterance, text in zip(self.utterances, texts, strict=True)
-        ]
+        pairs = zip(texts, self.utterances, strict=True)
+        return [label_tokens(self.whisper, text, own.language) for text, own in pairs]
 
     def _count(self, utterance: Utterance, text: str) -> ErrorCounts:
         return self.scorer.count(utterance.text or "", text, utterance.language)
@@ -322,17 +309,10 @@ class Material:
         inputs, labels = decoder_sequences(tokens, self.whisper.tokens.end)
         teacher_states = self.teacher_states(self.clean, "reference")
         teacher_states = teacher_states[: len(states), : inputs.shape[1]]
+        whole = (inputs, states, teacher_states, labels)
         terms = [
-            self.loss(
-                student,
-                decode(student, *part[:2]),
-                *part[2:],
-                at_temperature(1.0),
-            )
-            for part in zip(
-                *(each.split(BATCH) for each in (inputs, states, teacher_states, labels)),
-                strict=True,
-            )
+            self.loss(student, last_states(student.model.decoder, *part[:2]), *part[2:], ONLY_KL)
+            for part in zip(*(each.split(BATCH) for each in whole), strict=True)
         ]
         return float(sum(part.kl for part in terms) / sum(part.tokens for part in terms))
 
@@ -374,18 +354,6 @@ class Distillation:
         freeze(self.student, Freeze(encoder=not recipe.unfrozen))
         for module in (self.student.model.decoder, *self.student.model.decoder.layers):
             module.dropout = recipe.dropout
-        parts = (
-            (self.student.model.decoder, 1.0),
-            (self.student.model.encoder, recipe.encoder_rate),
-        )
-        self.groups: list[dict[str, Any]] = [
-            {
-                "params": [weight for weight in part.parameters() if weight.requires_grad],
-                "lr_scale": share,
-            }
-            for part, share in parts
-        ]
-        self.trained = [weight for group in self.groups for weight in group["params"]]
         limit = recipe.max_error_rate
         self.rows = [
             row for row, rate in enumerate(material.error_rates) if limit is None or rate <= limit
@@ -400,20 +368,17 @@ class Distillation:
     def run(self) -> None:
         """Train to the end; the student is then what is to be scored."""
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(self.groups, lr=recipe.learning_rate, weight_decay=0.0)
+        optimizer = make_optimizer(self.student, OptimizerOptions(), recipe.encoder_rate)
+        encoder = [w for w in self.student.model.encoder.parameters() if w.requires_grad]
         self.student.train()
         for step in range(recipe.steps):
             factor = learning_rate_factor("linear", step, recipe.warmup_steps, recipe.steps)
             unfrozen = step >= recipe.steps * (1 - recipe.unfrozen)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * factor * group["lr_scale"]
-            for weight in self.groups[1]["params"]:
+            for weight in encoder:
                 weight.requires_grad_(unfrozen)
             terms = self._terms(self.plan.step(step), unfrozen)
             (terms.loss / terms.tokens).backward()
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            update(optimizer, recipe.learning_rate * factor)
         self.student.eval()
 
     def _terms(self, visits: Sequence[Visit], unfrozen: bool) -> LossTerms:
@@ -430,7 +395,7 @@ class Distillation:
             objective = at_temperature(objective.temperature)
             inputs, labels = self._own_hypotheses(rows, own.detach())
             with torch.no_grad():
-                teacher_states = decode(material.teacher, inputs, states)
+                teacher_states = last_states(material.teacher.model.decoder, inputs, states)
         else:
             tokens = [material.tokens[recipe.labels][row] for row in rows]
             inputs, labels = decoder_sequences(tokens, material.whisper.tokens.end)
@@ -439,7 +404,7 @@ class Distillation:
                 for clips, row in zip(versions, rows, strict=True)
             ]
             teacher_states = torch.stack(each)
-        student_states = decode(self.student, inputs, own)
+        student_states = last_states(self.student.model.decoder, inputs, own)
         return material.loss(self.student, student_states, teacher_states, labels, objective)
 
     def _own_hypotheses(self, rows: Sequence[int], states: Tensor) -> tuple[Tensor, Tensor]:
@@ -452,20 +417,34 @@ class Distillation:
         hypotheses = decoder.from_encoder_states(states, languages, keys=list(rows))
         self.student.train()
         tokens = [
-            material.decoder_tokens(
-                language, [*hypothesis.token_ids, *([end] if hypothesis.complete else [])]
+            decoder_tokens(
+                whisper, [*hypothesis.token_ids, *([end] if hypothesis.complete else [])], language
             )
             for language, hypothesis in zip(languages, hypotheses, strict=True)
         ]
         return decoder_sequences(tokens, end)
 
 
-def decode(model: WhisperForConditionalGeneration, inputs: Tensor, states: Tensor) -> Tensor:
-    """Return float [N, L, D]: last decoder states."""
-    decoded: Tensor = model.model.decoder(
-        input_ids=inputs, encoder_hidden_states=states, use_cache=False
-    ).last_hidden_state
-    return decoded
+def decoder_tokens(whisper: Whisper, ids: Sequence[int], language: str | None) -> DecoderTokens:
+    """Return the prompt and the tokens to learn."""
+    prompt = whisper.tokens.prompt(language, "transcribe")
+    return DecoderTokens([*prompt, *ids], len(prompt))
+
+
+def label_tokens(whisper: Whisper, text: str | None, language: str | None) -> DecoderTokens:
+    """Return the same of a whole text."""
+    ids = whisper.tokenizer(text or "", add_special_tokens=False).input_ids
+    return decoder_tokens(whisper, [*ids, whisper.tokens.end], language)
+
+
+def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Take an optimizer step, with gradients whose norm is at most 1."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def pruned(
@@ -497,7 +476,7 @@ def live_step_seconds(material: Material) -> float:
     """
     student = pruned(material.teacher, (0, 3)).train()
     freeze(student, Freeze())
-    optimizer = torch.optim.AdamW(student.model.decoder.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(student, OptimizerOptions())
     short_inputs, short_labels = decoder_sequences(
         material.tokens["pseudo"][:16], material.whisper.tokens.end
     )
@@ -509,19 +488,12 @@ def live_step_seconds(material: Material) -> float:
         start = time.process_time()
         with torch.no_grad():
             states = student.model.encoder(features).last_hidden_state
-            teacher_logits = material.teacher.proj_out(decode(material.teacher, inputs, states))
-        student_logits = student.proj_out(decode(student, inputs, states))
-        real = labels >= 0
-        divergence = functional.kl_div(
-            (student_logits / 2).log_softmax(-1),
-            (teacher_logits / 2).softmax(-1),
-            reduction="none",
-        ).sum(-1)
-        cross_entropy = functional.cross_entropy(student_logits[real], labels[real])
-        (0.8 * cross_entropy + 4 * divergence[real].mean()).backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+            taught = last_states(material.teacher.model.decoder, inputs, states)
+            teacher_logits = material.teacher.proj_out(taught)
+        logits = student.proj_out(last_states(student.model.decoder, inputs, states))
+        cross_entropy = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        plain_loss(cross_entropy, logits, teacher_logits, labels).backward()
+        update(optimizer, 1e-3)
         seconds.append(time.process_time() - start)
     return min(seconds)
 
