@@ -24,11 +24,10 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from benchmarks import machine
+from benchmarks.clips import spread_utterances
 from benchmarks.recipe import KL, label_tokens, update
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
-from simpler_distil_whisper.data.manifest import read_manifest
-from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.model.audio_context import POSITIONS_PER_SECOND
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.whisper import (
@@ -106,8 +105,7 @@ class Clip(NamedTuple):
 def read_clips(teacher: Whisper, manifest: Path, most: int) -> list[Clip]:
     """Return clips of a manifest, evenly spread over it, with the teacher's states."""
     clips: list[Clip] = []
-    utterances = list(read_manifest(manifest, Columns()).utterances)
-    for utterance in utterances[:: max(1, len(utterances) // (2 * most))]:
+    for utterance in spread_utterances(manifest, 2 * most):
         samples = load_audio(*utterance.clip)
         seconds = len(samples) / SAMPLE_RATE
         if seconds > LONGEST_SECONDS or len(clips) == most:

@@ -11,7 +11,6 @@ prints the Markdown of `docs/benchmarks.md`.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, WhisperFeatureExtractor
 
 from benchmarks import machine
+from benchmarks.clips import spread_utterances
 from benchmarks.floor import bare_products, matrix_products
 from benchmarks.random_whispers import SHAPES, write_random_whisper
 from benchmarks.systems import (
@@ -160,13 +160,12 @@ def _random_clips(shape: str, folder: Path, count: int, device: torch.device) ->
 
 def _demo_clips() -> Clips:
     """Return clips of both languages, alternating, and so of different lengths in each batch."""
-    lines = (DEMO / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    rows = [rows[i] for i in range(0, len(rows), len(rows) // DEMO_CLIPS)][:DEMO_CLIPS]
-    waveforms = [load_audio(DEMO / row["audio"]) for row in rows]
+    utterances = spread_utterances(DEMO / "test.jsonl", DEMO_CLIPS)
+    waveforms = [load_audio(*utterance.clip) for utterance in utterances]
     extractor = WhisperFeatureExtractor.from_pretrained(DEMO / "teacher")
     seconds = sum(map(len, waveforms)) / SAMPLE_RATE
-    return Clips(log_mel(waveforms, extractor), [row["language"] for row in rows], seconds, None)
+    languages = [utterance.language or "" for utterance in utterances]
+    return Clips(log_mel(waveforms, extractor), languages, seconds, None)
 
 
 def _decode_all(decode: Decode, clips: Clips, size: int) -> list[list[int]]:

@@ -12,7 +12,6 @@ draws. Processor time of all threads: other load on the machine disturbs it leas
 import argparse
 import copy
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, WhisperFeatureExtractor
 
 from benchmarks import machine
+from benchmarks.clips import spread_utterances
 from benchmarks.decoding import Contestant, measure_rounds
 from benchmarks.floor import bare_products, matrix_products
 from benchmarks.systems import (
@@ -71,6 +71,8 @@ def main() -> None:
     options = _options()
     quieten_libraries()
     torch.set_num_threads(options.threads)
+    for role in ("student", "teacher"):  # else a wrong path ends in the message of a library
+        read_model_folder(getattr(options, role), None, f"--{role}")
     machine.print_facts(CPU, options.threads)
     print(f"- {options.rounds} rounds, medians; batches of {BATCH_SIZE}", flush=True)
     waveforms = _read_clips(options.manifest, options.clips)
@@ -102,12 +104,10 @@ def _options() -> argparse.Namespace:
 
 def _read_clips(manifest: Path, count: int) -> dict[str, list[np.ndarray]]:
     """Return about `count` waveforms, evenly chosen, by language, the shortest first."""
-    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    chosen = rows[:: max(1, len(rows) // count)][:count]
     waveforms: dict[str, list[np.ndarray]] = {}
-    for row in chosen:
-        waveform = load_audio(manifest.parent / row["audio"])
-        waveforms.setdefault(row["language"], []).append(waveform)
+    for utterance in spread_utterances(manifest, count):
+        waveform = load_audio(*utterance.clip)
+        waveforms.setdefault(utterance.language or "", []).append(waveform)
     return {code: sorted(clips, key=len) for code, clips in waveforms.items()}
 
 

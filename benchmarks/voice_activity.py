@@ -10,13 +10,13 @@ measured without both, too, and as it is by default.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import librosa
 import numpy as np
 
+from benchmarks.clips import spread_utterances
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.speech_activity import FRAME, SpeechOptions, speech_spans
 
@@ -34,9 +34,8 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=40)
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.manifest.read_text(encoding="utf-8").splitlines()]
-    chosen = rows[:: max(1, len(rows) // args.clips)][: args.clips]
-    clips = [load_audio(args.manifest.parent / row["audio"]) for row in chosen]
+    utterances = spread_utterances(args.manifest, args.clips)
+    clips = [load_audio(*utterance.clip) for utterance in utterances]
     speech, is_loud, is_pause = recording_of(clips)
     detectors: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "this project": lambda sound: by_network(sound, SpeechOptions()),
