@@ -543,24 +543,10 @@ def make_dev(folder: Path) -> None:
     """Write 600 Mandarin and 200 English clips of the demo's dev voices and dev sentences."""
     # They need the synthesizer, which the studies do not.
     from demo.acoustics import OPUS_COMPRESSION
-    from demo.build import FileKind, write_audio, write_manifest
-    from demo.corpus import draw_clip
+    from demo.build import SplitPlan, write_clips, write_manifest
 
-    rng = random.Random("dev of the recipe study")
-    languages = ["zh"] * 600 + ["en"] * 200
-    rng.shuffle(languages)
-    opus = FileKind("opus", SAMPLE_RATE, 1)
-    texts, rows = set[str](), []
-    for number, language in enumerate(languages, start=1):
-        clip = draw_clip(language, "dev", rng)
-        while clip.segments[0].text in texts:
-            clip = draw_clip(language, "dev", rng)
-        text = clip.segments[0].text
-        texts.add(text)
-        audio = f"audio/{number:04d}.opus"
-        write_audio(folder / audio, clip.waveform, opus, OPUS_COMPRESSION)
-        rows.append({"audio": audio, "text": text, "language": language, "speaker": clip.speaker})
-    write_manifest(folder / "dev.jsonl", rows)
+    plan, rng = SplitPlan(600, 200, OPUS_COMPRESSION), random.Random("dev of the recipe study")
+    write_manifest(folder / "dev.jsonl", write_clips("dev", folder, plan, rng))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,28 @@ _SESSION_SECONDS = 60.0
 
 
 def write_split(split: str, folder: Path) -> None:
-    """Writes the manifest of a split and its clips, each with a text of its own."""
-    plan = _PLANS[split]
-    rng = random.Random(f"{split} clips")
+    """Writes the manifest of a split and its clips."""
+    plan, rng = _PLANS[split], random.Random(f"{split} clips")
+    rows = write_clips(split, folder, plan, rng, _OTHER_KINDS[split])
+    if split == "train":
+        rows += _write_session(folder, plan.compression)
+    write_manifest(folder / f"{split}.jsonl", rows)
+
+
+def write_clips(
+    split: str,
+    folder: Path,
+    plan: SplitPlan,
+    rng: random.Random,
+    other_kinds: Sequence[FileKind] = (),
+) -> list[dict[str, Any]]:
+    """Writes clips of a split, each with a text of its own; returns the rows of their manifest.
+
+    The first short clips are written in the other kinds, the others as Opus.
+    """
     languages = ["zh"] * plan.mandarin + ["en"] * plan.english
     rng.shuffle(languages)
-    kinds = list(_OTHER_KINDS[split])
+    kinds = list(other_kinds)
     texts: set[str] = set()
     rows = []
     for number, language in enumerate(languages, start=1):
@@ -94,9 +111,7 @@ def write_split(split: str, folder: Path) -> None:
                 "speaker": clip.speaker,
             }
         )
-    if split == "train":
-        rows += _write_session(folder, plan.compression)
-    write_manifest(folder / f"{split}.jsonl", rows)
+    return rows
 
 
 def write_audio(path: Path, waveform: np.ndarray, kind: FileKind, compression: float) -> None:

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jiwer
 import numpy as np
-import soundfile
-import soxr
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from demo.grammar import LANGUAGES, normalize
+from simpler_distil_whisper.data.audio import load_audio
+from simpler_distil_whisper.data.manifest import read_manifest
+from simpler_distil_whisper.data.options import Columns
+from simpler_distil_whisper.decoding.batches import in_batches
+from simpler_distil_whisper.model.pruning import prune_whisper
 
 # One window per clip; or windows one after the other, alone or prompted with the earlier text.
 DECODINGS = ("window", "sequential", "conditioned")
 _BATCH = 40
 _RESAMPLES = 1000
 _TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
-
-def read_audio(row: dict[str, Any], folder: Path, rate: int = 16000) -> np.ndarray:
-    """Reads a manifest row's audio, or its part of a longer file, as mono at a sample rate."""
-    with soundfile.SoundFile(folder / row["audio"]) as file:
-        start = round(row.get("start_seconds", 0.0) * file.samplerate)
-        file.seek(start)
-        seconds = row.get("duration_seconds")
-        count = -1 if seconds is None else round(seconds * file.samplerate)
-        samples = file.read(count, dtype="float32", always_2d=True).mean(axis=1)
-        return soxr.resample(samples, file.samplerate, rate)
 
 
 def transcribe(
@@ -132,14 +122,13 @@ def evaluate(
         manifest: Manifest of clips or of long recordings.
         decode: One of `DECODINGS`.
     """
-    lines = manifest.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    utterances = list(read_manifest(manifest, Columns()).utterances)
     rates = {}
     for language in LANGUAGES:
-        chosen = [row for row in rows if row["language"] == language]
+        chosen = [utterance for utterance in utterances if utterance.language == language]
         hypotheses: list[str] = []
-        for begin in range(0, len(chosen), _BATCH):
-            waveforms = [read_audio(r, manifest.parent) for r in chosen[begin : begin + _BATCH]]
+        for batch in in_batches(chosen, _BATCH):
+            waveforms = [load_audio(*utterance.clip) for utterance in batch]
             languages = [language] * len(waveforms)
             if decode != "window":
                 conditioned = decode == "conditioned"
@@ -149,7 +138,7 @@ def evaluate(
                 waveforms, sampling_rate=16000, return_tensors="pt"
             ).input_features
             hypotheses += transcribe(model, processor, features, languages)
-        references = [row["text"] for row in chosen]
+        references = [utterance.text or "" for utterance in chosen]
         rates[language] = error_rate(errors_per_clip(language, references, hypotheses))
     return rates
 
@@ -168,11 +157,8 @@ def main() -> None:
     started = time.perf_counter()
     model = WhisperForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     if args.keep_layers:
-        layers = [model.model.decoder.layers[int(k)] for k in args.keep_layers.split(",")]
-        for index, layer in enumerate(layers):
-            layer.self_attn.layer_idx = layer.encoder_attn.layer_idx = index
-        model.model.decoder.layers = torch.nn.ModuleList(layers)
-        model.config.decoder_layers = len(layers)
+        kept = [int(layer) for layer in args.keep_layers.split(",")]
+        model = prune_whisper(model, range(model.config.encoder_layers), kept)
     processor = WhisperProcessor.from_pretrained(args.model)
     rates = evaluate(model, processor, args.manifest, args.decode)
     for language, (rate, low, high) in rates.items():

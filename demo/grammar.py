@@ -12,7 +12,6 @@ import random
 import unicodedata
 from dataclasses import dataclass
 
-SPLITS = ("train", "dev", "test")
 LANGUAGES = ("zh", "en")
 
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from demo.tokenizer import WINDOW_SECONDS, save_processor
 
-# Replaced by measured heads in build.py.
+# Replaced by measured heads in alignment.py.
 _DEFAULT_ALIGNMENT_HEADS = [[2, 0], [3, 0]]
 
 

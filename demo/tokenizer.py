@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from demo.grammar import draw_sentence
 
@@ -65,17 +66,8 @@ def _special(token: str) -> AddedToken:
     return AddedToken(token, special=True, normalized=False)
 
 
-def _byte_symbols() -> dict[int, str]:
-    """The printable symbol that byte-level BPE uses for every byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = {byte: chr(byte) for byte in printable}
-    others = (byte for byte in range(256) if byte not in symbols)
-    symbols.update({byte: chr(256 + k) for k, byte in enumerate(others)})
-    return symbols
-
-
 def _byte_pair_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    symbols = _byte_symbols()
+    symbols = bytes_to_unicode()
     vocabulary = {symbol: k for k, symbol in enumerate(symbols.values())}
     merges: dict[tuple[str, str], None] = {}
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
+from transformers import WhisperProcessor, WhisperTokenizer
 
 from demo.corpus import MEL_FRAMES_PER_SECOND
 from demo.evaluate import error_rate, errors_per_clip, transcribe
@@ -29,6 +29,7 @@ from demo.grammar import LANGUAGES
 from demo.teacher import generation_config, new_teacher, save_teacher
 from demo.tokenizer import WINDOW_SECONDS, build_processor
 from demo.windows import cut_windows
+from simpler_distil_whisper.model.whisper import run_encoder
 
 _WINDOW_FRAMES = WINDOW_SECONDS * MEL_FRAMES_PER_SECOND
 _BATCHES_PER_BUCKET = 12
@@ -264,18 +265,6 @@ def _width(row: dict[str, Any]) -> int:
     return _WINDOW_FRAMES if "padding" in row else int(row["frames"])
 
 
-def encode(model: WhisperForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
-    """Runs the encoder on windows of any length, which its own forward refuses."""
-    encoder = model.model.encoder
-    hidden = functional.gelu(encoder.conv1(features))
-    hidden = functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
-    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-    for layer in encoder.layers:
-        output = layer(hidden, attention_mask=None)
-        hidden = output[0] if isinstance(output, tuple) else output
-    return encoder.layer_norm(hidden)
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast to learn.
@@ -328,7 +317,7 @@ class Trainer:
         """One optimizer step. Returns the decoder's and the frame loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        encoded = encode(self.model, batch.features)
+        encoded = run_encoder(self.model.model.encoder, batch.features)
         logits = self.model(
             encoder_outputs=(encoded,), decoder_input_ids=batch.decoder_inputs, use_cache=False
         ).logits
