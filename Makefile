@@ -33,11 +33,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	@$(MAKE) test
 
 # The speed of decoding and of a training step beside that of others: hours on two quiet cores.
 bench: .venv/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export]'
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.distillation_step
 

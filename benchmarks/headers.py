@@ -1,6 +1,6 @@
 """What it costs to read a manifest, and to learn the lengths of its files from their headers.
 
-`python benchmarks/headers.py [FILES]` makes hard links of a few short clips, and a manifest without
+`python -m benchmarks.headers [FILES]` makes hard links of a few short clips, and a manifest without
 lengths; then it prints the processor time and the time on the clock of reading the manifest: as it
 is, and where every question whether a file exists takes a millisecond, as on a network; then of
 sorting the rows by length: with the headers read one after the other, as labelling and inference
