@@ -12,7 +12,6 @@ schedule are that script's. Seconds are processor time of one thread.
 """
 
 import argparse
-import itertools
 import random
 import statistics
 import time
@@ -37,7 +36,7 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.evaluation.metrics import ErrorCounts, Metric, Scorer
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
-from simpler_distil_whisper.model.pruning import prune_whisper, spread_layers
+from simpler_distil_whisper.model.pruning import prune_whisper
 from simpler_distil_whisper.model.whisper import Whisper, load_whisper, quieten_libraries
 from simpler_distil_whisper.text.normalization import TextNormalization
 from simpler_distil_whisper.training.augment import Views
@@ -57,7 +56,6 @@ from simpler_distil_whisper.training.tokens import DecoderTokens, decoder_sequen
 DEMO = Path("demo_data")
 BATCH = 50  # clips encoded or decoded at once
 LONGEST = 40  # new tokens of a hypothesis; no clip of the demo has as many
-SCORING_CLIPS = 100  # by which layers are chosen
 LIVE_STEPS = 5  # of which the fastest counts
 WAVE = {
     "speed": [0.92, 1.08],
@@ -88,7 +86,7 @@ class Recipe:
     """How a student is made. A study changes one or two of these at a time.
 
     Attributes:
-        layers: the decoder layers that are kept; a number: so many, the best by their score.
+        layers: the decoder layers that are kept.
         steps, batch, learning_rate, warmup_steps: of AdamW without weight decay; the rate falls
             linearly after the warm-up.
         objective: weights of cross-entropy and KL, and the temperature.
@@ -102,7 +100,7 @@ class Recipe:
         dropout: in the student's decoder.
     """
 
-    layers: int | tuple[int, ...] = 2
+    layers: tuple[int, ...] = (0, 2)
     steps: int = 500
     batch: int = 16
     learning_rate: float = 2e-3
@@ -295,21 +293,17 @@ class Material:
         for utterance, text in zip(self.utterances, hypotheses, strict=True):
             counts[utterance.language or ""] += self._count(utterance, text)
         rates = [counts[language].rate or 0.0 for language in ("zh", "en")]
-        return StudentScore(rates[0], rates[1], self.divergence(student, states))
+        return StudentScore(rates[0], rates[1], self._divergence(student, states))
 
-    @torch.no_grad()
-    def divergence(self, student: WhisperForConditionalGeneration, states: Tensor) -> float:
+    def _divergence(self, student: WhisperForConditionalGeneration, states: Tensor) -> float:
         """Return KL(teacher || student) per token of the reference, at temperature 1.
 
         Args:
             student: in evaluation mode.
-            states: float [N, E, D]: its encoder states of the first N clean clips.
+            states: float [N, E, D]: its encoder states of the clean clips.
         """
-        tokens = self.tokens["reference"][: len(states)]
-        inputs, labels = decoder_sequences(tokens, self.whisper.tokens.end)
-        teacher_states = self.teacher_states(self.clean, "reference")
-        teacher_states = teacher_states[: len(states), : inputs.shape[1]]
-        whole = (inputs, states, teacher_states, labels)
+        inputs, labels = decoder_sequences(self.tokens["reference"], self.whisper.tokens.end)
+        whole = (inputs, states, self.teacher_states(self.clean, "reference"), labels)
         terms = [
             self.loss(student, last_states(student.model.decoder, *part[:2]), *part[2:], ONLY_KL)
             for part in zip(*(each.split(BATCH) for each in whole), strict=True)
@@ -330,16 +324,6 @@ class Material:
             student_states, heads[0], teacher_states, heads[1], labels, objective
         )
 
-    def best_layers(self, count: int) -> tuple[int, ...]:
-        """Return the decoder layers with which an untrained student is closest to the teacher."""
-        return min(self.layer_scores(count).items(), key=lambda item: item[1])[0]
-
-    def layer_scores(self, count: int) -> dict[tuple[int, ...], float]:
-        """Return the divergence of an untrained student for each set of so many layers."""
-        sets = itertools.combinations(range(self.teacher.config.decoder_layers), count)
-        states = self.clean.states[:SCORING_CLIPS]
-        return {kept: self.divergence(pruned(self.teacher, kept), states) for kept in sets}
-
 
 class Distillation:
     """One student in training."""
@@ -348,9 +332,7 @@ class Distillation:
         """Prune the student, and plan its steps."""
         self.material, self.recipe, self.seed = material, recipe, seed
         torch.manual_seed(seed)
-        layers = recipe.layers
-        kept = material.best_layers(layers) if isinstance(layers, int) else layers
-        self.student = pruned(material.teacher, kept)
+        self.student = pruned(material.teacher, recipe.layers)
         freeze(self.student, Freeze(encoder=not recipe.unfrozen))
         for module in (self.student.model.decoder, *self.student.model.decoder.layers):
             module.dropout = recipe.dropout
@@ -528,17 +510,6 @@ def print_row(name: str, outcomes: Sequence[Outcome]) -> None:
     print(f"| {name} | {zh:.4f} | {en:.4f} | {kl:.4f} | {seeds} | {seconds:.0f} |", flush=True)
 
 
-def print_layers(material: Material) -> None:
-    """Print the score of each set of two and three layers."""
-    print("| kept | KL(teacher to untrained student) |\n|---|---|")
-    for count in (2, 3):
-        for kept, divergence in sorted(
-            material.layer_scores(count).items(), key=lambda item: item[1]
-        ):
-            print(f"| {kept} | {divergence:.3f} |")
-    print(f"\nspread: {tuple(spread_layers(material.teacher.config.decoder_layers, 2))}\n")
-
-
 def make_dev(folder: Path) -> None:
     """Write 600 Mandarin and 200 English clips of the demo's dev voices and dev sentences."""
     # They need the synthesizer, which the studies do not.
@@ -571,8 +542,6 @@ def main() -> None:
     print(f"- train: {args.train}, {len(train_clips.utterances)} clips; scored: {args.dev}\n")
     for study in args.studies or STUDIES:
         print(f"### {study}\n")
-        if study == "layers":
-            print_layers(train_clips)
         if study == "huggingface":
             print(f"a step of its way: {live_step_seconds(train_clips):.2f} s\n")
         print("| recipe | zh CER | en WER | KL | each seed | seconds |\n|---|---|---|---|---|---|")
