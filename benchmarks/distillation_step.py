@@ -116,7 +116,7 @@ def main() -> int:
     wrong = []
     for shape in options.shapes.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            _write_models(Path(folder), shape, device)
+            write_models(Path(folder), SHAPES[shape], device)
             for setting in options.settings.split(","):
                 wrong += _compare(Path(folder), shape, setting, options)
     for complaint in wrong:
@@ -141,12 +141,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write_models(folder: Path, shape: str, device: torch.device) -> None:
+def write_models(folder: Path, shape: Shape, device: torch.device) -> None:
     """Write the folders "teacher" and "student"."""
-    write_random_whisper(folder / "teacher", SHAPES[shape], device)
+    write_random_whisper(folder / "teacher", shape, device)
     teacher = WhisperForConditionalGeneration.from_pretrained(folder / "teacher")
-    layers = SHAPES[shape].layers
-    student = prune_whisper(teacher, range(layers), [0, layers - 1])
+    student = prune_whisper(teacher, range(shape.layers), [0, shape.layers - 1])
     (folder / "student").mkdir()
     save_whisper(student, folder / "teacher", folder / "student")
 

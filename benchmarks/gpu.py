@@ -33,13 +33,12 @@ import numpy as np
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
-from transformers import WhisperForConditionalGeneration
 
 import run_distillation
 import run_pseudo_labelling
 from benchmarks import machine
-from benchmarks.distillation_step import MIXED
-from benchmarks.random_whispers import SHAPES, Shape, write_random_whisper
+from benchmarks.distillation_step import MIXED, write_models
+from benchmarks.random_whispers import SHAPES, Shape
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
 from simpler_distil_whisper.decoding.recorded_steps import MOST_ROWS, RecordingDecoder
@@ -48,8 +47,7 @@ from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.model.folder import read_model_folder
 from simpler_distil_whisper.model.options import DecodingOptions
 from simpler_distil_whisper.model.processes import join_processes
-from simpler_distil_whisper.model.pruning import prune_whisper
-from simpler_distil_whisper.model.whisper import Whisper, load_whisper, save_whisper
+from simpler_distil_whisper.model.whisper import Whisper, load_whisper
 from simpler_distil_whisper.script import run_script
 from simpler_distil_whisper.training.log import read_metrics
 from simpler_distil_whisper.training.losses import distillation_loss, token_terms
@@ -147,13 +145,8 @@ def versions(setting: Setting) -> Iterator[Result]:
 
 def models(setting: Setting) -> Iterator[Result]:
     """Write the models and the clips of all other stages."""
-    for name, shape in (("", setting.shape), ("compared-", setting.compared)):
-        teacher, student = (setting.folder / f"{name}{role}" for role in ("teacher", "student"))
-        write_random_whisper(teacher, shape, setting.device)
-        model = WhisperForConditionalGeneration.from_pretrained(teacher)
-        student.mkdir()
-        layers = [0, shape.layers - 1]
-        save_whisper(prune_whisper(model, range(shape.layers), layers), teacher, student)
+    for name, shape in (("", setting.shape), ("compared", setting.compared)):
+        write_models(setting.folder / name, shape, setting.device)
     noise, rows = np.random.default_rng(0), []
     for number in range(setting.clips):
         name = f"{number % 200}.wav"  # 200 files are decoded again and again
@@ -210,17 +203,17 @@ def loss(setting: Setting) -> Iterator[Result]:
 def precision(setting: Setting) -> Iterator[Result]:
     """Train a small model for a few steps in each precision."""
     for each in setting.precisions:
-        yield {each: _trained(setting, f"precision-{each}", "compared-", precision=each)}
+        yield {each: _trained(setting, f"precision-{each}", "compared/", precision=each)}
 
 
 def resume(setting: Setting) -> Iterator[Result]:
     """Stop a small run by a signal, let it go on, and compare its losses with a whole run's."""
-    whole = _trained(setting, "whole", "compared-")
+    whole = _trained(setting, "whole", "compared/")
     stopped = setting.folder / "stopped"
     threading.Thread(target=_stop_after_a_step, args=(stopped,), daemon=True).start()
-    _distil(setting, "stopped", "compared-", codes=(128 + signal.SIGTERM, 0))
+    _distil(setting, "stopped", "compared/", codes=(128 + signal.SIGTERM, 0))
     yield {"steps_before_the_stop": len(_metrics(stopped))}
-    resumed = _trained(setting, "stopped", "compared-")
+    resumed = _trained(setting, "stopped", "compared/")
     losses = [[step["train/loss"] for step in steps] for steps in (whole, resumed)]
     yield {"largest_difference": max(abs(one - other) for one, other in zip(*losses, strict=True))}
 
@@ -368,7 +361,7 @@ def _transcriber(
     drafts: bool = False,
     speed: bool = False,
 ) -> Transcriber:
-    name = "" if speed else "compared-"
+    name = "" if speed else "compared/"
     whisper = _load(setting, f"{name}teacher", device, exact=not speed)
     assistant = None
     if drafts:
