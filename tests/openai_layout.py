@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_processor
-from tokenizers import AddedToken
+from tiny import make_tokenizer, save_processor
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -30,16 +29,7 @@ def openai_tokenizer(*, english_only: bool = False) -> WhisperTokenizer:
     }
     if english_only:  # its last entry is a special token
         vocabulary.pop("<|endoftext|>", None)
-    end = AddedToken("<|endoftext|>", special=True, normalized=False)
-    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], pad_token=end)
-    codes = list(WHISPER_LANGUAGES)[:99]
-    names = ["startoftranscript", *codes, "translate", "transcribe", "startoflm", "startofprev"]
-    names += ["nospeech", "notimestamps"]
-    special = [AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names]
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    times = [AddedToken(f"<|{step * 0.02:.2f}|>", special=False) for step in range(1501)]
-    tokenizer.add_tokens(times)
-    return tokenizer
+    return make_tokenizer(list(WHISPER_LANGUAGES)[:99], 30, vocabulary)
 
 
 def make_openai_whisper(

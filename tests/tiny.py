@@ -28,9 +28,15 @@ ALL_EVIDENCE = {
 }
 
 
-def make_tokenizer(languages: list[str], window_seconds: int = 30) -> WhisperTokenizer:
-    """A byte-level tokenizer without merges, and Whisper's special tokens in Whisper's order."""
-    vocab = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+def make_tokenizer(
+    languages: list[str], window_seconds: int = 30, vocabulary: dict[str, int] | None = None
+) -> WhisperTokenizer:
+    """A byte-level tokenizer without merges, and Whisper's special tokens in Whisper's order.
+
+    Args:
+        vocabulary: the tokens of texts; None: the 256 bytes.
+    """
+    vocab = vocabulary or {byte: id for id, byte in enumerate(sorted(ByteLevel.alphabet()))}
     end = AddedToken("<|endoftext|>", special=True, normalized=False)
     tokenizer = WhisperTokenizer(vocab=vocab, merges=[], pad_token=end)
     names = [
