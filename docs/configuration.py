@@ -4,7 +4,6 @@ Run it as `python docs/configuration.py` when a key, a default or a description 
 """
 
 import importlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from simpler_distil_whisper.config import StrictModel, help_table  # noqa: E402
+from simpler_distil_whisper.config import ExplainedKey, explained_keys  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "configuration.md"
 COMMANDS = {
@@ -47,31 +46,11 @@ that read them; `--help` of a script shows the same table.
   `objective.cross_entropy_weight`, `freeze.embed_tokens`, `augmentation`, for inference
   `decoding.temperatures` and, in `eval.json`, `hallucination.phrases`.
 """
-ENTRY = re.compile(r"  (?P<key>\S+)\n      (?P<type>.*?), (?:required|default (?=(?P<rest>.*)))")
 
 
-def config_class(script: str) -> type[StrictModel]:
-    """Return the class of a script's config."""
-    config: type[StrictModel] = importlib.import_module(MODULES.get(script, script)).Config
-    return config
-
-
-def rows(script: str) -> list[tuple[str, str, str, str]]:
-    """Return key, type, default and meaning of each key of a script's config."""
-    table = help_table(config_class(script))
-    keys = []
-    for entry in re.split(r"\n(?=  \S)", table):
-        match = ENTRY.match(entry)
-        assert match, entry
-        default, end = "", match.end()
-        if match["rest"] is not None:
-            # A default is JSON, in which a point or a comma can stand too.
-            _, length = json.JSONDecoder().raw_decode(match["rest"])
-            default = match["rest"][:length]
-            end += length
-        meaning = entry[end:].removeprefix(".").strip()
-        keys.append((match["key"], match["type"], default, meaning))
-    return keys
+def rows(script: str) -> list[ExplainedKey]:
+    """Return the keys of a script's config."""
+    return explained_keys(importlib.import_module(MODULES.get(script, script)).Config)
 
 
 def page() -> str:
@@ -81,7 +60,7 @@ def page() -> str:
         parts.append(f"## {script}.json\n\n```sh\n{command}\n```\n")
         lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, kind, default, meaning in rows(script):
-            shown = f"`{default}`" if default else "required"
+            shown = "required" if default is None else f"`{default}`"
             cells = map(_in_cell, (f"`{key}`", kind, shown, meaning))
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines) + "\n")

@@ -10,7 +10,7 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -232,16 +232,35 @@ def key_paths(model: type[StrictModel], prefix: str = "") -> Iterator[tuple[str,
             yield from key_paths(section, f"{prefix}{name}.")
 
 
+class ExplainedKey(NamedTuple):
+    """A key of a config file, its type, its default in JSON (None: required) and its meaning."""
+
+    key: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+def explained_keys(model: type[StrictModel]) -> list[ExplainedKey]:
+    """Return every key that a config file can hold, but for the names of sections."""
+    return [
+        ExplainedKey(
+            path,
+            _type_name(field),
+            None if field.is_required() else _default_of(field),
+            field.description or "",
+        )
+        for path, field in key_paths(model)
+        if not _section_of(field.annotation) or get_origin(field.annotation) is list
+    ]
+
+
 def help_table(model: type[StrictModel]) -> str:
     """Return the `--help` table: every key with its type, default and meaning."""
     rows = []
-    for path, field in key_paths(model):
-        if _section_of(field.annotation) and get_origin(field.annotation) is not list:
-            continue
-        default = "required" if field.is_required() else f"default {_default_of(field)}"
-        rows.append(
-            f"  {path}\n      {_type_name(field)}, {default}. {field.description or ''}".rstrip()
-        )
+    for key, kind, default, meaning in explained_keys(model):
+        stated = "required" if default is None else f"default {default}"
+        rows.append(f"  {key}\n      {kind}, {stated}. {meaning}".rstrip())
     return "\n".join(rows)
 
 
