@@ -29,15 +29,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import soundfile
 import torch
 from accelerate.state import AcceleratorState
 
 import run_distillation
 import run_pseudo_labelling
 from benchmarks import machine
-from benchmarks.distillation_step import MIXED, write_models
+from benchmarks.clips import write_noise
+from benchmarks.distillation_step import FRAMES, MIXED, write_models
 from benchmarks.random_whispers import SHAPES, Shape
 from simpler_distil_whisper.atomic import write_atomically
 from simpler_distil_whisper.decoding.cached_decoder import CachedDecoder, KeyValueCache
@@ -55,7 +54,6 @@ from simpler_distil_whisper.training.trainer import Trainer
 
 Result = dict[str, Any]
 Stage = Callable[["Setting"], Iterator[Result]]  # each part of the result as soon as it is there
-FRAMES, SIXTEEN_KHZ = 3000, 16_000
 DECODINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -147,12 +145,11 @@ def models(setting: Setting) -> Iterator[Result]:
     """Write the models and the clips of all other stages."""
     for name, shape in (("", setting.shape), ("compared", setting.compared)):
         write_models(setting.folder / name, shape, setting.device)
-    noise, rows = np.random.default_rng(0), []
+    # 200 files are decoded again and again.
+    files = write_noise(setting.folder, [1 + n % 15 for n in range(min(200, setting.clips))])
+    rows = []
     for number in range(setting.clips):
-        name = f"{number % 200}.wav"  # 200 files are decoded again and again
-        if number < 200:
-            samples = noise.normal(0, 0.1, SIXTEEN_KHZ * (1 + number % 15))
-            soundfile.write(setting.folder / name, samples, SIXTEEN_KHZ)
+        name = files[number % len(files)].name
         text = f" w{300 + number} w{400 + number}" * 8
         rows.append({"id": str(number), "audio": name, "text": text, "language": "en"})
     lines = "".join(json.dumps(row) + "\n" for row in rows)

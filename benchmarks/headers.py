@@ -16,29 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-import soundfile
-
+from benchmarks.clips import write_noise
 from simpler_distil_whisper.data.audio import audio_seconds
 from simpler_distil_whisper.data.manifest import read_manifest
 from simpler_distil_whisper.data.options import Columns
 from simpler_distil_whisper.decoding.batches import ByLength
 
-CLIPS, SIXTEEN_KHZ, GROUP = 8, 16_000, 1024
+CLIPS, GROUP = 8, 1024
 
 
 def make_manifest(folder: Path, files: int) -> Path:
     """Write the clips, their links and the manifest."""
-    noise = np.random.default_rng(0)
+    clips = write_noise(folder, [(1 + number) / 10 for number in range(CLIPS)])
     path = folder / "manifest.jsonl"
     with path.open("w") as manifest:
         for number in range(files):
-            clip, link = folder / f"clip-{number % CLIPS}.wav", folder / f"{number}.wav"
-            if not clip.exists():
-                samples = noise.normal(0, 0.1, SIXTEEN_KHZ // 10 * (1 + number))
-                soundfile.write(clip, samples, SIXTEEN_KHZ)
-            os.link(clip, link)
-            manifest.write(f'{{"audio": "{link.name}"}}\n')
+            os.link(clips[number % CLIPS], folder / f"{number}.wav")
+            manifest.write(f'{{"audio": "{number}.wav"}}\n')
     return path
 
 

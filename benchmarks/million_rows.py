@@ -1,6 +1,6 @@
 """Time and memory that a run of a million rows takes to begin, to be continued and to end.
 
-`python benchmarks/million_rows.py [ROWS]` makes a manifest of a few real clips in a temporary
+`python -m benchmarks.million_rows [ROWS]` makes a manifest of a few short clips in a temporary
 folder and measures, each in its own process: reading the manifest; continuing a run in which nine
 tenths of the rows have results, until the first batch is formed; merging all results. No model is
 needed: this is what a run does beside the model's work.
@@ -16,28 +16,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import soundfile
-
+from benchmarks.clips import write_noise
 from simpler_distil_whisper.data.manifest import Manifest, read_manifest
 from simpler_distil_whisper.data.options import Columns, DataLimits
 from simpler_distil_whisper.data.results import RowResults
 
-CLIPS, SIXTEEN_KHZ, BATCH = 8, 16_000, 16
+CLIPS, BATCH = 8, 16
 TEXT = "我要 order 一個 iPhone 十五, thank you very much 謝謝"
 
 
 def make_manifest(folder: Path, rows: int) -> None:
     """Write the clips and the manifest."""
-    noise = np.random.default_rng(0)
-    for clip in range(CLIPS):
-        samples = noise.normal(0, 0.1, SIXTEEN_KHZ * (1 + clip) // 2)
-        soundfile.write(folder / f"{clip}.wav", samples, SIXTEEN_KHZ)
+    clips = write_noise(folder, [(1 + number) / 2 for number in range(CLIPS)])
     with (folder / "manifest.jsonl").open("w", encoding="utf-8") as file:
         for number in range(rows):
             row = {
                 "id": f"call-{number:07d}",
-                "audio": f"{number % CLIPS}.wav",
+                "audio": clips[number % CLIPS].name,
                 "text": f"{TEXT} {number}",
                 "language": "zh",
                 "speaker": f"speaker {number % 500}",
@@ -126,7 +121,8 @@ def main() -> None:
         megabytes = (Path(folder) / "manifest.jsonl").stat().st_size / 1e6
         print(f"{rows} rows, {megabytes:.0f} MB", flush=True)
         for stage in STAGES:
-            subprocess.run([sys.executable, __file__, stage, folder], check=True)
+            command = [sys.executable, "-m", "benchmarks.million_rows", stage, folder]
+            subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
