@@ -1,5 +1,6 @@
 """The clips that a benchmark is run on: of a manifest, or noise."""
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import soundfile
 from simpler_distil_whisper.data.audio import SAMPLE_RATE
 from simpler_distil_whisper.data.manifest import Utterance, read_manifest
 from simpler_distil_whisper.data.options import Columns
+
+
+def existing(name: str) -> Path:
+    """Return the path that an option names; else the command ends before it has begun."""
+    if not (path := Path(name)).exists():
+        raise argparse.ArgumentTypeError(f"no such file or folder: {name}")
+    return path
 
 
 def spread_utterances(manifest: Path, count: int) -> list[Utterance]:

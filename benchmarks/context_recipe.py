@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from benchmarks import machine
-from benchmarks.clips import spread_utterances
+from benchmarks.clips import existing, spread_utterances
 from benchmarks.recipe import KL, label_tokens, update
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
@@ -209,12 +209,14 @@ def main() -> None:
     names = ", ".join(RECIPES).replace("%", "%%")  # argparse formats its help
     parser.add_argument("recipes", nargs="*", help=f"of {names}; none: all")
     for name in ("teacher", "train", "dev"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument(f"--{name}", type=existing, required=True)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--train-clips", type=int, default=96)
     parser.add_argument("--dev-clips", type=int, default=24)
     args = parser.parse_args()
+    if unknown := set(args.recipes) - set(RECIPES):
+        parser.error(f"no such recipe: {', '.join(sorted(unknown))}")
     quieten_libraries()
     whisper = load_whisper(read_model_folder(args.teacher, None, "--teacher"))
     teacher = whisper.model.requires_grad_(False)

@@ -275,9 +275,11 @@ def _print_ratios(contestants: Sequence[Contestant], model: Model, clips: Clips)
         print(
             f"- {ours.name}: {ratio:.2f} times as fast as {other.name} ({by_cpu:.2f} in CPU time)"
         )
-    if clips.forced:
-        dtype = getattr(torch, ours.dtype)
-        peak = machine.peak_flops(model.device, dtype)
+    # torch has no fast product of int8, so there is no peak to compare with.
+    floats = [c for c in contestants if c.kind == OURS and c.dtype != "int8"]
+    if clips.forced and floats:
+        ours = min(floats, key=lambda c: c.milliseconds)
+        peak = machine.peak_flops(model.device, getattr(torch, ours.dtype))
         config = AutoConfig.from_pretrained(model.folder)
         flops = sum(p.flops for p in matrix_products(config, 1, clips.forced))
         share = flops / (peak * ours.milliseconds / 1000)

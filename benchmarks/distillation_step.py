@@ -157,6 +157,8 @@ def _compare(folder: Path, shape: str, setting: str, options: argparse.Namespace
     if max(lengths) == POSITIONS:
         ways = tuple(way for way in ways if way != HF_PADDED)  # there is nothing to pad
     ways = tuple(way for way in ways if any(part in way for part in options.ways.split(",")))
+    if not ways:
+        return []
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(options.rounds):
         first = number * len(ways) // options.rounds

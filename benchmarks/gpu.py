@@ -471,6 +471,8 @@ def main() -> int:
     names = [stage.__name__ for stage in STAGES]
     parser.add_argument("--stages", default=",".join(names), help="models is needed by most")
     options = parser.parse_args()
+    if unknown := set(options.stages.split(",")) - set(names):
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}")
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         setting = (on_cpu if options.device == "cpu" else on_gpu)(Path(folder))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine
+from benchmarks.clips import existing
 from benchmarks.coverage import percentile_interval
 from benchmarks.recipe import KL, MIXED, label_tokens, pruned, update
 from simpler_distil_whisper.data.audio import load_audio
@@ -245,8 +246,9 @@ def main() -> None:
     """Train a student by each recipe of some studies and print a row for it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="study")
-    for name in ("teacher", "train", "dev", "cache"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("teacher", "train", "dev"):
+        parser.add_argument(f"--{name}", type=existing, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import WhisperForConditionalGeneration
 
 from benchmarks import machine
+from benchmarks.clips import existing
 from benchmarks.distillation_step import MIXED, plain_loss
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.features import log_mel
@@ -524,8 +525,8 @@ def main() -> None:
     """Run studies and print their tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; none: all")
-    parser.add_argument("--train", type=Path, default=DEMO / "train.jsonl")
-    parser.add_argument("--dev", type=Path, default=DEMO / "dev.jsonl", help="what is scored")
+    parser.add_argument("--train", type=existing, default=DEMO / "train.jsonl")
+    parser.add_argument("--dev", type=existing, default=DEMO / "dev.jsonl", help="what is scored")
     parser.add_argument("--seeds", type=int, default=1, help="students of each recipe")
     parser.add_argument("--make-dev", type=Path, help="only write a larger dev set to this folder")
     args = parser.parse_args()

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, WhisperFeatureExtractor
 
 from benchmarks import machine
-from benchmarks.clips import spread_utterances
+from benchmarks.clips import existing, spread_utterances
 from benchmarks.decoding import Contestant, measure_rounds
 from benchmarks.floor import bare_products, matrix_products
 from benchmarks.systems import (
@@ -71,8 +71,6 @@ def main() -> None:
     options = _options()
     quieten_libraries()
     torch.set_num_threads(options.threads)
-    for role in ("student", "teacher"):  # else a wrong path ends in the message of a library
-        read_model_folder(getattr(options, role), None, f"--{role}")
     machine.print_facts(CPU, options.threads)
     print(f"- {options.rounds} rounds, medians; batches of {BATCH_SIZE}", flush=True)
     waveforms = _read_clips(options.manifest, options.clips)
@@ -91,9 +89,11 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.short_clips")
-    parser.add_argument("--student", type=Path, required=True, help="trained with audio_context")
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--manifest", type=Path, required=True, help="real clips")
+    parser.add_argument(
+        "--student", type=existing, required=True, help="trained with audio_context"
+    )
+    parser.add_argument("--teacher", type=existing, required=True)
+    parser.add_argument("--manifest", type=existing, required=True, help="real clips")
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

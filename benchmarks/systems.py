@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import computes_in_bfloat16
+from simpler_distil_whisper.config import ConfigError
 from simpler_distil_whisper.decoding.transcriber import Transcriber
 from simpler_distil_whisper.export.formats import openai_name
 from simpler_distil_whisper.model.folder import read_model_folder
@@ -118,7 +119,10 @@ def _whisper(model: Model, dtype: DecodingDtype, attention: Attention) -> Whispe
     if dtype == "bfloat16" and not computes_in_bfloat16(model.device):
         raise Unavailable("the CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16)")
     folder = read_model_folder(model.folder, None, "model")
-    return load_whisper(folder, dtype, attention, model.device)
+    try:
+        return load_whisper(folder, dtype, attention, model.device)
+    except ConfigError as error:  # this version of torch may have no products of int8
+        raise Unavailable(str(error)) from error
 
 
 def _load_ours(dtype: DecodingDtype, size: int, model: Model) -> Decode:

@@ -11,12 +11,11 @@ measured without both, too, and as it is by default.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import librosa
 import numpy as np
 
-from benchmarks.clips import spread_utterances
+from benchmarks.clips import existing, spread_utterances
 from simpler_distil_whisper.data.audio import SAMPLE_RATE, load_audio
 from simpler_distil_whisper.data.speech_activity import FRAME, SpeechOptions, speech_spans
 
@@ -31,7 +30,7 @@ EXACTLY = SpeechOptions(min_silence_seconds=0.0, padding_seconds=0.0)
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--manifest", type=existing, required=True)
     parser.add_argument("--clips", type=int, default=40)
     args = parser.parse_args()
     utterances = spread_utterances(args.manifest, args.clips)
