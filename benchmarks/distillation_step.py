@@ -288,10 +288,8 @@ def _status(key: str) -> float:
 
 
 def _make_step(way: str, folder: Path) -> Step:
-    if way == TWO_MODELS:
-        return _two_full_models(folder)
-    if way in (HF, HF_PADDED):
-        return _hugging_face(folder, POSITIONS if way == HF_PADDED else None)
+    if way in (TWO_MODELS, HF, HF_PADDED):
+        return _full_logits(folder, way != TWO_MODELS, POSITIONS if way == HF_PADDED else None)
     if way in LOSSES:
         return _loss_alone(folder, plain=way == PLAIN_LOSS)
     return _this_project(
@@ -302,31 +300,19 @@ def _make_step(way: str, folder: Path) -> Step:
     )
 
 
-def _two_full_models(folder: Path) -> Step:
-    """Both models encode the audio with their own encoders, and all of the student is trained."""
+def _full_logits(folder: Path, shared_encoder: bool, padded_to: int | None) -> Step:
+    """Both models run whole, as transformers loads them.
+
+    Args:
+        folder: of the models.
+        shared_encoder: as in distil-whisper's `run_distillation.py`: the student's encoder is
+            frozen and serves both. Else each encodes the audio, and all of the student is trained.
+        padded_to: how many labels each row is given; None: as many as the longest.
+    """
     accelerator = make_accelerator("auto", 0)
     teacher, student = _load_both(folder, accelerator.device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
-    teacher, student, optimizer = accelerator.prepare(teacher, student, optimizer)
-
-    def step(batch: Batch) -> float:
-        with torch.no_grad():
-            predicted = teacher(input_features=batch.features, labels=batch.labels)
-        own = student(input_features=batch.features, labels=batch.labels)
-        loss = plain_loss(own.loss, own.logits, predicted.logits, batch.labels)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def _hugging_face(folder: Path, padded_to: int | None) -> Step:
-    """distil-whisper's `run_distillation.py`: the student's frozen encoder serves both models."""
-    accelerator = make_accelerator("auto", 0)
-    teacher, student = _load_both(folder, accelerator.device)
-    student.model.encoder.requires_grad_(False)
+    if shared_encoder:
+        student.model.encoder.requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
     teacher, student, optimizer = accelerator.prepare(teacher, student, optimizer)
 
@@ -334,12 +320,16 @@ def _hugging_face(folder: Path, padded_to: int | None) -> Step:
         more = (padded_to or batch.labels.shape[1]) - batch.labels.shape[1]
         labels = functional.pad(batch.labels, (0, more), value=IGNORE_INDEX)
         own = student(input_features=batch.features, labels=labels)
-        encoded = BaseModelOutput(own.encoder_last_hidden_state.to(teacher.dtype))
+        given = {"input_features": batch.features}
+        if shared_encoder:
+            encoded = own.encoder_last_hidden_state.to(teacher.dtype)
+            given = {"encoder_outputs": BaseModelOutput(encoded)}
         with torch.no_grad():
-            predicted = teacher(encoder_outputs=encoded, labels=labels)
+            predicted = teacher(**given, labels=labels)
         loss = plain_loss(own.loss, own.logits, predicted.logits, labels)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(student.parameters(), 1.0)
+        if shared_encoder:
+            accelerator.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
