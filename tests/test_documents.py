@@ -125,6 +125,17 @@ def test_sources_that_are_named_exist(path: Path) -> None:
         assert any((folder / name).exists() for folder in (REPOSITORY, PACKAGE)), name
 
 
+def test_modules_that_are_run_exist_and_have_the_options_that_are_named() -> None:
+    pattern = r"python -m\s+((?:benchmarks|demo)\.[a-z_]+)((?:(?!python -m)[^`#)|])*)"
+    texts = map(read, [*DOCUMENTS, *(REPOSITORY / "benchmarks").glob("*.py")])
+    commands = [command for text in texts for command in re.findall(pattern, text)]
+    assert len(commands) >= 40
+    for module, rest in commands:
+        source = read(REPOSITORY / f"{module.replace('.', '/')}.py")
+        for option in re.findall(r"(?<=\s--)[a-z-]+", rest):
+            assert option in source, (module, option)
+
+
 @pytest.mark.parametrize("path", WITH_KEYS, ids=relative_name)
 def test_keys_that_are_named_exist(path: Path) -> None:
     """A name such as `data.columns` or `pack.enabled`; with it, every name that begins alike."""
