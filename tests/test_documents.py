@@ -132,7 +132,7 @@ def test_modules_that_are_run_exist_and_have_the_options_that_are_named() -> Non
     assert len(commands) >= 40
     for module, rest in commands:
         source = read(REPOSITORY / f"{module.replace('.', '/')}.py")
-        for option in re.findall(r"(?<=\s--)[a-z-]+", rest):
+        for option in re.findall(r"(?<=[\s\[]--)[a-z-]+", rest):
             assert option in source, (module, option)
 
 
