@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from simpler_distil_whisper.data.workers import own_cores
+from simpler_distil_whisper.model.processes import has_bfloat16
 
 PACKAGES = ("torch", "transformers", "ctranslate2", "openai-whisper")
 # With these instructions bfloat16 and int8 products are several times as fast as float32's.
@@ -44,7 +45,7 @@ def cpu_flags() -> set[str]:
 def computes_in_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 has its own instructions; emulated, it is slower than float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return has_bfloat16()
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
