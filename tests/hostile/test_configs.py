@@ -201,8 +201,16 @@ def rules(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from rules(inner, f"{path}/{number}")
 
 
+class Section(StrictModel):
+    pass
+
+
 class Keys(StrictModel):
     output_dir: Path = Path("out")
+    section: Section = Section()
+
+
+MANY_KEYS = b"{" + b",".join(b'"k%d": 1' % n for n in range(20_000)) + b"}"
 
 
 @pytest.mark.parametrize(
@@ -213,10 +221,20 @@ class Keys(StrictModel):
         (b'{"output_dir": "a\\u0000b"}', "output_dir: holds a NUL character"),
         (json.dumps({"output_dir": "長" * 300}).encode(), "a name of more than 255 bytes"),
         (json.dumps({"output_dir": "a/" * 3000}).encode(), "is longer than 4000 bytes"),
-        (b"{" + b",".join(b'"k%d": 1' % n for n in range(20_000)) + b"}", "k0: unknown key"),
+        (MANY_KEYS, "another script? Unknown here: k0, k1,"),
+        (b'{"section": ' + MANY_KEYS + b"}", "section.k0: unknown key"),
         (b"{" + b'"k": 1, ' * 100_000 + b'"k": 1}', '"k": this key stands twice'),
     ],
-    ids=["large", "utf-16", "nul", "long name", "long path", "many keys", "one key often"],
+    ids=[
+        "large",
+        "utf-16",
+        "nul",
+        "long name",
+        "long path",
+        "many keys",
+        "in a section",
+        "one key often",
+    ],
 )
 def test_a_file_that_is_no_config_is_refused_at_once(
     tmp_path: Path, content: bytes, reason: str
