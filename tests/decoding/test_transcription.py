@@ -332,7 +332,7 @@ def labelling_config(
     write_rows(folder / "train.jsonl", rows)
     config = {
         "output_dir": "out",
-        "teacher": {"path": "teacher"},
+        "teacher": {"path": "teacher", "dtype": "float32"},
         "data": {"manifest": "train.jsonl", **data},
         "decoding": {"batch_size": batch_size, "max_new_tokens": 5},
     }
