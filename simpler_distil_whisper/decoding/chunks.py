@@ -187,7 +187,7 @@ def merged(chunks: Sequence[Chunk], loud: Tensor, timed: bool) -> list[Part]:
         if right is not None:
             in_both = _claimed_by_both(left, right)
             in_left, in_right = (each.words_within(*in_both, loud) for each in (left, right))
-            stop, next_first = seam(left.words, right.words, in_left, in_right)
+            stop, next_first = seam(left.words, right.words, in_left, in_right, timed=timed)
             middle = (right.start + left.end) // 2
         part = left.part(first, stop)
         if not timed:  # Without timestamps each neighbour gets half of the time of an overlap.
@@ -253,7 +253,12 @@ def _put_in_order(parts: Sequence[Part]) -> None:
 
 
 def seam(
-    left: Sequence[Word], right: Sequence[Word], in_left: float, in_right: float
+    left: Sequence[Word],
+    right: Sequence[Word],
+    in_left: float,
+    in_right: float,
+    *,
+    timed: bool = False,
 ) -> tuple[int, int]:
     """Return how many words to keep of a chunk, and how many to leave out of the next one.
 
@@ -261,13 +266,16 @@ def seam(
     the edges. Every shift of one over the other is tried. Each pair of equal words speaks for a
     shift, rare words more; each word of difference from the shift that the times suggest speaks
     against it. The cut is in the middle of the longest run of equal words. If nothing speaks for
-    any shift, the times alone decide: each chunk gets half of the words that should be in both.
+    any shift, the times alone decide: each chunk gets half of the words that should be in both; but
+    with timestamps the first one keeps all of them, since it ends with a whole sentence, while the
+    next one mostly begins within a sentence, in place of which the model can make up another.
 
     Args:
         left: words of a chunk.
         right: words of the next one.
         in_left: how many words of `left` should be in the time for which both have a text.
         in_right: likewise.
+        timed: the chunks have timestamps.
     """
     if not left or not right:
         return len(left), 0
@@ -288,6 +296,8 @@ def seam(
 
     best = max(matches, key=merit, default=None)
     if best is None or merit(best) <= 0:
+        if timed:
+            return len(left), round(in_right)
         if min(in_left, in_right) < 1:
             return len(left), 0
         return len(left) - round(in_left / 2), round(in_right / 2)

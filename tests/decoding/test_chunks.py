@@ -212,12 +212,16 @@ def test_no_word_is_lost_where_only_one_of_two_chunks_has_a_text() -> None:
     assert merged_segments([first, second], timed=True) == expected
 
 
-def test_words_behind_the_end_of_the_chunk_before_are_not_counted_twice() -> None:
-    """Both have 50 frames, with other words: half of these two are of either, the rest stays."""
+def test_a_whole_sentence_is_not_mended_with_the_rest_of_one() -> None:
+    """With other words for the same 50 frames, the first chunk is right; none behind is lost."""
     first = chunk(0, 300, (0, 190, "abcd"), (190, 250, "efg"))
     second = chunk(200, 500, (200, 250, "uv"), (250, 300, "wx"), (300, 480, "yz"))
-    texts = [text for _, _, text in merged_segments([first, second], timed=True)]
-    assert "".join(texts) == "abcdefvwxyz"
+    expected = [(0, 190, "abcd"), (190, 250, "efg"), (250, 300, "wx"), (300, 480, "yz")]
+    assert merged_segments([first, second], timed=True) == expected
+    # A sentence that goes on behind the first chunk keeps what of it is there.
+    second = chunk(200, 500, (200, 300, "uvwx"), (300, 480, "yz"))
+    expected = [(0, 190, "abcd"), (190, 300, "efgwx"), (300, 480, "yz")]
+    assert merged_segments([first, second], timed=True) == expected
 
 
 def test_a_silent_chunk_takes_nothing_from_its_neighbours() -> None:
