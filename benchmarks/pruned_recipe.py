@@ -164,12 +164,13 @@ class Clips:
         )
 
     def kept(self, recipe: Recipe) -> list[int]:
-        """Return the rows that pass a recipe's filter."""
+        """Return the rows with an error rate that pass a recipe's filter."""
         rows = [utterance.row for utterance in self.utterances[: self.count]]
         limit = math.inf if recipe.max_error_rate is None else recipe.max_error_rate
-        kept = [number for number, row in enumerate(rows) if row["cer/wer"] <= limit]
+        rates = [math.nan if row["cer/wer"] is None else row["cer/wer"] for row in rows]
+        kept = [number for number, rate in enumerate(rates) if rate <= limit]
         columns = (
-            [rows[number]["cer/wer"] for number in kept],
+            [rates[number] for number in kept],
             [-rows[number]["average_log_probability"] for number in kept],
         )
         most = round(recipe.share * len(kept))
